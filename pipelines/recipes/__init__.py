@@ -1,0 +1,1 @@
+"""Recipes: complete settings in YAML, each with its source."""
