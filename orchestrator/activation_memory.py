@@ -1,0 +1,66 @@
+"""Bytes of activations that a training step holds for its backward passes, counted from what autograd saves.
+
+Exact and free of allocators, so that it says the same on a laptop and on a GPU. Serves `pipelines/benchmark.py memory`;
+imports neither ray, mlflow nor pydantic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from models.backbones import open_backbone
+from models.masking import MaskPlan
+from orchestrator.stages import FamilySpec, build_local_mim, plans_of_step
+
+
+@dataclass
+class SavedBytes:
+    """Bytes of distinct storages that autograd has saved so far, parameters left out."""
+
+    total: int = 0
+    _seen: set[int] = field(default_factory=set)
+
+    def note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.total += storage.nbytes()
+
+
+@contextmanager
+def counting_saved(parameters: Iterator[Tensor]) -> Iterator[SavedBytes]:
+    """Counts what is saved inside the block. Nothing may be freed while counting (no backward inside)."""
+    saved = SavedBytes(_seen={p.untyped_storage().data_ptr() for p in parameters})
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.note(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+def saved_activations(spec: FamilySpec, batch: int, seed: int = 0) -> list[int]:
+    """Bytes saved for the backward pass of each block's local loss, in one training step of `batch` random images.
+
+    Blocks are trained one after the other and each graph is freed before the next, so the peak of a family in one process
+    is the largest of them, and every stage on a GPU of its own has its own blocks' largest. K = 1 gives one number: the
+    end-to-end model. Each block's detached input (counted where it is saved) is what crosses the boundary.
+    """
+    backbone = open_backbone(spec.backbone, spec.blocks, spec.model_args)
+    x = images = torch.rand(batch, 3, *backbone.image_size, generator=torch.Generator().manual_seed(seed))
+    plans: tuple[MaskPlan, ...] = plans_of_step(spec, backbone.grid, batch, step=0, micro=0)
+    found = []
+    for k in range(len(spec.blocks)):
+        module = build_local_mim(spec, k, backbone).train()
+        with counting_saved(iter(module.parameters())) as saved:
+            out = module(x, images, plans[k])
+        found.append(saved.total)
+        out.loss.backward()
+        x = out.activations
+    return found

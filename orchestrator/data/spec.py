@@ -1,0 +1,57 @@
+"""What a process needs to open the same data as every other one: plain values that travel to actors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.data.batches import TrainBatches
+from orchestrator.data.sources import Source, open_source
+from orchestrator.data.splits import Splits, make_splits
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """A source, its split and its augmentation; opening it twice gives the same images in the same order.
+
+    Args:
+        batch_size: images per micro-batch.
+        accumulate: micro-batches per optimizer step.
+        size: (height, width) in pixels of a training crop.
+        crop_scale: range of the crop's share of the image area.
+        seed: of order and augmentation.
+        split_seed: of the split into train, val and test, apart from `seed` so that runs with other seeds share it.
+    """
+
+    source: str
+    batch_size: int
+    size: tuple[int, int]
+    accumulate: int = 1
+    image_column: str | None = None
+    label_column: str | None = None
+    workers: int = 0
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    flip: bool = True
+    val_fraction: float = 0.1
+    test_fraction: float = 0.2
+    split_seed: int = 0
+    seed: int = 0
+
+    def open(self) -> tuple[Source, Splits]:
+        """The source and its split. Raises DataError with one sentence when it cannot be read."""
+        source = open_source(self.source, self.image_column, self.label_column)
+        return source, make_splits(source, self.split_seed, self.val_fraction, self.test_fraction)
+
+    def train_batches(self) -> TrainBatches:
+        """The training batches, indexed by step."""
+        source, splits = self.open()
+        return TrainBatches(
+            source,
+            splits.train,
+            batch_size=self.batch_size,
+            accumulate=self.accumulate,
+            size=self.size,
+            crop_scale=self.crop_scale,
+            flip=self.flip,
+            seed=self.seed,
+            workers=self.workers,
+        )

@@ -1,0 +1,73 @@
+"""Connecting to Ray, and running one function where the stages ran. Joins the cluster it is told of, else starts one here.
+
+Not for training: the actors are in `ray_stages.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import psutil
+import ray
+
+from orchestrator.placement import ClusterResources, Layout
+from orchestrator.ray_stages import cluster_resources
+
+Result = TypeVar("Result")
+
+LOCAL_STORE_SHARE = 0.15  # of the free memory; the window of batches and activations lies there
+LOCAL_STORE_MAX = 8 << 30
+LOCAL_STORE_MIN = 256 << 20
+
+
+@contextmanager
+def ray_cluster(say: Callable[[str], None]) -> Iterator[ClusterResources]:
+    """Connect to `RAY_ADDRESS` or to the cluster running on this machine, else start one for this process alone.
+
+    A connection that was there before is used and left open. Yields what the cluster has.
+
+    Raises:
+        ConnectionError: `RAY_ADDRESS` names a cluster that does not answer.
+    """
+    if ray.is_initialized():
+        yield cluster_resources()
+        return
+    os.environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # Ray's coming default; unset it prints a warning
+    try:
+        _connect(say)
+        yield cluster_resources()
+    finally:
+        ray.shutdown()
+
+
+def _connect(say: Callable[[str], None]) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **quiet)
+    except ConnectionError:
+        if "RAY_ADDRESS" in os.environ:
+            raise ConnectionError(
+                f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}; "
+                "start it, or unset RAY_ADDRESS to use this machine"
+            ) from None
+        free = psutil.virtual_memory().available
+        store = int(min(LOCAL_STORE_MAX, max(LOCAL_STORE_MIN, free * LOCAL_STORE_SHARE)))
+        ray.init(address="local", include_dashboard=False, object_store_memory=store, **quiet)
+    have = cluster_resources()
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    machines = "this machine" if nodes == 1 else f"{nodes} machines"
+    say(f"Ray on {machines}: {have.cpus:g} CPU, {have.gpus:g} GPU")
+
+
+def run_beside_stages(function: Callable[..., Result], layout: Layout, *args: object) -> Result:
+    """Run `function(*args)` on a GPU of the cluster if the stages had one, else in this process. Returns what it returns."""
+    if layout.gpus == 0:
+        return function(*args)
+    options = {"num_cpus": layout.cpus, "num_gpus": min(1.0, layout.gpus), "max_retries": 0}
+    return ray.get(ray.remote(function).options(**options).remote(*args))

@@ -1,0 +1,101 @@
+"""Which blocks live together, and what each stage asks of the cluster. Pure arithmetic: knows no Ray.
+
+Serves the Ray stages and the settings' early checks: what cannot be placed is said before any actor starts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+
+class PlacementError(ValueError):
+    """The stages do not fit; the message tells what is asked and what the cluster has."""
+
+
+@dataclass(frozen=True)
+class ClusterResources:
+    """CPUs and GPUs that the cluster has in all."""
+
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where blocks live.
+
+    Args:
+        places: the blocks of each stage, consecutive.
+        gpus: GPUs per stage; a fraction shares one, 0 means CPU.
+        cpus: CPUs per stage in Ray's book-keeping.
+        loader_cpus: the same for the data loader beside stage 0.
+        threads: torch CPU threads per stage.
+    """
+
+    places: tuple[tuple[int, ...], ...]
+    gpus: float
+    cpus: float
+    loader_cpus: float
+    threads: int
+
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """Placement-group bundles: one per stage, the loader's share in the first."""
+        bundles = [{"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {}) for _ in self.places]
+        bundles[0] = bundles[0] | {"CPU": round(self.cpus + self.loader_cpus, 4)}
+        return bundles
+
+
+def consecutive(blocks: int, stages: int) -> tuple[tuple[int, ...], ...]:
+    """Cut block numbers 0..blocks-1 into runs of nearly equal length; the later ones are the longer (block 0 embeds too)."""
+    bounds = [round(i * blocks / stages) for i in range(stages + 1)]
+    return tuple(tuple(range(a, b)) for a, b in pairwise(bounds))
+
+
+def plan_layout(
+    blocks: int,
+    cluster: ClusterResources,
+    stages: int | None = None,
+    gpus_per_stage: float | None = None,
+    cpus_per_stage: float | None = None,
+    threads_per_stage: int | None = None,
+) -> Layout:
+    """Decide the stages. None leaves a number to the cluster: a block per GPU when there are enough, several consecutive
+    blocks per stage when there are fewer, shares of the CPUs when there are none.
+
+    Raises:
+        PlacementError: more stages than blocks, or more GPUs or CPUs asked than the cluster has.
+    """
+    if stages is not None and stages > blocks:
+        raise PlacementError(f"placement.stages is {stages}, but there are only {blocks} blocks to place")
+    gpus = (1.0 if cluster.gpus >= 1 else 0.0) if gpus_per_stage is None else gpus_per_stage
+    if gpus > 0:
+        room = _gpu_room(cluster.gpus, gpus)
+        wanted = stages if stages is not None else max(1, min(blocks, room))
+        if wanted > room:
+            raise PlacementError(
+                f"{wanted} stage{'s' * (wanted > 1)} with {gpus:g} GPU each do not fit: "
+                f"the cluster has {cluster.gpus:g} GPU; "
+                "set placement.gpus_per_stage (a fraction shares a GPU, 0 uses CPUs) or a lower placement.stages"
+            )
+    else:
+        wanted = blocks if stages is None else stages
+    share = math.floor(min(1.0, cluster.cpus / (wanted + 1)) * 100) / 100
+    cpus = share if cpus_per_stage is None else cpus_per_stage
+    if cpus * wanted > cluster.cpus + 1e-6:
+        raise PlacementError(
+            f"{wanted} stages with {cpus:g} CPU each do not fit: the cluster has {cluster.cpus:g} CPU; "
+            "lower placement.cpus_per_stage or placement.stages"
+        )
+    loader = math.floor(max(0.0, min(share, cluster.cpus - cpus * wanted)) * 100) / 100
+    threads = threads_per_stage or max(1, int(cluster.cpus // wanted) if gpus == 0 else int(cpus))
+    return Layout(consecutive(blocks, wanted), gpus, cpus, loader, threads)
+
+
+def _gpu_room(gpus: float, per_stage: float) -> int:
+    """How many stages of `per_stage` GPUs fit into `gpus` whole GPUs (a fraction never spans two of them)."""
+    if per_stage >= 1:
+        return int(gpus // per_stage)
+    return int(gpus) * int(1 / per_stage + 1e-6)

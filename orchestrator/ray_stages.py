@@ -1,0 +1,247 @@
+"""The same stages as Ray actors: one placement group, one actor per stage, the data loader beside stage 0.
+
+Activations and batches go from actor to actor as object references; the driver holds the references and never reads them.
+(Ray itself carries results below its inlining limit of 100 KB with the task's reply.) Actors are never restarted and tasks
+never retried by Ray: a training step is not idempotent, so the loop rewinds the whole group instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from orchestrator.checkpoint import FileRecord
+from orchestrator.data.spec import DataSpec
+from orchestrator.failures import StageFailure
+from orchestrator.placement import ClusterResources, Layout, PlacementError
+from orchestrator.stages import FamilySpec, Order, Stage, StageReport, StepReport, place_of
+from orchestrator.wire import Payload
+
+DRAIN_S = 600  # a stage that is still busy after this long is taken for hung
+PING_S = 120  # importing torch and timm on a loaded machine takes tens of seconds
+
+
+class StageActor(Stage):
+    """A stage in a process of its own."""
+
+    def ping(self) -> int:
+        """Answers with its process id once the process is up."""
+        return os.getpid()
+
+    def sees(self, path: str) -> bool:
+        """Whether a file that the driver wrote can be seen from here."""
+        return Path(path).exists()
+
+
+class LoaderActor:
+    """The training batches in a process of their own."""
+
+    def __init__(self, data: DataSpec) -> None:
+        self._batches = data.train_batches()
+
+    def ping(self) -> int:
+        """Answers with its process id once the process is up and the data is open."""
+        return os.getpid()
+
+    def batch(self, step: int, micro: int) -> tuple[Payload, tuple[tuple[tuple[str, str], ...], float]]:
+        """One micro-batch (uint8, for the stages) and what is told of it (bad images, seconds; for the driver)."""
+        batch = self._batches.batch(step, micro)
+        return Payload("uint8", batch.images), (batch.bad, batch.load_s)
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._batches.close()
+
+
+@dataclass(frozen=True)
+class Pending:
+    """References of one micro-batch under way; the activations' own references live with the tasks that use them."""
+
+    order: Order
+    note: Any
+    reports: tuple[Any, ...]
+
+
+class RayStages:
+    """A group of stage actors; implements `orchestrator.stages.Stages`.
+
+    Args:
+        layout: where blocks live and what each stage asks for.
+        shared: a folder that every stage must see (checkpoints); checked on a cluster of several machines.
+        wait_s: how long to wait for the cluster to have room (an autoscaling one grows meanwhile).
+    """
+
+    stage_class: type = StageActor
+    loader_class: type = LoaderActor
+
+    def __init__(
+        self, spec: FamilySpec, data: DataSpec, layout: Layout, shared: Path, wait_s: float = 120.0
+    ) -> None:
+        self.places = layout.places
+        self._spec, self._data, self._layout, self._shared = spec, data, layout, shared
+        self._wait_s = wait_s
+        self._group: PlacementGroup | None = None
+        self._actors: list[Any] = [None] * len(layout.places)
+        self._loader: Any = None
+        self._pids: list[int] = []
+
+    def pids(self) -> list[int]:
+        """Process ids of the loader and of every stage, as of the last `start`."""
+        return list(self._pids)
+
+    def start(self) -> None:
+        """Create the placement group if there is none, and every actor that is not alive.
+
+        Raises:
+            PlacementError: no room within `wait_s`.
+            StageFailure: an actor could not be built.
+        """
+        if self._group is None:
+            self._group = self._make_group()
+        self._loader = self._loader if self._alive(self._loader) else None
+        self._actors = [actor if self._alive(actor) else None for actor in self._actors]
+        if self._loader is None:
+            self._loader = self._remote(self.loader_class, 0, self._layout.loader_cpus, 0.0).remote(
+                self._data
+            )
+        device = "cuda" if self._layout.gpus else "cpu"
+        for i, blocks in enumerate(self.places):
+            if self._actors[i] is None:
+                make = self._remote(self.stage_class, i, self._layout.cpus, self._layout.gpus)
+                self._actors[i] = make.remote(self._spec, blocks, device, self._layout.threads)
+        self._pids = self._collect(
+            -1, self._loader.ping.remote(), [actor.ping.remote() for actor in self._actors]
+        )
+        self._check_shared()
+
+    def restore(self, checkpoint: Path | None, step: int) -> None:
+        where = None if checkpoint is None else str(checkpoint)
+        self._collect(step, None, [actor.restore.remote(where, step) for actor in self._actors])
+
+    def submit(self, order: Order) -> Pending:
+        images, note = self._loader.batch.options(num_returns=2).remote(order.step, order.micro)
+        payload: Any = None
+        reports = []
+        for actor in self._actors:
+            payload, report = actor.train_step.options(num_returns=2).remote(order, images, payload)
+            reports.append(report)
+        return Pending(order, note, tuple(reports))
+
+    def settle(self, pending: Pending) -> StepReport:
+        (bad, load_s), *reports = self._collect(pending.order.step, pending.note, pending.reports)
+        stages: tuple[StageReport, ...] = tuple(reports)
+        return StepReport(pending.order, stages, bad, load_s)
+
+    def abandon(self, pending: Sequence[Pending]) -> None:
+        """Wait for every outstanding task, failed ones included; kill what is still busy after `DRAIN_S`."""
+        refs = [ref for p in pending for ref in (p.note, *p.reports)]
+        if not refs:
+            return
+        _, busy = ray.wait(refs, num_returns=len(refs), timeout=DRAIN_S, fetch_local=False)
+        if busy:
+            for actor in (self._loader, *self._actors):
+                ray.kill(actor)
+
+    def save(self, checkpoint: Path) -> tuple[FileRecord, ...]:
+        records = self._collect(-1, None, [actor.save.remote(str(checkpoint)) for actor in self._actors])
+        return tuple(record for stage in records for record in stage)
+
+    def weights(self) -> dict[int, Any]:
+        """Weights of every block, for comparisons in tests."""
+        return {k: w for actor in self._actors for k, w in ray.get(actor.weights.remote()).items()}
+
+    def close(self) -> None:
+        """Kill the actors and give the placement group back. Safe to call twice."""
+        if self._loader is not None:
+            with contextlib.suppress(RayError):  # it is killed below all the same
+                ray.get(self._loader.close.remote(), timeout=10)
+        for actor in (self._loader, *self._actors):
+            if actor is not None:
+                ray.kill(actor)
+        self._loader, self._actors = None, [None] * len(self.places)
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None
+
+    def _make_group(self) -> PlacementGroup:
+        group = placement_group(self._layout.bundles, strategy="PACK")
+        try:
+            ray.get(group.ready(), timeout=self._wait_s)
+        except GetTimeoutError:
+            remove_placement_group(group)
+            have = cluster_resources()
+            raise PlacementError(
+                f"no room for {len(self.places)} stages of {self._layout.cpus:g} CPU and {self._layout.gpus:g} GPU "
+                f"within {self._wait_s:.0f} s: the cluster has {have.cpus:g} CPU and {have.gpus:g} GPU, perhaps in use by another job"
+            ) from None
+        return group
+
+    def _remote(self, cls: type, bundle: int, cpus: float, gpus: float) -> Any:
+        assert self._group is not None
+        where = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
+        return ray.remote(cls).options(
+            num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, scheduling_strategy=where
+        )
+
+    def _alive(self, actor: Any) -> bool:
+        if actor is None:
+            return False
+        try:
+            ray.get(actor.ping.remote(), timeout=PING_S)
+        except GetTimeoutError:
+            ray.kill(actor)
+            return False
+        except RayActorError:
+            return False
+        return True
+
+    def _collect(self, step: int, loader_ref: Any, stage_refs: Sequence[Any]) -> list[Any]:
+        """Results of the loader (if asked) and of every stage; the first failure in pipe order is the one to tell."""
+        refs = ([] if loader_ref is None else [loader_ref]) + list(stage_refs)
+        try:
+            return ray.get(refs)
+        except RayError:
+            pass
+        names = ([] if loader_ref is None else ["the data loader"]) + [
+            place_of(i, b) for i, b in enumerate(self.places)
+        ]
+        for name, ref in zip(names, refs, strict=True):
+            try:
+                ray.get(ref)
+            except RayTaskError as error:
+                died = isinstance(error, RayActorError)
+                cause = error.cause if isinstance(error.cause, Exception) else error
+                raise StageFailure(name, step, cause, died) from error
+            except RayError as error:
+                raise StageFailure(name, step, error, died=True) from error
+        raise AssertionError("a reference failed and then did not")
+
+    def _check_shared(self) -> None:
+        probe = self._shared / f".seen-by-all-{time.time_ns()}"
+        probe.write_bytes(b"")
+        try:
+            seen = ray.get([actor.sees.remote(str(probe)) for actor in self._actors])
+        finally:
+            probe.unlink()
+        if not all(seen):
+            blind = ", ".join(place_of(i, b) for i, b in enumerate(self.places) if not seen[i])
+            raise PlacementError(
+                f"the output directory {self._shared} is not seen by {blind} on another machine; "
+                "put out on storage that all machines share, so that a checkpoint can be read back anywhere"
+            )
+
+
+def cluster_resources() -> ClusterResources:
+    """CPUs and GPUs of the connected cluster."""
+    have = ray.cluster_resources()
+    return ClusterResources(float(have.get("CPU", 0.0)), float(have.get("GPU", 0.0)))

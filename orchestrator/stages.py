@@ -1,0 +1,327 @@
+"""Stages: places where consecutive blocks live, and the interface through which the loop drives a group of them.
+
+`Stage` is a plain synchronous class; Ray is put on where it is created (`ray_stages.py`). `InProcessStages` runs a group in
+this process: for tests, for one GPU without Ray, and as the oracle that the Ray group must equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from models.backbones import open_backbone
+from models.backbones.backbone import Backbone
+from models.decoders import LocalDecoder
+from models.local_mim import LocalMIM
+from models.masking import MaskPlan, block_plans, random_order, visible_counts
+from models.seeding import forked_rng, generator
+from models.targets import TARGETS
+from models.tokens import normalize_images
+from orchestrator.block_trainer import BlockTrainer, OptimSpec
+from orchestrator.checkpoint import FileRecord, load_block_state, load_block_weights, save_block
+from orchestrator.data.batches import Batch
+from orchestrator.failures import OutOfOrder, StageFailure
+from orchestrator.wire import Inbox, Payload, pack
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """One block's local decoder; `num_heads` None means one head per 32 channels (MAE's 512/16)."""
+
+    depth: int
+    dim: int
+    num_heads: int | None = None
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """Everything that a stage needs to build and train its blocks: plain values, lists already one entry per block."""
+
+    backbone: str
+    model_args: dict[str, Any]
+    blocks: tuple[int, ...]
+    mask_ratios: tuple[float, ...]
+    decoders: tuple[DecoderSpec, ...]
+    target: str = "pixels"
+    target_args: dict[str, Any] = field(default_factory=dict)
+    score_newly_dropped: bool = True
+    seed: int = 0
+    init_from: str | None = None
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    optim: OptimSpec = field(default_factory=OptimSpec)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the driver tells every stage about one micro-batch.
+
+    Args:
+        step: optimizer step, counted from 0.
+        micro: micro-batch of that step, of `micros`.
+        lr: learning rate of the step.
+        checkpoint: folder to save into right after this step's update; None: no mark.
+    """
+
+    step: int
+    lr: float
+    micro: int = 0
+    micros: int = 1
+    checkpoint: str | None = None
+
+    @property
+    def last_micro(self) -> bool:
+        return self.micro == self.micros - 1
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What a stage says of one micro-batch.
+
+    `blocks` maps a block's number to its metrics; `busy_s` and `idle_s` are seconds of work and of waiting before it.
+    """
+
+    blocks: dict[int, dict[str, float]]
+    files: tuple[FileRecord, ...]
+    busy_s: float
+    idle_s: float
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What the whole group says of one micro-batch, stages in their order."""
+
+    order: Order
+    stages: tuple[StageReport, ...]
+    bad_images: tuple[tuple[str, str], ...]
+    load_s: float
+
+
+def build_local_mim(spec: FamilySpec, index: int, backbone: Backbone | None = None) -> LocalMIM:
+    """Block `index` with its decoder and loss; its initial weights depend on (spec.seed, index) alone."""
+    backbone = backbone or open_backbone(spec.backbone, spec.blocks, spec.model_args)
+    info, decoder_spec = backbone.blocks[index], spec.decoders[index]
+    encoder = backbone.build_block(index, spec.seed, spec.init_from)
+    target = TARGETS[spec.target](backbone.unit, **spec.target_args)
+    with forked_rng(spec.seed, "decoder", index):
+        decoder = LocalDecoder(
+            in_dim=info.width,
+            dim=decoder_spec.dim,
+            depth=decoder_spec.depth,
+            num_heads=decoder_spec.num_heads,
+            grid=info.grid,
+            out_dim=target.out_dim,
+            num_prefix_tokens=info.num_prefix_tokens,
+            norm_eps=backbone.norm_eps,
+        )
+    return LocalMIM(encoder, decoder, target, score_newly_dropped=spec.score_newly_dropped)
+
+
+def plans_of_step(
+    spec: FamilySpec, grid: tuple[int, int], batch: int, step: int, micro: int
+) -> tuple[MaskPlan, ...]:
+    """The mask plans of all blocks for one micro-batch: a function of (seed, step, micro), the same wherever computed."""
+    units = grid[0] * grid[1]
+    order = random_order(batch, units, generator(spec.seed, "mask", step, micro))
+    return block_plans(order, grid, visible_counts(units, spec.mask_ratios))
+
+
+class Stage:
+    """A run of consecutive blocks on one device, trained block by block.
+
+    Args:
+        blocks: the numbers of the blocks that live here, consecutive.
+        device: "cpu" or "cuda".
+        threads: CPU threads of this process for torch; None leaves it alone.
+    """
+
+    def __init__(
+        self, spec: FamilySpec, blocks: Sequence[int], device: str = "cpu", threads: int | None = None
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._spec = spec
+        self._blocks = tuple(blocks)
+        self._device = torch.device(device)
+        self._inbox = Inbox(self._device)
+        self._backbone = open_backbone(spec.backbone, spec.blocks, spec.model_args)
+        self._trainers: list[BlockTrainer] = []
+        self._next = (0, 0)
+        self._idle_since = time.perf_counter()
+
+    def restore(self, checkpoint: str | None, step: int) -> int:
+        """Build the blocks anew and, if given, load them from a checkpoint folder. The next step is `step`."""
+        self._trainers = [
+            BlockTrainer(build_local_mim(self._spec, k, self._backbone), k, self._spec.optim, self._device)
+            for k in self._blocks
+        ]
+        if checkpoint is not None:
+            for k, trainer in zip(self._blocks, self._trainers, strict=True):
+                trainer.load(load_block_weights(Path(checkpoint), k), load_block_state(Path(checkpoint), k))
+        self._next = (step, 0)
+        self._idle_since = time.perf_counter()
+        return step
+
+    def train_step(
+        self, order: Order, images: Payload, incoming: Payload | None
+    ) -> tuple[Payload | None, StageReport]:
+        """Train this stage's blocks on one micro-batch.
+
+        Args:
+            images: (B, 3, H, W) uint8, shared by all stages.
+            incoming: (B, P + visible, D) residual stream of the stage before; None for the first.
+
+        Returns:
+            The residual stream for the next stage (None from the last one), and the report.
+
+        Raises:
+            OutOfOrder: if this is not the stage's own next micro-batch; nothing was changed.
+        """
+        if (order.step, order.micro) != self._next:
+            raise OutOfOrder(
+                f"blocks {self._blocks} stand at (step, micro) {self._next}, got {(order.step, order.micro)}"
+            )
+        started = time.perf_counter()
+        idle = started - self._idle_since
+        pixels = normalize_images(self._inbox.unpack("images", images), self._spec.mean, self._spec.std)
+        x = pixels if incoming is None else self._inbox.unpack("tokens", incoming).float()
+        plans = plans_of_step(self._spec, self._backbone.grid, pixels.shape[0], order.step, order.micro)
+        metrics: dict[int, dict[str, float]] = {}
+        for k, trainer in zip(self._blocks, self._trainers, strict=True):
+            y, metrics[k] = trainer.train_step(
+                x,
+                pixels,
+                plans[k].to(self._device),
+                step=order.step,
+                lr=order.lr,
+                micro=order.micro,
+                micros=order.micros,
+            )
+            x = y.float()
+        self._next = (order.step + 1, 0) if order.last_micro else (order.step, order.micro + 1)
+        files = self.save(order.checkpoint) if order.checkpoint is not None else ()
+        last = self._blocks[-1] == len(self._spec.blocks) - 1
+        outgoing = None if last else pack(y)
+        self._idle_since = time.perf_counter()
+        return outgoing, StageReport(metrics, tuple(files), self._idle_since - started, idle)
+
+    def save(self, checkpoint: str) -> tuple[FileRecord, ...]:
+        """Write every block of this stage into a checkpoint folder, uncommitted."""
+        records = []
+        for k, trainer in zip(self._blocks, self._trainers, strict=True):
+            records += save_block(Path(checkpoint), k, trainer.weights(), trainer.state_dict())
+        return tuple(records)
+
+    def weights(self) -> dict[int, dict[str, Tensor]]:
+        """Weights of every block here, on the CPU."""
+        return {k: t.weights() for k, t in zip(self._blocks, self._trainers, strict=True)}
+
+
+class Loader(Protocol):
+    """Where micro-batches come from, indexed by step; `orchestrator.data.batches.TrainBatches` is one."""
+
+    def batch(self, step: int, micro: int = 0) -> Batch: ...
+
+    def close(self) -> None: ...
+
+
+class Stages(Protocol):
+    """A group of stages, driven by references: what is submitted runs in order; what it said is collected later."""
+
+    places: tuple[tuple[int, ...], ...]
+    """The blocks of each stage."""
+
+    def start(self) -> None:
+        """Make every place that is not there, first time or after a failure."""
+
+    def restore(self, checkpoint: Path | None, step: int) -> None:
+        """Bring every stage to the state before `step`: from a checkpoint, or as built from the seed."""
+
+    def submit(self, order: Order) -> Any:
+        """Send one micro-batch down the pipe. Returns a reference for `settle`; does not wait."""
+
+    def settle(self, pending: Any) -> StepReport:
+        """Wait for one submitted micro-batch. Raises StageFailure, or a TrainingError of a stage."""
+
+    def abandon(self, pending: Sequence[Any]) -> None:
+        """After a failure: wait until nothing of what was submitted is running any more."""
+
+    def save(self, checkpoint: Path) -> tuple[FileRecord, ...]:
+        """With nothing under way: every stage saves."""
+
+    def close(self) -> None:
+        """End all places and free what they held."""
+
+
+def place_of(index: int, blocks: Sequence[int]) -> str:
+    """How messages name a stage."""
+    named = f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]}-{blocks[-1]}"
+    return f"stage {index} ({named})"
+
+
+class InProcessStages:
+    """A group of stages in this process, run one after the other through the same wire format.
+
+    Args:
+        loader: called in this process.
+        places: the blocks of each stage, e.g. ((0,), (1,), (2,), (3,)).
+    """
+
+    def __init__(
+        self,
+        spec: FamilySpec,
+        loader: Loader,
+        places: Sequence[Sequence[int]],
+        device: str = "cpu",
+        threads: int | None = None,
+    ) -> None:
+        self.places = tuple(tuple(p) for p in places)
+        self._loader = loader
+        self._stages = [Stage(spec, blocks, device, threads) for blocks in self.places]
+
+    def start(self) -> None:
+        """Nothing to make: the stages were built with the group."""
+
+    def restore(self, checkpoint: Path | None, step: int) -> None:
+        for stage in self._stages:
+            stage.restore(None if checkpoint is None else str(checkpoint), step)
+
+    def submit(self, order: Order) -> StepReport | BaseException:
+        """Run the micro-batch at once; an error is kept for `settle`, as a remote stage would keep it."""
+        index = -1
+        try:
+            batch = self._loader.batch(order.step, order.micro)
+            images = Payload("uint8", batch.images)
+            payload: Payload | None = None
+            reports = []
+            for index, stage in enumerate(self._stages):  # noqa: B007 (the failing stage is named below)
+                payload, report = stage.train_step(order, images, payload)
+                reports.append(report)
+        except Exception as error:
+            place = "the data loader" if index < 0 else place_of(index, self.places[index])
+            return StageFailure(place, order.step, error, died=False)
+        return StepReport(order, tuple(reports), batch.bad, batch.load_s)
+
+    def settle(self, pending: StepReport | BaseException) -> StepReport:
+        if isinstance(pending, BaseException):
+            raise pending
+        return pending
+
+    def abandon(self, pending: Sequence[Any]) -> None:
+        """Nothing runs behind the caller's back here."""
+
+    def save(self, checkpoint: Path) -> tuple[FileRecord, ...]:
+        return tuple(record for stage in self._stages for record in stage.save(str(checkpoint)))
+
+    def weights(self) -> dict[int, dict[str, Tensor]]:
+        """Weights of every block, for comparisons."""
+        return {k: w for stage in self._stages for k, w in stage.weights().items()}
+
+    def close(self) -> None:
+        self._loader.close()

@@ -1,0 +1,52 @@
+"""A run that was cut off and resumed equals the unbroken one, bit for bit; in one process, where the cut can be exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import Ear, differing, in_process, state, train
+
+
+class CutOff(BaseException):
+    """The driver is gone."""
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("unbroken")
+    train(in_process(), out)
+    return out
+
+
+@pytest.mark.parametrize(
+    "step", [7, 20, 21, 47], ids=["before the first checkpoint", "on a mark", "one after", "last epoch"]
+)
+def test_cut_off_at_a_step_and_resumed(tmp_path: Path, unbroken: Path, step: int) -> None:
+    def at_step(done: int) -> None:
+        if done == step:
+            raise CutOff
+
+    with pytest.raises(CutOff):
+        train(in_process(), tmp_path, ear=Ear(at_step))
+    train(in_process(), tmp_path)
+    assert differing(state(unbroken, 50), state(tmp_path, 50)) == []
+
+
+def test_accumulated_micro_batches_resume_too(tmp_path: Path) -> None:
+    from tiny import data, family
+
+    from orchestrator.stages import InProcessStages
+
+    def stages() -> InProcessStages:
+        return InProcessStages(family(), data(accumulate=2).train_batches(), ((0, 1), (2, 3)), threads=1)
+
+    def at_step(done: int) -> None:
+        if done == 13:
+            raise CutOff
+
+    train(stages(), tmp_path / "whole", steps=20, every=6, micros=2)
+    with pytest.raises(CutOff):
+        train(stages(), tmp_path / "cut", steps=20, every=6, micros=2, ear=Ear(at_step))
+    train(stages(), tmp_path / "cut", steps=20, every=6, micros=2)
+    assert differing(state(tmp_path / "whole", 20), state(tmp_path / "cut", 20)) == []
