@@ -1,0 +1,36 @@
+"""Backbone families: timm models cut into blocks. To add one: a class in a file, a line in `BACKBONES`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from models.backbones.backbone import Backbone, BlockInfo, check_name, look_at, random_variant
+from models.backbones.vit import ViTBackbone
+
+# By the class that timm builds.
+BACKBONES = {"VisionTransformer": ViTBackbone}
+
+
+def open_backbone(
+    name: str, blocks: int | Sequence[int], model_args: Mapping[str, Any] = MappingProxyType({})
+) -> Backbone:
+    """The timm model `name` with keyword overrides `model_args`, cut into `blocks` (how many, or their sizes
+    in layers).
+
+    Quick: looks at the model on the meta device. Raises ValueError, with what to do, for an unknown name or
+    override, a model that no family can cut, block sizes that do not fit the depth, an image size that does
+    not fit the patch.
+    """
+    check_name(name)
+    built_as = type(look_at(name, {})).__name__
+    if built_as not in BACKBONES:
+        raise ValueError(
+            f"backbone '{name}' is a {built_as} in timm, which cannot be cut into blocks; "
+            f"it must be a {' or '.join(BACKBONES)}"
+        )
+    return BACKBONES[built_as](name, blocks, model_args)
+
+
+__all__ = ["BACKBONES", "Backbone", "BlockInfo", "ViTBackbone", "open_backbone", "random_variant"]

@@ -1,0 +1,226 @@
+"""What a backbone family must offer, and the looking-at of a timm model that every family starts with.
+
+A backbone is a timm model by its name and keyword overrides, cut into blocks; it holds no weights. Models are
+looked at on the meta device, so that settings can be validated in a fraction of a second and before anything
+starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+from torch import Tensor, nn
+
+from models.seeding import forked_rng
+
+# Overrides that are not the user's: the value is what the project itself needs, or does elsewhere.
+OWNED_ARGS = {
+    "num_classes": "a variant has no classifier",
+    "global_pool": "the embedding is the mean of the patch tokens",
+    "fc_norm": "the decoder's norm becomes the final norm",
+    "final_norm": "the decoder's norm becomes the final norm",
+    "pool_include_prefix": "the embedding is the mean of the patch tokens",
+    "in_chans": "images have three channels",
+    "drop_rate": "pretraining uses no dropout",
+    "pos_drop_rate": "pretraining uses no dropout",
+    "patch_drop_rate": "the mask decides which patches are seen; set mask.ratio",
+    "proj_drop_rate": "pretraining uses no dropout",
+    "attn_drop_rate": "pretraining uses no dropout",
+    "drop_path_rate": "pretraining uses no stochastic depth",
+    "weight_init": "blocks are initialised as in MAE, or by init_from",
+    "fix_init": "blocks are initialised as in MAE, or by init_from",
+    "embed_layer": "it takes a class, which a model's config.json cannot name",
+    "block_fn": "it takes a class, which a model's config.json cannot name",
+    "mlp_layer": "it takes a class, which a model's config.json cannot name",
+    "device": "placement is a setting of its own",
+    "dtype": "optim.precision sets it",
+}
+
+# Types of timm's keywords that can be checked, and how to say them.
+SCALARS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+}
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """Where one block stands in the backbone.
+
+    layers: transformer layers of this block. depth: layers up to its end. width: of the tokens it emits.
+    grid: (rows, columns) of the tokens it emits for a whole image. num_prefix_tokens: class and register
+    tokens before them.
+    """
+
+    index: int
+    layers: int
+    depth: int
+    width: int
+    grid: tuple[int, int]
+    num_prefix_tokens: int
+
+
+class Backbone(Protocol):
+    """A timm model cut into blocks. Holds sizes, no weights; cheap to make, in any process.
+
+    name: timm name. model_args: keyword overrides. image_size: (height, width) in pixels. unit: side of a
+    mask unit in pixels. grid: (rows, columns) of mask units. blocks: in order of depth. mean, std: of timm's
+    preprocessing, per channel. norm_eps: eps of the final norm; a decoder's norm takes its place and must
+    share it.
+    """
+
+    name: str
+    model_args: dict[str, Any]
+    image_size: tuple[int, int]
+    unit: int
+    grid: tuple[int, int]
+    blocks: tuple[BlockInfo, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    norm_eps: float
+
+    def build_block(self, index: int, seed: int, init_from: str | None = None) -> nn.Module:
+        """The block as a module: forward(x, plan) -> (B, P + Nv, D), the un-normalised residual stream.
+
+        Block 0 takes images (B, 3, H, W), the others the tokens of the block before them in the plan's order.
+        Parameters depend on (seed, index) alone (MAE's initialisation), or are those of `init_from`; see
+        `check_init_from`.
+        """
+        ...
+
+    def check_init_from(self, init_from: str) -> None:
+        """Raises ValueError if `init_from` cannot be read or does not fit this backbone. Reads no more than
+        it must.
+
+        `init_from` is a timm name (its pretrained weights), a timm folder (DIR or local-dir:DIR) or a weights
+        file.
+        """
+        ...
+
+    def variant(
+        self,
+        depth: int,
+        blocks: Sequence[Mapping[str, Tensor]],
+        norm: Mapping[str, Tensor] | None,
+        image_size: tuple[int, int] | None = None,
+    ) -> nn.Module:
+        """The first `depth` layers as a timm model whose pooled output is the mean of the patch tokens after
+        `norm`.
+
+        blocks: state dicts of the built blocks 0.., as many as the depth needs; `depth` may lie inside a
+        block. norm: "weight" and "bias" of the final norm; None leaves it as a fresh one. image_size:
+        (height, width) to build it for, the positions resampled; None: the size it was trained at.
+        """
+        ...
+
+    def variant_args(self, depth: int, image_size: tuple[int, int] | None = None) -> dict[str, Any]:
+        """The arguments with which `timm.create_model(name, **args)` builds that variant."""
+        ...
+
+
+def split_layers(layers: int, blocks: int | Sequence[int]) -> tuple[int, ...]:
+    """Layers per block: `blocks` blocks as equal as can be (the first ones larger), or the given sizes.
+
+    Raises ValueError if there are more blocks than layers, or the sizes do not add up to `layers`.
+    """
+    if isinstance(blocks, int):
+        if blocks < 1:
+            raise ValueError(f"blocks is {blocks}; at least 1 is needed")
+        if blocks > layers:
+            raise ValueError(
+                f"blocks is {blocks}, but the backbone has only {layers} layers; ask for {layers} at most"
+            )
+        size, rest = divmod(layers, blocks)
+        return tuple(size + (index < rest) for index in range(blocks))
+    sizes = tuple(blocks)
+    if not sizes or any(size < 1 for size in sizes):
+        raise ValueError(f"blocks is {list(sizes)}; every block needs at least 1 layer")
+    if sum(sizes) != layers:
+        raise ValueError(
+            f"blocks {list(sizes)} hold {sum(sizes)} layers together, but the backbone has {layers}; "
+            f"make them add up to {layers}"
+        )
+    return sizes
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError, with the three nearest names, if `name` is not timm's (with or without a tag)."""
+    if timm.is_model(name) and ":" not in name:
+        try:
+            get_pretrained_cfg(name, allow_unregistered=False)
+        except RuntimeError:
+            arch, _, tag = name.partition(".")
+            tags = sorted(full.partition(".")[2] for full in timm.list_pretrained(arch + ".*"))
+            raise ValueError(
+                f"backbone '{arch}' has no tag '{tag}' in timm; its tags are {', '.join(tags) or 'none'}"
+            ) from None
+        return
+    nearest = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.0)
+    raise ValueError(
+        f"unknown backbone '{name}'; the nearest timm names are {', '.join(repr(near) for near in nearest)}"
+    )
+
+
+def look_at(name: str, overrides: Mapping[str, Any], **fixed: Any) -> Any:
+    """The timm model on the meta device: class and sizes without memory.
+
+    overrides: the user's keywords, fixed: the project's. Raises ValueError if timm refuses them.
+    """
+    try:
+        # On the meta device nothing is drawn, but some constructors build a constant on the CPU.
+        with forked_rng("look"), torch.device("meta"):
+            return timm.create_model(name, pretrained=False, **overrides, **fixed)
+    except (TypeError, AssertionError, RuntimeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"timm cannot build '{name}' with backbone.model_args {dict(overrides)}: "
+            f"{str(error) or type(error).__name__}"
+        ) from error
+
+
+def check_overrides(name: str, model_class: type[nn.Module], args: Mapping[str, Any]) -> None:
+    """Raises ValueError if an override is unknown to the class, not the user's to set, or cannot be saved."""
+    parameters = inspect.signature(model_class).parameters
+    accepted = set(parameters) - set(OWNED_ARGS)
+    for key, value in args.items():
+        if key in OWNED_ARGS:
+            raise ValueError(
+                f"backbone.model_args: '{key}' cannot be set, since {OWNED_ARGS[key]}; leave it out"
+            )
+        if key not in accepted:
+            nearest = difflib.get_close_matches(key, accepted, n=1)
+            hint = f"did you mean '{nearest[0]}'?" if nearest else f"it takes {', '.join(sorted(accepted))}"
+            raise ValueError(f"backbone.model_args: '{name}' takes no '{key}'; {hint}")
+        if value is None:
+            raise ValueError(
+                f"backbone.model_args: '{key}' is null, which timm passes over in silence; leave it out"
+            )
+        kind = parameters[key].annotation
+        if kind in SCALARS and not (type(value) is kind or (kind is float and type(value) is int)):
+            raise ValueError(f"backbone.model_args: '{key}' is {value!r}; it must be {SCALARS[kind]}")
+        try:
+            json.dumps(value)
+        except TypeError:
+            raise ValueError(
+                f"backbone.model_args: '{key}' is {value!r}, which cannot be written to config.json; "
+                "use numbers, strings, booleans and lists"
+            ) from None
+
+
+def random_variant(backbone: Backbone, depth: int, seed: int) -> nn.Module:
+    """The variant of `depth` layers with the parameters it would start from: the baseline of trained ones."""
+    states: list[Mapping[str, Tensor]] = []
+    for block in backbone.blocks:
+        states.append(backbone.build_block(block.index, seed).state_dict())
+        if block.depth >= depth:
+            break
+    return backbone.variant(depth, states, norm=None)

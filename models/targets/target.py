@@ -1,0 +1,24 @@
+"""What a prediction target is, for those who add one and those who use one."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Target(Protocol):
+    """An image -> what a decoder predicts for each of its mask units.
+
+    out_dim: how many values belong to one unit.
+    """
+
+    out_dim: int
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """images: (B, 3, H, W) normalised float -> (B, N, out_dim), N units row by row."""
+        ...
+
+    def to_image(self, prediction: Tensor, images: Tensor) -> Tensor:
+        """prediction: (B, N, out_dim), images: (B, 3, H, W) -> (B, 3, H, W) for a person to look at."""
+        ...
