@@ -182,7 +182,8 @@ class RayStages:
             have = cluster_resources()
             raise PlacementError(
                 f"no room for {len(self.places)} stages of {self._layout.cpus:g} CPU and {self._layout.gpus:g} GPU "
-                f"within {self._wait_s:.0f} s: the cluster has {have.cpus:g} CPU and {have.gpus:g} GPU, perhaps in use by another job"
+                f"within {self._wait_s:.0f} s: "
+                f"the cluster has {have.cpus:g} CPU and {have.gpus:g} GPU, perhaps in use by another job"
             ) from None
         return group
 

@@ -9,6 +9,9 @@ from orchestrator.data.sources import Source, open_source
 from orchestrator.data.splits import Splits, make_splits
 
 
+CROP_RATIO = (3 / 4, 4 / 3)  # aspect of a training crop; MAE and torchvision use the same
+
+
 @dataclass(frozen=True)
 class DataSpec:
     """A source, its split and its augmentation; opening it twice gives the same images in the same order.
@@ -51,6 +54,7 @@ class DataSpec:
             accumulate=self.accumulate,
             size=self.size,
             crop_scale=self.crop_scale,
+            crop_ratio=CROP_RATIO,
             flip=self.flip,
             seed=self.seed,
             workers=self.workers,

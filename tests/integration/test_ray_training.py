@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import Ear, data, differing, family, in_process, layout, state, train
 
 from orchestrator.failures import NonFiniteLoss
 from orchestrator.pretrain import StopRequest
 from orchestrator.ray_stages import RayStages
+from tests.integration.tiny import Ear, data, differing, family, in_process, layout, state, train
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny import Ear, differing, in_process, state, train
+
+from tests.integration.tiny import Ear, differing, in_process, state, train
 
 
 class CutOff(BaseException):
@@ -34,9 +35,8 @@ def test_cut_off_at_a_step_and_resumed(tmp_path: Path, unbroken: Path, step: int
 
 
 def test_accumulated_micro_batches_resume_too(tmp_path: Path) -> None:
-    from tiny import data, family
-
     from orchestrator.stages import InProcessStages
+    from tests.integration.tiny import data, family
 
     def stages() -> InProcessStages:
         return InProcessStages(family(), data(accumulate=2).train_batches(), ((0, 1), (2, 3)), threads=1)
