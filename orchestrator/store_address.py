@@ -1,0 +1,131 @@
+"""Where the MLflow store is: how to show its address, whether it can be reached, how a person opens its pages.
+
+MLflow itself waits minutes for a server and up to an hour for a database that does not answer; here a wrong address is
+known in seconds, before anything starts. Knows no MLflow; serves `tracking.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import socket
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+SECONDS = 5.0
+"""How long a store may take to answer at the start."""
+
+
+@dataclass(frozen=True)
+class StoreAddress:
+    """A resolved MLflow tracking URI."""
+
+    uri: str
+
+    def __str__(self) -> str:
+        """The URI without its password: fit for logs and files."""
+        return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", self.uri)
+
+    @property
+    def is_http(self) -> bool:
+        return self.uri.startswith(("http://", "https://"))
+
+    @property
+    def sqlite_file(self) -> Path | None:
+        """The database file if the store is SQLite."""
+        path = self.uri.partition("sqlite:///")[2].partition("?")[0]
+        return Path(unquote(path)).absolute() if path and path != ":memory:" else None
+
+    def artifact_folder(self, experiment: str) -> str | None:
+        """Where a new experiment keeps its files; None leaves it to MLflow.
+
+        MLflow puts the files of any SQLite store into `mlruns` of the working directory. For its default store that is
+        beside the database; for another one it would scatter one store over every folder that a run was started in.
+        """
+        file = self.sqlite_file
+        if file is None or file == Path("mlflow.db").absolute():
+            return None
+        return (file.parent / "mlruns" / re.sub(r"[^\w.-]+", "-", experiment)).as_uri()
+
+    def ui_hint(self, experiment_id: str, run_id: str) -> str:
+        """What a person does to see the pages: a command for a shell, or the address of the run on a server."""
+        if self.is_http:
+            return f"{str(self).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+        if self.sqlite_file == Path("mlflow.db").absolute():
+            return "mlflow ui"
+        return f"mlflow ui --backend-store-uri {self}"
+
+    def probe(self) -> None:
+        """Try a database once, and to write if it is SQLite. A server is tried by its first request instead.
+
+        Raises whatever says why it cannot be used: OSError, sqlite3.Error, or an error of SQLAlchemy.
+        """
+        file = self.sqlite_file
+        parts = urlsplit(self.uri)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.closing(sqlite3.connect(file, timeout=SECONDS)) as database:
+                database.execute("BEGIN IMMEDIATE")
+                database.execute("ROLLBACK")
+        elif not self.is_http and parts.hostname:
+            import sqlalchemy  # comes with mlflow; wanted only for databases on servers
+
+            ports = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+            port = parts.port or ports.get(parts.scheme.partition("+")[0])
+            if port is not None:
+                socket.create_connection((parts.hostname, port), timeout=SECONDS).close()
+            engine = sqlalchemy.create_engine(self.uri)
+            try:
+                engine.connect().close()
+            finally:
+                engine.dispose()
+
+
+@contextlib.contextmanager
+def http_patience(retries: int, seconds: int) -> Iterator[None]:
+    """How long MLflow's HTTP client tries, within the block; what the user has set in the environment stays.
+
+    MLflow reads these two variables at every request and has no other way to be told.
+    """
+    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": retries, "MLFLOW_HTTP_REQUEST_TIMEOUT": seconds}
+    ours = {name: str(value) for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def no_tracebacks() -> Iterator[None]:
+    """Within the block the client's own logs of failed attempts, pages long each, are left out; we say it in a line."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "mlflow" not in f"{record.name} {record.getMessage()}"
+
+    loggers = [logging.getLogger(name) for name in ("mlflow.store.db.utils", "urllib3.connectionpool")]
+    for logger in loggers:
+        logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(keep)
+
+
+def gist(error: BaseException, length: int = 160) -> str:
+    """Why, in a few words, out of an error that may be long and nested."""
+    text = str(error).strip() or type(error).__name__
+    inner = re.findall(r"\[Errno -?\d+\] ([^\"')\]]+)|Failed to resolve '[^']+'|timed out", text)
+    if inner:
+        return inner[-1].strip() or ("timed out" if "timed out" in text else "unknown host name")
+    if "OperationalError) " in text:
+        text = text.partition("OperationalError) ")[2]
+    line = text.splitlines()[0]
+    return line if len(line) <= length else line[: length - 3] + "..."
