@@ -49,6 +49,7 @@ class ViTStem(nn.Module):
         self.patch_embed = model.patch_embed
         self.patch_size: int = model.patch_embed.patch_size[0]
         self.image_size: tuple[int, int] = tuple(model.patch_embed.img_size)
+        self.grid: tuple[int, int] = tuple(model.patch_embed.grid_size)
         self.no_embed_class: bool = model.no_embed_class
         self.num_prefix_tokens: int = model.num_prefix_tokens
         self.cls_token: nn.Parameter | None = model.cls_token
@@ -58,9 +59,10 @@ class ViTStem(nn.Module):
 
     def forward(self, images: Tensor, plan: MaskPlan) -> Tensor:
         """images: (B, 3, H, W), plan over N patches -> (B, P + Nv, D): prefix tokens, then visible patches."""
-        if tuple(images.shape[-2:]) != self.image_size:
+        if tuple(images.shape[-2:]) != self.image_size or plan.grid != self.grid:
             raise ValueError(
-                f"images are {tuple(images.shape[-2:])} pixels, the backbone is built for {self.image_size}"
+                f"images of {tuple(images.shape[-2:])} pixels with a plan over {plan.grid} patches; "
+                f"the backbone is built for {self.image_size} pixels and {self.grid} patches"
             )
         keep = plan.keep
         # The convolution's stride is its kernel: it is a linear map per patch, and only visible patches need it.

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from models.backbones import ViTBackbone
+from models.masking import MaskPlan, block_plans, random_order
+from models.seeding import generator
+from models.tokens import gather_tokens
+
+SMALL = {"img_size": 28, "patch_size": 7}
+# name -> (timm name, overrides): one for every way in which VisionTransformer differs from the plain one.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("vit_tiny_patch16_224", {}),
+    "not square": ("vit_tiny_patch16_224", {"img_size": [16, 32]}),
+    "no class token": ("vit_tiny_patch16_224", {"class_token": False}),
+    "registers": ("vit_tiny_patch16_224", {"reg_tokens": 4}),
+    "registers without positions": ("vit_tiny_patch16_224", {"reg_tokens": 4, "no_embed_class": True}),
+    "registers alone": ("vit_tiny_patch16_224", {"reg_tokens": 2, "class_token": False}),
+    "LayerScale": ("vit_tiny_patch16_224", {"init_values": 0.1}),
+    "pre-norm": ("vit_tiny_patch16_224", {"pre_norm": True}),
+    "qk-norm": ("vit_tiny_patch16_224", {"qk_norm": True}),
+    "inner norms": ("vit_tiny_patch16_224", {"scale_attn_norm": True, "scale_mlp_norm": True}),
+    "norm after patches": ("vit_tiny_patch16_224", {"embed_norm_layer": "layernorm"}),
+    "any image size": ("vit_tiny_patch16_224", {"dynamic_img_size": True}),
+    "SwiGLU": ("vit_giant_patch14_dinov2", SMALL),
+    "pooled by attention": ("vit_base_patch16_siglip_224", {}),
+    "CLIP": ("vit_base_patch16_clip_224", {}),
+    "BEiT-3": ("beit3_base_patch16_224", {}),
+    "norm after pooling": ("vit_wee_patch16_reg1_gap_256", {}),
+    "no final norm": ("vit_base_patch16_radio_v3", {}),
+    "norm after each part": ("vit_base_patch16_rpn_224", {}),
+    "parallel parts": ("vit_pwee_patch16_reg1_gap_256", {}),
+    "parallel things": ("vit_small_patch16_18x2_224", {}),
+    "DeiT-3": ("deit3_small_patch16_224", {}),
+}
+Shake = Callable[[nn.Module], None]
+Unmasked = Callable[[int, tuple[int, int]], MaskPlan]
+Build = Callable[..., ViTBackbone]
+
+
+def images_for(backbone: ViTBackbone, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, *backbone.image_size, generator=generator("images"))
+
+
+def encode(blocks: list[nn.Module], x: torch.Tensor, plans: list[MaskPlan]) -> torch.Tensor:
+    for block, plan in zip(blocks, plans, strict=True):
+        x = block(x, plan)
+    return x
+
+
+def in_grid_order(x: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
+    """Tokens of an unmasked plan (B, P + N, D) -> the same with patches row by row."""
+    prefix = x.shape[1] - plan.order.shape[1]
+    return torch.cat([x[:, :prefix], gather_tokens(x[:, prefix:], plan.order.argsort(dim=1))], dim=1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_depth_variant_is_the_trained_blocks_with_nothing_masked(
+    variant: str, tiny_backbone: Build, unmasked_plan: Unmasked, shake: Shake
+) -> None:
+    name, overrides = VARIANTS[variant]
+    backbone = tiny_backbone([1, 3], name, **overrides)
+    blocks = [backbone.build_block(index, seed=0) for index in range(2)]
+    norm = nn.LayerNorm(24, eps=backbone.norm_eps)
+    for module in (*blocks, norm):
+        shake(module)
+    images, plan = images_for(backbone), unmasked_plan(2, backbone.grid)
+    states = [block.state_dict() for block in blocks]
+    with torch.no_grad():
+        for count, depth in ((1, 1), (2, 4)):
+            model = backbone.variant(depth, states[:count], norm.state_dict())
+            expected = norm(in_grid_order(encode(blocks[:count], images, [plan] * count), plan))
+            torch.testing.assert_close(model.forward_features(images), expected, rtol=0, atol=1e-5)
+            prefix = backbone.blocks[0].num_prefix_tokens
+            torch.testing.assert_close(model(images), expected[:, prefix:].mean(dim=1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_timm_builds_the_same_variant_from_its_arguments(variant: str, tiny_backbone: Build) -> None:
+    name, overrides = VARIANTS[variant]
+    backbone = tiny_backbone(2, name, **overrides)
+    model = backbone.variant(3, [backbone.build_block(index, 0).state_dict() for index in range(2)], None)
+    again = timm.create_model(name, **backbone.variant_args(3))
+    again.load_state_dict(model.state_dict(), strict=True)
+    assert repr(again) == repr(model)
+
+
+def test_a_variant_may_end_inside_a_block(tiny_backbone: Build, shake: Shake) -> None:
+    backbone = tiny_backbone(1)
+    block = backbone.build_block(0, seed=0)
+    shake(block)
+    whole = backbone.variant(4, [block.state_dict()], None)
+    cut = backbone.variant(2, [block.state_dict()], None)
+    images = images_for(backbone)
+    with torch.no_grad():
+        expected = whole.forward_intermediates(images, indices=[1], norm=True, output_fmt="NLC")[1][0]
+        torch.testing.assert_close(cut.forward_features(images)[:, 1:], expected, rtol=0, atol=1e-6)
+
+
+def test_a_variant_can_be_built_for_another_image_size(tiny_backbone: Build) -> None:
+    backbone = tiny_backbone(1)
+    states = [backbone.build_block(0, seed=0).state_dict()]
+    model = backbone.variant(2, states, None, image_size=(48, 64))
+    resized = backbone.variant(2, states, None)
+    resized.set_input_size((48, 64))
+    images = torch.randn(1, 3, 48, 64, generator=generator(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), resized(images), rtol=0, atol=1e-6)
+    assert backbone.variant_args(2, (48, 64))["img_size"] == [48, 64]
+    with pytest.raises(ValueError, match="50 x 64 is not divisible"):
+        backbone.variant(2, states, None, image_size=(50, 64))
+
+
+def test_a_variant_needs_enough_blocks_and_a_depth_that_exists(tiny_backbone: Build) -> None:
+    backbone = tiny_backbone(2)
+    states = [backbone.build_block(0, seed=0).state_dict()]
+    with pytest.raises(ValueError, match="1 blocks hold 2 layers"):
+        backbone.variant(3, states, None)
+    for depth in (0, 5):
+        with pytest.raises(ValueError, match="of 4 layers"):
+            backbone.variant(depth, states, None)
+
+
+def test_embedding_visible_patches_alone_equals_the_convolution(
+    tiny_backbone: Build, unmasked_plan: Unmasked, shake: Shake
+) -> None:
+    backbone = tiny_backbone(1, class_token=False)
+    stem = backbone.build_block(0, seed=0).stem
+    assert stem is not None
+    shake(stem)
+    images = images_for(backbone)
+    everything = in_grid_order(stem(images, plan := unmasked_plan(2, (4, 4))), plan)
+    torch.testing.assert_close(everything, stem.patch_embed(images) + stem.pos_embed, rtol=0, atol=1e-5)
+    some = block_plans(plan.order, (4, 4), [5])[0]
+    torch.testing.assert_close(stem(images, some), gather_tokens(everything, some.keep), rtol=0, atol=1e-5)
+
+
+def test_the_encoder_sees_visible_patches_only(tiny_backbone: Build) -> None:
+    backbone = tiny_backbone(2)
+    blocks: list[nn.Module] = [backbone.build_block(index, seed=0) for index in range(2)]
+    plans = list(block_plans(random_order(2, 16, generator(0)), (4, 4), [6, 3]))
+    images = images_for(backbone)
+    painted = images.clone()
+    for sample in range(2):
+        for unit in plans[0].masked[sample].tolist():
+            row, column = 8 * (unit // 4), 8 * (unit % 4)
+            painted[sample, :, row : row + 8, column : column + 8] = 9.0
+    with torch.no_grad():
+        encoded = encode(blocks, images, plans)
+        assert encoded.shape == (2, 1 + 3, 24)
+        assert torch.equal(encoded, encode(blocks, painted, plans))
+
+
+def test_images_or_plans_of_another_size_are_refused(tiny_backbone: Build) -> None:
+    backbone = tiny_backbone(1)
+    block = backbone.build_block(0, seed=0)
+    plan = block_plans(random_order(1, 9, generator(0)), (3, 3), [4])[0]
+    for size in (32, 24):
+        with pytest.raises(ValueError, match="built for"):
+            block(torch.zeros(1, 3, size, size), plan)
+
+
+def test_parameters_of_a_block_depend_on_seed_and_index_alone(tiny_backbone: Build) -> None:
+    backbone = tiny_backbone([1, 2, 1])
+    torch.manual_seed(1)
+    alone = backbone.build_block(1, seed=0).state_dict()
+    torch.manual_seed(2)
+    beside = [tiny_backbone([1, 2, 1]).build_block(index, seed=0).state_dict() for index in range(3)]
+    assert all(torch.equal(alone[key], value) for key, value in beside[1].items())
+    weight = "layers.0.attn.qkv.weight"
+    assert not torch.equal(alone[weight], beside[0][weight])
+    assert not torch.equal(alone[weight], backbone.build_block(1, seed=1).state_dict()[weight])
+
+
+def test_building_leaves_torchs_generator_alone(tiny_backbone: Build) -> None:
+    before = torch.get_rng_state()
+    backbone = tiny_backbone(2)
+    states = [backbone.build_block(index, seed=0).state_dict() for index in range(2)]
+    backbone.variant(4, states, None)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_blocks_are_initialised_as_in_mae(tiny_backbone: Build) -> None:
+    block = tiny_backbone(1, embed_dim=192, reg_tokens=8).build_block(0, seed=0)
+    assert block.stem is not None
+    for name, layer in block.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            fan = layer.weight.flatten(1).shape
+            bound = (6 / sum(fan)) ** 0.5
+            assert 0.99 * bound < layer.weight.abs().max() <= bound, name
+            assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05), name
+            assert layer.bias is None or not layer.bias.any(), name
+    assert block.stem.reg_token.std().item() == pytest.approx(0.02, rel=0.1)
+    assert block.stem.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
+    assert not block.stem.pos_embed[:, :9].any()
+
+
+def test_block_zero_holds_what_stands_before_the_layers_and_positions_are_never_trained(
+    tiny_backbone: Build,
+) -> None:
+    first, second = (tiny_backbone(2).build_block(index, seed=0) for index in range(2))
+    assert {name.split(".")[0] for name in second.state_dict()} == {"layers"}
+    assert "stem.pos_embed" in first.state_dict()
+    assert "stem.pos_embed" not in dict(first.named_parameters())
+    assert {"stem.cls_token", "stem.patch_embed.proj.weight"} <= set(dict(first.named_parameters()))
