@@ -1,0 +1,406 @@
+"""The settings of a run: typed, frozen, complete before anything starts. The only place that uses pydantic.
+
+Checks what can be checked without the backbone and the data; `resolve.py` and the data sources do the rest. A
+wrong setting is a `SettingsError` whose lines each name a key, its value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from orchestrator.recipes import dump_yaml
+from orchestrator.setting_texts import SettingInfo, explain, group_titles, setting_infos, show
+
+PER_BLOCK = ("mask.ratio", "decoder.depth", "decoder.dim", "decoder.num_heads")
+"""Settings that take one value for all blocks or a list with one for each."""
+
+Scalar = str | int | float | bool | None
+
+
+class SettingsError(ValueError):
+    """One or more settings are wrong; one clear sentence a line."""
+
+
+def _tuple_if_list(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _home(value: object) -> object:
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def _path_if_text(value: object) -> object:
+    return Path(os.path.expanduser(value)) if isinstance(value, str) and value else value
+
+
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+HeldOut = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Location = Annotated[str, BeforeValidator(_home), Field(min_length=1)]
+OutPath = Annotated[Path, BeforeValidator(_path_if_text)]
+Counts = Annotated[tuple[Count, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
+Shares = Annotated[tuple[Share, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
+TwoShares = Annotated[
+    tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]],
+    BeforeValidator(_tuple_if_list),
+]
+Betas = Annotated[tuple[HeldOut, HeldOut], BeforeValidator(_tuple_if_list)]
+ModelArg = bool | int | float | str | list[bool | int | float | str] | None
+
+
+class _Group(BaseModel):
+    # Strict: "4" in a file is text, True is no number. Lists become tuples, text a path, where declared.
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        protected_namespaces=(),
+    )
+
+
+class BackboneSettings(_Group):
+    name: Text = Field(description="timm name; a new name drops the recipe's model_args")
+    model_args: dict[str, ModelArg] = Field(
+        default_factory=dict,
+        description="timm keywords; one by one: --backbone.model_args.depth 8",
+        examples=[{"img_size": 128, "depth": 8}],
+    )
+
+
+class MaskSettings(_Group):
+    ratio: Share | Shares = Field(
+        default=0.75,
+        description="share of mask units hidden; a list must not decrease",
+        examples=[0.75, [0.75, 0.8, 0.85, 0.9]],
+    )
+    score_newly_dropped: bool = Field(default=True, description="later blocks also predict what block 0 saw")
+
+
+class DecoderSettings(_Group):
+    depth: Count | Counts = Field(default=1, description="layers", examples=[1, [1, 1, 2, 2]])
+    dim: Count | Counts = Field(default=256, description="width", examples=[256, [128, 128, 256, 256]])
+    num_heads: Count | Counts | None = Field(
+        default=None, description="attention heads; null: one per 32 of width", examples=[8, [4, 4, 8, 8]]
+    )
+
+
+class TargetSettings(_Group):
+    name: Literal["pixels"] = Field(default="pixels", description="what a decoder predicts of a masked unit")
+    normalize: bool = Field(default=True, description="each unit's pixels by their own mean and deviation")
+
+
+class DataSettings(_Group):
+    source: Location = Field(description="digits, a path, or torchvision:NAME[:ROOT]")
+    image_column: Text | None = Field(default=None, description="of Parquet; null: found by its type")
+    label_column: Text | None = Field(default=None, description="of Parquet; null: 'label' if there is one")
+    batch_size: Count = Field(description="images per micro-batch of the whole run, not per GPU")
+    accumulate: Count = Field(default=1, description="micro-batches per optimizer step")
+    workers: Annotated[int, Field(ge=0)] = Field(default=2, description="loading processes; 0: load in place")
+    crop_scale: TwoShares = Field(
+        default=(0.2, 1.0), description="random resized crop, share of the area", examples=[[0.2, 1.0]]
+    )
+    flip: bool = Field(default=True, description="mirror half of the training images")
+    val_fraction: HeldOut = Field(default=0.1, description="share of images held out for validation")
+    test_fraction: HeldOut = Field(default=0.2, description="share of images held out for the final scores")
+    split_seed: Seed = Field(default=0, description="seed of the three splits, apart from --seed")
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.01, description="stop above this share of unreadable images"
+    )
+
+
+class ScheduleSettings(_Group):
+    epochs: Count = Field(description="passes over the training split")
+    warmup_epochs: NotNegative = Field(default=0.0, description="linear, from 0; a cosine to 0 follows")
+
+
+class OptimSettings(_Group):
+    blr: Positive = Field(default=1.5e-4, description="lr = blr x batch_size x accumulate / 256")
+    weight_decay: NotNegative = Field(default=0.05, description="none on norms, biases and tokens")
+    betas: Betas = Field(default=(0.9, 0.95), description="AdamW's", examples=[[0.9, 0.95]])
+    clip_grad: Positive | None = Field(
+        default=None, description="bound of a block's gradient norm; null: none"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto", description="auto: bf16 where the device has it"
+    )
+
+
+class CheckpointSettings(_Group):
+    every_epochs: Positive = Field(default=10.0, description="epochs from one checkpoint to the next")
+    keep: Count = Field(default=2, description="newest checkpoints that stay on disk")
+
+
+class EvaluationSettings(_Group):
+    knn_k: Count = Field(default=20, description="neighbours of the weighted kNN")
+    knn_temperature: Positive = Field(
+        default=0.07, description="T in a neighbour's weight, exp(similarity / T)"
+    )
+    batch_size: Count = Field(default=256, description="images embedded at a time")
+    latency: bool = Field(default=True, description="measure ms per forward pass at batch 1 and 64")
+
+
+class FailureSettings(_Group):
+    max_restarts: Annotated[int, Field(ge=0)] = Field(
+        default=3, description="times to go back to the last checkpoint"
+    )
+
+
+class PlacementSettings(_Group):
+    backend: Literal["ray", "in_process"] = Field(
+        default="ray", description="Ray actors, or all in this process"
+    )
+    stages: Count | None = Field(default=None, description="places for blocks; null: as many as fit")
+    gpus_per_stage: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        default=None, description="GPUs, at most 1; 0.5: shared by two; null: as there are"
+    )
+    cpus_per_stage: NotNegative | None = Field(
+        default=None, description="CPU cores asked for; null: as there are"
+    )
+    threads_per_stage: Count | None = Field(
+        default=None, description="torch's CPU threads; null: the stage's cores"
+    )
+    window: Count | None = Field(default=None, description="steps under way at once; null: 2 x stages")
+
+
+class TrackingSettings(_Group):
+    uri: Text | None = Field(default=None, description="MLflow's store; null: MLflow's own default")
+    experiment: Text = Field(default="bim", description="MLflow's experiment")
+    model_name: Text | None = Field(default=None, description="registered models; null: named after the run")
+
+
+class Settings(_Group):
+    """Everything that a run depends on. Made by `settings_from_mapping`, or `command_line.load_settings`."""
+
+    name: Word = Field(description="of the run, in MLflow")
+    out: OutPath | None = Field(
+        default=None, description="output folder; null: a new one, named after the run"
+    )
+    resume: bool = Field(default=False, description="continue the run in --out from its last checkpoint")
+    seed: Seed = Field(default=0, description="of weights, masks, sample order and augmentation")
+    init_from: Location | None = Field(
+        default=None, description="weights: timm name, timm folder or .safetensors"
+    )
+    blocks: Count | Counts = Field(
+        default=4, description="how many, or the layers of each; 1: ordinary MAE", examples=[4, [3, 3, 3, 3]]
+    )
+    baseline: Literal["none", "mae"] = Field(
+        default="none", description="mae: also one run with blocks 1, cut to every depth"
+    )
+    backbone: BackboneSettings = Field(description="the timm model that is trained")
+    mask: MaskSettings = Field(default_factory=MaskSettings, description="what the encoder does not see")
+    decoder: DecoderSettings = Field(
+        default_factory=DecoderSettings,
+        description="the local decoder of a block; a list has one value per block",
+    )
+    target: TargetSettings = Field(default_factory=TargetSettings, description="what is predicted")
+    data: DataSettings = Field(description="the images, and how they are served")
+    schedule: ScheduleSettings = Field(description="how long it trains")
+    optim: OptimSettings = Field(default_factory=OptimSettings, description="AdamW, one for every block")
+    checkpoint: CheckpointSettings = Field(
+        default_factory=CheckpointSettings, description="how much a crash can cost"
+    )
+    evaluation: EvaluationSettings = Field(
+        default_factory=EvaluationSettings, description="the scores of every depth"
+    )
+    failures: FailureSettings = Field(default_factory=FailureSettings, description="when a stage is lost")
+    placement: PlacementSettings = Field(
+        default_factory=PlacementSettings,
+        description="where the blocks live; a stage holds one or several",
+    )
+    tracking: TrackingSettings = Field(default_factory=TrackingSettings, description="the record in MLflow")
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks, however `blocks` was written."""
+        return self.blocks if isinstance(self.blocks, int) else len(self.blocks)
+
+    @property
+    def effective_batch(self) -> int:
+        """Images per optimizer step."""
+        return self.data.batch_size * self.data.accumulate
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate: blr x effective batch / 256 (MAE)."""
+        return self.optim.blr * self.effective_batch / 256
+
+    def per_block(self, key: str) -> tuple[Any, ...]:
+        """The value of `mask.ratio` or a `decoder` setting for every block; a single value holds for all."""
+        group, name = key.split(".")
+        value = getattr(getattr(self, group), name)
+        return value if isinstance(value, tuple) else (value,) * self.num_blocks
+
+    @model_validator(mode="after")
+    def _agree(self) -> Settings:
+        problems = _contradictions(self)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _contradictions(s: Settings) -> list[str]:
+    """What no single setting shows: one sentence for each pair that cannot be honoured."""
+    blocks = s.num_blocks
+    problems = [
+        f"{key} lists {given} values for {blocks} blocks: give one for each block, or one for all"
+        for key in PER_BLOCK
+        if (given := len(s.per_block(key))) != blocks
+    ]
+    ratios = s.per_block("mask.ratio")
+    if any(later < earlier for earlier, later in pairwise(ratios)):
+        problems.append(
+            f"mask.ratio must not decrease from block to block, not {show(list(ratios))}: "
+            "a later block sees only what the one before it kept"
+        )
+    if s.data.val_fraction + s.data.test_fraction >= 1:
+        problems.append(
+            f"data.val_fraction + data.test_fraction must be below 1, not {s.data.val_fraction:g} + "
+            f"{s.data.test_fraction:g}: no image would be left to train on"
+        )
+    low, high = s.data.crop_scale
+    if low > high:
+        problems.append(f"data.crop_scale must be [smallest, largest], not [{low:g}, {high:g}]")
+    if s.schedule.warmup_epochs >= s.schedule.epochs:
+        problems.append(
+            f"schedule.warmup_epochs must be below schedule.epochs ({s.schedule.epochs}), "
+            f"not {s.schedule.warmup_epochs:g}"
+        )
+    if s.resume and s.out is None:
+        problems.append("resume needs out: the folder of the run to continue (--out DIR --resume)")
+    if s.placement.stages is not None and s.placement.stages > blocks:
+        problems.append(
+            f"placement.stages must be at most {blocks}, the number of blocks, not {s.placement.stages}"
+        )
+    return problems
+
+
+MAY_DIFFER_ON_RESUME = (
+    "name",
+    "out",
+    "resume",
+    "baseline",  # a run of its own, beside this one
+    "data.workers",  # the content of a batch is a function of (seed, step), whoever loads it
+    "data.max_bad_fraction",
+    "checkpoint.",
+    "evaluation.",
+    "failures.",
+    "placement.",  # the same updates in the same order; only the hardware's rounding may differ
+    "tracking.",
+)
+"""Keys, and groups (with a dot), that change no trained weight: a run may be resumed with others.
+
+Everything else must equal the checkpoint's: also `schedule.epochs` (the cosine's length), `data.accumulate` against
+`data.batch_size` (masks are drawn per micro-batch), `data.label_column` (splits are stratified) and `init_from` (a
+run that has no checkpoint yet starts again).
+"""
+
+
+@cache
+def all_settings() -> dict[str, SettingInfo]:
+    """Every setting by its dotted key, in the order of --help."""
+    return setting_infos(Settings.model_json_schema())
+
+
+def setting_groups() -> dict[str, str]:
+    """Group name -> what it is about, in the order of --help."""
+    return group_titles(Settings.model_json_schema())
+
+
+def settings_from_mapping(
+    values: Mapping[str, Any], file: str | None = None, typed: Mapping[str, str] | None = None
+) -> Settings:
+    """Validate nested plain values, as a YAML recipe holds them. A group that is null counts as not given.
+
+    Args:
+        file: where the values come from; put before each message about one of them.
+        typed: dotted key -> text of those values that the command line gave; shown as typed, without `file`.
+
+    Raises:
+        SettingsError: one line for every key that is unknown, missing, or wrong, or that contradicts another.
+    """
+    typed = typed or {}
+    groups = setting_groups()
+    given = {key: value for key, value in values.items() if not (value is None and key in groups)}
+    try:
+        return Settings.model_validate(given)
+    except ValidationError as error:
+        said = explain(error.errors(), given, all_settings(), typed)
+        lines = [f"{file}: {text}" if file and key and key not in typed else text for key, text in said]
+        raise SettingsError("\n".join(lines)) from None
+
+
+def settings_to_mapping(settings: Settings) -> dict[str, Any]:
+    """Nested plain values (lists, text, numbers) from which `settings_from_mapping` makes equal settings."""
+    return settings.model_dump(mode="json")
+
+
+def settings_to_yaml(settings: Settings) -> str:
+    """Every setting as YAML; given as `--recipe FILE` it makes equal settings again."""
+    return f"# All settings of the run '{settings.name}'\n{dump_yaml(settings_to_mapping(settings))}"
+
+
+def with_changes(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """Settings that differ in some dotted keys, validated anew: `with_changes(s, {"blocks": 1})`."""
+    values = settings_to_mapping(settings)
+    for key, value in changes.items():
+        values = overlaid(values, key.split("."), value)
+    return settings_from_mapping(values)
+
+
+def end_to_end(settings: Settings) -> Settings:
+    """The same run as ordinary MAE: one block; of what is listed per block, the deepest block's value."""
+    last = {key: settings.per_block(key)[-1] for key in PER_BLOCK}
+    return with_changes(settings, {"blocks": 1, "baseline": "none"} | last)
+
+
+def overlaid(values: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+    """A copy of nested values with one of them replaced or added; groups on the way are made if absent."""
+    copy = deepcopy(dict(values))
+    inner = copy
+    for part in path[:-1]:
+        if not isinstance(inner.get(part), dict):
+            inner[part] = {}
+        inner = inner[part]
+    inner[path[-1]] = value
+    return copy
+
+
+def flat(settings: Settings) -> dict[str, Scalar]:
+    """Dotted key -> value, for MLflow; lists as text (`[3, 3, 3, 3]`), each of `model_args` its own key."""
+    return {key: show(v) if isinstance(v, list) else v for key, v in _leaves(settings_to_mapping(settings))}
+
+
+def differing_keys(a: Settings, b: Settings) -> list[str]:
+    """Dotted keys by which two settings train other weights (see MAY_DIFFER_ON_RESUME), alphabetically."""
+    left, right = dict(_leaves(settings_to_mapping(a))), dict(_leaves(settings_to_mapping(b)))
+    absent = object()
+    return sorted(
+        key
+        for key in left.keys() | right.keys()
+        if left.get(key, absent) != right.get(key, absent)
+        and not any(
+            key == free or (free.endswith(".") and key.startswith(free)) for free in MAY_DIFFER_ON_RESUME
+        )
+    )
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return found
