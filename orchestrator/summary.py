@@ -1,0 +1,205 @@
+"""The final table of a run: every depth, what it costs and what it is worth, beside its references.
+
+As text that a person reads in a terminal, and the same as rows for other programs (summary.json, summary.csv). Formats
+what `evaluation.py` measured; measures and prints nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.evaluation import DepthReport
+
+Row = dict[str, str | int | float | None]
+
+COLUMNS = (
+    "weights",
+    "depth",
+    "params",
+    "gflops",
+    "latency_b1_ms",
+    "latency_b64_ms",
+    "knn_top1",
+    "knn_top1_se",
+    "linear_top1",
+    "linear_top1_se",
+)
+NOTHING = "-"
+GAP = "  "
+
+
+def summary_rows(
+    reports: Sequence[DepthReport],
+    random_reports: Sequence[DepthReport] = (),
+    raw: Mapping[str, float] | None = None,
+    baseline_reports: Sequence[DepthReport] = (),
+) -> list[Row]:
+    """One flat row per measured thing, with the keys of `COLUMNS`; what was not measured is None.
+
+    "weights" says what was measured: "trained", "mae" (the truncated baseline), "random" or "raw pixels".
+    raw: accuracies of raw pixels, by the names of `Scores.metrics`.
+    """
+    groups = (("trained", reports), ("mae", baseline_reports), ("random", random_reports))
+    measured: list[tuple[str, int | None, Mapping[str, float]]] = [
+        (name, report.depth, report.metrics()) for name, group in groups for report in group
+    ]
+    if raw:
+        measured.append(("raw pixels", None, raw))
+    rows: list[Row] = []
+    for weights, depth, values in measured:
+        row: Row = {"weights": weights, "depth": depth}
+        row |= {column: values.get(column) for column in COLUMNS[2:]}
+        if depth is not None:
+            row["params"] = int(values["params"])
+        rows.append(row)
+    return rows
+
+
+def render_table(
+    reports: Sequence[DepthReport],
+    random_reports: Sequence[DepthReport] = (),
+    raw: Mapping[str, float] | None = None,
+    baseline_reports: Sequence[DepthReport] = (),
+) -> str:
+    """The table as plain text of at most 100 columns, with a note under it on what the figures are.
+
+    Arguments as in `summary_rows`. A column of which nothing was measured is left out.
+    """
+    kinds = {"trained": reports, "MAE": baseline_reports, "random": random_reports}
+    by_depth = {
+        kind: {report.depth: report.metrics() for report in group} for kind, group in kinds.items() if group
+    }
+    depths = sorted({depth for group in by_depth.values() for depth in group})
+    costs = {report.depth: report.metrics() for group in reversed(kinds.values()) for report in group}
+    raw = raw or {}
+
+    cost_columns = [Column("depth", tuple(str(depth) for depth in depths))]
+    for title, key, form in (
+        ("params", "params", params_text),
+        ("GFLOPs", "gflops", three_digits),
+        ("ms b1", "latency_b1_ms", three_digits),
+        ("ms b64", "latency_b64_ms", three_digits),
+    ):
+        cells = tuple(form(costs[depth][key]) if key in costs[depth] else NOTHING for depth in depths)
+        cost_columns.append(Column(title, cells))
+    score_columns = []
+    for title, key in (("kNN top-1 %", "knn_top1"), ("linear top-1 %", "linear_top1")):
+        pixels = accuracy_text(raw, key) if raw else ""
+        for kind, group in by_depth.items():
+            cells = tuple(accuracy_text(group.get(depth, {}), key) for depth in depths)
+            heading = (kind, title) if len(by_depth) > 1 else (title, "")
+            score_columns.append(Column(heading[0], cells, heading[1], pixels))
+            title = pixels = ""  # over and under the first column of the group only
+    return "\n".join((*_lines(cost_columns, score_columns), "", *_notes(reports, by_depth)))
+
+
+def write_summary(rows: Sequence[Row], folder: Path) -> tuple[Path, Path]:
+    """The rows as summary.json (a list of objects) and summary.csv below `folder`; existing ones are replaced."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return (
+        _replace(folder / "summary.json", json.dumps(list(rows), indent=2) + "\n"),
+        _replace(folder / "summary.csv", text.getvalue()),
+    )
+
+
+def params_text(params: float) -> str:
+    """`0.230 M`, `5.50 M`, `85.8 M`, `304 M`; below 0.1 M `12.3 k`."""
+    return f"{three_digits(params / 1e6)} M" if params >= 1e5 else f"{three_digits(params / 1e3)} k"
+
+
+def three_digits(value: float) -> str:
+    """Three significant digits without an exponent: `0.00123`, `0.81`, `12.3`, `1230`."""
+    if value == 0:
+        return "0"
+    decimals = 0
+    while abs(value) * 10**decimals < 99.95 and decimals < 6:
+        decimals += 1
+    return f"{value:.{decimals}f}"
+
+
+def accuracy_text(values: Mapping[str, float], key: str) -> str:
+    """`91.2±1.5`, per cent with one standard error; `-` if it was not measured."""
+    if key not in values:
+        return NOTHING
+    per_cent = f"{100 * values[key]:.1f}".replace("100.0", "100")
+    return f"{per_cent}±{100 * values[key + '_se']:.1f}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the text: `group` stands over it and the ones that follow, `pixels` is its cell for raw pixels."""
+
+    title: str
+    cells: tuple[str, ...]
+    group: str = ""
+    pixels: str = ""
+
+    @property
+    def measured(self) -> bool:
+        return any(cell not in ("", NOTHING) for cell in self.cells)
+
+    @property
+    def width(self) -> int:
+        return max(len(text) for text in (self.title, self.pixels, *self.cells))
+
+
+def _lines(costs: Sequence[Column], scores: Sequence[Column]) -> list[str]:
+    """Header, one line per depth, and one for raw pixels; columns are right-aligned and two spaces apart."""
+    costs = [column for column in costs if column.measured]
+    scores = [column for column in scores if column.measured]
+    left = sum(column.width + len(GAP) for column in costs)
+    groups, pixels = " " * left, "raw pixels".ljust(left)
+    for column in scores:
+        if column.group:  # the title starts where its first column does
+            groups = groups.rstrip().ljust(len(pixels)) + column.group
+        pixels += column.pixels.rjust(column.width) + GAP
+    columns = [*costs, *scores]
+    rows = [[column.title for column in columns], *zip(*(column.cells for column in columns), strict=True)]
+    lines = [
+        GAP.join(cell.rjust(column.width) for cell, column in zip(row, columns, strict=True)) for row in rows
+    ]
+    if groups.strip():
+        lines.insert(0, groups)
+    if any(column.pixels for column in scores):
+        lines.append(pixels.rstrip())
+    return lines
+
+
+def _notes(
+    reports: Sequence[DepthReport], by_depth: Mapping[str, Mapping[int, Mapping[str, float]]]
+) -> list[str]:
+    """What the figures are, a line each; only what the table shows is explained."""
+    notes = []
+    tested = next((report.n_test for report in reports if report.n_test), 0)
+    if tested:
+        notes.append(("±", f"one standard error on {tested:,} test images"))
+        if "MAE" in by_depth:
+            notes.append(("MAE", "the end-to-end baseline, cut to the same depth"))
+        if "random" in by_depth:
+            notes.append(("random", "the same depth before training"))
+    size = next((report.image_size for report in reports if report.image_size), None)
+    pixels = f" of {size[0]} x {size[1]} pixels" if size else ""
+    notes.append(("GFLOPs", f"2 x multiply-accumulates, one image{pixels}"))
+    device = next((report.device for report in reports if report.device), "")
+    if device:
+        notes.append(("ms", f"median time of a batch of 1 and of 64 on {device}"))
+    lines = [f"{name.ljust(max(len(name) for name, _ in notes))}  {text}" for name, text in notes]
+    return lines if tested else [*lines, "No accuracy: the data has no labels."]
+
+
+def _replace(path: Path, text: str) -> Path:
+    """Write by renaming: whoever reads finds the old file or the new one, never a half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)
+    return path
