@@ -12,9 +12,15 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from orchestrator.data.errors import BadImage
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except (
+    ImportError
+):  # torchvision 0.29 announces that its decoders will go; Pillow gives the same pixels, more slowly
+    decode_jpeg = None
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb (2 x 1 GiB / 4 / 3), kept if a user lifts Pillow's
 _ORIENTATION = 0x0112  # EXIF tag
@@ -55,7 +61,9 @@ def image_to_rgb(image: Image.Image) -> Tensor:
 
 
 def _decode_jpeg(data: bytes) -> Tensor | None:
-    """(3, H, W), or None where Pillow shall decide (it names the damage, and knows arithmetic coding)."""
+    """(3, H, W), or None where Pillow shall decide (it names the damage, and knows rare codings)."""
+    if decode_jpeg is None:
+        return None
     try:
         return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
     except RuntimeError:

@@ -67,8 +67,6 @@ class Prefetcher:
         size = reader.batch_shape[0]
         count = min(workers, size)
         self._shape = (_AHEAD, *reader.batch_shape)
-        self._file = _memory_file(size=int(np.prod(self._shape)))
-        self._memory = _map(self._file.fileno(), self._shape)
         self._pending: deque[tuple[int, int]] = (
             deque()
         )  # (batch number, slot), asked of all workers, in this order
@@ -76,9 +74,13 @@ class Prefetcher:
         self._workers: list[_Worker] = []
         # ends the workers too when the consumer forgets to close, or the interpreter ends
         self._end = weakref.finalize(self, _end_workers, self._workers)
-        with _memory_file(pickle.dumps((reader, self._shape))) as state:  # never waits, unlike a pipe
+        with (
+            _memory_file(size=int(np.prod(self._shape))) as memory,
+            _memory_file(pickle.dumps((reader, self._shape))) as state,  # never waits, unlike a pipe
+        ):
+            self._memory = _map(memory.fileno(), self._shape)
             for start, stop in itertools.pairwise(edges):
-                self._workers.append(_start_worker(self._file.fileno(), state.fileno(), start, stop))
+                self._workers.append(_start_worker(memory.fileno(), state.fileno(), start, stop))
 
     def get(self, number: int) -> Filled:
         """Batch `number`. Raises what the reader raised for it, RuntimeError if a worker died."""
@@ -211,10 +213,8 @@ def _end_workers(workers: list[_Worker]) -> None:
 
 def _memory_file(content: bytes = b"", size: int = 0) -> IO[bytes]:
     """An open file without a name that holds `content`, or `size` zeros: in memory on Linux, on the disk elsewhere."""
-    if hasattr(os, "memfd_create"):
-        file = os.fdopen(os.memfd_create("bim-data"), "w+b")
-    else:
-        file = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
+    create = getattr(os, "memfd_create", None)
+    file = os.fdopen(create("bim-data"), "w+b") if create else tempfile.TemporaryFile()  # noqa: SIM115
     file.write(content)
     file.truncate(max(size, len(content)))
     file.flush()

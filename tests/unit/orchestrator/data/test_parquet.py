@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from torch import Tensor
+
+import orchestrator.data.parquet as parquet
+from orchestrator.data.errors import BadImage, DataError
+from orchestrator.data.order import epoch_order
+from orchestrator.data.parquet import ParquetSource
+from orchestrator.data.splits import make_splits
+
+Make = Callable[..., Path]
+Shows = Callable[[Tensor, int], bool]
+
+
+def hf_metadata(**features: object) -> dict[str, str]:
+    return {"huggingface": json.dumps({"info": {"features": features}})}
+
+
+class CountingSource(ParquetSource):
+    """Counts how often a row group is read from the disk."""
+
+    reads = 0
+
+    def _read_group(self, group: int) -> pa.ChunkedArray:
+        self.reads += 1
+        return super()._read_group(group)
+
+
+def test_rows_of_all_shards_are_numbered_in_order(shard: Make, shows: Shows):
+    files = [shard("a.parquet", range(6)), shard("b.parquet", range(6, 9), plain=False)]
+    source = ParquetSource(files[0].parent, files)
+    assert len(source) == 9
+    for number in (0, 3, 4, 5, 6, 8):
+        assert shows(source.load(number), number)
+    assert source.item_name(5) == "a.parquet row 5"
+    assert source.item_name(7) == "b.parquet row 1"
+    assert source.labels is source.class_names is source.fixed_splits is None
+
+
+def test_plain_binary_column_is_read(shard: Make, shows: Shows):
+    file = shard("a.parquet", range(6), plain=True)
+    assert shows(ParquetSource(file, [file]).load(5), 5)
+
+
+def test_labels_and_class_names_come_from_the_hugging_face_metadata(shard: Make):
+    meta = hf_metadata(image={"_type": "Image"}, label={"_type": "ClassLabel", "names": ["cat", "dog"]})
+    file = shard("a.parquet", range(3), labels=[1, 0, 1], metadata=meta)
+    source = ParquetSource(file, [file])
+    assert source.labels is not None
+    assert source.labels.dtype == np.int64
+    assert source.labels.tolist() == [1, 0, 1]
+    assert source.class_names == ("cat", "dog")
+
+
+def test_string_labels_are_numbered_by_their_sorted_names(shard: Make):
+    files = [
+        shard("a.parquet", range(2), labels=["dog", "cat"]),
+        shard("b.parquet", range(2), labels=["ant", "dog"]),
+    ]
+    source = ParquetSource(files[0].parent, files)
+    assert source.class_names == ("ant", "cat", "dog")
+    assert source.labels is not None
+    assert source.labels.tolist() == [2, 1, 0, 2]
+
+
+def test_missing_labels_are_dropped_with_a_word_unless_asked_for(
+    shard: Make, caplog: pytest.LogCaptureFixture
+):
+    file = shard("a.parquet", range(3), labels=[1, None, -1])
+    with caplog.at_level(logging.WARNING):
+        assert ParquetSource(file, [file]).labels is None
+    assert "leaves 2 of 3 rows without a label" in caplog.text
+    with pytest.raises(DataError, match=r"2 of 3 rows without a label"):
+        ParquetSource(file, [file], label_column="label")
+
+
+def test_a_label_beyond_the_class_names_is_refused(shard: Make):
+    meta = hf_metadata(label={"_type": "ClassLabel", "names": ["cat", "dog"]})
+    file = shard("a.parquet", range(3), labels=[0, 1, 2], metadata=meta)
+    with pytest.raises(DataError, match=r"label 2.*names only 2 classes"):
+        ParquetSource(file, [file])
+
+
+def test_without_image_column_the_columns_are_listed(tmp_path: Path):
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["x"], "label": [1]}), file)
+    with pytest.raises(
+        DataError, match=r"a\.parquet has no image column .*it has text: string, label: int64"
+    ):
+        ParquetSource(file, [file])
+
+
+def test_the_image_column_can_be_named_and_is_checked(
+    tmp_path: Path, shows: Shows, png_of: Callable[[int], bytes]
+):
+    file = tmp_path / "a.parquet"
+    cells = [png_of(0)], [png_of(1)]
+    pq.write_table(pa.table({"left": cells[0], "right": cells[1], "n": [1]}), file)
+    with pytest.raises(DataError, match=r"several columns .* data\.image_column"):
+        ParquetSource(file, [file])
+    assert shows(ParquetSource(file, [file], "right").load(0), 1)
+    with pytest.raises(DataError, match=r"no column 'middle'.*it has left: binary"):
+        ParquetSource(file, [file], "middle")
+    with pytest.raises(DataError, match=r"'n' .* holds no image bytes"):
+        ParquetSource(file, [file], "n")
+    with pytest.raises(DataError, match=r"no column 'kind'"):
+        ParquetSource(file, [file], "left", "kind")
+    with pytest.raises(DataError, match=r"neither integers nor strings"):
+        ParquetSource(file, [file], "left", "right")
+
+
+def test_shards_that_differ_are_refused(shard: Make):
+    files = [shard("a.parquet", range(2), labels=[0, 1]), shard("b.parquet", range(2))]
+    with pytest.raises(DataError, match=r"a\.parquet and b\.parquet differ"):
+        ParquetSource(files[0].parent, files)
+
+
+def test_a_file_that_is_no_parquet_or_has_no_rows_is_refused(tmp_path: Path, shard: Make):
+    file = tmp_path / "a.parquet"
+    file.write_bytes(b"PAR1 cut short")
+    with pytest.raises(DataError, match=r"cannot be read as Parquet"):
+        ParquetSource(file, [file])
+    file = shard("b.parquet", range(0))
+    with pytest.raises(DataError, match=r"no rows"):
+        ParquetSource(file, [file])
+
+
+def test_a_row_group_too_large_to_hold_is_refused_with_the_remedy(
+    shard: Make, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(parquet, "MAX_GROUP_BYTES", 100)
+    file = shard("a.parquet", range(3))
+    with pytest.raises(DataError, match=r"row group 0 of a.parquet .*row_group_size=500"):
+        ParquetSource(file, [file])
+
+
+def test_rows_without_bytes_and_damaged_rows_are_bad_images(tmp_path: Path):
+    file = tmp_path / "a.parquet"
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = [None, {"bytes": None, "path": "a.png"}, {"bytes": b"junk", "path": None}]
+    pq.write_table(pa.table({"image": pa.array(rows, kind)}), file)
+    source = ParquetSource(file, [file])
+    for index, reason in enumerate(("no image bytes", "no image bytes", "no image format")):
+        with pytest.raises(BadImage, match=f"a.parquet row {index}: .*{reason}"):
+            source.load(index)
+
+
+def test_a_damaged_row_group_makes_its_rows_bad_and_no_others(shard: Make):
+    file = shard("a.parquet", range(8))
+    data = bytearray(file.read_bytes())
+    chunk = pq.ParquetFile(file).metadata.row_group(1).column(0)
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    data[start : start + 40] = b"\xff" * 40
+    file.write_bytes(data)
+    source = ParquetSource(file, [file])
+    source.load(3)
+    with pytest.raises(BadImage, match=r"row 5: its row group cannot be read"):
+        source.load(5)
+
+
+def test_shard_names_are_fixed_splits_and_val_is_cut_from_train(shard: Make):
+    files = [shard("test-00000-of-00001.parquet", range(5)), shard("train-00000-of-00001.parquet", range(20))]
+    source = ParquetSource(files[0].parent, files)
+    splits = make_splits(source, 0, val_fraction=0.25, test_fraction=0.5)
+    assert splits.test.tolist() == [0, 1, 2, 3, 4]
+    assert len(splits.val) == 5
+    assert sorted([*splits.train, *splits.val]) == list(range(5, 25))
+
+
+def test_an_epoch_reads_each_row_group_once_however_small_the_cache(shard: Make):
+    file = shard("a.parquet", range(40), group=4)  # ten row groups
+    one_group = pq.ParquetFile(file).metadata.row_group(0).total_byte_size
+    source = CountingSource(file, [file], cache_bytes=3 * one_group + one_group // 2)
+    assert source.chunks.window in (2, 3)
+    for index in epoch_order(np.arange(40), 0, 0, source.chunks):
+        source.load(int(index))
+    assert source.reads == 10
+
+
+def test_a_copy_carries_no_image_data_and_reads_anew(shard: Make, shows: Shows):
+    file = shard("a.parquet", range(40))
+    source = ParquetSource(file, [file])
+    source.load(0)
+    state = pickle.dumps(source)
+    assert len(state) < 5_000
+    assert shows(pickle.loads(state).load(39), 39)
+
+
+def test_fingerprint_follows_the_data_and_not_the_place(shard: Make):
+    prints = [
+        ParquetSource(file, [file]).fingerprint()
+        for file in (
+            shard("one/a.parquet", range(4)),
+            shard("two/a.parquet", range(4)),
+            shard("three/a.parquet", range(5)),
+            shard("four/a.parquet", range(4), group=2),
+        )
+    ]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
