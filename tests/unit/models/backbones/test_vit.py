@@ -33,7 +33,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "CLIP": ("vit_base_patch16_clip_224", {}),
     "BEiT-3": ("beit3_base_patch16_224", {}),
     "norm after pooling": ("vit_wee_patch16_reg1_gap_256", {}),
-    "no final norm": ("vit_base_patch16_radio_v3", {}),
+    "no final norm": ("vit_intern300m_patch14_448", SMALL),
     "norm after each part": ("vit_base_patch16_rpn_224", {}),
     "parallel parts": ("vit_pwee_patch16_reg1_gap_256", {}),
     "parallel things": ("vit_small_patch16_18x2_224", {}),
