@@ -103,8 +103,7 @@ class ViTBlock(nn.Module):
 
 
 class ViTBackbone:
-    """A timm VisionTransformer as a `Backbone`: with or without class token, registers, LayerScale, pre-norm,
-    qk-norm, ...
+    """A timm VisionTransformer as a `Backbone`, with or without class token, registers, LayerScale, pre-norm, qk-norm.
 
     name: timm name. blocks: how many, or their sizes in layers. model_args: keyword overrides of the timm
     model. Raises ValueError for what cannot be cut, with the reason; see `refusal`.
