@@ -6,6 +6,7 @@ wrong setting is a `SettingsError` whose lines each name a key, its value and wh
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -365,7 +366,7 @@ def with_changes(settings: Settings, changes: Mapping[str, Any]) -> Settings:
 def end_to_end(settings: Settings) -> Settings:
     """The same run as ordinary MAE: one block; of what is listed per block, the deepest block's value."""
     last = {key: settings.per_block(key)[-1] for key in PER_BLOCK}
-    return with_changes(settings, {"blocks": 1, "baseline": "none"} | last)
+    return with_changes(settings, {"blocks": 1, "baseline": "none", "placement.stages": None} | last)
 
 
 def overlaid(values: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
@@ -382,7 +383,9 @@ def overlaid(values: Mapping[str, Any], path: Sequence[str], value: Any) -> dict
 
 def flat(settings: Settings) -> dict[str, Scalar]:
     """Dotted key -> value, for MLflow; lists as text (`[3, 3, 3, 3]`), each of `model_args` its own key."""
-    return {key: show(v) if isinstance(v, list) else v for key, v in _leaves(settings_to_mapping(settings))}
+    return {
+        key: json.dumps(v) if isinstance(v, list) else v for key, v in _leaves(settings_to_mapping(settings))
+    }
 
 
 def differing_keys(a: Settings, b: Settings) -> list[str]:

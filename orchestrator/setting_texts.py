@@ -24,6 +24,7 @@ class SettingInfo:
         is_text: the command line's text is the value itself and is not read as YAML.
         is_flag: a boolean, which may stand on the command line without a value.
         is_open: a mapping with keys of its own below this one.
+        nullable: null is allowed.
         required: a recipe must give it.
     """
 
@@ -45,8 +46,8 @@ def setting_infos(schema: Mapping[str, Any]) -> dict[str, SettingInfo]:
 
     def visit(properties: Mapping[str, Any], required: Iterable[str], group: str) -> None:
         for name, entry in properties.items():
-            if "$ref" in entry:
-                inner = schema["$defs"][entry["$ref"].rsplit("/", 1)[1]]
+            if reference := _reference(entry):
+                inner = schema["$defs"][reference.rsplit("/", 1)[1]]
                 visit(inner["properties"], inner.get("required", ()), name)
             else:
                 key = f"{group}.{name}" if group else name
@@ -59,8 +60,16 @@ def setting_infos(schema: Mapping[str, Any]) -> dict[str, SettingInfo]:
 def group_titles(schema: Mapping[str, Any]) -> dict[str, str]:
     """Group name -> what the group is about."""
     return {
-        name: entry.get("description", "") for name, entry in schema["properties"].items() if "$ref" in entry
+        name: entry.get("description", "")
+        for name, entry in schema["properties"].items()
+        if _reference(entry)
     }
+
+
+def _reference(entry: Mapping[str, Any]) -> str:
+    """What a group's entry points to; pydantic before 2.9 wraps it."""
+    pointer = entry.get("allOf", [entry])[0].get("$ref", "")
+    return str(pointer)
 
 
 def _info(key: str, group: str, entry: Mapping[str, Any], required: bool) -> SettingInfo:

@@ -195,7 +195,9 @@ def test_one_value_holds_for_every_block() -> None:
 
 
 def test_end_to_end_is_one_block_with_the_deepest_block_s_values() -> None:
-    made = end_to_end(settings(mask__ratio=[0.6, 0.7, 0.7, 0.8], decoder__dim=[32, 64, 64, 128]))
+    made = end_to_end(
+        settings(mask__ratio=[0.6, 0.7, 0.7, 0.8], decoder__dim=[32, 64, 64, 128], placement__stages=4)
+    )
     assert (made.blocks, made.mask.ratio, made.decoder.dim) == (1, 0.8, 128)
 
 
@@ -240,6 +242,11 @@ def test_flat_gives_mlflow_one_scalar_for_every_setting() -> None:
     assert values["data.crop_scale"] == "[0.2, 1.0]"
     assert all(isinstance(value, str | int | float | bool | None) for value in values.values())
     assert set(all_settings()) - set(values) == {"backbone.model_args"}
+
+
+def test_flat_does_not_cut_a_long_list() -> None:
+    ratios = [0.5 + 0.01 * k for k in range(24)]
+    assert flat(settings(blocks=24, mask__ratio=ratios))["mask.ratio"] == str(ratios)
 
 
 def test_a_resumed_run_may_differ_in_what_does_not_change_the_weights() -> None:
