@@ -107,10 +107,17 @@ def _what_it_is(backbone: Backbone, depth: int, facts: CardFacts) -> str:
         text += "by masked image modelling end to end (MAE)"
         cut = depth < blocks[0].depth
         return text + (f" at {blocks[0].depth} layers, and cut to {depth} afterwards." if cut else ".")
+    share = (
+        f"the first {len(used)} of {len(blocks)} blocks"
+        if len(used) > 1
+        else f"the first of {len(blocks)} blocks"
+    )
+    if len(used) == len(blocks):
+        share = f"all {len(blocks)} blocks"
     return text + (
         "by block-wise masked image modelling (BIM): the layers are cut into blocks of "
         f"{_listed([str(info.layers) for info in blocks])}, each with a decoder and a reconstruction loss of its own "
-        f"and no gradient between them. This model is the first {len(used)} of {len(blocks)} blocks; its final norm is "
+        f"and no gradient between them. This model is {share}; its final norm is "
         "that of the decoder of the last one."
     )
 
