@@ -1,0 +1,299 @@
+"""Pictures of a run: reconstructions, accuracy against cost, losses of the blocks.
+
+Matplotlib figures on the Agg canvas, without pyplot: no global state, no display, safe beside training threads. Arrays and
+records in, a figure or a PNG out. Colours are Okabe and Ito's, told apart by the colour-blind, and every series has a marker
+of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from orchestrator.evaluation import DepthReport
+
+DPI = 150
+GREY = 0.5
+"""What stands for a masked unit: neither the black ground of scans nor the white of drawings."""
+
+CELL = 190
+"""Least side in pixels at which an image is shown."""
+
+GAP, HEAD, TITLE = 8, 26, 34
+"""Pixels between images, for column heads, and for the title."""
+
+SERIES: dict[str, dict[str, Any]] = {
+    "trained": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "MAE cut to the depth": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
+    "random initialisation": {"color": "#7F7F7F", "marker": "^", "linestyle": "-."},
+}
+RAW_COLOR = "#009E73"
+PANELS = ("Nearest neighbours", "Linear probe")
+COSTS = {"latency_b1_ms": "latency of one image, ms", "gflops": "GFLOPs per image"}
+DIRECTIONS = ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1))
+"""Where a label may stand beside its point, best first."""
+
+
+def hide_masked(images: np.ndarray, masked: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Grey where masked. images: (B, H, W, 3) in 0..1; masked: (B, M) mask units, row by row over `grid`."""
+    return np.where(_is_masked(masked, grid, images.shape[1:3]), GREY, images)
+
+
+def fill_masked(
+    images: np.ndarray, predicted: np.ndarray, masked: np.ndarray, grid: tuple[int, int]
+) -> np.ndarray:
+    """`predicted` where masked, `images` elsewhere; shapes as in `hide_masked`."""
+    return np.where(_is_masked(masked, grid, images.shape[1:3]), predicted, images)
+
+
+def reconstruction_figure(
+    original: np.ndarray, predicted: np.ndarray, masked: np.ndarray, grid: tuple[int, int], title: str = ""
+) -> Figure:
+    """One row per image: masked | reconstructed | original. The visible part is shown as it is, not as it was predicted.
+
+    original, predicted: (B, H, W, 3), un-normalised; what lies outside 0..1 is clipped. masked: (B, M) mask units.
+    """
+    columns = {
+        "masked": hide_masked(original, masked, grid),
+        "reconstructed": fill_masked(original, predicted, masked, grid),
+        "original": original,
+    }
+    scale = max(1, -(-CELL // max(original.shape[1:3])))  # whole pixels, or patches would differ in size
+    sheets = [np.clip(shown, 0, 1).repeat(scale, axis=1).repeat(scale, axis=2) for shown in columns.values()]
+    rows, height, width = sheets[0].shape[:3]
+    sheet_height = rows * (height + GAP) - GAP
+    canvas = np.ones((sheet_height, 3 * (width + GAP) - GAP, 3))
+    for column, shown in enumerate(sheets):
+        for row, image in enumerate(shown):
+            top, left = row * (height + GAP), column * (width + GAP)
+            canvas[top : top + height, left : left + width] = image
+
+    margin = GAP * 2
+    total_width = canvas.shape[1] + 2 * margin
+    total_height = sheet_height + 2 * margin + HEAD + (TITLE if title else 0)
+    figure = _figure(total_width / DPI, total_height / DPI)
+    place = (
+        margin / total_width,
+        margin / total_height,
+        canvas.shape[1] / total_width,
+        sheet_height / total_height,
+    )
+    axes = figure.add_axes(place)
+    axes.imshow(canvas, interpolation="nearest", aspect="auto")
+    axes.set_axis_off()
+    head = (margin + sheet_height + HEAD / 3) / total_height
+    for column, name in enumerate(columns):
+        centre = (margin + column * (width + GAP) + width / 2) / total_width
+        figure.text(centre, head, name, ha="center", va="bottom", fontsize=8)
+    if title:
+        figure.text(0.5, 1 - margin / 2 / total_height, title, ha="center", va="top", fontsize=9)
+    return figure
+
+
+def save_reconstructions(
+    path: Path,
+    original: np.ndarray,
+    predicted: np.ndarray,
+    masked: np.ndarray,
+    grid: tuple[int, int],
+    title: str = "",
+) -> Path:
+    """`reconstruction_figure` as a PNG file."""
+    return write_png(reconstruction_figure(original, predicted, masked, grid, title), path)
+
+
+def accuracy_latency_figure(
+    reports: Sequence[DepthReport],
+    random_reports: Sequence[DepthReport] = (),
+    raw: Mapping[str, float] | None = None,
+    baseline_reports: Sequence[DepthReport] = (),
+) -> Figure | None:
+    """Accuracy of every depth against its latency, nearest neighbours left, linear probe right; None without labels.
+
+    Bars are one standard error. All series of one depth stand at the latency measured for the trained variant, since they
+    are the same network. Where no latency was measured the arithmetic per image takes its place.
+    raw: accuracies of raw pixels by the names of `Scores.metrics`.
+    """
+    if not reports or any(report.knn_top1 is None for report in reports):
+        return None
+    costs = {report.depth: report.metrics() for report in reports}
+    by = "latency_b1_ms" if all("latency_b1_ms" in cost for cost in costs.values()) else "gflops"
+    x = {depth: cost[by] for depth, cost in costs.items()}
+    series = dict(zip(SERIES, (reports, baseline_reports, random_reports), strict=True))
+    figure = _figure(9.6, 4.4)
+    figure.subplots_adjust(left=0.07, right=0.985, top=0.83, bottom=0.15, wspace=0.13)
+    panels = figure.subplots(1, 2)
+    for axes, key, title in zip(panels, ("knn_top1", "linear_top1"), PANELS, strict=True):
+        for position, (name, group) in enumerate(series.items()):
+            shown = sorted((report for report in group if report.depth in x), key=lambda report: report.depth)
+            if not shown:
+                continue
+            found = [report.metrics() for report in shown]
+            axes.errorbar(
+                [x[report.depth] for report in shown],
+                [100 * values[key] for values in found],
+                yerr=[100 * values[f"{key}_se"] for values in found],
+                label=name,
+                capsize=2.5,
+                markersize=5,
+                linewidth=1.3,
+                elinewidth=1.0,
+                zorder=5 - position,
+                **SERIES[name],
+            )
+        if raw:
+            axes.axhline(100 * raw[key], color=RAW_COLOR, linestyle=":", linewidth=1.5, label="raw pixels")
+        _cost_axis(axes, list(x.values()))
+        axes.set_title(title, fontsize=10)
+        axes.grid(axis="y", color="0.9", linewidth=0.8)
+        axes.margins(y=0.14)
+        _label_points(
+            figure, axes, {f"{depth} layers": (x[depth], 100 * cost[key]) for depth, cost in costs.items()}
+        )
+    panels[0].set_ylabel("top-1 accuracy on test images, %")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="upper center", ncols=4, frameon=False, fontsize=9
+    )
+    device = next((report.device for report in reports if report.device), "")
+    figure.supxlabel(
+        f"{COSTS[by]} ({device})" if device and by == "latency_b1_ms" else COSTS[by], fontsize=10, y=0.02
+    )
+    return figure
+
+
+def loss_curves_figure(curves: Mapping[int, Sequence[tuple[int, float]]]) -> Figure:
+    """The loss of each block over optimizer steps: as measured (faint) and as a running mean (bold).
+
+    curves: block -> (step, loss) in order; values that are not finite leave a hole. The axis fits the running means, so that
+    one outlier does not flatten the rest.
+    """
+    figure = _figure(7.2, 4.0)
+    figure.subplots_adjust(left=0.09, right=0.975, top=0.93, bottom=0.125)
+    axes = figure.subplots()
+    low, high = [], []
+    for place, (block, points) in enumerate(sorted(curves.items())):
+        if not points:
+            continue
+        steps, losses = np.array(points, dtype=float).T
+        color = colormaps["viridis"](0.9 * place / max(1, len(curves) - 1))
+        smooth = _running_mean(losses, max(1, len(losses) // 50))
+        if len(losses) >= 100:
+            axes.plot(steps, losses, color=color, linewidth=0.6, alpha=0.25)
+        axes.plot(steps, smooth, color=color, linewidth=1.6, label=f"block {block}")
+        low.append(np.nanmin(smooth, initial=np.inf))
+        high.append(np.nanmax(smooth, initial=-np.inf))
+    if low and np.isfinite([min(low), max(high)]).all():
+        margin = 0.06 * (max(high) - min(low)) or 0.05
+        axes.set_ylim(min(low) - margin, max(high) + margin)
+        axes.legend(frameon=False, fontsize=9, ncols=1 + len(curves) // 7)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("reconstruction loss of the block")
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.01)
+    return figure
+
+
+def write_png(figure: Figure, path: Path) -> Path:
+    """Save by renaming, so that whoever looks never sees half a picture; missing folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}")
+    figure.savefig(fresh, format="png", dpi=DPI)
+    fresh.replace(path)
+    return path
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure of that size in inches, bound to Agg whatever backend the process has chosen."""
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _is_masked(masked: np.ndarray, grid: tuple[int, int], size: tuple[int, ...]) -> np.ndarray:
+    """masked: (B, M) units -> (B, H, W, 1), True in every pixel of a masked unit."""
+    units = np.zeros((len(masked), grid[0] * grid[1]), dtype=bool)
+    np.put_along_axis(units, masked, True, axis=1)
+    pixels = units.reshape(len(masked), *grid)
+    return pixels.repeat(size[0] // grid[0], axis=1).repeat(size[1] // grid[1], axis=2)[..., None]
+
+
+def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Mean over a centred window that shrinks at both ends; what is not finite does not count. (n,) -> (n,)"""
+    known = np.isfinite(values)
+    window = np.ones(2 * (width // 2) + 1)
+    total = np.convolve(np.where(known, values, 0.0), window, mode="same")
+    count = np.convolve(known.astype(float), window, mode="same")
+    return np.where(known, total / np.maximum(count, 1.0), np.nan)
+
+
+def _cost_axis(axes: Axes, values: Sequence[float]) -> None:
+    """Logarithmic where the costs differ more than tenfold; plain numbers, with room for labels at both ends."""
+    if max(values) > 10 * min(values):
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.margins(x=0.13)
+
+
+def _label_points(figure: Figure, axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Write every label beside its point, where it covers least of what is drawn; limits must be final."""
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    figure.draw_without_rendering()
+    renderer, frame = canvas.get_renderer(), axes.get_window_extent()
+    taken = _drawn_pixels(axes)
+    for text, point in points.items():
+        label = axes.annotate(
+            text, point, xytext=(0, 0), textcoords="offset points", fontsize=8, color="0.15", zorder=9
+        )
+        best = (np.inf, 0, "center", "center", (0, 0))
+        for rank, (right, up) in enumerate(
+            (dx * reach, dy * reach) for reach in (7, 13, 20) for dx, dy in DIRECTIONS
+        ):
+            ha = "left" if right > 0 else "right" if right < 0 else "center"
+            va = "bottom" if up > 0 else "top" if up < 0 else "center"
+            label.set(position=(right, up), ha=ha, va=va)
+            box = label.get_window_extent(renderer)
+            covered = box.padded(2).count_contains(taken)
+            outside = not (frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1))
+            best = min(best, (covered + 1e6 * outside, rank, ha, va, (right, up)))
+        _, _, ha, va, place = best
+        label.set(position=place, ha=ha, va=va)
+        box = label.get_window_extent(renderer)
+        corners = np.mgrid[box.x0 : box.x1 : 9j, box.y0 : box.y1 : 5j].reshape(2, -1).T
+        taken = np.concatenate(
+            [taken, np.repeat(corners, 8, axis=0)]
+        )  # another label is the worst thing to cover
+
+
+def _drawn_pixels(axes: Axes) -> np.ndarray:
+    """Points in display pixels along every line, error bar and marker of the axes: (n, 2)."""
+    found = []
+    steps = np.linspace(0, 1, 40)[:, None]
+    paths = [line.get_transform().transform(line.get_xydata()) for line in axes.get_lines()]
+    for bars in axes.collections:
+        paths += [bars.get_transform().transform(path.vertices) for path in bars.get_paths()]
+    for path in paths:
+        for start, end in pairwise(path):
+            found.append(start + steps * (end - start))
+    markers = [
+        line.get_transform().transform(line.get_xydata())
+        for line in axes.get_lines()
+        if line.get_marker() != "None"
+    ]
+    around = np.array([(dx, dy) for dx in (-6, 0, 6) for dy in (-6, 0, 6)])
+    found += [(points[:, None] + around).reshape(-1, 2) for points in markers]
+    return np.concatenate(found) if found else np.empty((0, 2))
