@@ -23,6 +23,8 @@ except (
     decode_jpeg = None
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb (2 x 1 GiB / 4 / 3), kept if a user lifts Pillow's
+# No others are tried: some of Pillow's readers start programs (EPS), and data from the internet is not to be trusted
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _ORIENTATION = 0x0112  # EXIF tag
 
 
@@ -30,12 +32,12 @@ def decode_rgb(data: bytes, name: str) -> Tensor:
     """Decode an image file. data: its bytes -> (3, H, W) uint8 RGB, upright.
 
     Transparent pixels are laid on white; of 16-bit values the high byte is kept. Raises BadImage(name, reason) if the
-    bytes are empty, cut short, of no known format, of more than MAX_PIXELS pixels, or 32-bit without a known range.
+    bytes are empty, cut short, of none of FORMATS, of more than MAX_PIXELS pixels, or 32-bit without a known range.
     """
     if not data:
         raise BadImage(name, "it is empty (0 bytes)")
     try:
-        with Image.open(io.BytesIO(data)) as image:  # reads the header only
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header only
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(name, f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
             if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
@@ -46,7 +48,7 @@ def decode_rgb(data: bytes, name: str) -> Tensor:
     except (BadImage, MemoryError):
         raise
     except UnidentifiedImageError as error:  # its text holds a memory address
-        raise BadImage(name, "its bytes are of no image format that Pillow knows") from error
+        raise BadImage(name, f"its bytes are none of {', '.join(FORMATS)}") from error
     except Exception as error:  # decoders meet damaged bytes with errors of every kind
         reason = " ".join(str(error).split()) or type(error).__name__
         raise BadImage(name, reason) from error

@@ -38,11 +38,10 @@ class FolderSource:
                 "in any sub-folder: set data.source to the folder that has them"
             )
         self._names = NameTable(names)
-        parts = [name.split("/") for name in names]
-        self.fixed_splits = _splits(parts)
+        self.fixed_splits = _splits(names)
         if self.fixed_splits is not None:
-            parts = [p[1:] for p in parts]
-        self.labels, self.class_names = _labels(parts)
+            names = [name.partition("/")[2] for name in names]  # a split is no class
+        self.labels, self.class_names = _labels(names)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -69,11 +68,12 @@ class FolderSource:
         return digest.hexdigest()[:32]
 
 
-def _splits(parts: Sequence[Sequence[str]]) -> dict[str, np.ndarray] | None:
-    """parts: path components per image -> indices per split, None unless all lie in split folders, one being train."""
+def _splits(names: Sequence[str]) -> dict[str, np.ndarray] | None:
+    """Image numbers per split, None unless all images lie in split folders, one being train."""
     found: dict[str, list[int]] = {}
-    for index, path in enumerate(parts):
-        split = split_of_folder(path[0]) if len(path) > 1 else None
+    for index, name in enumerate(names):
+        folder, slash, _ = name.partition("/")
+        split = split_of_folder(folder) if slash else None
         if split is None:
             return None
         found.setdefault(split, []).append(index)
@@ -82,11 +82,13 @@ def _splits(parts: Sequence[Sequence[str]]) -> dict[str, np.ndarray] | None:
     return {split: np.array(members, dtype=np.int64) for split, members in found.items()}
 
 
-def _labels(parts: Sequence[Sequence[str]]) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    if any(len(path) != 2 for path in parts):
+def _labels(names: Sequence[str]) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    """Class number per image and class names, None and None unless every name is CLASS/FILE with two classes or more."""
+    if any(name.count("/") != 1 for name in names):
         return None, None
-    names = sorted({path[0] for path in parts})
-    if len(names) < 2:
+    folders = [name.partition("/")[0] for name in names]
+    classes = sorted(set(folders))
+    if len(classes) < 2:
         return None, None
-    number = {name: k for k, name in enumerate(names)}
-    return np.array([number[path[0]] for path in parts], dtype=np.int64), tuple(names)
+    number = {name: k for k, name in enumerate(classes)}
+    return np.array([number[folder] for folder in folders], dtype=np.int64), tuple(classes)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from orchestrator.data.errors import DataError
+
 IMAGE_EXTENSIONS = ("bmp", "gif", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp")
 
 SPLIT_NAMES = {
@@ -40,27 +42,33 @@ def split_of_shard(path: Path) -> str | None:
 
 
 def walk(root: Path, extensions: Sequence[str]) -> Iterator[str]:
-    """Yield files below `root` that bear one of `extensions`, as sorted relative names with forward slashes.
+    """Yield files below `root` that bear one of `extensions`, as relative names with forward slashes, in a fixed order.
 
     Hidden files and folders (a leading dot, `__MACOSX`) are left out. Linked folders are followed, a folder that
-    contains itself through a link only once.
+    contains itself through a link only once. Raises DataError for a folder that may not be listed.
     """
     endings = tuple("." + e for e in extensions)
     seen: set[tuple[int, int]] = set()
 
     def inside(folder: str, prefix: str) -> Iterator[str]:
-        status = os.stat(folder)
+        try:
+            status = os.stat(folder)
+            with os.scandir(folder) as scanned:
+                entries = sorted(scanned, key=lambda entry: entry.name)
+        except OSError as error:
+            raise DataError(
+                f"the folder {folder} cannot be listed ({error.strerror}); make it readable or take it out of data.source"
+            ) from error
         if (status.st_dev, status.st_ino) in seen:
             return
         seen.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda e: e.name):
-                if entry.name.startswith((".", "__MACOSX")):
-                    continue
-                if entry.is_dir():
-                    yield from inside(entry.path, prefix + entry.name + "/")
-                elif entry.name.lower().endswith(endings):
-                    yield prefix + entry.name
+        for entry in entries:
+            if entry.name.startswith((".", "__MACOSX")):
+                continue
+            if entry.is_dir():
+                yield from inside(entry.path, prefix + entry.name + "/")
+            elif entry.name.lower().endswith(endings):
+                yield prefix + entry.name
 
     yield from inside(str(root), "")
 

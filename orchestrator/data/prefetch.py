@@ -67,9 +67,8 @@ class Prefetcher:
         size = reader.batch_shape[0]
         count = min(workers, size)
         self._shape = (_AHEAD, *reader.batch_shape)
-        self._pending: deque[tuple[int, int]] = (
-            deque()
-        )  # (batch number, slot), asked of all workers, in this order
+        self._pending: deque[tuple[int, int]] = deque()  # (batch number, slot), in the order of asking
+        self._failure = ""
         edges = [size * w // count for w in range(count + 1)]
         self._workers: list[_Worker] = []
         # ends the workers too when the consumer forgets to close, or the interpreter ends
@@ -84,6 +83,8 @@ class Prefetcher:
 
     def get(self, number: int) -> Filled:
         """Batch `number`. Raises what the reader raised for it, RuntimeError if a worker died."""
+        if self._failure:  # a caller that has asked ahead reads the cause each time
+            raise RuntimeError(self._failure)
         if not self._end.alive:
             raise RuntimeError("the data workers are closed; make a new loader to go on")
         while self._pending and self._pending[0][0] != number:
@@ -118,13 +119,17 @@ class Prefetcher:
         _, slot = self._pending.popleft()
         bad: list[tuple[str, str]] = []
         error: Exception | None = None
-        for worker in self._workers:
-            try:
-                found, failure = pickle.loads(worker.pipe.recv_bytes())
-            except (EOFError, OSError):
-                raise self._death(worker) from None
-            bad.extend(found)
-            error = error or failure
+        try:
+            for worker in self._workers:
+                try:
+                    found, failure = pickle.loads(worker.pipe.recv_bytes())
+                except (EOFError, OSError):
+                    raise self._death(worker) from None
+                bad.extend(found)
+                error = error or failure
+        except BaseException:  # an interrupt between two answers: which answer is whose would be lost
+            self.close()
+            raise
         return slot, tuple(bad), error
 
     def _send(self, worker: _Worker, message: bytes) -> None:
@@ -147,7 +152,8 @@ class Prefetcher:
         else:
             cause = f"ended with exit status {code}"
             advice = "what it wrote to standard error says why"
-        return RuntimeError(f"{place} {cause}; {advice}")
+        self._failure = f"{place} {cause}; {advice}"
+        return RuntimeError(self._failure)
 
 
 def serve(pipe_fd: int, memory_fd: int, state_fd: int, start: int, stop: int) -> None:

@@ -83,14 +83,14 @@ def open_source(source: str, image_column: str | None = None, label_column: str 
         opened = SOURCES[kind](rest)
     else:
         path = Path(source).expanduser()
-        if not path.exists():
+        if not source or not path.exists():
             raise DataError(
                 f"data.source {source!r} does not exist; it is the path of a folder of images or of Parquet files, "
                 "or 'digits', or 'torchvision:NAME:ROOT'"
             )
         if path.is_dir():
             shards, images = _listed(path)
-        elif path.suffix == ".parquet":
+        elif path.suffix.lower() == ".parquet":
             shards, images = [path], []
         else:
             raise DataError(

@@ -33,7 +33,11 @@ def make_splits(source: Source, seed: int, val_fraction: float, test_fraction: f
         if not 0 <= fraction < 1:
             raise DataError(f"data.{key} is {fraction}; give a share of the images, at least 0 and below 1")
     fixed = source.fixed_splits or {"train": np.arange(len(source), dtype=np.int64)}
-    parts = {name: np.sort(indices) for name, indices in fixed.items()}
+    parts = {name: np.sort(indices) for name, indices in fixed.items() if len(indices)}
+    if "train" not in parts:
+        raise DataError(
+            f"{source.name} has no images in its train split; set data.source to data that has some"
+        )
     pool = parts["train"]
     carved: dict[str, int] = {}
     for name, fraction in (("val", val_fraction), ("test", test_fraction)):

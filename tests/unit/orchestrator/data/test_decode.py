@@ -198,8 +198,14 @@ def test_truncated_files_are_bad(kind: str):
 def test_empty_and_foreign_bytes_are_bad():
     with pytest.raises(BadImage, match=r"empty"):
         decode_rgb(b"", "x")
-    with pytest.raises(BadImage, match=r"no image format"):
+    with pytest.raises(BadImage, match=r"none of BMP, GIF, JPEG"):
         decode_rgb(b"<html>not found</html>", "x")
+
+
+def test_formats_whose_readers_start_programs_are_not_tried():
+    data = saved(Image.new("RGB", (4, 4)), "EPS")
+    with pytest.raises(BadImage, match=r"none of"):
+        decode_rgb(data, "x")
 
 
 def test_flipped_bytes_are_bad_or_decoded_but_nothing_else():

@@ -150,7 +150,7 @@ def test_rows_without_bytes_and_damaged_rows_are_bad_images(tmp_path: Path):
     rows = [None, {"bytes": None, "path": "a.png"}, {"bytes": b"junk", "path": None}]
     pq.write_table(pa.table({"image": pa.array(rows, kind)}), file)
     source = ParquetSource(file, [file])
-    for index, reason in enumerate(("no image bytes", "no image bytes", "no image format")):
+    for index, reason in enumerate(("no image bytes", "no image bytes", "none of BMP")):
         with pytest.raises(BadImage, match=f"a.parquet row {index}: .*{reason}"):
             source.load(index)
 

@@ -80,6 +80,8 @@ def test_a_worker_that_dies_is_named_and_the_others_end():
     wanted = rf"data worker 2 of 2 \(process {batches.worker_pids[1]}\) was killed by SIGKILL; .* memory"
     with pytest.raises(RuntimeError, match=wanted):
         list(map(batches.batch, range(1, 10)))  # what was read ahead may still come
+    with pytest.raises(RuntimeError, match=wanted):
+        batches.batch(10)
     assert all_end(batches.worker_pids)
 
 

@@ -27,6 +27,11 @@ def test_a_missing_path_is_named():
         open_source("/no/such/folder")
 
 
+def test_an_empty_name_is_not_the_current_folder():
+    with pytest.raises(DataError, match="'' does not exist"):
+        open_source("")
+
+
 def test_a_single_image_file_is_refused(image_folder: Make):
     with pytest.raises(DataError, match=r"is a file, but no \.parquet"):
         open_source(str(image_folder("a.png") / "a.png"))

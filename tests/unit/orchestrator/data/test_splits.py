@@ -74,6 +74,13 @@ def test_a_missing_fixed_split_is_cut_from_train():
     assert np.array_equal(np.union1d(splits.train, splits.test), fixed["train"])
 
 
+def test_an_empty_fixed_split_counts_as_missing():
+    fixed = {"train": np.arange(100), "test": np.arange(0)}
+    assert len(make_splits(Numbers(100, np.arange(100) % 2, fixed), 0, 0.1, 0.2).test) == 20
+    with pytest.raises(DataError, match="no images in its train split"):
+        make_splits(Numbers(3, fixed={"train": np.arange(0), "test": np.arange(3)}), 0, 0.1, 0.2)
+
+
 def test_a_share_of_no_image_is_refused():
     with pytest.raises(
         DataError, match=r"8 images to split.*data\.val_fraction=0\.05 of them is none; raise it"
