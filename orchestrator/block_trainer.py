@@ -38,7 +38,8 @@ class OptimSpec:
 
 def decay_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
     """Two AdamW groups: no decay on norms, biases and tokens (everything of one dimension or a `*_token`)."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in parameters:
         if parameter.requires_grad:
             free = parameter.squeeze().ndim <= 1 or name.endswith("_token")

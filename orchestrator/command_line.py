@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from orchestrator.config import (
@@ -26,6 +27,7 @@ from orchestrator.recipes import DEFAULT_RECIPE, RecipeError, bundled_recipes, p
 from orchestrator.setting_texts import SettingInfo, show, unknown
 
 WIDTH = 100  # columns of --help
+SAVED_SETTINGS = "settings.yaml"  # written into every output directory, and read again by --resume
 _BRACKETS = {"[": "]", "{": "}"}
 
 EXAMPLES = """\
@@ -35,7 +37,7 @@ Examples
   python pipelines/bim_pipeline.py --recipe vit_base_imagenet --data.source DIR --out runs/a
       a ViT-B in four blocks on your images: DIR holds image files, at any depth, or Parquet shards
   python pipelines/bim_pipeline.py --out runs/a --resume
-      continue a run that was cut off; give the same settings as before
+      continue a run that was cut off, with the settings it was started with
   python pipelines/bim_pipeline.py --blocks '[2,2,2,2]' --mask.ratio '[0.6,0.65,0.7,0.75]'
       one value per block; values are YAML, and a shell wants brackets in quotes
   python pipelines/bim_pipeline.py --baseline mae --seed 1
@@ -49,7 +51,7 @@ a copy of pipelines/recipes/digits_demo.yaml and run it with --recipe my.yaml.""
 class _Arguments:
     """What stands on the command line, unchecked: `overrides` is dotted key -> text, None for a bare flag."""
 
-    recipe: str = DEFAULT_RECIPE
+    recipe: str | None = None
     overrides: dict[str, str | None] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -67,9 +69,11 @@ def load_settings(argv: Sequence[str]) -> Settings:
         print(version_text())
         sys.exit(0)
     arguments = _split(argv)
+    _resumed_recipe(arguments)
     problems = arguments.problems
+    recipe = arguments.recipe or DEFAULT_RECIPE
     try:
-        values = read_recipe(arguments.recipe)
+        values = read_recipe(recipe)
     except RecipeError as error:
         raise SettingsError("\n".join([*problems, str(error)])) from None
 
@@ -89,7 +93,7 @@ def load_settings(argv: Sequence[str]) -> Settings:
         typed[key] = "true" if text is None else text
         values = overlaid(values, key.split(".", 2), value)
 
-    file = None if arguments.recipe in bundled_recipes() else arguments.recipe
+    file = None if recipe in bundled_recipes() else recipe
     try:
         settings = settings_from_mapping(values, file=file, typed=typed)
     except SettingsError as error:
@@ -129,6 +133,15 @@ def _split(argv: Sequence[str]) -> _Arguments:
             f"unexpected {listed}: settings are written --key value, and a value with spaces needs quotes"
         )
     return found
+
+
+def _resumed_recipe(arguments: _Arguments) -> None:
+    """`--out DIR --resume` alone goes on with the settings that the run in DIR wrote down."""
+    out, resume = arguments.overrides.get("out"), arguments.overrides.get("resume", "false")
+    if arguments.recipe is None and out and resume in (None, "true"):
+        saved = Path(out).expanduser() / SAVED_SETTINGS
+        if saved.is_file():
+            arguments.recipe = str(saved)
 
 
 def _info_of(key: str) -> SettingInfo | None:

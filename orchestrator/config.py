@@ -176,6 +176,7 @@ class PlacementSettings(_Group):
         default=None, description="torch's CPU threads; null: the stage's cores"
     )
     window: Count | None = Field(default=None, description="steps under way at once; null: 2 x stages")
+    wait_s: NotNegative = Field(default=0.0, description="seconds that an autoscaling cluster gets to grow")
 
 
 class TrackingSettings(_Group):

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import psutil
 import ray
+from ray.exceptions import RayTaskError
 
 from orchestrator.placement import ClusterResources, Layout
 from orchestrator.ray_stages import cluster_resources
@@ -26,7 +27,7 @@ LOCAL_STORE_MIN = 256 << 20
 
 @contextmanager
 def ray_cluster(say: Callable[[str], None]) -> Iterator[ClusterResources]:
-    """Connect to `RAY_ADDRESS` or to the cluster running on this machine, else start one for this process alone.
+    """Connect to the cluster that `RAY_ADDRESS` names (`auto`: the one on this machine), else start one for this process.
 
     A connection that was there before is used and left open. Yields what the cluster has.
 
@@ -36,9 +37,10 @@ def ray_cluster(say: Callable[[str], None]) -> Iterator[ClusterResources]:
     if ray.is_initialized():
         yield cluster_resources()
         return
-    os.environ.setdefault(
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-    )  # Ray's coming default; unset it prints a warning
+    # Errors of stages are told once, by the loop, in one line.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    # Ray's coming default; unset, it prints a warning.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         _connect(say)
         yield cluster_resources()
@@ -48,14 +50,14 @@ def ray_cluster(say: Callable[[str], None]) -> Iterator[ClusterResources]:
 
 def _connect(say: Callable[[str], None]) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    try:
-        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **quiet)
-    except ConnectionError:
-        if "RAY_ADDRESS" in os.environ:
+    if told := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(address=told, **quiet)
+        except ConnectionError:
             raise ConnectionError(
-                f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}; "
-                "start it, or unset RAY_ADDRESS to use this machine"
+                f"no Ray cluster answers at RAY_ADDRESS={told}; start it, or unset RAY_ADDRESS to use this machine"
             ) from None
+    else:
         free = psutil.virtual_memory().available
         store = int(min(LOCAL_STORE_MAX, max(LOCAL_STORE_MIN, free * LOCAL_STORE_SHARE)))
         ray.init(address="local", include_dashboard=False, object_store_memory=store, **quiet)
@@ -70,4 +72,9 @@ def run_beside_stages(function: Callable[..., Result], layout: Layout, *args: ob
     if layout.gpus == 0:
         return function(*args)
     options = {"num_cpus": layout.cpus, "num_gpus": min(1.0, layout.gpus), "max_retries": 0}
-    return ray.get(ray.remote(function).options(**options).remote(*args))
+    try:
+        return ray.get(ray.remote(function).options(**options).remote(*args))
+    except RayTaskError as error:
+        if isinstance(error.cause, Exception):
+            raise error.cause from error
+        raise

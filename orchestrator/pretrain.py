@@ -81,6 +81,9 @@ class Listener(Protocol):
 
     def on_epoch(self, report: EpochReport) -> None: ...
 
+    def on_rewind(self, step: int) -> None:
+        """The training goes on after `step` updates; what was said of later ones is void."""
+
     def say(self, text: str) -> None: ...
 
 
@@ -181,6 +184,7 @@ class _Loop:
         self._stages.restore(None if found is None else self._store.directory(start), start)
         if start:
             self._listener.say(f"continuing at step {start} of {self._plan.total_steps}")
+        self._listener.on_rewind(start)
         self._committed = start if found is not None else -1
         self.step = self.settled = start
         self._logged, self._epoch = _Means(), _Means()

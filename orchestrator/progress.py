@@ -18,6 +18,8 @@ class MetricSink(Protocol):
 
     def log_event(self, text: str) -> None: ...
 
+    def rewind(self, step: int) -> None: ...
+
 
 class Progress:
     """A listener of the training loop.
@@ -37,6 +39,11 @@ class Progress:
 
     def on_epoch(self, report: EpochReport) -> None:
         self._say(self._line_prefix + epoch_line(report))
+
+    def on_rewind(self, step: int) -> None:
+        # The sink rewinds all it has by step, which would take the first run's numbers for the second run's rewind.
+        if not self._metric_prefix:
+            self._sink.rewind(step)
 
     def say(self, text: str) -> None:
         """An event: read by the person now, and kept with the run."""

@@ -151,6 +151,9 @@ class RayStages:
         if busy:
             for actor in (self._loader, *self._actors):
                 ray.kill(actor)
+        for ref in refs:  # Ray reports every error that nobody has looked at
+            with contextlib.suppress(Exception):
+                ray.get(ref)
 
     def save(self, checkpoint: Path) -> tuple[FileRecord, ...]:
         records = self._collect(-1, None, [actor.save.remote(str(checkpoint)) for actor in self._actors])

@@ -8,7 +8,6 @@ from orchestrator.data.batches import TrainBatches
 from orchestrator.data.sources import Source, open_source
 from orchestrator.data.splits import Splits, make_splits
 
-
 CROP_RATIO = (3 / 4, 4 / 3)  # aspect of a training crop; MAE and torchvision use the same
 
 

@@ -60,13 +60,15 @@ class Ear:
 
     def __init__(self, at_step: Callable[[int], None] | None = None) -> None:
         self.said: list[str] = []
-        self._at_step = at_step
+        self.at_step = at_step
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
-        if self._at_step is not None:
-            self._at_step(step)
+        if self.at_step is not None:
+            self.at_step(step)
 
     def on_epoch(self, report: EpochReport) -> None: ...
+
+    def on_rewind(self, step: int) -> None: ...
 
     def say(self, text: str) -> None:
         self.said.append(text)

@@ -69,12 +69,16 @@ class Ear:
         self.said: list[str] = []
         self.epochs: list[EpochReport] = []
         self.steps: list[int] = []
+        self.rewinds: list[int] = []
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
         self.steps.append(step)
 
     def on_epoch(self, report: EpochReport) -> None:
         self.epochs.append(report)
+
+    def on_rewind(self, step: int) -> None:
+        self.rewinds.append(step)
 
     def say(self, text: str) -> None:
         self.said.append(text)
@@ -144,7 +148,7 @@ def test_a_failed_step_rewinds_to_the_last_commit_and_is_said(tmp_path: Path, fa
     result = run(stages, tmp_path, ear)
     assert stages.updates == 15
     assert result.restarts == 1
-    assert stages.restores == [0, failing // 4 * 4]
+    assert stages.restores == ear.rewinds == [0, failing // 4 * 4]
     assert any("out of luck" in text and "restart 1 of 3" in text for text in ear.said)
 
 

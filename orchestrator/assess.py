@@ -1,0 +1,226 @@
+"""What a finished checkpoint is worth: every depth variant built, exported, measured, pictured, beside its random start.
+
+One function that runs where a GPU is and returns plain records; the driver does the telling. Knows no Ray and no MLflow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.backbones import open_backbone
+from models.backbones.backbone import Backbone
+from models.masking import MaskPlan
+from models.tokens import normalize_images
+from orchestrator.checkpoint import load_block_weights
+from orchestrator.data.batches import eval_images
+from orchestrator.data.sources import Source
+from orchestrator.data.spec import DataSpec
+from orchestrator.data.splits import Splits
+from orchestrator.evaluation import DepthReport, evaluate_variants, raw_pixels
+from orchestrator.export import export_decoder, export_variant, folder_name
+from orchestrator.model_card import CardFacts
+from orchestrator.pictures import save_reconstructions
+from orchestrator.stages import FamilySpec, build_local_mim, plans_of_step
+
+PICTURE_ROWS = 6
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """How variants are measured; the same for every run that is to be compared."""
+
+    knn_k: int = 20
+    knn_temperature: float = 0.07
+    batch_size: int = 256
+    latency: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class AssessJob:
+    """A checkpoint and what to make of it.
+
+    Args:
+        checkpoint: committed folder.
+        out: `variants/`, `decoders/` and `pictures/` are written below it.
+        depths: cumulative layers of the variants; need not be block boundaries (a K = 1 run truncated).
+        device: "cpu" or "cuda".
+        threads: torch CPU threads, for honest latencies.
+        references: also measure random starts and raw pixels.
+    """
+
+    spec: FamilySpec
+    data: DataSpec
+    evaluation: EvaluationSpec
+    checkpoint: str
+    out: str
+    depths: tuple[int, ...]
+    card: CardFacts
+    device: str = "cpu"
+    threads: int | None = None
+    references: bool = True
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """Measurements per depth and where the files are. `random` and `raw` are empty without references."""
+
+    reports: tuple[DepthReport, ...]
+    random: tuple[DepthReport, ...]
+    raw: dict[str, float]
+    folders: dict[int, str]
+    pictures: dict[int, str]
+
+
+def assess(job: AssessJob) -> Assessment:
+    """Export, measure and picture every depth variant of a checkpoint."""
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    device = torch.device(job.device)
+    backbone = open_backbone(job.spec.backbone, job.spec.blocks, job.spec.model_args)
+    source, splits = job.data.open()
+    weights = [load_block_weights(Path(job.checkpoint), k) for k in range(len(job.spec.blocks))]
+    variants = {depth: trained_variant(backbone, weights, depth) for depth in job.depths}
+    measured = _measure(job, backbone, source, splits, variants, device)
+    random: tuple[DepthReport, ...] = ()
+    raw: dict[str, float] = {}
+    if job.references:
+        random = _measure(
+            job,
+            backbone,
+            source,
+            splits,
+            random_variants(job.spec, backbone, job.depths),
+            device,
+            timed=False,
+        )
+        if source.labels is not None:
+            how = job.evaluation
+            size, batch = backbone.image_size, how.batch_size
+            raw = raw_pixels(
+                source, splits, size, how.knn_k, how.knn_temperature, how.seed, batch, device
+            ).metrics()
+    out = Path(job.out)
+    folders = {}
+    for report in measured:
+        folder = out / "variants" / folder_name(report.depth)
+        export_variant(
+            backbone, report.depth, variants[report.depth], folder, job.card, measured, random, raw
+        )
+        folders[report.depth] = str(folder)
+    for k, state in enumerate(weights):
+        decoder = {
+            name.removeprefix("decoder."): value
+            for name, value in state.items()
+            if name.startswith("decoder.")
+        }
+        export_decoder(decoder, out / "decoders" / f"block-{k}.safetensors")
+    return Assessment(
+        measured, random, raw, folders, _reconstructions(job, backbone, weights, source, splits, device)
+    )
+
+
+def trained_variant(backbone: Backbone, weights: list[dict[str, Tensor]], depth: int) -> nn.Module:
+    """The first `depth` layers of a trained family as a timm model.
+
+    Its final norm is the one of the decoder that was trained on the block in which `depth` ends; a K = 1 run truncated
+    inside its one block keeps that run's final norm.
+    """
+    end = next(info.index for info in backbone.blocks if info.depth >= depth)
+    encoders = [_part(state, "encoder.") for state in weights]
+    return backbone.variant(depth, encoders, _part(weights[end], "decoder.norm."))
+
+
+def random_variants(spec: FamilySpec, backbone: Backbone, depths: tuple[int, ...]) -> dict[int, nn.Module]:
+    """The same depths as they were before the first step."""
+    weights = [build_local_mim(spec, k, backbone).state_dict() for k in range(len(spec.blocks))]
+    return {depth: trained_variant(backbone, weights, depth) for depth in depths}
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _measure(
+    job: AssessJob,
+    backbone: Backbone,
+    source: Source,
+    splits: Splits,
+    variants: dict[int, nn.Module],
+    device: torch.device,
+    timed: bool = True,
+) -> tuple[DepthReport, ...]:
+    how = job.evaluation
+    return tuple(
+        evaluate_variants(
+            variants,
+            source,
+            splits,
+            backbone.image_size,
+            mean=job.spec.mean,
+            std=job.spec.std,
+            device=device,
+            k=how.knn_k,
+            temperature=how.knn_temperature,
+            seed=how.seed,
+            batch_size=how.batch_size,
+            latency=how.latency and timed,
+        )
+    )
+
+
+@torch.inference_mode()
+def _reconstructions(
+    job: AssessJob,
+    backbone: Backbone,
+    weights: list[dict[str, Tensor]],
+    source: Source,
+    splits: Splits,
+    device: torch.device,
+) -> dict[int, str]:
+    """One picture per block: test images masked, reconstructed by that block's decoder, and as they are."""
+    shown = splits.test if len(splits.test) else splits.train
+    chosen = shown[np.linspace(0, len(shown) - 1, num=min(PICTURE_ROWS, len(shown))).astype(int)]
+    _, pixels = next(iter(eval_images(source, chosen, backbone.image_size, len(chosen))))
+    images = normalize_images(torch.from_numpy(pixels).to(device), job.spec.mean, job.spec.std)
+    plans = plans_of_step(job.spec, backbone.grid, len(images), step=0, micro=0)
+    x, paths = images, {}
+    for k, info in enumerate(backbone.blocks):
+        plan = plans[k].to(device)
+        module = build_local_mim(job.spec, k, backbone)
+        module.load_state_dict(weights[k])
+        module.to(device).eval()
+        x = module.encoder(x, plan)
+        predicted = module.target.to_image(
+            _all_units(module.decoder(x, plan), plan, module.target(images)), images
+        )
+        path = Path(job.out) / "pictures" / f"reconstruction_depth{info.depth:02d}.png"
+        mask = plan.masked.cpu().numpy()
+        save_reconstructions(
+            path,
+            original=_visible_range(images, job.spec),
+            predicted=_visible_range(predicted, job.spec),
+            masked=mask,
+            grid=plan.grid,
+            title=f"depth {info.depth}: {mask.shape[1]} of {plan.grid[0] * plan.grid[1]} patches masked",
+        )
+        paths[info.depth] = str(path)
+    return paths
+
+
+def _all_units(predicted: Tensor, plan: MaskPlan, target: Tensor) -> Tensor:
+    """(B, masked, D) predictions among the true values of the visible units: (B, N, D)."""
+    index = plan.masked.unsqueeze(-1).expand(-1, -1, target.shape[-1])
+    return target.scatter(1, index, predicted.to(target.dtype))
+
+
+def _visible_range(images: Tensor, spec: FamilySpec) -> np.ndarray:
+    """(B, 3, H, W) normalised -> (B, H, W, 3) in [0, 1]."""
+    mean = torch.tensor(spec.mean, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(spec.std, device=images.device).view(1, 3, 1, 1)
+    return (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()

@@ -1,0 +1,60 @@
+"""The output directory: never overwritten silently, resumed only by the run that made it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from orchestrator.checkpoint import MANIFEST, CheckpointStore
+from orchestrator.command_line import SAVED_SETTINGS
+from orchestrator.config import Settings, SettingsError, differing_keys, flat, settings_from_mapping
+from orchestrator.recipes import read_recipe
+
+
+class OutputError(ValueError):
+    """The output directory holds something else than this run needs."""
+
+
+def check_output(out: Path, settings: Settings, fingerprint: str) -> None:
+    """Refuse a directory that this run may not use. Writes nothing.
+
+    Raises:
+        OutputError: in use by another run; nothing there to resume; or resumed with settings or data that contradict it.
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"out is {out}, which is a file; give --out a directory that is new or empty")
+    used = out.exists() and any(out.iterdir())
+    if not settings.resume:
+        if used:
+            raise OutputError(
+                f"the output directory {out} is in use; continue its run with --resume, or choose another one with --out"
+            )
+        return
+    if not (out / SAVED_SETTINGS).exists():
+        raise OutputError(f"there is no run to resume in {out}; leave --resume out to start one there")
+    _check_same(out, settings, fingerprint)
+
+
+def _check_same(out: Path, settings: Settings, fingerprint: str) -> None:
+    said: list[str] = []
+    store = CheckpointStore(out, say=said.append)
+    latest = store.latest()
+    saved = read_recipe(str(out / SAVED_SETTINGS)) if latest is None else latest.settings
+    try:
+        before = settings_from_mapping(saved)
+    except SettingsError as error:
+        raise OutputError(
+            f"the run in {out} was made with settings that this version does not know: {error}"
+        ) from error
+    keys = differing_keys(settings, before)
+    if keys:
+        old, new = flat(before), flat(settings)
+        told = "; ".join(f"{key} is {new.get(key)}, was {old.get(key)}" for key in keys)
+        raise OutputError(
+            f"{out} cannot be resumed with other settings than it was trained with: {told}; "
+            "give the same ones, or start a new run with another --out"
+        )
+    if latest is not None and latest.facts.get("data", fingerprint) != fingerprint:
+        raise OutputError(
+            f"the images behind data.source have changed since the last checkpoint in {out} "
+            f"({store.directory(latest.step).name}/{MANIFEST}); start a new run with another --out"
+        )

@@ -1,0 +1,171 @@
+"""What a finished run tells: opening lines, the depth variants and the summary in MLflow and in the output directory.
+
+Turns records of the other parts into text and into calls of the tracker; measures nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.assess import Assessment
+from orchestrator.config import settings_to_mapping
+from orchestrator.model_card import CardFacts
+from orchestrator.pictures import accuracy_latency_figure, loss_curves_figure
+from orchestrator.placement import Layout
+from orchestrator.provenance import DataRecord, Provenance
+from orchestrator.run_notes import DepthRecord, depth_rows, loading_note, results_table
+from orchestrator.stages import place_of
+from orchestrator.summary import params_text, render_table, summary_rows, write_summary
+from orchestrator.tracking import Tracker
+
+if TYPE_CHECKING:
+    from orchestrator.job import Family, Prepared
+
+
+def data_record(prepared: Prepared) -> DataRecord:
+    """The images of a run, for its provenance and its model cards."""
+    source, splits = prepared.source, prepared.splits
+    return DataRecord(
+        source=prepared.family.settings.data.source,
+        fingerprint=prepared.family.fingerprint,
+        images=len(source),
+        train=len(splits.train),
+        val=len(splits.val),
+        test=len(splits.test),
+        classes=None if source.class_names is None else len(source.class_names),
+    )
+
+
+def card_facts(family: Family, provenance: Provenance) -> CardFacts:
+    """What the model cards of a family share."""
+    settings = family.settings
+    return CardFacts(
+        run=settings.name,
+        seed=settings.seed,
+        settings=settings_to_mapping(settings),
+        data=provenance.data,
+        code=provenance.code,
+        init_from=settings.init_from,
+    )
+
+
+def opening_lines(family: Family, prepared: Prepared, layout: Layout) -> list[str]:
+    """What is about to happen, for the person who started it."""
+    settings, blocks = family.settings, family.backbone.blocks
+    layers = "+".join(str(b.layers) for b in blocks)
+    where = [place_of(i, place) for i, place in enumerate(layout.places)]
+    on = f"{layout.gpus:g} GPU" if layout.gpus else f"{layout.threads} CPU thread{'s' * (layout.threads > 1)}"
+    splits = prepared.splits
+    return [
+        f"{settings.backbone.name}: {blocks[-1].depth} layers in {len(blocks)} blocks ({layers}), width {blocks[0].width}, "
+        f"{family.backbone.image_size[0]} x {family.backbone.image_size[1]} px, {settings.target.name}",
+        f"{settings.data.source}: {len(splits.train)} images to train on, {len(splits.val)} for validation, "
+        f"{len(splits.test)} for the final scores",
+        f"{settings.schedule.epochs} epochs of {family.steps_per_epoch} steps of {settings.effective_batch} images, "
+        f"peak learning rate {settings.learning_rate:.3g}, seed {settings.seed}",
+        f"{len(where)} stage{'s' * (len(where) > 1)} ({on} each): {', '.join(where)}",
+        f"output: {_short(family.out)}",
+    ]
+
+
+def record_depths(tracker: Tracker, family: Family, found: Assessment, series: str = "") -> None:
+    """A child run and a model for every variant; `series` names a baseline's."""
+    settings = family.settings
+    prefix = f"{series}/" if series else ""
+    name = settings.tracking.model_name or settings.name
+    for report in found.reports:
+        block = next(b for b in family.backbone.blocks if b.depth >= report.depth)
+        curves = {
+            short: tracker.history(f"{prefix}{long}")
+            for short, long in (
+                ("loss", f"block{block.index}/loss"),
+                ("loss_always_masked", f"block{block.index}/loss_always_masked"),
+                ("loss_newly_dropped", f"block{block.index}/loss_newly_dropped"),
+                ("grad_norm", f"block{block.index}/grad_norm"),
+                ("images_per_s", "images_per_s"),
+            )
+        }
+        decoder = family.spec.decoders[block.index]
+        record = DepthRecord(
+            depth=report.depth,
+            folder=Path(found.folders[report.depth]),
+            metrics=report.metrics(),
+            params={
+                "depth": report.depth,
+                "backbone": settings.backbone.name,
+                "block": block.index,
+                "mask_ratio": family.spec.mask_ratios[block.index],
+                "decoder": f"{decoder.depth}x{decoder.dim}",
+                "epochs": settings.schedule.epochs,
+                "seed": settings.seed,
+            },
+            curves={key: curve for key, curve in curves.items() if curve},
+            pictures=[Path(found.pictures[report.depth])] if report.depth in found.pictures else [],
+            step=family.total_steps,
+            series=series,
+        )
+        tracker.log_depth(record, name)
+
+
+def record_summary(tracker: Tracker, family: Family, found: Assessment, truncated: Assessment | None) -> str:
+    """The table and the pictures of a run, in its output directory and on its MLflow page. Returns the table as text."""
+    baseline = () if truncated is None else truncated.reports
+    rows = summary_rows(found.reports, found.random, found.raw, baseline)
+    table = render_table(found.reports, found.random, found.raw, baseline)
+    (family.out / "summary.txt").write_text(table + "\n", encoding="utf-8")
+    for path in write_summary(rows, family.out):
+        tracker.log_file(path)
+    figure = accuracy_latency_figure(found.reports, found.random, found.raw, baseline)
+    if figure is not None:
+        tracker.log_picture(figure, "accuracy_against_latency")
+    curves = {b.index: tracker.history(f"block{b.index}/loss") for b in family.backbone.blocks}
+    tracker.log_picture(loss_curves_figure(curves), "loss_by_block")
+    settings = family.settings
+    scores = _mean_scores(found)
+    if scores:
+        tracker.log_metrics(family.total_steps, scores)
+    name = settings.tracking.model_name or settings.name
+    deepest = found.reports[-1].depth
+    records = [DepthRecord(r.depth, Path(found.folders[r.depth]), r.metrics()) for r in found.reports]
+    if truncated is not None:
+        records += [
+            DepthRecord(r.depth, Path(truncated.folders[r.depth]), r.metrics(), series="mae")
+            for r in truncated.reports
+        ]
+    records += [DepthRecord(r.depth, Path(), r.metrics(), series="random") for r in found.random]
+    tracker.describe(
+        f"{params_text(found.reports[-1].params)} parameters at full depth, {settings.backbone.name}, "
+        f"{len(family.spec.blocks)} blocks, {settings.schedule.epochs} epochs of {settings.data.source}.\n\n"
+        f"{results_table(depth_rows(records))}\n\nOpen a variant without this package:\n\n"
+        f"{loading_note(name, f'depth{deepest}', None)}"
+    )
+    return table
+
+
+def _mean_scores(found: Assessment) -> dict[str, float]:
+    """Accuracies averaged over the depths: one number per run to sort the runs by."""
+    return {
+        f"mean_{key}": statistics.mean(report.metrics()[key] for report in found.reports)
+        for key in ("knn_top1", "linear_top1")
+        if all(key in report.metrics() for report in found.reports)
+    }
+
+
+def closing_lines(out: Path, depths: Sequence[int], ui: str) -> list[str]:
+    """Where everything is, and the line that opens the MLflow UI."""
+    return [
+        f"models:   {_short(out)}/variants/depth{depths[0]:02d} ... depth{depths[-1]:02d}",
+        f"open one: timm.create_model('local-dir:{_short(out)}/variants/depth{depths[-1]:02d}', pretrained=True)",
+        f"compare:  {ui}",
+    ]
+
+
+def _short(path: Path) -> str:
+    """Relative to the working directory where that is shorter."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,107 @@
+"""Print what the method and the machinery cost, as ratios measured in one run; see --help."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+MEMORY_CASES = (  # decoder layers, decoder width
+    (8, 512),
+    (2, 512),
+    (1, 256),
+)
+
+
+def memory(arguments: argparse.Namespace) -> None:
+    """Peak activation memory of a block-wise training step against end-to-end K = 1: same model, decoder, batch."""
+    from models.backbones import open_backbone
+    from orchestrator.activation_memory import saved_activations
+    from orchestrator.stages import DecoderSpec, FamilySpec
+
+    name, batch, k = arguments.backbone, arguments.batch, arguments.blocks
+    print(
+        f"{name}, batch {batch}, mask ratio {arguments.mask_ratio}, float32, saved tensors counted in one process"
+    )
+    print(f"{'decoder':>8}  {'K=1':>10}  {'block by block, MiB':>{8 * k}}  {'peak':>9}  {'peak / K=1':>10}")
+    for depth, dim in MEMORY_CASES:
+        found = []
+        for blocks in (1, k):
+            sizes = tuple(info.layers for info in open_backbone(name, blocks).blocks)
+            spec = FamilySpec(
+                backbone=name,
+                model_args={},
+                blocks=sizes,
+                mask_ratios=(arguments.mask_ratio,) * blocks,
+                decoders=(DecoderSpec(depth, dim),) * blocks,
+            )
+            found.append(saved_activations(spec, batch))
+        (whole,), parts = found
+        listed = " ".join(f"{part / 2**20:8.1f}" for part in parts)
+        print(
+            f"{f'{depth}x{dim}':>8}  {whole / 2**20:7.1f} MiB  {listed:>{8 * k}}  {max(parts) / 2**20:5.1f} MiB  "
+            f"{max(parts) / whole:10.2f}"
+        )
+
+
+def pipeline(arguments: argparse.Namespace) -> None:
+    """Throughput of stages with equal work on Ray, as a share of one stage alone, and the driver's cost."""
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):
+        os.environ.setdefault(name, "0")
+    from orchestrator.launch import ray_cluster
+    from orchestrator.pipeline_speed import pipeline_speed
+
+    with ray_cluster(print) as cluster:
+        print(
+            f"{arguments.stages} stages that sleep {arguments.work_ms:g} ms, {arguments.steps} steps, real loop and actors"
+        )
+        print(
+            f"{'per hop':>8}  {'share of one stage alone':>24}  {'steps/s':>8}  {'driver, ms of CPU per step and stage':>36}"
+        )
+        for megabytes in (0.0, 10.0):
+            found = pipeline_speed(
+                arguments.stages,
+                arguments.work_ms / 1000,
+                int(megabytes * 1e6),
+                arguments.steps,
+                cluster.cpus,
+            )
+            print(
+                f"{megabytes:5.0f} MB  {found.share:24.3f}  {found.steps_per_s:8.1f}  {found.driver_ms:36.3f}"
+            )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one benchmark and print its table."""
+    parser = argparse.ArgumentParser(
+        prog="python pipelines/benchmark.py", description=__doc__, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="memory|pipeline")
+
+    one = commands.add_parser("memory", help=memory.__doc__, description=memory.__doc__, allow_abbrev=False)
+    one.add_argument("--backbone", default="vit_base_patch16_224", help="timm name (default: %(default)s)")
+    one.add_argument(
+        "--batch", type=int, default=8, help="images (default: %(default)s); the ratio hardly depends on it"
+    )
+    one.add_argument("--blocks", type=int, default=4, help="K (default: %(default)s)")
+    one.add_argument("--mask-ratio", type=float, default=0.75, help="(default: %(default)s)")
+    one.set_defaults(run=memory)
+
+    two = commands.add_parser(
+        "pipeline", help=pipeline.__doc__, description=pipeline.__doc__, allow_abbrev=False
+    )
+    two.add_argument("--stages", type=int, default=4, help="(default: %(default)s)")
+    two.add_argument(
+        "--work-ms", type=float, default=20.0, help="sleep of a stage per step (default: %(default)s)"
+    )
+    two.add_argument("--steps", type=int, default=400, help="timed steps (default: %(default)s)")
+    two.set_defaults(run=pipeline)
+
+    arguments = parser.parse_args(argv)
+    arguments.run(arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

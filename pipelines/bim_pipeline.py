@@ -1,0 +1,57 @@
+"""Pretrain a family of backbones of different depth in one run; see --help."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+
+from orchestrator.command_line import load_settings
+from orchestrator.config import SettingsError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the main job. Returns the exit status: 0 done, 1 training failed, 2 bad input, 128 + n stopped by signal n."""
+    try:
+        settings = load_settings(argv)
+    except SettingsError as error:
+        return complain(error, 2)
+
+    from orchestrator.failures import TrainingError  # after the settings: torch takes seconds to import
+    from orchestrator.job import BAD_INPUT, prepare, run_job
+    from orchestrator.reporting import closing_lines
+
+    try:
+        outcome = run_job(prepare(settings), say)
+    except BAD_INPUT as error:
+        return complain(error, 2)
+    except TrainingError as error:
+        return complain(error, 1)
+    except KeyboardInterrupt:
+        say("interrupted; what the last checkpoint holds is safe, and --out DIR --resume goes on from it")
+        return 128 + signal.SIGINT
+    if outcome.stopped is not None:
+        say(f"stopped by {outcome.stopped}, checkpoint saved; go on with: --out {outcome.out} --resume")
+        return 128 + signal.Signals[outcome.stopped]
+    say("")
+    say(outcome.table)
+    say("")
+    for line in closing_lines(outcome.out, outcome.depths, outcome.ui):
+        say(line)
+    return 0
+
+
+def say(text: str) -> None:
+    """One line for the person at the terminal, at once."""
+    print(text, flush=True)
+
+
+def complain(error: BaseException, status: int) -> int:
+    """Print an error as the sentences that it consists of, without a traceback. Returns `status`."""
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
