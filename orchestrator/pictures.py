@@ -8,9 +8,8 @@ of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -19,7 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from orchestrator.evaluation import DepthReport
+if TYPE_CHECKING:
+    from orchestrator.evaluation import DepthReport
 
 DPI = 150
 GREY = 0.5
@@ -39,8 +39,8 @@ SERIES: dict[str, dict[str, Any]] = {
 RAW_COLOR = "#009E73"
 PANELS = ("Nearest neighbours", "Linear probe")
 COSTS = {"latency_b1_ms": "latency of one image, ms", "gflops": "GFLOPs per image"}
-DIRECTIONS = ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1))
-"""Where a label may stand beside its point, best first."""
+DIGIT = 11
+"""Width in pixels of a digit of a label."""
 
 
 def hide_masked(images: np.ndarray, masked: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -129,11 +129,11 @@ def accuracy_latency_figure(
     by = "latency_b1_ms" if all("latency_b1_ms" in cost for cost in costs.values()) else "gflops"
     x = {depth: cost[by] for depth, cost in costs.items()}
     series = dict(zip(SERIES, (reports, baseline_reports, random_reports), strict=True))
-    figure = _figure(9.6, 4.4)
-    figure.subplots_adjust(left=0.07, right=0.985, top=0.83, bottom=0.15, wspace=0.13)
+    figure = _figure(9.6, 4.6)
+    figure.subplots_adjust(left=0.07, right=0.985, top=0.815, bottom=0.14, wspace=0.13)
     panels = figure.subplots(1, 2)
     for axes, key, title in zip(panels, ("knn_top1", "linear_top1"), PANELS, strict=True):
-        for position, (name, group) in enumerate(series.items()):
+        for name, group in series.items():
             shown = sorted((report for report in group if report.depth in x), key=lambda report: report.depth)
             if not shown:
                 continue
@@ -147,26 +147,26 @@ def accuracy_latency_figure(
                 markersize=5,
                 linewidth=1.3,
                 elinewidth=1.0,
-                zorder=5 - position,
                 **SERIES[name],
             )
         if raw:
             axes.axhline(100 * raw[key], color=RAW_COLOR, linestyle=":", linewidth=1.5, label="raw pixels")
-        _cost_axis(axes, list(x.values()))
-        axes.set_title(title, fontsize=10)
+        axes.set_title(title, fontsize=10, pad=8)
         axes.grid(axis="y", color="0.9", linewidth=0.8)
-        axes.margins(y=0.14)
-        _label_points(
-            figure, axes, {f"{depth} layers": (x[depth], 100 * cost[key]) for depth, cost in costs.items()}
-        )
+        axes.set_axisbelow(True)
+        axes.margins(x=0.06, y=0.08)
+        axes.yaxis.set_major_locator(MaxNLocator(9, steps=[1, 2, 5, 10]))
+        axes.set_ylim(top=min(axes.get_ylim()[1], 101.0))
+        _cost_axis(axes, list(x.values()))
+        _depth_axis(figure, axes, x)
     panels[0].set_ylabel("top-1 accuracy on test images, %")
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="upper center", ncols=4, frameon=False, fontsize=9
-    )
+    drawn = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
+    names = [name for name in (*SERIES, "raw pixels") if name in drawn]
+    handles = [drawn[name] for name in names]
+    figure.legend(handles, names, loc="upper center", ncols=4, frameon=False, fontsize=9)
     device = next((report.device for report in reports if report.device), "")
-    figure.supxlabel(
-        f"{COSTS[by]} ({device})" if device and by == "latency_b1_ms" else COSTS[by], fontsize=10, y=0.02
-    )
+    measured_on = f" ({device})" if device and by == "latency_b1_ms" else ""
+    figure.supxlabel(COSTS[by] + measured_on, fontsize=10, y=0.02)
     return figure
 
 
@@ -237,63 +237,41 @@ def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def _cost_axis(axes: Axes, values: Sequence[float]) -> None:
-    """Logarithmic where the costs differ more than tenfold; plain numbers, with room for labels at both ends."""
+    """Logarithmic where the costs differ more than tenfold; plain numbers either way."""
     if max(values) > 10 * min(values):
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.margins(x=0.13)
 
 
-def _label_points(figure: Figure, axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-    """Write every label beside its point, where it covers least of what is drawn; limits must be final."""
-    canvas = figure.canvas
-    assert isinstance(canvas, FigureCanvasAgg)
-    figure.draw_without_rendering()
-    renderer, frame = canvas.get_renderer(), axes.get_window_extent()
-    taken = _drawn_pixels(axes)
-    for text, point in points.items():
-        label = axes.annotate(
-            text, point, xytext=(0, 0), textcoords="offset points", fontsize=8, color="0.15", zorder=9
-        )
-        best = (np.inf, 0, "center", "center", (0, 0))
-        for rank, (right, up) in enumerate(
-            (dx * reach, dy * reach) for reach in (7, 13, 20) for dx, dy in DIRECTIONS
-        ):
-            ha = "left" if right > 0 else "right" if right < 0 else "center"
-            va = "bottom" if up > 0 else "top" if up < 0 else "center"
-            label.set(position=(right, up), ha=ha, va=va)
-            box = label.get_window_extent(renderer)
-            covered = box.padded(2).count_contains(taken)
-            outside = not (frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1))
-            best = min(best, (covered + 1e6 * outside, rank, ha, va, (right, up)))
-        _, _, ha, va, place = best
-        label.set(position=place, ha=ha, va=va)
-        box = label.get_window_extent(renderer)
-        corners = np.mgrid[box.x0 : box.x1 : 9j, box.y0 : box.y1 : 5j].reshape(2, -1).T
-        taken = np.concatenate(
-            [taken, np.repeat(corners, 8, axis=0)]
-        )  # another label is the worst thing to cover
+def _depth_axis(figure: Figure, axes: Axes, x: Mapping[int, float]) -> None:
+    """Name the depths along the upper edge, once for all series; those too close for a label each share one.
+
+    Labels beside the points would have to dodge error bars and lines of three series.
+    """
+    figure.draw_without_rendering()  # settles the limits, which decide what is close
+    pixels = axes.transData.transform([(place, 0.0) for place in x.values()])[:, 0]
+    labels: list[tuple[list[float], str]] = []
+    for pixel, depth in sorted(zip(pixels.tolist(), x, strict=True)):
+        labels.append(([pixel], str(depth)))
+        while len(labels) > 1 and _touch(labels[-2], labels[-1]):
+            (right, last), (left, first) = labels.pop(), labels.pop()
+            labels.append((left + right, f"{first}, {last}"))
+    places = axes.transData.inverted().transform([(float(np.mean(group)), 0.0) for group, _ in labels])[:, 0]
+    upper = axes.secondary_xaxis("top")
+    upper.set_ticks(places.tolist(), [text for _, text in labels], fontsize=8)
+    upper.minorticks_off()
+    axes.annotate(
+        "layers", (0, 1), (-6, 7.5), "axes fraction", "offset points", fontsize=8, ha="right", va="baseline"
+    )
+    for place in x.values():
+        axes.axvline(place, color="0.9", linewidth=0.8, zorder=0)
 
 
-def _drawn_pixels(axes: Axes) -> np.ndarray:
-    """Points in display pixels along every line, error bar and marker of the axes: (n, 2)."""
-    found = []
-    steps = np.linspace(0, 1, 40)[:, None]
-    paths = [line.get_transform().transform(line.get_xydata()) for line in axes.get_lines()]
-    for bars in axes.collections:
-        paths += [bars.get_transform().transform(path.vertices) for path in bars.get_paths()]
-    for path in paths:
-        for start, end in pairwise(path):
-            found.append(start + steps * (end - start))
-    markers = [
-        line.get_transform().transform(line.get_xydata())
-        for line in axes.get_lines()
-        if line.get_marker() != "None"
-    ]
-    around = np.array([(dx, dy) for dx in (-6, 0, 6) for dy in (-6, 0, 6)])
-    found += [(points[:, None] + around).reshape(-1, 2) for points in markers]
-    return np.concatenate(found) if found else np.empty((0, 2))
+def _touch(left: tuple[list[float], str], right: tuple[list[float], str]) -> bool:
+    """Whether two labels, each centred on its pixels, are nearer than a digit of each other."""
+    distance = float(np.mean(right[0]) - np.mean(left[0]))
+    return distance < DIGIT * (len(left[1]) + len(right[1]) + 2) / 2

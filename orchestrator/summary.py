@@ -13,8 +13,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from orchestrator.evaluation import DepthReport
+if TYPE_CHECKING:
+    from orchestrator.evaluation import DepthReport
 
 Row = dict[str, str | int | float | None]
 
