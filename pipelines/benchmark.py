@@ -54,11 +54,9 @@ def pipeline(arguments: argparse.Namespace) -> None:
 
     with ray_cluster(print) as cluster:
         print(
-            f"{arguments.stages} stages that sleep {arguments.work_ms:g} ms, {arguments.steps} steps, real loop and actors"
+            f"{arguments.stages} stages that sleep {arguments.work_ms:g} ms, {arguments.steps} steps; real loop, real actors"
         )
-        print(
-            f"{'per hop':>8}  {'share of one stage alone':>24}  {'steps/s':>8}  {'driver, ms of CPU per step and stage':>36}"
-        )
+        print("per hop  share of one stage alone   steps/s  driver's CPU time per step and stage")
         for megabytes in (0.0, 10.0):
             found = pipeline_speed(
                 arguments.stages,
@@ -68,7 +66,7 @@ def pipeline(arguments: argparse.Namespace) -> None:
                 cluster.cpus,
             )
             print(
-                f"{megabytes:5.0f} MB  {found.share:24.3f}  {found.steps_per_s:8.1f}  {found.driver_ms:36.3f}"
+                f"{megabytes:4.0f} MB  {found.share:24.3f}  {found.steps_per_s:8.1f}  {found.driver_ms:33.3f} ms"
             )
 
 
