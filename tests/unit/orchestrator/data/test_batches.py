@@ -79,6 +79,33 @@ def test_content_is_a_function_of_seed_step_and_micro():
     assert same(again.batch(1000, 1), far)
 
 
+def whole(source: Source, **settings: Any) -> TrainBatches:
+    """Batches of images as they are: the shape of the pictures, no crop, no flip."""
+    return train_batches(
+        source, size=(9, 12), crop_scale=(1.0, 1.0), crop_ratio=(4 / 3, 4 / 3), flip=False, **settings
+    )
+
+
+def test_order_and_crops_change_from_epoch_to_epoch(image_folder: Make):
+    source = FolderSource(image_folder(*(f"{n}.png" for n in range(6))))
+    epochs = [whole(source, batch_size=6).batch(step).images for step in range(4)]
+    assert len({epoch.tobytes() for epoch in epochs}) > 1
+    assert len({b"".join(sorted(image.tobytes() for image in epoch)) for epoch in epochs}) == 1
+    one = train_batches(source, indices=np.array([3]), batch_size=1)
+    assert len({one.batch(step).images.tobytes() for step in range(4)}) > 1
+
+
+def test_one_bad_image_is_replaced_by_many_others_in_turn(image_folder: Make):
+    source = FolderSource(image_folder(*(f"{n}.png" for n in range(6)), damaged=("0.png",)))
+    batches = whole(source, batch_size=6)
+    doubled = set()
+    for step in range(12):
+        images = [image.tobytes() for image in batches.batch(step).images]
+        assert len(set(images)) == 5
+        doubled |= {image for image in images if images.count(image) == 2}
+    assert len(doubled) > 2
+
+
 def test_the_split_may_be_listed_in_any_order():
     first = train_batches(DigitsSource(), indices=np.arange(50))
     second = train_batches(DigitsSource(), indices=np.arange(50)[::-1])
