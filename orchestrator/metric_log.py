@@ -33,9 +33,9 @@ class Point(NamedTuple):
 class MetricLog:
     """`metrics.jsonl`: one object per line, `{"step": 120, "time": 1712.5, "block0/loss": 0.41, ...}`.
 
-    Steps never decrease within the file: `rewind` cuts the tail off before the training repeats it. A metric has
-    one value per step. Values that are not finite are written as the strings "nan", "inf" and "-inf", since JSON
-    has no numbers for them. One thread appends and rewinds, another may deliver.
+    A metric has one value per step, and its steps come in order: `rewind` cuts the tail off before the training
+    repeats it, or else the last value written counts. Values that are not finite are written as the strings "nan",
+    "inf" and "-inf", since JSON has no numbers for them. One thread appends and rewinds, another may deliver.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,13 +60,20 @@ class MetricLog:
                 self._lost = True
                 log.warning("metrics of step %s could not be written to %s (%s)", step, self.path, error)
 
-    def rewind(self, step: int) -> None:
-        """Forget everything after `step`, from where the training is about to go on."""
+    def rewind(self, step: int, prefix: str = "") -> None:
+        """Forget what came after `step`, from where the training is about to go on.
+
+        prefix: of the metrics of a second training recorded behind the first ("mae/"), whose steps begin anew.
+        """
         with self._lock, self.path.open("rb") as file:
             keep = 0
             for line in file:
                 row = _row(line)
-                if row is not None and row["step"] > step:
+                if (
+                    row is not None
+                    and row["step"] > step
+                    and any(name.startswith(prefix) for name in _names(row))
+                ):
                     break
                 keep += len(line)
         self._cut_to(keep)
@@ -75,7 +82,8 @@ class MetricLog:
         """(step, value) of one metric over the whole run, in order."""
         with self.path.open("rb") as file:
             rows = (_row(line) for line in file)
-            return [(row["step"], float(row[name])) for row in rows if row is not None and name in row]
+            values = {row["step"]: float(row[name]) for row in rows if row is not None and name in row}
+        return sorted(values.items())
 
     def already_delivered(self, steps: Mapping[str, int]) -> None:
         """Tell what the store holds from an earlier process, the highest step per metric; not sent again."""
@@ -151,6 +159,10 @@ def _row(line: bytes) -> dict[str, Any] | None:
     except (ValueError, TypeError, KeyError):
         return None  # a line cut short when an earlier process was killed
     return row
+
+
+def _names(row: Mapping[str, Any]) -> list[str]:
+    return [name for name in row if name not in ("step", "time")]
 
 
 def _whole_lines(path: Path) -> int:

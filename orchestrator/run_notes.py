@@ -1,4 +1,4 @@
-"""What a person reads in MLflow about a depth variant: its record, and the Markdown notes made from it.
+"""What a person reads in MLflow about a run and its depth variants: their record, and the texts made from it.
 
 Pure values and text; knows no MLflow. Serves `tracking.py`.
 """
@@ -6,12 +6,19 @@ Pure values and text; knows no MLflow. Serves `tracking.py`.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 CURVE_POINTS = 500
 """Points of a curve on a child run; the parent run keeps them all."""
+
+ACCURACIES = (("knn_top1", "kNN top-1"), ("linear_top1", "linear probe top-1"))
+
+VIEW = "depth-variants"
+"""Key of the saved view of the runs table that `runs_view` describes."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class DepthRecord:
     def digest(self) -> str:
         """Of the weights: equal weights are the same model, however often a run is finished."""
         with (self.folder / "model.safetensors").open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def thinned(curve: Sequence[tuple[int, float]], points: int = CURVE_POINTS) -> list[tuple[int, float]]:
@@ -54,49 +61,105 @@ def thinned(curve: Sequence[tuple[int, float]], points: int = CURVE_POINTS) -> l
     return [curve[round(i * (len(curve) - 1) / (points - 1))] for i in range(points)]
 
 
-def loading_line(model_name: str, alias: str) -> str:
-    """Python that opens a registered variant where mlflow, torch and timm are installed, and this package is not."""
-    uri = f"models:/{model_name}@{alias}"
-    return f'timm.create_model("local-dir:" + mlflow.artifacts.download_artifacts("{uri}"), pretrained=True)'
+def rounded(value: float) -> float:
+    """Four significant digits, or the whole number: what MLflow's tables can show. 0.91178 -> 0.9118."""
+    return float(round(value)) if abs(value) >= 1e4 else float(f"{value:.4g}")
 
 
-def results_table(rows: Sequence[Mapping[str, object]]) -> str:
-    """A Markdown table; the columns are the keys of the rows in their order of appearance."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns, ["---:"] * len(columns)]
-    lines += [[_cell(row.get(column)) for column in columns] for row in rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+def headline(record: DepthRecord) -> str:
+    """One variant in a line: what it is worth and what it costs."""
+    m = record.metrics
+    parts = [f"{name} {_with_error(m[key], m.get(f'{key}_se'))}" for key, name in ACCURACIES if key in m]
+    if "params" in m:
+        parts.append(f"{m['params'] / 1e6:.2f} M parameters")
+    if "gflops" in m:
+        parts.append(f"{m['gflops']:.3g} GFLOPs")
+    if "latency_b1_ms" in m:
+        parts.append(f"{m['latency_b1_ms']:.3g} ms per image")
+    return ", ".join(parts)
 
 
-def depth_rows(records: Sequence[DepthRecord]) -> list[dict[str, object]]:
+def depth_rows(records: Sequence[DepthRecord]) -> list[dict[str, str]]:
     """The results of some variants as rows for people: accuracies with their standard errors, sizes in millions."""
     rows = []
     for record in records:
         m = record.metrics
-        row: dict[str, object] = {"model": record.title}
+        row = {"model": record.title}
+        for key, name in ACCURACIES:
+            if key in m:
+                row[name] = _with_error(m[key], m.get(f"{key}_se"))
         if "params" in m:
             row["parameters"] = f"{m['params'] / 1e6:.2f} M"
         if "gflops" in m:
             row["GFLOPs"] = f"{m['gflops']:.3g}"
-        for key, name in (("latency_b1_ms", "latency, batch 1"), ("latency_b64_ms", "latency, batch 64")):
+        for key, name in (("latency_b1_ms", "ms, batch 1"), ("latency_b64_ms", "ms, batch 64")):
             if key in m:
-                row[name] = f"{m[key]:.3g} ms"
-        for key, name in (("knn_top1", "kNN top-1"), ("linear_top1", "linear probe top-1")):
-            if key in m:
-                row[name] = _with_error(m[key], m.get(f"{key}_se"))
+                row[name] = f"{m[key]:.3g}"
         rows.append(row)
     return rows
 
 
+def results_table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows as preformatted Markdown; the columns are their keys in order of appearance.
+
+    MLflow sets a Markdown table without any space between its columns.
+    """
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns] + [[str(row.get(column, "")) for column in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = [
+        "   ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells
+    ]
+    return fenced("\n".join(lines))
+
+
 def loading_note(model_name: str, alias: str, store: str | None) -> str:
-    """How to open one variant, as Markdown. `store`: the tracking URI if it is not the reader's default."""
-    setting = "" if store is None else f'mlflow.set_tracking_uri("{store}")\n'
-    return f"```python\nimport mlflow, timm\n\n{setting}model = {loading_line(model_name, alias)}\n```"
+    """Markdown that opens a variant where mlflow, torch and timm are installed, and this package is not.
+
+    store: the tracking URI, if it is not what a reader in the same folder has by default.
+    """
+    lines = ["import mlflow, timm", ""]
+    if store is not None:
+        lines.append(f'mlflow.set_tracking_uri("{store}")')
+    lines.append(f'folder = mlflow.artifacts.download_artifacts("models:/{model_name}@{alias}")')
+    lines.append('model = timm.create_model("local-dir:" + folder, pretrained=True)')
+    return fenced("\n".join(lines))
+
+
+def picture(run_id: str, path: str) -> str:
+    """Markdown that shows an artifact of a run on MLflow's own pages."""
+    return f"![{Path(path).stem}](get-artifact?path={quote(path)}&run_uuid={run_id})"
+
+
+def fenced(text: str) -> str:
+    """Text that keeps its columns."""
+    return f"```\n{text.rstrip()}\n```"
+
+
+def pages(experiment_id: str) -> str:
+    """Markdown links from a run to what one looks for next."""
+    experiment = f"#/experiments/{experiment_id}"
+    return (
+        f"[All depth variants]({experiment}/runs?viewStateShareKey={VIEW}&workflowType=machine_learning), "
+        f"[all models]({experiment}/models?workflowType=machine_learning)"
+    )
+
+
+def runs_view(now: int) -> str:
+    """A saved view of the runs table, as MLflow's pages store it: the depth variants of all runs, the best first.
+
+    Pages that do not know this form ignore it. now: milliseconds since 1970.
+    """
+    metrics = ("knn_top1", "linear_top1", "latency_b1_ms", "params", "gflops")
+    state = {
+        "selectedColumns": ["attributes.`Models`", *(f"metrics.`{name}`" for name in metrics)],
+        "searchFilter": "tags.variant LIKE '%depth%'",
+        "orderByKey": "metrics.`knn_top1`",
+        "orderByAsc": False,
+    }
+    view = {"name": "Depth variants", "createdAt": now, "updatedAt": now, "state": json.dumps(state)}
+    return json.dumps(view)
 
 
 def _with_error(value: float, error: float | None) -> str:
     return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
-
-
-def _cell(value: object) -> str:
-    return "" if value is None else str(value).replace("|", "\\|")

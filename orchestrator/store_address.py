@@ -41,6 +41,15 @@ class StoreAddress:
         path = self.uri.partition("sqlite:///")[2].partition("?")[0]
         return Path(unquote(path)).absolute() if path and path != ":memory:" else None
 
+    @property
+    def is_default(self) -> bool:
+        """What MLflow uses in this folder when it is told nothing."""
+        return self.sqlite_file == Path("mlflow.db").absolute()
+
+    def to_name(self) -> str | None:
+        """The URI that a reader in this folder must set; None if nothing."""
+        return None if self.is_default else str(self)
+
     def artifact_folder(self, experiment: str) -> str | None:
         """Where a new experiment keeps its files; None leaves it to MLflow.
 
@@ -48,17 +57,18 @@ class StoreAddress:
         beside the database; for another one it would scatter one store over every folder that a run was started in.
         """
         file = self.sqlite_file
-        if file is None or file == Path("mlflow.db").absolute():
+        if file is None or self.is_default:
             return None
         return (file.parent / "mlruns" / re.sub(r"[^\w.-]+", "-", experiment)).as_uri()
 
     def ui_hint(self, experiment_id: str, run_id: str) -> str:
-        """What a person does to see the pages: a command for a shell, or the address of the run on a server."""
+        """What a person does to see the run: an address, preceded by a command if no server shows it yet."""
+        # Without this parameter the pages of MLflow 3 open as those for language models, where models are hidden.
+        page = f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
         if self.is_http:
-            return f"{str(self).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
-        if self.sqlite_file == Path("mlflow.db").absolute():
-            return "mlflow ui"
-        return f"mlflow ui --backend-store-uri {self}"
+            return f"{str(self).rstrip('/')}/{page}"
+        command = "mlflow ui" if self.is_default else f"mlflow ui --backend-store-uri '{self}'"
+        return f"{command}   then open http://127.0.0.1:5000/{page}"
 
     def probe(self) -> None:
         """Try a database once, and to write if it is SQLite. A server is tried by its first request instead.

@@ -1,19 +1,19 @@
 """The record of a run in MLflow: a parent run, and a child run and a logged model per depth variant.
 
-The only code that speaks MLflow; the driver alone uses it. A store that cannot be reached is an error at the start
-and never later: metrics wait in `metrics.jsonl`, files stay in the output directory, the training goes on.
+With `tracking_depths.py` the only code that speaks MLflow; the driver alone uses it. A store that cannot be reached
+is an error at the start and never later: metrics wait in `metrics.jsonl`, files stay in the output directory, the
+training goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import getpass
+import dataclasses
 import json
 import logging
 import re
-import sys
-import tempfile
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,23 +22,22 @@ from typing import TYPE_CHECKING, Literal, Self
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, LoggedModelOutput, Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model
 
 from orchestrator.delivery import Courier, Debts
 from orchestrator.metric_log import MetricLog, Point
 from orchestrator.provenance import Provenance
-from orchestrator.run_notes import DepthRecord, depth_rows, loading_note, results_table, thinned
+from orchestrator.run_notes import VIEW, DepthRecord, pages, picture, runs_view
 from orchestrator.store_address import SECONDS, StoreAddress, gist, http_patience, no_tracebacks
+from orchestrator.tracking_depths import NOTE, DepthRuns, last_steps, origin
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
+SHOWN_PACKAGES = ("torch", "timm", "ray")  # as tags; provenance.json has them all
 
-NOTE = "mlflow.note.content"  # the tag that MLflow's pages show as a description
-BATCH = 1000  # metrics that MLflow takes in one request
+Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 log = logging.getLogger(__name__)
 
@@ -55,22 +54,20 @@ class Tracker:
     """
 
     def __init__(
-        self, client: MlflowClient, address: StoreAddress, run: Run, out: Path, interval: float
+        self, client: MlflowClient, address: StoreAddress, run: Run, out: Path, model_name: str
     ) -> None:
         self.out = out
         self.run_id: str = run.info.run_id
         self.experiment_id: str = run.info.experiment_id
-        self._started: int = run.info.start_time
         self._client, self._address = client, address
         self._open_things = contextlib.ExitStack()
         self._open_things.enter_context(http_patience(retries=1, seconds=30))
         self._open_things.enter_context(no_tracebacks())
         self._debts = Debts(str(address), _refused)
-        self._depths: dict[str, DepthRecord] = {}
+        self._depths = DepthRuns(client, run, model_name, address.to_name())
         self._metrics = MetricLog(out / "metrics.jsonl")
         self._events = out / "events.log"
         self._events_sent = 0
-        self._interval = interval
         self._courier: Courier | None = None
 
     @classmethod
@@ -81,13 +78,21 @@ class Tracker:
         run_name: str,
         out: Path,
         resume_run_id: str | None = None,
+        model_name: str | None = None,
         interval: float = 2.0,
     ) -> Tracker:
         """Start a run, or go on with the one that `recorded_run(out)` gave.
 
         uri: MLflow tracking URI; None is MLflow's own default (MLFLOW_TRACKING_URI, else ./mlflow.db).
+        model_name: the registered model whose versions the depth variants become; None is the experiment's name.
         interval: seconds between two deliveries of metrics. Raises TrackingError, within seconds.
         """
+        model_name = model_name or experiment
+        if re.search(r"[/:]", model_name):
+            raise TrackingError(
+                f"the model name {model_name!r} has a slash or a colon, which MLflow does not take in names of "
+                "registered models; give another one with --tracking.model_name"
+            )
         address = StoreAddress(uri or mlflow.get_tracking_uri())
         try:
             with http_patience(retries=0, seconds=int(SECONDS)), no_tracebacks():
@@ -98,7 +103,7 @@ class Tracker:
                     sent: dict[str, int] = {}
                 else:
                     run = _continued_run(client, resume_run_id, address)
-                    sent = _last_steps(client, run)
+                    sent = last_steps(client, run)
         except TrackingError:
             raise
         except Exception as error:  # each kind of store has its own errors
@@ -106,7 +111,7 @@ class Tracker:
                 f"the MLflow store {address} cannot be used: {gist(error)}; "
                 "start or repair it, or give another one with --tracking.uri (sqlite:///mlflow.db needs no server)"
             ) from error
-        tracker = cls(client, address, run, out, interval)
+        tracker = cls(client, address, run, out, model_name)
         if resume_run_id is None:
             tracker._metrics.rewind(-1)
         tracker._metrics.already_delivered(sent)
@@ -126,7 +131,7 @@ class Tracker:
             return None
 
     def ui_hint(self) -> str:
-        """The command that opens the pages, or their address if the store is a server."""
+        """What a person does to see this run: a command and an address, or the address alone for a server."""
         return self._address.ui_hint(self.experiment_id, self.run_id)
 
     # -- while training -----------------------------------------------------------------------------------------
@@ -135,9 +140,12 @@ class Tracker:
         """Record values of one step, names like block2/loss. Costs one line in a file; never blocks or raises."""
         self._metrics.append(step, values)
 
-    def rewind(self, step: int) -> None:
-        """The training goes on after `step`: forget what was recorded later. After a restart and at --resume."""
-        self._metrics.rewind(step)
+    def rewind(self, step: int, prefix: str = "") -> None:
+        """The training goes on after `step`: forget what was recorded later. After a restart and at --resume.
+
+        prefix: of the metrics of a second training in the same run, recorded behind the first ("mae/").
+        """
+        self._metrics.rewind(step, prefix)
 
     def history(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of one metric so far, processes before this one included."""
@@ -159,9 +167,8 @@ class Tracker:
             new = {key: str(value)[:6000] for key, value in flat.items()}
             params = [Param(key, value) for key, value in new.items() if key not in known]
             self._client.log_batch(self.run_id, params=params)
-            for key in sorted(
-                k for k in new if known.get(k, new[k]) != new[k]
-            ):  # MLflow never changes a parameter
+            # MLflow never changes a parameter.
+            for key in sorted(key for key, value in known.items() if new.get(key, value) != value):
                 self.log_event(f"resumed with {key} = {new[key]} (started with {known[key]})")
             self._client.log_text(self.run_id, yaml_text, "settings.yaml")
 
@@ -169,24 +176,24 @@ class Tracker:
 
     def log_provenance(self, record: Provenance) -> None:
         """Code revision, versions, hardware and data: whole as provenance.json, the gist as tags and a dataset."""
-        tags = {"hardware": str(record.hardware), "python": record.python, **record.packages}
+        tags = {"hardware": str(record.hardware), "python": record.python}
+        tags |= {name: version for name, version in record.packages.items() if name in SHOWN_PACKAGES}
         if record.code.commit is not None:
             tags["mlflow.source.git.commit"] = record.code.commit
             tags["git_dirty"] = str(record.code.dirty).lower()
+        if (data := record.data) is not None:
+            self._depths.dataset = Dataset(
+                name=Path(data.source).name or data.source,
+                digest=data.fingerprint[:8],
+                source_type="local",
+                source=json.dumps({"uri": data.source}),
+                profile=json.dumps(dataclasses.asdict(data)),
+            )
 
         def job() -> None:
             self._client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
             self._client.log_dict(self.run_id, record.as_dict(), "provenance.json")
-            if (data := record.data) is not None:
-                profile = {"images": data.images, "train": data.train, "val": data.val, "test": data.test}
-                dataset = Dataset(
-                    name=Path(data.source).name or data.source,
-                    digest=data.fingerprint[:36],
-                    source_type="local",
-                    source=json.dumps({"uri": data.source}),
-                    profile=json.dumps(profile),
-                )
-                self._client.log_inputs(self.run_id, [DatasetInput(dataset)])
+            self._depths.log_dataset(self.run_id)
 
         self._debts.do("the provenance", job)
 
@@ -195,18 +202,24 @@ class Tracker:
         pairs = [RunTag(key, str(value)) for key, value in tags.items()]
         self._debts.do("tags", lambda: self._client.log_batch(self.run_id, tags=pairs))
 
-    def describe(self, markdown: str) -> None:
-        """The text at the head of the parent run's page."""
-        self._debts.do("the description", lambda: self._client.set_tag(self.run_id, NOTE, markdown))
+    def describe(self, markdown: str, pictures: Sequence[str] = ()) -> None:
+        """The text at the head of the parent run's page, with links to the pages beside it.
 
-    def log_picture(self, picture: Path | Figure, name: str) -> Path:
-        """A picture on the parent run; a figure is first written to out/pictures. Returns the file."""
-        if isinstance(picture, Path):
-            path = picture
-        else:
-            path = self.out / "pictures" / f"{name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture.savefig(path, dpi=120, bbox_inches="tight")
+        pictures: names given to `log_picture`, shown below the text.
+        """
+        parts = [markdown, pages(self.experiment_id)]
+        parts += [picture(self.run_id, f"pictures/{name}.png") for name in pictures]
+        note = "\n\n".join(parts)
+        self._debts.do("the description", lambda: self._client.set_tag(self.run_id, NOTE, note))
+
+    def log_picture(self, figure: Path | Figure, name: str) -> Path:
+        """A picture on the parent run, kept as out/pictures/NAME.png. Returns the file."""
+        path = self.out / "pictures" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not isinstance(figure, Path):
+            figure.savefig(path, dpi=120, bbox_inches="tight")
+        elif figure.resolve() != path.resolve():
+            shutil.copyfile(figure, path)
         self.log_file(path, "pictures")
         return path
 
@@ -225,112 +238,14 @@ class Tracker:
         """A file of the output directory on the parent run."""
         self._debts.do(path.name, lambda: self._client.log_artifact(self.run_id, str(path), folder))
 
-    # -- depth variants -----------------------------------------------------------------------------------------
-
     def log_depth(self, record: DepthRecord, model_name: str | None = None) -> str | None:
-        """Child run and logged model of one variant; with `model_name` also a version of that registered model.
+        """Child run and logged model of one variant; one of this run (not of a baseline) is also registered.
 
-        Finishing a run twice uses what is there: the same child run, and the same model if its weights are equal.
-        Returns the address that `mlflow.artifacts.download_artifacts` takes, None if there is none yet.
+        model_name: the registered model of which it becomes a version; None is the experiment's name. Finishing a
+        run twice uses what is there: the same child run, and the same model if its weights are equal. Returns the
+        address that `mlflow.artifacts.download_artifacts` takes, None if the store has not taken it yet.
         """
-        self._depths[record.alias] = record
-        return self._debts.do(record.title, lambda: self._send_depth(record, model_name))
-
-    def _send_depth(self, record: DepthRecord, model_name: str | None) -> str:
-        run = self._child_run(record)
-        run_id: str = run.info.run_id
-        curve_steps = _last_steps(self._client, run)
-        now = int(1000 * time.time())
-        curves = [
-            Metric(name, value, now, step)
-            for name, curve in record.curves.items()
-            for step, value in thinned(curve)
-            if step > curve_steps.get(name, -1)
-        ]
-        for start in range(0, len(curves), BATCH):
-            self._client.log_batch(run_id, metrics=curves[start : start + BATCH])
-        model_id = self._logged_model(run, record, model_name)
-        for picture in record.pictures:
-            self._client.log_artifact(run_id, str(picture))
-        uri = f"models:/{model_id}"
-        note = results_table(depth_rows([record]))
-        if model_name is not None:
-            self._register(run_id, model_id, record, model_name)
-            uri = f"models:/{model_name}@{record.alias}"
-            note += "\n\n" + loading_note(model_name, record.alias, self._store_to_name())
-        params = [Param(key, str(value)[:6000]) for key, value in record.params.items()]
-        known = run.data.params
-        self._client.log_batch(
-            run_id, params=[p for p in params if p.key not in known], tags=[RunTag(NOTE, note)]
-        )
-        self._client.set_terminated(run_id, "FINISHED")
-        return uri
-
-    def _child_run(self, record: DepthRecord) -> Run:
-        mine = f"tags.mlflow.parentRunId = '{self.run_id}' and tags.variant = '{record.alias}'"
-        found = self._client.search_runs([self.experiment_id], mine, max_results=1)
-        if found:
-            return found[0]
-        tags = {"mlflow.parentRunId": self.run_id, "variant": record.alias, **_origin()}
-        return self._client.create_run(self.experiment_id, self._started, tags, record.title)
-
-    def _logged_model(self, run: Run, record: DepthRecord, model_name: str | None) -> str:
-        """The id of the logged model with these weights, made and filled if there is none."""
-        client, run_id, digest = self._client, run.info.run_id, record.digest()
-        if run.data.tags.get("weights") == digest:
-            model = client.get_logged_model(run.data.tags["model_id"])
-        else:
-            name = re.sub(r"[/:.%\"']", "-", f"{model_name or 'bim'}-{record.alias}")
-            params = {key: str(value) for key, value in record.params.items()}
-            model = client.create_logged_model(self.experiment_id, name, run_id, {}, params, "timm")
-            client.log_outputs(run_id, [LoggedModelOutput(model.model_id, record.step)])
-            tags = [RunTag("model_id", model.model_id), RunTag("weights", digest)]
-            client.log_batch(run_id, tags=tags)
-        if str(model.status) != "READY":
-            now = int(1000 * time.time())
-            client.log_batch(
-                run_id,
-                metrics=[
-                    Metric(name, value, now, record.step, model_id=model.model_id, run_id=run_id)
-                    for name, value in record.metrics.items()
-                ],
-            )
-            with tempfile.TemporaryDirectory() as folder:
-                # The registry and the pages want an MLmodel file; nothing in it is pickled or run.
-                Model(run_id=run_id, model_id=model.model_id, flavors={"timm": {"data": "."}}).save(
-                    str(Path(folder) / "MLmodel")
-                )
-                client.log_model_artifacts(model.model_id, folder)
-            client.log_model_artifacts(model.model_id, str(record.folder))
-            client.finalize_logged_model(model.model_id, "READY")
-        return str(model.model_id)
-
-    def _register(self, run_id: str, model_id: str, record: DepthRecord, model_name: str) -> None:
-        client = self._client
-        try:
-            client.create_registered_model(model_name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        source = f"models:/{model_id}"
-        versions = client.search_model_versions(f"name = '{model_name}' and run_id = '{run_id}'")
-        version = next((v for v in versions if v.source == source), None)
-        if version is None:
-            row = depth_rows([record])[0]
-            text = ", ".join(f"{key} {value}" for key, value in row.items() if key != "model")
-            tags = {"depth": str(record.depth), "run": self.run_id}
-            version = client.create_model_version(
-                model_name, source, run_id, tags, description=text, model_id=model_id
-            )
-        client.set_registered_model_alias(model_name, record.alias, version.version)
-        note = results_table(depth_rows(list(self._depths.values())))
-        note += "\n\n" + loading_note(model_name, record.alias, self._store_to_name())
-        client.update_registered_model(model_name, note)
-
-    def _store_to_name(self) -> str | None:
-        """The tracking URI that a reader must set; None for the default store."""
-        default = self._address.sqlite_file == Path("mlflow.db").absolute()
-        return None if default else str(self._address)
+        return self._debts.do(record.title, lambda: self._depths.send(record, model_name))
 
     # -- the end ------------------------------------------------------------------------------------------------
 
@@ -385,19 +300,22 @@ class Tracker:
 def _experiment(client: MlflowClient, name: str, address: StoreAddress) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
-        # The tag tells MLflow's pages to show runs and models rather than traces of language models.
-        tags = {"mlflow.experimentKind": "custom_model_development"}
-        return str(client.create_experiment(name, address.artifact_folder(name), tags))
+        # The kind tells MLflow's pages to show runs and models rather than traces of language models.
+        kind = {"mlflow.experimentKind": "custom_model_development"}
+        found = client.get_experiment(client.create_experiment(name, address.artifact_folder(name), kind))
     if found.lifecycle_stage != "active":
         raise TrackingError(
             f"the experiment {name!r} of the MLflow store {address} was deleted; choose another --tracking.experiment, "
             f"or bring it back with: mlflow experiments restore -x {found.experiment_id}"
         )
+    view = f"mlflow.sharedViewState.{VIEW}"
+    if view not in found.tags:
+        client.set_experiment_tag(found.experiment_id, view, runs_view(int(1000 * time.time())))
     return str(found.experiment_id)
 
 
 def _new_run(client: MlflowClient, experiment_id: str, name: str) -> Run:
-    return client.create_run(experiment_id, tags=_origin(), run_name=name)
+    return client.create_run(experiment_id, tags=origin(), run_name=name)
 
 
 def _continued_run(client: MlflowClient, run_id: str, address: StoreAddress) -> Run:
@@ -412,20 +330,6 @@ def _continued_run(client: MlflowClient, run_id: str, address: StoreAddress) -> 
             "store, or remove tracking.json from the output directory to go on as a new run"
         ) from error
     return run
-
-
-def _last_steps(client: MlflowClient, run: Run) -> dict[str, int]:
-    """The highest step that the store holds of each metric of a run."""
-    names = run.data.metrics
-    return {name: max(m.step for m in client.get_metric_history(run.info.run_id, name)) for name in names}
-
-
-def _origin() -> dict[str, str]:
-    """The tags that fill MLflow's columns User and Source."""
-    tags = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
-    with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
-        tags["mlflow.user"] = getpass.getuser()
-    return tags
 
 
 def _refused(error: Exception) -> bool:

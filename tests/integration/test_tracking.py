@@ -17,6 +17,7 @@ import pytest
 import timm
 import torch
 from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
 from safetensors.torch import save_file
 
 from orchestrator.provenance import DataRecord, collect
@@ -50,9 +51,11 @@ def client(home: Path) -> MlflowClient:
     return MlflowClient(tracking_uri=f"sqlite:///{home}/mlflow.db")
 
 
-def open_tracker(out: Path, name: str = "a run", resume: str | None = None) -> Tracker:
+def open_tracker(
+    out: Path, name: str = "a run", resume: str | None = None, model_name: str | None = None
+) -> Tracker:
     out.mkdir(exist_ok=True)
-    return Tracker.open(None, "bim", name, out, resume, interval=0.05)
+    return Tracker.open(None, "bim", name, out, resume, model_name, interval=0.05)
 
 
 def export(folder: Path, depth: int, seed: int = 0) -> Path:
@@ -108,17 +111,20 @@ def test_a_run_holds_its_settings_metrics_provenance_and_files(tmp_path: Path, c
         tracker.log_metrics(2, {"block0/loss": float("nan")})
         tracker.log_event("skipped one image")
         tracker.log_table([{"depth": 2, "knn": 0.9}, {"depth": 4, "knn": 0.95}], "results")
-        tracker.describe("# read me")
+        tracker.describe("# read me", ["a"])
         (tmp_path / "a.png").write_bytes(b"png")
         tracker.log_picture(tmp_path / "a.png", "a")
-        assert tracker.ui_hint() == "mlflow ui"
+        assert tracker.ui_hint().startswith("mlflow ui   then open http://127.0.0.1:5000/#/experiments/")
     run = client.get_run(tracker.run_id)
     assert (run.info.run_name, run.info.status) == ("digits", "FINISHED")
     assert run.data.params == {"mask.ratio": "0.75", "blocks": "[2, 2]"}
     assert run.data.metrics["data/wait_s"] == 0.0
     assert run.data.metrics["odd name_"] == 1.0
     assert steps(client, tracker.run_id, "block0/loss") == [1, 2]
-    assert run.data.tags["mlflow.note.content"] == "# read me"
+    assert run.data.tags["mlflow.note.content"].startswith("# read me\n\n")
+    assert (
+        f"get-artifact?path=pictures/a.png&run_uuid={tracker.run_id}" in run.data.tags["mlflow.note.content"]
+    )
     assert run.data.tags["torch"]
     assert run.inputs.dataset_inputs[0].dataset.name == "digits"
     files = {file.path for file in client.list_artifacts(tracker.run_id)}
@@ -137,12 +143,10 @@ def test_the_default_store_lies_where_a_bare_mlflow_ui_looks(
 def test_a_registered_variant_opens_without_this_package(
     tmp_path: Path, home: Path, client: MlflowClient
 ) -> None:
-    with open_tracker(tmp_path / "out") as tracker:
+    with open_tracker(tmp_path / "out", model_name="digits_vit") as tracker:
         for depth in (2, 3):
             folder = export(tmp_path / f"depth{depth}", depth)
-            assert (
-                tracker.log_depth(record(folder, depth), "digits_vit") == f"models:/digits_vit@depth{depth}"
-            )
+            assert tracker.log_depth(record(folder, depth)) == f"models:/digits_vit@depth{depth}"
     program = (
         "import sys, mlflow, timm, torch\n"
         "sys.modules['orchestrator'] = sys.modules['models'] = None\n"
@@ -160,12 +164,11 @@ def test_a_registered_variant_opens_without_this_package(
 
 
 def test_models_sort_by_their_metrics(tmp_path: Path, client: MlflowClient) -> None:
-    with open_tracker(tmp_path / "out") as tracker:
+    with open_tracker(tmp_path / "out", model_name="sorted_vit") as tracker:
         for depth, accuracy in ((2, 0.7), (3, 0.9), (4, 0.8)):
             variant = record(export(tmp_path / f"depth{depth}", depth), depth)
             tracker.log_depth(
-                DepthRecord(depth, variant.folder, {"knn_top1": accuracy, "params": float(depth)}),
-                "sorted_vit",
+                DepthRecord(depth, variant.folder, {"knn_top1": accuracy, "params": float(depth)})
             )
     order = [{"field_name": "metrics.knn_top1", "ascending": False}]
     models = client.search_logged_models([tracker.experiment_id], "name LIKE 'sorted_vit%'", order_by=order)
@@ -175,12 +178,12 @@ def test_models_sort_by_their_metrics(tmp_path: Path, client: MlflowClient) -> N
 
 def test_a_depth_variant_is_a_child_run_with_its_curve(tmp_path: Path, client: MlflowClient) -> None:
     (tmp_path / "reconstruction.png").write_bytes(b"png")
-    with open_tracker(tmp_path / "out") as tracker:
+    with open_tracker(tmp_path / "out", model_name="child_vit") as tracker:
         variant = record(export(tmp_path / "depth2", 2))
         variant = DepthRecord(**{**vars(variant), "pictures": [tmp_path / "reconstruction.png"]})
-        tracker.log_depth(variant, "child_vit")
+        tracker.log_depth(variant)
     (child,) = client.search_runs([tracker.experiment_id], f"tags.mlflow.parentRunId = '{tracker.run_id}'")
-    assert (child.info.run_name, child.info.status) == ("depth 2", "FINISHED")
+    assert (child.info.run_name, child.info.status) == ("depth 2 of a run", "FINISHED")
     assert child.data.params == {"depth": "2", "mask_ratio": "0.75"}
     curve = steps(client, child.info.run_id, "loss")
     assert (len(curve), curve[0], curve[-1]) == (500, 0, 1999)
@@ -188,25 +191,44 @@ def test_a_depth_variant_is_a_child_run_with_its_curve(tmp_path: Path, client: M
     assert [file.path for file in client.list_artifacts(child.info.run_id)] == ["reconstruction.png"]
     assert "0.900 ± 0.010" in child.data.tags["mlflow.note.content"]
     assert "models:/child_vit@depth2" in child.data.tags["mlflow.note.content"]
+    assert "get-artifact?path=reconstruction.png" in child.data.tags["mlflow.note.content"]
+    exported = download_artifacts(
+        f"runs:/{child.info.run_id}/child_vit-depth2", tracking_uri=client.tracking_uri
+    )
+    assert {"model.safetensors", "config.json", "README.md"} <= set(os.listdir(exported))
+
+
+def test_a_baselines_variant_is_recorded_but_not_registered(tmp_path: Path, client: MlflowClient) -> None:
+    with open_tracker(tmp_path / "out", model_name="baseline_vit") as tracker:
+        variant = DepthRecord(
+            2, export(tmp_path / "mae2", 2), {"knn_top1": 0.123456, "params": 85798656.0}, series="mae"
+        )
+        assert str(tracker.log_depth(variant)).startswith("models:/m-")
+    assert not client.search_registered_models("name = 'baseline_vit'")
+    (model,) = client.search_logged_models([tracker.experiment_id], "name = 'baseline_vit-mae-depth2'")
+    assert {metric.key: metric.value for metric in model.metrics} == {
+        "knn_top1": 0.1235,
+        "params": 85798656.0,
+    }
 
 
 def test_a_resumed_run_is_the_same_run_and_nothing_is_doubled(tmp_path: Path, client: MlflowClient) -> None:
     out = tmp_path / "out"
     folder = export(tmp_path / "depth2", 2)
-    with open_tracker(out) as first:
+    with open_tracker(out, model_name="resumed_vit") as first:
         first.log_settings({"a": 1, "resume": False}, "a: 1\n")
         for step in range(6):
             first.log_metrics(step, {"loss": float(step)})
-        first.log_depth(record(folder), "resumed_vit")
+        first.log_depth(record(folder))
     assert Tracker.recorded_run(out) == first.run_id
-    with open_tracker(out, resume=Tracker.recorded_run(out)) as second:
+    with open_tracker(out, resume=Tracker.recorded_run(out), model_name="resumed_vit") as second:
         second.rewind(3)
         assert client.get_run(first.run_id).info.status == "RUNNING"
         second.log_settings({"a": 1, "resume": True}, "a: 1\n")
         for step in range(4, 8):
             second.log_metrics(step, {"loss": float(step)})
         assert second.history("loss") == [(step, float(step)) for step in range(8)]
-        second.log_depth(record(folder), "resumed_vit")
+        second.log_depth(record(folder))
     assert second.run_id == first.run_id
     assert steps(client, first.run_id, "loss") == list(range(8))
     assert "resume = True" in (out / "events.log").read_text()
@@ -218,9 +240,9 @@ def test_a_resumed_run_is_the_same_run_and_nothing_is_doubled(tmp_path: Path, cl
 
 
 def test_other_weights_are_another_version_under_the_same_alias(tmp_path: Path, client: MlflowClient) -> None:
-    with open_tracker(tmp_path / "out") as tracker:
-        tracker.log_depth(record(export(tmp_path / "a", 2)), "changed_vit")
-        tracker.log_depth(record(export(tmp_path / "b", 2, seed=1)), "changed_vit")
+    with open_tracker(tmp_path / "out", model_name="changed_vit") as tracker:
+        tracker.log_depth(record(export(tmp_path / "a", 2)))
+        tracker.log_depth(record(export(tmp_path / "b", 2, seed=1)))
     assert int(client.get_model_version_by_alias("changed_vit", "depth2").version) == 2
 
 
@@ -230,7 +252,7 @@ def test_a_store_that_goes_away_costs_one_line_and_gets_everything_when_it_is_ba
     caplog.set_level(logging.WARNING)
     away = home / "away.db"
     out = tmp_path / "out"
-    with open_tracker(out) as tracker:
+    with open_tracker(out, model_name="away_vit") as tracker:
         tracker.log_metrics(0, {"loss": 0.0})
         (home / "mlflow.db").rename(away)
         try:
@@ -238,7 +260,7 @@ def test_a_store_that_goes_away_costs_one_line_and_gets_everything_when_it_is_ba
                 tracker.log_metrics(step, {"loss": float(step)})
             wait_for(lambda: any("does not take metrics" in message for message in caplog.messages))
             tracker.log_table([{"depth": 2}], "results")
-            assert tracker.log_depth(record(export(tmp_path / "depth2", 2)), "away_vit") is None
+            assert tracker.log_depth(record(export(tmp_path / "depth2", 2))) is None
         finally:
             (home / "mlflow.db").unlink(missing_ok=True)
             away.rename(home / "mlflow.db")
@@ -318,6 +340,11 @@ def test_a_store_that_cannot_be_used_is_one_sentence_at_the_start(tmp_path: Path
 def test_a_run_that_is_not_in_the_store_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match=r"0123abcd .*is not in the MLflow store"):
         open_tracker(tmp_path / "out", resume="0123abcd")
+
+
+def test_a_model_name_that_the_registry_would_refuse_is_refused_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(TrackingError, match=r"'a/b' has a slash.*--tracking.model_name"):
+        open_tracker(tmp_path / "out", model_name="a/b")
 
 
 def test_a_deleted_experiment_says_how_to_bring_it_back(

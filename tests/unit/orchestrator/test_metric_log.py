@@ -82,6 +82,23 @@ def test_a_rewound_step_is_written_again_but_not_sent_twice(metrics: MetricLog, 
     assert [step for step, _ in metrics.history("loss")] == list(range(7))
 
 
+def test_a_second_training_behind_the_first_is_rewound_by_its_prefix(metrics: MetricLog) -> None:
+    for step in range(1, 5):
+        metrics.append(step, {"loss": float(step)})
+    for step in range(1, 5):
+        metrics.append(step, {"mae/loss": float(step)})
+    metrics.rewind(4)  # the first training is complete
+    metrics.rewind(2, "mae/")
+    assert [step for step, _ in metrics.history("loss")] == [1, 2, 3, 4]
+    assert [step for step, _ in metrics.history("mae/loss")] == [1, 2]
+
+
+def test_of_a_step_written_twice_the_last_value_counts(metrics: MetricLog) -> None:
+    for step, value in ((1, 1.0), (2, 2.0), (2, 2.5), (3, 3.0)):
+        metrics.append(step, {"loss": value})
+    assert metrics.history("loss") == [(1, 1.0), (2, 2.5), (3, 3.0)]
+
+
 def test_a_rewind_while_a_batch_is_under_way_is_honoured(metrics: MetricLog, store: Store) -> None:
     for step in range(5):
         metrics.append(step, {"loss": float(step)})

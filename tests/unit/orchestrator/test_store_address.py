@@ -25,20 +25,23 @@ def test_the_default_store_opens_with_the_bare_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for uri in (f"sqlite:///{tmp_path}/mlflow.db", "sqlite:///mlflow.db"):
-        assert StoreAddress(uri).ui_hint("1", "abc") == "mlflow ui"
+        command, _, page = StoreAddress(uri).ui_hint("1", "abc").partition("   then open ")
+        assert command == "mlflow ui"
+        assert page == "http://127.0.0.1:5000/#/experiments/1/runs/abc?workflowType=machine_learning"
         assert StoreAddress(uri).artifact_folder("bim") is None
 
 
 def test_another_database_keeps_its_files_beside_it(tmp_path: Path) -> None:
     address = StoreAddress(f"sqlite:///{tmp_path}/x.db")
     assert address.artifact_folder("my bim") == f"file://{tmp_path}/mlruns/my-bim"
-    assert address.ui_hint("1", "abc") == f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/x.db"
+    assert address.ui_hint("1", "abc").startswith(
+        f"mlflow ui --backend-store-uri 'sqlite:///{tmp_path}/x.db'   then "
+    )
 
 
 def test_a_server_opens_at_the_page_of_the_run() -> None:
-    assert (
-        StoreAddress("http://host:5000/").ui_hint("3", "abc") == "http://host:5000/#/experiments/3/runs/abc"
-    )
+    hint = StoreAddress("http://host:5000/").ui_hint("3", "abc")
+    assert hint == "http://host:5000/#/experiments/3/runs/abc?workflowType=machine_learning"
     assert StoreAddress("http://host:5000").artifact_folder("bim") is None
 
 
