@@ -7,6 +7,7 @@ the evaluation of depth variants; it trains nothing and knows no data.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -36,22 +37,36 @@ def gflops(model: nn.Module, size: tuple[int, int]) -> float:
     return counter.get_total_flops() / 1e9
 
 
-@torch.inference_mode()
 def latency_ms(model: nn.Module, size: tuple[int, int], batch: int, device: torch.device) -> float:
-    """Median milliseconds of the float32 forward pass of a batch of noise, (batch, 3, height, width), after warm-up.
+    """`latencies_ms` of one model."""
+    return latencies_ms({0: model}, size, batch, device)[0]
 
-    The model is already on `device`. Takes under a second, unless a single pass takes longer: then one pass to warm up
-    and one to measure. On a CPU it is the latency at torch's present number of threads.
+
+@torch.inference_mode()
+def latencies_ms(
+    models: Mapping[int, nn.Module], size: tuple[int, int], batch: int, device: torch.device
+) -> dict[int, float]:
+    """Median milliseconds of each model's float32 forward pass of a batch of noise, (batch, 3, height, width).
+
+    The models are already on `device`; each is warmed up, then they take turns, so that what else the machine does
+    strikes all of them alike and their order can be trusted. Takes under a second per model, unless a single pass
+    takes longer: then one pass to warm up and one to measure. On a CPU it is the latency at torch's present number of
+    threads.
     """
     images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
-    warm = time.perf_counter()
-    _timed_pass(model, images)
-    while time.perf_counter() - warm < WARM_UP_S:
+    for model in models.values():
+        warm = time.perf_counter()
         _timed_pass(model, images)
-    seconds = [_timed_pass(model, images)]
-    while sum(seconds) < MEASURE_S and len(seconds) < MAX_REPETITIONS:
-        seconds.append(_timed_pass(model, images))
-    return 1e3 * sorted(seconds)[len(seconds) // 2]
+        while time.perf_counter() - warm < WARM_UP_S:
+            _timed_pass(model, images)
+    seconds: dict[int, list[float]] = {name: [] for name in models}
+    spent, turns = 0.0, 0
+    while turns == 0 or (spent < MEASURE_S * len(models) and turns < MAX_REPETITIONS):
+        for name, model in models.items():
+            seconds[name].append(_timed_pass(model, images))
+            spent += seconds[name][-1]
+        turns += 1
+    return {name: 1e3 * sorted(times)[len(times) // 2] for name, times in seconds.items()}
 
 
 def device_name(device: torch.device) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from models.seeding import generator
 from models.tokens import normalize_images
-from orchestrator.cost import device_name, gflops, latency_ms, num_params
+from orchestrator.cost import device_name, gflops, latencies_ms, latency_ms, num_params
 from orchestrator.data.batches import eval_images
 from orchestrator.data.sources import Source
 from orchestrator.data.splits import Splits
@@ -106,13 +106,14 @@ def evaluate_variants(
         scores = _scores(
             embedders, source, splits, size, device, k, temperature, seed, batch_size, MAX_IMAGES
         )
+    times = {batch: latencies_ms(variants, size, batch, device) if latency else {} for batch in (1, 64)}
     return [
         DepthReport(
             depth=depth,
             params=num_params(model),
             gflops=gflops(model, size),
-            latency_ms_b1=latency_ms(model, size, 1, device) if latency else None,
-            latency_ms_b64=latency_ms(model, size, 64, device) if latency else None,
+            latency_ms_b1=times[1].get(depth),
+            latency_ms_b64=times[64].get(depth),
             **(asdict(scores[depth]) if scores else {}),
             image_size=size,
             device=device_name(device) if latency else "",

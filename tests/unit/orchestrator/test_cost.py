@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from orchestrator.cost import device_name, gflops, latency_ms, num_params
+from orchestrator.cost import device_name, gflops, latencies_ms, latency_ms, num_params
 
 WIDTH, LAYERS, TOKENS, PATCH = 32, 2, 17, 8
 
@@ -57,6 +57,26 @@ def test_latency_is_the_median_over_passes(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("orchestrator.cost.time.perf_counter", lambda: clock[0])
     monkeypatch.setattr("orchestrator.cost.MEASURE_S", 0.85)
     assert latency_ms(Slow(), (8, 8), 2, torch.device("cpu")) == pytest.approx(300.0)
+
+
+def test_models_take_turns_so_that_a_busy_moment_strikes_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, order = [0.0], []
+
+    class Named(nn.Module):
+        def __init__(self, name: int) -> None:
+            super().__init__()
+            self.name = name
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            order.append(self.name)
+            clock[0] += 0.1 * self.name
+            return x
+
+    monkeypatch.setattr("orchestrator.cost.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("orchestrator.cost.WARM_UP_S", 0.0)
+    times = latencies_ms({2: Named(2), 5: Named(5)}, (8, 8), 1, torch.device("cpu"))
+    assert times == {2: pytest.approx(200.0), 5: pytest.approx(500.0)}
+    assert order == [2, 5] * 3  # a turn of warm-up, and as many as fill the budget
 
 
 def test_a_pass_longer_than_the_budget_is_run_twice_only(monkeypatch: pytest.MonkeyPatch) -> None:
