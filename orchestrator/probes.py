@@ -151,6 +151,8 @@ def _check(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> 
     for part, x, y in (("training", train_x, train_y), ("test", test_x, test_y)):
         if len(x) == 0 or len(x) != len(y):
             raise ValueError(f"the {part} part has {len(x)} embeddings and {len(y)} labels")
+        if not torch.isfinite(x).all():
+            raise ValueError(f"embeddings of the {part} part are not finite, so they cannot be scored")
 
 
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -164,7 +166,13 @@ def _accuracy(logits: Tensor, y: Tensor) -> float:
 
 def _covariance(x: Tensor) -> Tensor | None:
     """x: (n, D) -> (D, D) float64, or None where factoring it would cost more than it saves."""
-    return (x.T @ x).double() / len(x) if x.shape[1] <= PRECONDITION_WIDTH else None
+    if x.shape[1] > PRECONDITION_WIDTH:
+        return None
+    # Summed in float64: correlated features have eigenvalues below float32's rounding of the largest one.
+    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+    for part in x.split(max(1, PROBE_CHUNK // (2 * x.shape[1]))):
+        total.addmm_(part.double().T, part.double())
+    return total / len(x)
 
 
 def _fit(x: Tensor, y: Tensor, covariance: Tensor | None, start: Tensor, l2: float) -> Tensor:

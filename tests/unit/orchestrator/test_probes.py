@@ -162,3 +162,17 @@ def test_an_empty_part_is_refused_by_name() -> None:
         weighted_knn(*train, *empty)
     with pytest.raises(ValueError, match="training part has 0"):
         linear_probe(*empty, *train, seed=0)
+
+
+def test_embeddings_that_are_not_finite_are_refused() -> None:
+    (x, y), test = clusters(80), clusters(50, seed=1)
+    x[3, 4] = float("nan")
+    with pytest.raises(ValueError, match="training part are not finite"):
+        score(x, y, *test)
+
+
+def test_nearly_dependent_features_can_still_be_factored() -> None:
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 1, generator=gen) + 1e-5 * torch.randn(200, 500, generator=gen)  # 500 copies of one
+    y = (x[:, 0] > 0).long()
+    assert linear_probe(x[:150], y[:150], x[150:], y[150:], seed=0).accuracy > 0.95
