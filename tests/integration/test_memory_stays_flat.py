@@ -1,0 +1,41 @@
+"""Nothing piles up: private memory of the driver, the loader and every stage late in a run, against early in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from orchestrator.ray_stages import RayStages
+from orchestrator.stages import DecoderSpec
+from tests.integration.tiny import Ear, data, family, layout, train
+
+EARLY, LATE = 500, 2000
+
+
+def private_bytes(pid: int) -> int:
+    """USS: what would be freed if the process ended; shared memory of the object store does not count."""
+    return int(psutil.Process(pid).memory_full_info().uss)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_private_memory_at_step_2000_is_within_5_percent_of_step_500(tmp_path: Path) -> None:
+    small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 1}
+    spec = family(model_args=small, mask_ratios=(0.5,) * 4, decoders=(DecoderSpec(1, 16, 1),) * 4)
+    stages = RayStages(spec, data(), layout(), shared=tmp_path)
+    measured: dict[int, list[int]] = {}
+
+    def at_step(step: int) -> None:
+        if step in (EARLY, LATE):
+            pids = [psutil.Process().pid, *stages.pids()]
+            measured[step] = [private_bytes(pid) for pid in pids]
+
+    try:
+        train(stages, tmp_path, steps=LATE, every=250, ear=Ear(at_step))
+    finally:
+        stages.close()
+    names = ["driver", "loader", *(f"stage {i}" for i in range(len(stages.places)))]
+    growth = {n: late / early for n, early, late in zip(names, measured[EARLY], measured[LATE], strict=True)}
+    print({name: f"{value:.3f}" for name, value in growth.items()})
+    assert all(value < 1.05 for value in growth.values()), growth

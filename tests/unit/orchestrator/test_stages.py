@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from orchestrator.data.batches import Batch
+from orchestrator.failures import NonFiniteLoss, OutOfOrder, RestartPolicy, StageFailure
+from orchestrator.stages import DecoderSpec, FamilySpec, InProcessStages, Order, Stage, plans_of_step
+from orchestrator.wire import Payload
+
+SPEC = FamilySpec(
+    backbone="vit_tiny_patch16_224",
+    model_args={"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2},
+    blocks=(1, 1, 1, 1),
+    mask_ratios=(0.5, 0.5, 0.75, 0.75),
+    decoders=(DecoderSpec(1, 16, 2),) * 4,
+)
+IMAGES = np.random.default_rng(0).integers(0, 256, (4, 3, 16, 16), dtype=np.uint8)
+
+
+class Loader:
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.fails_at, self.closed = fails_at, False
+
+    def batch(self, step: int, micro: int = 0) -> Batch:
+        if step == self.fails_at:
+            raise OSError("the disk is gone")
+        return Batch(images=np.roll(IMAGES, step, axis=0), bad=(), load_s=0.0)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def stages(
+    places: tuple[tuple[int, ...], ...], loader: Loader | None = None, spec: FamilySpec = SPEC
+) -> InProcessStages:
+    group = InProcessStages(spec, loader or Loader(), places)
+    group.restore(None, 0)
+    return group
+
+
+def test_a_stage_refuses_every_step_but_its_own_next_one() -> None:
+    stage = Stage(SPEC, (0,))
+    stage.restore(None, 5)
+    before = stage.weights()
+    for wrong in (Order(4, 1e-3), Order(6, 1e-3), Order(5, 1e-3, micro=1, micros=2)):
+        with pytest.raises(OutOfOrder, match=r"stand at \(step, micro\) \(5, 0\)"):
+            stage.train_step(wrong, Payload("uint8", IMAGES), None)
+    assert all(
+        torch.equal(a, b) for a, b in zip(before[0].values(), stage.weights()[0].values(), strict=True)
+    )
+    stage.train_step(Order(5, 1e-3), Payload("uint8", IMAGES), None)
+
+
+@pytest.mark.parametrize("places", [((0, 1, 2, 3),), ((0, 1), (2, 3)), ((0,), (1, 2), (3,))])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_where_blocks_live_does_not_change_a_bit(places: tuple[tuple[int, ...], ...], precision: str) -> None:
+    from dataclasses import replace
+
+    spec = replace(SPEC, optim=replace(SPEC.optim, precision=precision))
+    apart, together = stages(((0,), (1,), (2,), (3,)), spec=spec), stages(places, spec=spec)
+    for group in (apart, together):
+        for step in range(3):
+            group.settle(group.submit(Order(step, 1e-3)))
+    a, b = apart.weights(), together.weights()
+    assert all(torch.equal(a[k][name], b[k][name]) for k in a for name in a[k])
+
+
+def test_masks_are_a_function_of_seed_step_and_micro_batch() -> None:
+    def order(step: int, micro: int = 0) -> torch.Tensor:
+        return plans_of_step(SPEC, (4, 4), 4, step, micro)[0].order
+
+    assert torch.equal(order(3), order(3))
+    assert not torch.equal(order(3), order(4))
+    assert not torch.equal(order(3), order(3, 1))
+
+
+def test_an_error_is_told_with_its_place_when_the_step_is_settled() -> None:
+    group = stages(((0, 1), (2, 3)), Loader(fails_at=0))
+    pending = group.submit(Order(0, 1e-3))
+    with pytest.raises(StageFailure, match=r"the data loader failed at step 0 \(OSError: the disk is gone\)"):
+        group.settle(pending)
+
+
+def test_a_stage_is_named_by_its_blocks() -> None:
+    from dataclasses import replace
+
+    group = stages(((0, 1), (2, 3)), spec=replace(SPEC, mean=(float("nan"),) * 3))
+    with pytest.raises(
+        StageFailure, match=r"stage 0 \(blocks 0-1\) failed at step 0 \(NonFiniteLoss"
+    ) as caught:
+        group.settle(group.submit(Order(0, 1e-3)))
+    assert not RestartPolicy(3).restarts(caught.value, 0)
+    assert isinstance(caught.value.cause, NonFiniteLoss)
+
+
+def test_a_step_that_raised_is_worth_a_restart_until_they_are_used_up() -> None:
+    failure = StageFailure("stage 1 (block 1)", 3, RuntimeError("flaky"), died=False)
+    assert RestartPolicy(2).restarts(failure, 0)
+    assert RestartPolicy(2).restarts(failure, 1)
+    assert not RestartPolicy(2).restarts(failure, 2)
