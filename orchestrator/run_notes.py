@@ -150,11 +150,16 @@ def runs_view(now: int) -> str:
 
     Pages that do not know this form ignore it. now: milliseconds since 1970.
     """
-    metrics = ("knn_top1", "linear_top1", "latency_b1_ms", "params", "gflops")
+    metrics = [
+        f"metrics.`{name}`" for name in ("knn_top1", "linear_top1", "latency_b1_ms", "params", "gflops")
+    ]
+    first = ["attributes.`Run Name`", "runDateAndNestInfo", "duration"]
     state = {
-        "selectedColumns": ["attributes.`Models`", *(f"metrics.`{name}`" for name in metrics)],
+        "selectedColumns": ["attributes.`Models`", *metrics],
+        "columnOrder": [*first, "attributes.`Models`", *metrics],
+        "columnWidths": {first[0]: 280},
         "searchFilter": "tags.variant LIKE '%depth%'",
-        "orderByKey": "metrics.`knn_top1`",
+        "orderByKey": metrics[0],
         "orderByAsc": False,
     }
     view = {"name": "Depth variants", "createdAt": now, "updatedAt": now, "state": json.dumps(state)}
