@@ -1,0 +1,48 @@
+"""The device paths, where there is a device: pytest -m gpu. Needs neither Ray nor MLflow nor pydantic."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator.stages import InProcessStages, Order
+from orchestrator.wire import Inbox, pack
+from tests.integration.tiny import data, family, train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+
+def on_gpu(precision: str, places: tuple[tuple[int, ...], ...] = ((0, 1, 2, 3),)) -> InProcessStages:
+    spec = family()
+    spec = replace(spec, optim=replace(spec.optim, precision=precision))
+    return InProcessStages(spec, data().train_batches(), places, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_travels_from_device_to_device(dtype: torch.dtype) -> None:
+    tensor = torch.randn(4, 17, 32, device="cuda").to(dtype)
+    assert torch.equal(Inbox(torch.device("cuda")).unpack("x", pack(tensor)), tensor)
+
+
+def test_float32_losses_agree_with_the_cpu() -> None:
+    here = InProcessStages(family(), data().train_batches(), ((0, 1, 2, 3),), threads=1)
+    there = on_gpu("fp32", ((0, 1), (2, 3)))
+    for group in (here, there):
+        group.restore(None, 0)
+    for step in range(5):
+        a, b = (g.settle(g.submit(Order(step, 1e-3))) for g in (here, there))
+        losses = [[s.blocks[k]["loss"] for s in r.stages for k in s.blocks] for r in (a, b)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_and_resumes(tmp_path: Path, precision: str) -> None:
+    result = train(on_gpu(precision), tmp_path, steps=20, every=10)
+    assert result.step == 20
+    assert train(on_gpu(precision), tmp_path, steps=40, every=10).step == 40
