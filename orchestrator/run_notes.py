@@ -140,15 +140,16 @@ def pages(experiment_id: str) -> str:
     """Markdown links from a run to what one looks for next."""
     experiment = f"#/experiments/{experiment_id}"
     return (
-        f"[All depth variants]({experiment}/runs?viewStateShareKey={VIEW}&workflowType=machine_learning), "
-        f"[all models]({experiment}/models?workflowType=machine_learning)"
+        f"[The depth variants of all runs]({experiment}/runs?viewStateShareKey={VIEW}&workflowType=machine_learning), "
+        "to be sorted by accuracy, latency or size; "
+        f"[their models]({experiment}/models?workflowType=machine_learning)"
     )
 
 
 def runs_view(now: int) -> str:
-    """A saved view of the runs table, as MLflow's pages store it: the depth variants of all runs, the best first.
+    """A saved view of the runs table, as MLflow 3.15 and later keep it: the depth variants of all runs, the best first.
 
-    Pages that do not know this form ignore it. now: milliseconds since 1970.
+    MLflow's own page of models can be sorted by date only. now: milliseconds since 1970.
     """
     metrics = [
         f"metrics.`{name}`" for name in ("knn_top1", "linear_top1", "latency_b1_ms", "params", "gflops")

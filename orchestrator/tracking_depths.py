@@ -124,9 +124,12 @@ class DepthRuns:
     def _fill(self, run_id: str, model_id: str, record: DepthRecord) -> None:
         client, data, now = self._client, self.dataset, int(1000 * time.time())
         name, digest = (None, None) if data is None else (data.name, data.digest)
-        # Step 0: MLflow draws a metric that has no other step as a bar, so that the variants can be compared.
+        # Step 0: MLflow draws a metric that has no other step as a bar, so that the variants can be compared. The
+        # standard errors stay with the run: among the models they would push the sizes out of the page.
         metrics = [
-            Metric(key, rounded(value), now, 0, model_id, name, digest, run_id)
+            Metric(
+                key, rounded(value), now, 0, None if key.endswith("_se") else model_id, name, digest, run_id
+            )
             for key, value in record.metrics.items()
         ]
         client.log_batch(run_id, metrics=metrics)

@@ -168,12 +168,15 @@ def test_models_sort_by_their_metrics(tmp_path: Path, client: MlflowClient) -> N
         for depth, accuracy in ((2, 0.7), (3, 0.9), (4, 0.8)):
             variant = record(export(tmp_path / f"depth{depth}", depth), depth)
             tracker.log_depth(
-                DepthRecord(depth, variant.folder, {"knn_top1": accuracy, "params": float(depth)})
+                DepthRecord(
+                    depth, variant.folder, {"knn_top1": accuracy, "knn_top1_se": 0.01, "params": float(depth)}
+                )
             )
     order = [{"field_name": "metrics.knn_top1", "ascending": False}]
     models = client.search_logged_models([tracker.experiment_id], "name LIKE 'sorted_vit%'", order_by=order)
     assert [model.name for model in models] == ["sorted_vit-depth3", "sorted_vit-depth4", "sorted_vit-depth2"]
     assert {metric.key for metric in models[0].metrics} == {"knn_top1", "params"}
+    assert models[0].tags["mlflow.modelVersions"] == '[{"name": "sorted_vit", "version": 2}]'
 
 
 def test_a_depth_variant_is_a_child_run_with_its_curve(tmp_path: Path, client: MlflowClient) -> None:
@@ -188,6 +191,7 @@ def test_a_depth_variant_is_a_child_run_with_its_curve(tmp_path: Path, client: M
     curve = steps(client, child.info.run_id, "loss")
     assert (len(curve), curve[0], curve[-1]) == (500, 0, 1999)
     assert child.data.metrics["knn_top1"] == 0.9
+    assert child.data.metrics["knn_top1_se"] == 0.01
     assert [file.path for file in client.list_artifacts(child.info.run_id)] == ["reconstruction.png"]
     assert "0.900 ± 0.010" in child.data.tags["mlflow.note.content"]
     assert "models:/child_vit@depth2" in child.data.tags["mlflow.note.content"]
