@@ -80,12 +80,18 @@ class Courier:
 class Debts:
     """Jobs that a store did not take when they came up. They are tried again, in order, when the run ends.
 
-    A job must be repeatable: it may fail half-way. `hopeless(error)` says that the store is there and the job is at
-    fault, so that others need not wait.
+    A job must be repeatable: it may fail half-way.
+
+    Args:
+        store: its address, for messages.
+        hopeless: whether an error says that the store is there and the job is at fault, so that others need not wait.
+        away: whether the store is known to be away, so that it need not be asked.
     """
 
-    def __init__(self, store: str, hopeless: Callable[[Exception], bool]) -> None:
-        self._store, self._hopeless = store, hopeless
+    def __init__(
+        self, store: str, hopeless: Callable[[Exception], bool], away: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._store, self._hopeless, self._away = store, hopeless, away
         self._jobs: list[tuple[str, Callable[[], object]]] = []
         self._asleep_until = 0.0
 
@@ -96,7 +102,7 @@ class Debts:
 
     def do(self, what: str, job: Callable[[], Result]) -> Result | None:
         """The result of the job, or None if it is owed now; the reason is one line in the log."""
-        if time.monotonic() >= self._asleep_until:
+        if time.monotonic() >= self._asleep_until and not self._away():
             try:
                 return job()
             except Exception as error:  # each kind of store has its own errors

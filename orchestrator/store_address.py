@@ -98,12 +98,17 @@ class StoreAddress:
 
 @contextlib.contextmanager
 def http_patience(retries: int, seconds: int) -> Iterator[None]:
-    """How long MLflow's HTTP client tries, within the block; what the user has set in the environment stays.
+    """How long MLflow's HTTP client tries, within the block, where it also prints no addresses.
 
-    MLflow reads these two variables at every request and has no other way to be told.
+    What the user has set in the environment stays. MLflow reads these variables at every request and has no other
+    way to be told.
     """
-    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": retries, "MLFLOW_HTTP_REQUEST_TIMEOUT": seconds}
-    ours = {name: str(value) for name, value in wanted.items() if name not in os.environ}
+    wanted = {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds),
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    }
+    ours = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(ours)
     try:
         yield
@@ -134,7 +139,7 @@ def gist(error: BaseException, length: int = 160) -> str:
     text = str(error).strip() or type(error).__name__
     inner = re.findall(r"\[Errno -?\d+\] ([^\"')\]]+)|Failed to resolve '[^']+'|timed out", text)
     if inner:
-        return inner[-1].strip() or ("timed out" if "timed out" in text else "unknown host name")
+        return inner[-1].strip(" :") or ("timed out" if "timed out" in text else "unknown host name")
     if "OperationalError) " in text:
         text = text.partition("OperationalError) ")[2]
     line = text.splitlines()[0]

@@ -61,9 +61,11 @@ class Tracker:
         self.experiment_id: str = run.info.experiment_id
         self._client, self._address = client, address
         self._open_things = contextlib.ExitStack()
-        self._open_things.enter_context(http_patience(retries=1, seconds=30))
+        self._open_things.enter_context(http_patience(retries=1, seconds=60))
         self._open_things.enter_context(no_tracebacks())
-        self._debts = Debts(str(address), _refused)
+        self._debts = Debts(
+            str(address), _refused, away=lambda: self._courier is not None and self._courier.down
+        )
         self._depths = DepthRuns(client, run, model_name, address.to_name())
         self._metrics = MetricLog(out / "metrics.jsonl")
         self._events = out / "events.log"
@@ -254,13 +256,16 @@ class Tracker:
         if self._courier is None:
             return not self._debts.open
         courier, self._courier = self._courier, None
-        arrived = courier.close(patience)
-        if arrived:
+        delivered = courier.close(patience)
+        arrived = False
+        if delivered:
             self._debts.do("the end of the run", lambda: self._client.set_terminated(self.run_id, status))
             arrived = self._debts.settle()
         if not arrived:
-            missing = ", ".join(self._debts.open) or "the last metrics"
-            log.warning("MLflow at %s has not taken %s; they are in %s", self._address, missing, self.out)
+            missing = ["the last metrics"] * (not delivered) + self._debts.open
+            log.warning(
+                "MLflow at %s has not taken %s; look in %s", self._address, ", ".join(missing), self.out
+            )
         self._open_things.close()
         return arrived
 

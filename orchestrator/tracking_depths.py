@@ -155,7 +155,7 @@ class DepthRuns:
             tags = {"depth": str(record.depth), **scores}
             text = headline(record)
             version = client.create_model_version(
-                name, source, run_id, tags, description=text, model_id=model_id
+                name, source, run_id, tags, description=text, await_creation_for=0, model_id=model_id
             )
         link = json.dumps([{"name": name, "version": int(version.version)}])
         client.set_logged_model_tags(model_id, {"mlflow.modelVersions": link})

@@ -89,7 +89,8 @@ class Shop:
         self.away = False
         self.taken: list[str] = []
         self.asked = 0
-        self.debts = Debts("shop", lambda error: isinstance(error, ValueError))
+        self.known_away = False
+        self.debts = Debts("shop", lambda error: isinstance(error, ValueError), lambda: self.known_away)
 
     def bring(self, what: str, broken: bool = False) -> str | None:
         def job() -> str:
@@ -127,6 +128,16 @@ def test_a_store_that_stays_away_is_asked_once_at_the_end() -> None:
     assert not shop.debts.settle()
     assert shop.asked == asked + 1
     assert shop.debts.open == ["a", "b", "c"]
+
+
+def test_a_store_that_is_known_to_be_away_is_not_asked() -> None:
+    shop = Shop()
+    shop.known_away = True
+    assert shop.bring("a") is None
+    assert shop.asked == 0
+    shop.known_away = False
+    assert shop.debts.settle()
+    assert shop.taken == ["a"]
 
 
 def test_a_job_refused_for_its_own_sake_does_not_hold_up_the_others() -> None:
