@@ -6,11 +6,12 @@ therefore costs no memory and loses nothing: the position in the file waits. Kno
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,18 +37,27 @@ class MetricLog:
     A metric has one value per step, and its steps come in order: `rewind` cuts the tail off before the training
     repeats it, or else the last value written counts. Values that are not finite are written as the strings "nan",
     "inf" and "-inf", since JSON has no numbers for them. One thread appends and rewinds, another may deliver.
+
+    Beside it `metrics.sent.json` holds the highest step per metric that a store has received.
+
+    Args:
+        path: of the file; what an earlier process wrote stays.
+        same_store: whether the deliveries of an earlier process went to where these will go, too.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, same_store: bool = False) -> None:
         self.path = path
+        self._marks = path.with_name("metrics.sent.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         self._lock = threading.Lock()
         self._position = 0  # bytes of the file that have been delivered
         self._cuts = 0  # how often the file was cut: a position from before a cut is void
-        self._delivered: dict[str, int] = {}  # highest delivered step per metric
+        self._delivered: dict[str, int] = _marks(self._marks) if same_store else {}
         self._lost = False
         self._cut_to(_whole_lines(path))
+        if not same_store:
+            self._marks.unlink(missing_ok=True)
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
         """Write one line. Never raises: a full disk is said once and the training goes on."""
@@ -85,30 +95,43 @@ class MetricLog:
             values = {row["step"]: float(row[name]) for row in rows if row is not None and name in row}
         return sorted(values.items())
 
-    def already_delivered(self, steps: Mapping[str, int]) -> None:
-        """Tell what the store holds from an earlier process, the highest step per metric; not sent again."""
-        self._delivered.update(steps)
-
     def deliver(self, send: Callable[[Sequence[Point]], None]) -> int:
         """Send what is new, in order, in batches; returns the number of points.
 
         What `send` raises is passed on, and the batch that it was given is sent again at the next call.
         """
         sent = 0
+        try:
+            for batch in self._batches():
+                send(batch)
+                sent += len(batch)
+                for point in batch:
+                    self._delivered[point.name] = max(point.step, self._delivered.get(point.name, point.step))
+        finally:
+            if sent:
+                self._keep_marks()
+        return sent
+
+    def _batches(self) -> Iterator[list[Point]]:
+        """What has not been delivered; the position moves on when the next batch is asked for."""
         while True:
             with self._lock:
                 position, cuts = self._position, self._cuts
                 points, end = self._read(position)
             if end == position:
-                return sent
+                return
             if points:
-                send(points)
-                sent += len(points)
-            for point in points:
-                self._delivered[point.name] = max(point.step, self._delivered.get(point.name, point.step))
+                yield points
             with self._lock:
                 if cuts == self._cuts:
                     self._position = end
+
+    def _keep_marks(self) -> None:
+        # Lost marks cost points that are sent twice, no more.
+        with contextlib.suppress(OSError):
+            fresh = self._marks.with_suffix(".tmp")
+            fresh.write_text(json.dumps(self._delivered), encoding="utf-8")
+            fresh.replace(self._marks)
 
     def _read(self, position: int) -> tuple[list[Point], int]:
         points: list[Point] = []
@@ -159,6 +182,14 @@ def _row(line: bytes) -> dict[str, Any] | None:
     except (ValueError, TypeError, KeyError):
         return None  # a line cut short when an earlier process was killed
     return row
+
+
+def _marks(path: Path) -> dict[str, int]:
+    try:
+        marks = json.loads(path.read_text(encoding="utf-8"))
+        return {str(name): int(step) for name, step in marks.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def _names(row: Mapping[str, Any]) -> list[str]:

@@ -30,7 +30,7 @@ from orchestrator.metric_log import MetricLog, Point
 from orchestrator.provenance import Provenance
 from orchestrator.run_notes import VIEW, DepthRecord, pages, picture, runs_view
 from orchestrator.store_address import SECONDS, StoreAddress, gist, http_patience, no_tracebacks
-from orchestrator.tracking_depths import NOTE, DepthRuns, last_steps, origin
+from orchestrator.tracking_depths import NOTE, DepthRuns, origin
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,7 +54,13 @@ class Tracker:
     """
 
     def __init__(
-        self, client: MlflowClient, address: StoreAddress, run: Run, out: Path, model_name: str
+        self,
+        client: MlflowClient,
+        address: StoreAddress,
+        run: Run,
+        out: Path,
+        model_name: str,
+        continued: bool,
     ) -> None:
         self.out = out
         self.run_id: str = run.info.run_id
@@ -67,7 +73,7 @@ class Tracker:
             str(address), _refused, away=lambda: self._courier is not None and self._courier.down
         )
         self._depths = DepthRuns(client, run, model_name, address.to_name())
-        self._metrics = MetricLog(out / "metrics.jsonl")
+        self._metrics = MetricLog(out / "metrics.jsonl", same_store=continued)
         self._events = out / "events.log"
         self._events_sent = 0
         self._courier: Courier | None = None
@@ -84,6 +90,8 @@ class Tracker:
         interval: float = 2.0,
     ) -> Tracker:
         """Start a run, or go on with the one that `recorded_run(out)` gave.
+
+        Metrics that lie in `out` already belong to the run: what its store has not received is sent.
 
         uri: MLflow tracking URI; None is MLflow's own default (MLFLOW_TRACKING_URI, else ./mlflow.db).
         model_name: the registered model whose versions the depth variants become; None is the experiment's name.
@@ -102,10 +110,8 @@ class Tracker:
                 client = MlflowClient(tracking_uri=address.uri)
                 if resume_run_id is None:
                     run = _new_run(client, _experiment(client, experiment, address), run_name)
-                    sent: dict[str, int] = {}
                 else:
                     run = _continued_run(client, resume_run_id, address)
-                    sent = last_steps(client, run)
         except TrackingError:
             raise
         except Exception as error:  # each kind of store has its own errors
@@ -113,10 +119,7 @@ class Tracker:
                 f"the MLflow store {address} cannot be used: {gist(error)}; "
                 "start or repair it, or give another one with --tracking.uri (sqlite:///mlflow.db needs no server)"
             ) from error
-        tracker = cls(client, address, run, out, model_name)
-        if resume_run_id is None:
-            tracker._metrics.rewind(-1)
-        tracker._metrics.already_delivered(sent)
+        tracker = cls(client, address, run, out, model_name, continued=resume_run_id is not None)
         note = {"run_id": tracker.run_id, "experiment_id": tracker.experiment_id, "uri": str(address)}
         (out / "tracking.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
         tracker._courier = Courier(

@@ -243,6 +243,19 @@ def test_a_resumed_run_is_the_same_run_and_nothing_is_doubled(tmp_path: Path, cl
     assert len(client.search_model_versions("name = 'resumed_vit'")) == 1
 
 
+def test_without_its_record_a_run_goes_on_as_a_new_one_with_all_its_metrics(
+    tmp_path: Path, client: MlflowClient
+) -> None:
+    out = tmp_path / "out"
+    with open_tracker(out) as first:
+        first.log_metrics(1, {"loss": 1.0})
+    (out / "tracking.json").unlink()
+    with open_tracker(out, resume=Tracker.recorded_run(out)) as second:
+        second.log_metrics(2, {"loss": 2.0})
+    assert second.run_id != first.run_id
+    assert steps(client, second.run_id, "loss") == [1, 2]
+
+
 def test_other_weights_are_another_version_under_the_same_alias(tmp_path: Path, client: MlflowClient) -> None:
     with open_tracker(tmp_path / "out", model_name="changed_vit") as tracker:
         tracker.log_depth(record(export(tmp_path / "a", 2)))

@@ -115,14 +115,46 @@ def test_a_rewind_while_a_batch_is_under_way_is_honoured(metrics: MetricLog, sto
 
 
 def test_another_process_goes_on_where_the_store_stands(metrics: MetricLog, store: Store) -> None:
-    for step in range(6):
+    for step in range(4):
         metrics.append(step, {"loss": float(step)})
-    again = MetricLog(metrics.path)
-    again.already_delivered({"loss": 3})  # the first process died before it sent 4 and 5
-    again.rewind(4)
-    again.append(5, {"loss": 5.0})
+    metrics.deliver(store)
+    for step in (4, 5):
+        metrics.append(step, {"loss": float(step)})  # and then the process died
+    again = MetricLog(metrics.path, same_store=True)
+    again.rewind(2)
+    for step in (3, 4, 5):
+        again.append(step, {"loss": float(step)})
     again.deliver(store)
-    assert [step for step, _ in store.series("loss")] == [4, 5]
+    assert [step for step, _ in store.series("loss")] == [0, 1, 2, 3, 4, 5]
+
+
+def test_another_store_receives_everything(metrics: MetricLog, store: Store) -> None:
+    metrics.append(0, {"loss": 1.0})
+    metrics.deliver(Store())
+    for _ in range(2):
+        MetricLog(metrics.path).deliver(store)
+    assert store.series("loss") == [(0, 1.0), (0, 1.0)]
+
+
+def test_what_arrived_before_a_failure_is_remembered(metrics: MetricLog, store: Store) -> None:
+    for step in range(150):
+        metrics.append(step, {f"m{i}": i for i in range(20)})
+
+    def breaks(points: Sequence[Point]) -> None:
+        store.away = store.calls == 1
+        store(points)
+
+    with pytest.raises(ConnectionError):
+        metrics.deliver(breaks)
+    store.away = False
+    MetricLog(metrics.path, same_store=True).deliver(store)
+    assert [step for step, _ in store.series("m7")] == list(range(150))
+
+
+def test_broken_marks_are_no_marks(metrics: MetricLog, store: Store) -> None:
+    metrics.append(0, {"loss": 1.0})
+    metrics.path.with_name("metrics.sent.json").write_text("[")
+    assert MetricLog(metrics.path, same_store=True).deliver(store) == 1
 
 
 def test_a_line_cut_short_by_a_kill_is_dropped(metrics: MetricLog) -> None:
