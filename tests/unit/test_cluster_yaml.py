@@ -113,6 +113,10 @@ def test_what_is_copied_to_the_machines_exists_here() -> None:
     assert [str(source) for source in sources if not source.exists()] == []
 
 
+def test_a_run_on_the_cluster_can_tell_its_commit_and_whether_it_was_changed() -> None:
+    assert {"~/bim/.git", "~/bim/.gitignore"} <= set(shipped()["file_mounts"])  # else __pycache__ counts as a change
+
+
 def test_all_packages_of_this_project_are_copied_and_installed_on_every_machine() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     packages = {name.split(".")[0] for name in project["tool"]["setuptools"]["packages"]}
