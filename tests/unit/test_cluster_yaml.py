@@ -114,7 +114,8 @@ def test_what_is_copied_to_the_machines_exists_here() -> None:
 
 
 def test_a_run_on_the_cluster_can_tell_its_commit_and_whether_it_was_changed() -> None:
-    assert {"~/bim/.git", "~/bim/.gitignore"} <= set(shipped()["file_mounts"])  # else __pycache__ counts as a change
+    # Without .gitignore every __pycache__ would count as a change.
+    assert {"~/bim/.git", "~/bim/.gitignore"} <= set(shipped()["file_mounts"])
 
 
 def test_all_packages_of_this_project_are_copied_and_installed_on_every_machine() -> None:
