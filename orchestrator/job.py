@@ -36,7 +36,7 @@ from orchestrator.data.splits import Splits
 from orchestrator.failures import RestartPolicy
 from orchestrator.launch import ray_cluster, run_beside_stages
 from orchestrator.model_card import CardFacts
-from orchestrator.outputs import OutputError, check_output
+from orchestrator.outputs import OutputError, check_output, make_output
 from orchestrator.placement import ClusterResources, Layout, PlacementError, consecutive, plan_layout
 from orchestrator.pretrain import PretrainResult, RunPlan, StopRequest, pretrain
 from orchestrator.progress import Progress
@@ -46,7 +46,7 @@ from orchestrator.reporting import card_facts, data_record, opening_lines, recor
 from orchestrator.resolve import data_spec, resolve
 from orchestrator.schedules import CosineSchedule
 from orchestrator.stages import FamilySpec, InProcessStages, Stages
-from orchestrator.stop_signals import stop_on_signals
+from orchestrator.stop_signals import Interrupted, interrupted_by_signals, stop_on_signals
 from orchestrator.tracking import Tracker, TrackingError
 
 Say = Callable[[str], None]
@@ -125,13 +125,21 @@ def run_job(prepared: Prepared, say: Say) -> Outcome:
     """Train, measure, export and record. See `Outcome`.
 
     Raises:
-        PlacementError, TrackingError, ConnectionError: before the first actor starts.
+        OutputError, PlacementError, TrackingError, ConnectionError: before the first actor starts.
         TrainingError: training cannot go on; the last checkpoint stays.
     """
+    try:
+        return _run(prepared, say)
+    except Interrupted as interrupt:
+        return Outcome(prepared.family.out, interrupt.name, "", (), "")
+
+
+def _run(prepared: Prepared, say: Say) -> Outcome:
     family, settings = prepared.family, prepared.family.settings
     depths = tuple(block.depth for block in family.backbone.blocks)
     with ExitStack() as stack:
         cluster = _cluster(settings, stack, say)
+        stack.enter_context(interrupted_by_signals())
         layout = layout_of(settings, cluster)
         baseline_layout = (
             None if prepared.baseline is None else layout_of(prepared.baseline.settings, cluster)
@@ -139,13 +147,12 @@ def run_job(prepared: Prepared, say: Say) -> Outcome:
         provenance = collect(
             data_record(prepared), {"cluster": f"{cluster.cpus:g} CPU, {cluster.gpus:g} GPU"}
         )
-        created = not family.out.exists()
-        family.out.mkdir(parents=True, exist_ok=True)
+        made = make_output(family.out)
         try:
             tracker = stack.enter_context(open_tracker(family))
         except TrackingError:
-            if created:
-                family.out.rmdir()
+            for folder in made:
+                folder.rmdir()
             raise
         settings_text = settings_to_yaml(with_changes(settings, {"resume": False}))
         (family.out / SAVED_SETTINGS).write_text(settings_text, encoding="utf-8")
@@ -154,16 +161,17 @@ def run_job(prepared: Prepared, say: Say) -> Outcome:
         for line in opening_lines(family, prepared, layout):
             say(line)
         stop = StopRequest()
-        trained = train(family, layout, Progress(say, tracker), stop)
-        if trained.stopped is None:
+        train(family, layout, Progress(say, tracker), stop)
+        if stop.reason is None:
+            say(f"measuring and exporting depth{'s' * (len(depths) > 1)} {', '.join(map(str, depths))}")
             found = _assess(family, layout, card_facts(family, provenance), depths)
             record_depths(tracker, family, found)
-        if trained.stopped is None and prepared.baseline is not None and baseline_layout is not None:
+        if stop.reason is None and prepared.baseline is not None and baseline_layout is not None:
             say("the baseline: one end-to-end MAE run (K = 1), to be truncated at each depth")
-            trained = train(prepared.baseline, baseline_layout, Progress(say, tracker, "mae"), stop)
-        if trained.stopped is not None:
+            train(prepared.baseline, baseline_layout, Progress(say, tracker, "mae"), stop)
+        if stop.reason is not None:
             tracker.finish("KILLED")
-            return Outcome(family.out, trained.stopped, "", depths, tracker.ui_hint())
+            return Outcome(family.out, stop.reason, "", depths, tracker.ui_hint())
         truncated = None
         if prepared.baseline is not None and baseline_layout is not None:
             facts = card_facts(prepared.baseline, provenance)
@@ -249,7 +257,8 @@ def open_tracker(family: Family) -> Tracker:
     """The MLflow record of this run, continued if the run is. Raises TrackingError within seconds."""
     track = family.settings.tracking
     continued = Tracker.recorded_run(family.out) if family.settings.resume else None
-    return Tracker.open(track.uri, track.experiment, family.out.name, family.out, continued)
+    name = track.model_name or family.settings.name
+    return Tracker.open(track.uri, track.experiment, family.out.name, family.out, continued, name)
 
 
 def _cluster(settings: Settings, stack: ExitStack, say: Say) -> ClusterResources:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ Result = TypeVar("Result")
 LOCAL_STORE_SHARE = 0.15  # of the free memory; the window of batches and activations lies there
 LOCAL_STORE_MAX = 8 << 30
 LOCAL_STORE_MIN = 256 << 20
+KNOCK_S = 5.0
 
 
 @contextmanager
@@ -52,10 +54,11 @@ def _connect(say: Callable[[str], None]) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if told := os.environ.get("RAY_ADDRESS"):
         try:
+            _knock(told)
             ray.init(address=told, **quiet)
-        except ConnectionError:
+        except OSError:  # ConnectionError among them
             raise ConnectionError(
-                f"no Ray cluster answers at RAY_ADDRESS={told}; start it, or unset RAY_ADDRESS to use this machine"
+                f"no Ray cluster can be joined at RAY_ADDRESS={told}; start it, or unset RAY_ADDRESS to use this machine"
             ) from None
     else:
         free = psutil.virtual_memory().available
@@ -65,6 +68,13 @@ def _connect(say: Callable[[str], None]) -> None:
     nodes = sum(node["Alive"] for node in ray.nodes())
     machines = "this machine" if nodes == 1 else f"{nodes} machines"
     say(f"Ray on {machines}: {have.cpus:g} CPU, {have.gpus:g} GPU")
+
+
+def _knock(address: str) -> None:
+    """Raise OSError within seconds if nothing listens at HOST:PORT; Ray itself tries for many minutes, noisily."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
 
 
 def run_beside_stages(function: Callable[..., Result], layout: Layout, *args: object) -> Result:

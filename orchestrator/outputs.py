@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from orchestrator.checkpoint import MANIFEST, CheckpointStore
@@ -22,6 +23,10 @@ def check_output(out: Path, settings: Settings, fingerprint: str) -> None:
     """
     if out.exists() and not out.is_dir():
         raise OutputError(f"out is {out}, which is a file; give --out a directory that is new or empty")
+    nearest = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        what = "may not be written to" if nearest.is_dir() else "is a file"
+        raise OutputError(f"out cannot be {out}: {nearest} {what}; give --out a directory that can be made")
     used = out.exists() and any(out.iterdir())
     if not settings.resume:
         if used:
@@ -32,6 +37,22 @@ def check_output(out: Path, settings: Settings, fingerprint: str) -> None:
     if not (out / SAVED_SETTINGS).exists():
         raise OutputError(f"there is no run to resume in {out}; leave --resume out to start one there")
     _check_same(out, settings, fingerprint)
+
+
+def make_output(out: Path) -> list[Path]:
+    """Make the output directory. Returns the folders that were not there before, the innermost first.
+
+    Raises:
+        OutputError: the system refuses it.
+    """
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"the output directory {out} cannot be made ({error.strerror}); choose another one with --out"
+        ) from error
+    return missing
 
 
 def _check_same(out: Path, settings: Settings, fingerprint: str) -> None:

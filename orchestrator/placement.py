@@ -16,10 +16,11 @@ class PlacementError(ValueError):
 
 @dataclass(frozen=True)
 class ClusterResources:
-    """CPUs and GPUs that the cluster has in all."""
+    """CPUs and GPUs that the cluster has in all, and on how many machines that have CPUs to give."""
 
     cpus: float
     gpus: float
+    nodes: int = 1
 
 
 @dataclass(frozen=True)
@@ -70,24 +71,31 @@ def plan_layout(
     """
     if stages is not None and stages > blocks:
         raise PlacementError(f"placement.stages is {stages}, but there are only {blocks} blocks to place")
+    if cluster.cpus <= 0:
+        raise PlacementError(
+            "the cluster has no CPUs for stages yet; start workers, or let it grow with placement.wait_s and "
+            "placement.gpus_per_stage"
+        )
     gpus = (1.0 if cluster.gpus >= 1 else 0.0) if gpus_per_stage is None else gpus_per_stage
     if gpus > 0:
         room = _gpu_room(cluster.gpus, gpus)
         wanted = stages if stages is not None else max(1, min(blocks, room))
         if wanted > room:
             raise PlacementError(
-                f"{wanted} stage{'s' * (wanted > 1)} with {gpus:g} GPU each do not fit: "
-                f"the cluster has {cluster.gpus:g} GPU; "
-                "set placement.gpus_per_stage (a fraction shares a GPU, 0 uses CPUs) or a lower placement.stages"
+                f"the settings ask for {wanted} stage{'s' * (wanted > 1)} of {gpus:g} GPU each, and the cluster has "
+                f"{cluster.gpus:g} GPU; lower placement.stages, or set placement.gpus_per_stage to a fraction, so that "
+                "stages share a GPU, or to 0 for CPUs alone"
             )
     else:
         wanted = blocks if stages is None else stages
-    share = math.floor(min(1.0, cluster.cpus / (wanted + 1)) * 100) / 100
+    # An actor never spans two machines: the loader and the stages are dealt out over them first.
+    per_node = -(-(wanted + 1) // max(1, cluster.nodes))
+    share = math.floor(min(1.0, cluster.cpus / max(1, cluster.nodes) / per_node) * 100) / 100
     cpus = share if cpus_per_stage is None else cpus_per_stage
     if cpus * wanted > cluster.cpus + 1e-6:
         raise PlacementError(
-            f"{wanted} stages with {cpus:g} CPU each do not fit: the cluster has {cluster.cpus:g} CPU; "
-            "lower placement.cpus_per_stage or placement.stages"
+            f"the settings ask for {wanted} stage{'s' * (wanted > 1)} of {cpus:g} CPU each, and the cluster has "
+            f"{cluster.cpus:g} CPU; lower placement.cpus_per_stage or placement.stages"
         )
     loader = math.floor(max(0.0, min(share, cluster.cpus - cpus * wanted)) * 100) / 100
     threads = threads_per_stage or max(1, int(cluster.cpus // wanted) if gpus == 0 else int(cpus))

@@ -182,8 +182,10 @@ class _Loop:
         found = self._store.latest()
         start = 0 if found is None else found.step
         self._stages.restore(None if found is None else self._store.directory(start), start)
-        if start:
-            self._listener.say(f"continuing at step {start} of {self._plan.total_steps}")
+        if start == self._plan.total_steps:
+            self._listener.say(f"all {start} steps were trained before")
+        elif start:
+            self._listener.say(f"continuing after step {start} of {self._plan.total_steps}")
         self._listener.on_rewind(start)
         self._committed = start if found is not None else -1
         self.step = self.settled = start
@@ -204,9 +206,11 @@ class _Loop:
                 self._settle(self._plan.window)
             self.step += 1
         self._settle(0)
-        if self._stop.reason is not None and self._committed != self.step:
-            files = self._stages.save(self._store.directory(self.step))
-            self._commit(self.step, [files])
+        if self._stop.reason is not None:
+            if self._committed != self.step:
+                files = self._stages.save(self._store.directory(self.step))
+                self._commit(self.step, [files])
+            self._listener.say(f"checkpoint saved after step {self.step} of {self._plan.total_steps}")
         return self._stop.reason if self.step < self._plan.total_steps else None
 
     def abandon(self) -> None:
@@ -254,8 +258,8 @@ class _Loop:
                 self._listener.say(f"skipped an unreadable image: {name} ({reason})")
         if len(self.bad_images) > self._plan.max_bad_images:
             raise TooManyBadImages(
-                f"{len(self.bad_images)} images could not be read, more than data.max_bad_fraction allows "
-                f"({self._plan.max_bad_images}); the last was {next(reversed(self.bad_images))}"
+                f"{len(self.bad_images)} images could not be read, the last being {next(reversed(self.bad_images))}, and "
+                f"data.max_bad_fraction allows {self._plan.max_bad_images}; repair or remove them, or raise it"
             )
 
     def _tell(self, order: Order) -> None:

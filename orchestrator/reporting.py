@@ -5,7 +5,9 @@ Turns records of the other parts into text and into calls of the tracker; measur
 
 from __future__ import annotations
 
+import shlex
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +19,6 @@ from orchestrator.pictures import accuracy_latency_figure, loss_curves_figure
 from orchestrator.placement import Layout
 from orchestrator.provenance import DataRecord, Provenance
 from orchestrator.run_notes import DepthRecord, depth_rows, loading_note, results_table
-from orchestrator.stages import place_of
 from orchestrator.summary import params_text, render_table, summary_rows, write_summary
 from orchestrator.tracking import Tracker
 
@@ -56,8 +57,12 @@ def opening_lines(family: Family, prepared: Prepared, layout: Layout) -> list[st
     """What is about to happen, for the person who started it."""
     settings, blocks = family.settings, family.backbone.blocks
     layers = "+".join(str(b.layers) for b in blocks)
-    where = [place_of(i, place) for i, place in enumerate(layout.places)]
+    stages = len(layout.places)
+    where = " | ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else f"{p[0]}" for p in layout.places)
     on = f"{layout.gpus:g} GPU" if layout.gpus else f"{layout.threads} CPU thread{'s' * (layout.threads > 1)}"
+    place = f"in this process, {on}"
+    if settings.placement.backend == "ray":
+        place = f"on {stages} Ray actor{'s' * (stages > 1)}, {on} each"
     splits = prepared.splits
     return [
         f"{settings.backbone.name}: {blocks[-1].depth} layers in {len(blocks)} blocks ({layers}), width {blocks[0].width}, "
@@ -66,8 +71,8 @@ def opening_lines(family: Family, prepared: Prepared, layout: Layout) -> list[st
         f"{len(splits.test)} for the final scores",
         f"{settings.schedule.epochs} epochs of {family.steps_per_epoch} steps of {settings.effective_batch} images, "
         f"peak learning rate {settings.learning_rate:.3g}, seed {settings.seed}",
-        f"{len(where)} stage{'s' * (len(where) > 1)} ({on} each): {', '.join(where)}",
-        f"output: {_short(family.out)}",
+        f"block{'s' * (len(blocks) > 1)} {where} {place}",
+        f"output: {short_path(family.out)}",
     ]
 
 
@@ -119,7 +124,9 @@ def record_summary(tracker: Tracker, family: Family, found: Assessment, truncate
     for path in write_summary(rows, family.out):
         tracker.log_file(path)
     figure = accuracy_latency_figure(found.reports, found.random, found.raw, baseline)
+    pictures = ["loss_by_block"]
     if figure is not None:
+        pictures.insert(0, "accuracy_against_latency")
         tracker.log_picture(figure, "accuracy_against_latency")
     curves = {b.index: tracker.history(f"block{b.index}/loss") for b in family.backbone.blocks}
     tracker.log_picture(loss_curves_figure(curves), "loss_by_block")
@@ -140,7 +147,8 @@ def record_summary(tracker: Tracker, family: Family, found: Assessment, truncate
         f"{params_text(found.reports[-1].params)} parameters at full depth, {settings.backbone.name}, "
         f"{len(family.spec.blocks)} blocks, {settings.schedule.epochs} epochs of {settings.data.source}.\n\n"
         f"{results_table(depth_rows(records))}\n\nOpen a variant without this package:\n\n"
-        f"{loading_note(name, f'depth{deepest}', None)}"
+        f"{loading_note(name, f'depth{deepest}', tracker.store_to_name)}",
+        pictures,
     )
     return table
 
@@ -156,14 +164,23 @@ def _mean_scores(found: Assessment) -> dict[str, float]:
 
 def closing_lines(out: Path, depths: Sequence[int], ui: str) -> list[str]:
     """Where everything is, and the line that opens the MLflow UI."""
-    return [
-        f"models:   {_short(out)}/variants/depth{depths[0]:02d} ... depth{depths[-1]:02d}",
-        f"open one: timm.create_model('local-dir:{_short(out)}/variants/depth{depths[-1]:02d}', pretrained=True)",
-        f"compare:  {ui}",
+    folder = short_path(out)
+    command, _, page = ui.partition("   ")
+    lines = [
+        f"models:   {folder}/variants/depth{depths[0]:02d} ... depth{depths[-1]:02d}",
+        f"open one: timm.create_model('local-dir:{folder}/variants/depth{depths[-1]:02d}', pretrained=True)",
+        f"results:  {folder}/summary.csv, {folder}/pictures",
+        f"compare:  {command}",
     ]
+    return [*lines, f"          {page}"] if page else lines
 
 
-def _short(path: Path) -> str:
+def resume_line(out: Path) -> str:
+    """How to continue the run in `out`."""
+    return f"go on with: python {sys.argv[0]} --out {shlex.quote(short_path(out))} --resume"
+
+
+def short_path(path: Path) -> str:
     """Relative to the working directory where that is shorter."""
     try:
         return str(path.relative_to(Path.cwd()))

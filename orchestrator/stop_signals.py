@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop with a checkpoint, instead of an exception in the middle of a step."""
+"""What Ctrl-C and SIGTERM mean: while training a request to stop with a checkpoint, elsewhere an orderly end at once."""
 
 from __future__ import annotations
 
@@ -13,22 +13,47 @@ from orchestrator.pretrain import StopRequest
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run; whatever was opened is closed on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.name = signal.Signals(number).name
+
+
 @contextmanager
 def stop_on_signals(stop: StopRequest, say: Callable[[str], None]) -> Iterator[None]:
-    """Inside, the first signal sets `stop.reason` to its name; a second one interrupts at once (KeyboardInterrupt).
+    """Inside, the first signal sets `stop.reason` to its name; a second one raises Interrupted.
 
     Outside the main thread (a search trial) signals are not ours, and nothing is changed.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def handle(number: int, frame: FrameType | None) -> None:
         if stop.reason is not None:
-            raise KeyboardInterrupt
+            raise Interrupted(number)
         stop.reason = signal.Signals(number).name
         say(f"{stop.reason}: finishing the steps under way, then saving; once more stops at once")
 
+    with _handled_by(handle):
+        yield
+
+
+@contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """Inside, a signal raises Interrupted. Entered after Ray is connected, which puts handlers of its own in place."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    with _handled_by(handle):
+        yield
+
+
+@contextmanager
+def _handled_by(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.signal(number, handle) for number in STOPPING}
     try:
         yield

@@ -140,6 +140,8 @@ def gist(error: BaseException, length: int = 160) -> str:
     inner = re.findall(r"\[Errno -?\d+\] ([^\"')\]]+)|Failed to resolve '[^']+'|timed out", text)
     if inner:
         return inner[-1].strip(" :") or ("timed out" if "timed out" in text else "unknown host name")
+    if "Can't load plugin: sqlalchemy.dialects:" in text:
+        return f"'{text.rpartition(':')[2]}' is no kind of store that MLflow knows"
     if "OperationalError) " in text:
         text = text.partition("OperationalError) ")[2]
     line = text.splitlines()[0]

@@ -7,19 +7,25 @@ import sys
 from collections.abc import Sequence
 
 from orchestrator.command_line import load_settings
-from orchestrator.config import SettingsError
+from orchestrator.config import Settings, SettingsError
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the main job. Returns the exit status: 0 done, 1 training failed, 2 bad input, 128 + n stopped by signal n."""
     try:
-        settings = load_settings(argv)
+        return run(load_settings(argv))
     except SettingsError as error:
         return complain(error, 2)
+    except KeyboardInterrupt:
+        say("interrupted before anything was started")
+        return 128 + signal.SIGINT
 
-    from orchestrator.failures import TrainingError  # after the settings: torch takes seconds to import
+
+def run(settings: Settings) -> int:
+    """The job for settings that are known to be well-formed."""
+    from orchestrator.failures import TrainingError  # here: torch takes seconds to import
     from orchestrator.job import BAD_INPUT, prepare, run_job
-    from orchestrator.reporting import closing_lines
+    from orchestrator.reporting import closing_lines, resume_line
 
     try:
         outcome = run_job(prepare(settings), say)
@@ -27,11 +33,8 @@ def main(argv: Sequence[str]) -> int:
         return complain(error, 2)
     except TrainingError as error:
         return complain(error, 1)
-    except KeyboardInterrupt:
-        say("interrupted; what the last checkpoint holds is safe, and --out DIR --resume goes on from it")
-        return 128 + signal.SIGINT
     if outcome.stopped is not None:
-        say(f"stopped by {outcome.stopped}, checkpoint saved; go on with: --out {outcome.out} --resume")
+        say(f"stopped by {outcome.stopped}; {resume_line(outcome.out)}")
         return 128 + signal.Signals[outcome.stopped]
     say("")
     say(outcome.table)

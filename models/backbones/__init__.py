@@ -27,8 +27,8 @@ def open_backbone(
     built_as = type(look_at(name, {})).__name__
     if built_as not in BACKBONES:
         raise ValueError(
-            f"backbone '{name}' is a {built_as} in timm, which cannot be cut into blocks; "
-            f"it must be a {' or '.join(BACKBONES)}"
+            f"backbone '{name}' is timm's {built_as}, which cannot be cut into blocks; "
+            f"choose one of class {' or '.join(BACKBONES)}, such as 'vit_small_patch16_224'"
         )
     return BACKBONES[built_as](name, blocks, model_args)
 

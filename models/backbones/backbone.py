@@ -136,6 +136,8 @@ def split_layers(layers: int, blocks: int | Sequence[int]) -> tuple[int, ...]:
     if isinstance(blocks, int):
         if blocks < 1:
             raise ValueError(f"blocks is {blocks}; at least 1 is needed")
+        if layers < 1:
+            raise ValueError(f"the backbone has {layers} layers; set backbone.model_args.depth to 1 or more")
         if blocks > layers:
             raise ValueError(
                 f"blocks is {blocks}, but the backbone has only {layers} layers; ask for {layers} at most"

@@ -294,7 +294,10 @@ def check_fit(weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> None
     for key, shape in expected.items():
         found = weights.shapes.get(key)
         if found is None:
-            raise ValueError(f"init_from: {weights.source} has no '{key}', which the backbone needs")
+            raise ValueError(
+                f"init_from: {weights.source} has no '{key}', which the backbone needs; "
+                "check backbone.name and backbone.model_args"
+            )
         if found != shape and (key != "pos_embed" or len(found) != 3 or found[-1] != shape[-1]):
             raise ValueError(
                 f"init_from: '{key}' of {weights.source} has shape {found}, the backbone needs {shape}; "

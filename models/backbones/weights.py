@@ -133,6 +133,8 @@ def file_weights(file: Path, image_size: tuple[int, int] | None = None) -> Weigh
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if isinstance(error, UnpicklingError):  # torch's own words advise to trust the file
+            reason = "it is no torch file of plain tensors, and nothing else is unpickled"
         raise ValueError(
             f"init_from: '{file}' cannot be read as weights ({reason}); give a .safetensors file"
         ) from error

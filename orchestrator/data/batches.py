@@ -17,6 +17,7 @@ from orchestrator.data.errors import BadImage, DataError
 from orchestrator.data.order import epoch_order
 from orchestrator.data.prefetch import Prefetcher
 from orchestrator.data.sources import Source
+from orchestrator.failures import TooManyBadImages
 
 _REPLACEMENTS = 32  # bad images in a row that are replaced; then the data, not the image, is bad
 
@@ -75,7 +76,7 @@ class TrainBatches:
     def batch(self, step: int, micro: int = 0) -> Batch:
         """Batch `micro` (0..accumulate-1) of optimizer step `step` (from 0, over all epochs).
 
-        Asked in order it is mostly there already. Raises DataError if hardly anything can be read, RuntimeError if a
+        Asked in order it is mostly there already. Raises TooManyBadImages if hardly anything can be read, RuntimeError if a
         worker process died.
         """
         if step < 0 or not 0 <= micro < self.accumulate:
@@ -141,7 +142,7 @@ class TrainReader:
                 except BadImage as image:
                     bad.append((image.name, image.reason))
             else:
-                raise DataError(
+                raise TooManyBadImages(
                     f"{_REPLACEMENTS} images of {self.source.name} in a row could not be read, the last being "
                     f"{bad[-1][0]} ({bad[-1][1]}); see whether the files are still there"
                 )

@@ -49,7 +49,8 @@ def _image_column(schema: pa.Schema, features: Mapping[str, Any], where: str, wa
         return wanted
     if not usable:
         raise DataError(
-            f"{where} has no image column (binary, or struct<bytes, path> as Hugging Face writes it); {listed}"
+            f"{where} has no image column (binary, or struct<bytes, path> as Hugging Face writes it); {listed}; "
+            "set data.source to Parquet files that hold the images themselves"
         )
     declared = [name for name in usable if features.get(name, {}).get("_type") == "Image"]
     named = [name for name in IMAGE_NAMES if name in usable]

@@ -31,15 +31,28 @@ def test_a_fraction_shares_one_gpu() -> None:
     assert plan_layout(4, ClusterResources(16, 1), gpus_per_stage=0.25).places == ((0,), (1,), (2,), (3,))
 
 
+def test_no_share_is_larger_than_what_one_machine_has() -> None:
+    layout = plan_layout(
+        4, ClusterResources(cpus=4, gpus=0, nodes=2)
+    )  # 2 machines of 2 CPUs: three actors on one
+    assert layout.cpus == layout.loader_cpus == 0.66
+    assert max(sum(b["CPU"] for b in layout.bundles[:2]), layout.cpus * 3) <= 2
+
+
+def test_a_cluster_without_workers_is_refused_with_what_to_do() -> None:
+    with pytest.raises(PlacementError, match=r"no CPUs for stages yet; .*placement\.wait_s"):
+        plan_layout(4, ClusterResources(0, 0))
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
         (
             {"gpus_per_stage": 1.0},
-            "1 stage with 1 GPU each do not fit: the cluster has 0 GPU; set placement.gpus_per_stage",
+            "1 stage of 1 GPU each, and the cluster has 0 GPU; .* placement.gpus_per_stage",
         ),
         ({"stages": 9}, "placement.stages is 9, but there are only 4 blocks"),
-        ({"cpus_per_stage": 1.0}, "4 stages with 1 CPU each do not fit: the cluster has 2 CPU"),
+        ({"cpus_per_stage": 1.0}, "4 stages of 1 CPU each, and the cluster has 2 CPU"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_both_sides(asked: dict, message: str) -> None:

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from orchestrator.pretrain import StopRequest
-from orchestrator.stop_signals import stop_on_signals
+from orchestrator.stop_signals import Interrupted, interrupted_by_signals, stop_on_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -17,8 +17,19 @@ def test_the_first_signal_asks_and_the_second_interrupts(number: signal.Signals)
         os.kill(os.getpid(), number)
         assert stop.reason == number.name
         assert len(said) == 1
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted):
             os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_where_nothing_can_be_finished_the_first_signal_interrupts_and_is_named(
+    number: signal.Signals,
+) -> None:
+    before = signal.getsignal(number)
+    with interrupted_by_signals(), pytest.raises(Interrupted) as caught:
+        os.kill(os.getpid(), number)
+    assert caught.value.name == number.name
     assert signal.getsignal(number) == before
 
 

@@ -14,6 +14,7 @@ from orchestrator.data.errors import DataError
 from orchestrator.data.folder import FolderSource
 from orchestrator.data.parquet import ParquetSource
 from orchestrator.data.sources import Source
+from orchestrator.failures import TooManyBadImages
 
 Make = Callable[..., Path]
 
@@ -133,7 +134,7 @@ def test_a_bad_image_is_replaced_and_reported_each_time(image_folder: Make):
 def test_data_without_a_readable_image_ends_with_its_name(image_folder: Make):
     folder = image_folder("a.png", "b.png", damaged=("a.png", "b.png"))
     with pytest.raises(
-        DataError, match=r"32 images of .* in a row could not be read, the last being [ab]\.png"
+        TooManyBadImages, match=r"32 images of .* in a row could not be read, the last being [ab]\.png"
     ):
         train_batches(FolderSource(folder), batch_size=2).batch(0)
 

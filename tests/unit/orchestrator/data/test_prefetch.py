@@ -18,10 +18,10 @@ import pytest
 from orchestrator.data.batches import TrainBatches
 from orchestrator.data.crops import RandomCrop
 from orchestrator.data.digits import DigitsSource
-from orchestrator.data.errors import DataError
 from orchestrator.data.folder import FolderSource
 from orchestrator.data.prefetch import Prefetcher
 from orchestrator.data.sources import Source
+from orchestrator.failures import TooManyBadImages
 
 CROP = RandomCrop((8, 8), (0.2, 1.0), (1.0, 1.0), flip=False)
 
@@ -89,7 +89,7 @@ def test_an_error_inside_a_worker_is_raised_as_itself_with_its_traceback(tmp_pat
     (tmp_path / "a.png").write_bytes(b"junk")
     (tmp_path / "b.png").write_bytes(b"junk")
     batches = train_batches(FolderSource(tmp_path), workers=1, batch_size=2)
-    with pytest.raises(DataError, match="in a row could not be read") as caught:
+    with pytest.raises(TooManyBadImages, match="in a row could not be read") as caught:
         batches.batch(0)
     assert "in a data worker" in caught.value.__notes__[0]
     batches.close()
