@@ -5,7 +5,7 @@ One function that runs where a GPU is and returns plain records; the driver does
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -137,7 +137,8 @@ def trained_variant(backbone: Backbone, weights: list[dict[str, Tensor]], depth:
 
 
 def random_variants(spec: FamilySpec, backbone: Backbone, depths: tuple[int, ...]) -> dict[int, nn.Module]:
-    """The same depths as they were before the first step."""
+    """The same depths with random weights, of the same seed; whatever the run started from."""
+    spec = replace(spec, init_from=None)
     weights = [build_local_mim(spec, k, backbone).state_dict() for k in range(len(spec.blocks))]
     return {depth: trained_variant(backbone, weights, depth) for depth in depths}
 

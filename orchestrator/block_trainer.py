@@ -97,7 +97,9 @@ class BlockTrainer:
             raise NonFiniteLoss("loss", self.index, step, lr)
         self._scaler.scale(out.loss / micros).backward()
         if micro == micros - 1:
-            metrics["grad_norm"] = self._update(step, lr)
+            norm = self._update(step, lr)
+            if math.isfinite(norm):  # with fp16 an overflow is no measurement
+                metrics["grad_norm"] = norm
         return out.activations.to(WIRE_DTYPES[self._optim.precision]), metrics
 
     def _update(self, step: int, lr: float) -> float:

@@ -103,8 +103,12 @@ class CheckpointStore:
         directory = self.directory(manifest.step)
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(directory / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
+        for torn in directory.glob(".*.tmp"):  # left by a stage that was killed while it wrote
+            torn.unlink(missing_ok=True)
         committed = [d for d in self._newest_first() if (d / MANIFEST).exists()]
-        for old in committed[self._keep :]:
+        # What stands beyond this step was passed over as damaged, or the run would not be here.
+        void = [d for d in committed if d.name > directory.name]
+        for old in void + [d for d in committed if d not in void][self._keep :]:
             shutil.rmtree(old, ignore_errors=True)
         return directory
 

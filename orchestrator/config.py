@@ -175,7 +175,7 @@ class PlacementSettings(_Group):
     threads_per_stage: Count | None = Field(
         default=None, description="torch's CPU threads; null: the stage's cores"
     )
-    window: Count | None = Field(default=None, description="steps under way at once; null: 2 x stages")
+    window: Count | None = Field(default=None, description="micro-batches under way; null: 2 x stages")
     wait_s: NotNegative = Field(default=0.0, description="seconds that an autoscaling cluster gets to grow")
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from orchestrator.data.errors import DataError
+
 
 class TrainingError(RuntimeError):
     """Training ended and a restart would not help; the message is meant for the person who started the run."""
@@ -40,28 +42,32 @@ class StageFailure(RuntimeError):
 
     Args:
         place: which one, for the reader: "stage 2 (blocks 4-5)", "the data loader".
-        step: the first step whose result is lost.
+        when: at what, for the reader: "at step 170", "while starting".
         cause: the error of the user's code, or the word of what killed the process.
         died: True when the process is gone and must be created anew.
     """
 
-    def __init__(self, place: str, step: int, cause: BaseException, died: bool) -> None:
-        super().__init__(place, step, cause, died)
-        self.place, self.step, self.cause, self.died = place, step, cause, died
+    def __init__(self, place: str, when: str, cause: BaseException, died: bool) -> None:
+        super().__init__(place, when, cause, died)
+        self.place, self.when, self.cause, self.died = place, when, cause, died
 
     def __str__(self) -> str:
-        what = "died" if self.died else "failed"
+        if self.died:
+            return f"{self.place} died {self.when}"
         lines = str(self.cause).strip().splitlines()
         detail = lines[0].strip() if lines else ""
-        return f"{self.place} {what} at step {self.step} ({type(self.cause).__name__}: {detail[:160]})"
+        return f"{self.place} failed {self.when} ({type(self.cause).__name__}: {detail[:160]})"
 
 
 @dataclass(frozen=True)
 class RestartPolicy:
-    """Rewind at most `max_restarts` times in one run; errors that a rewind cannot cure are raised at once."""
+    """Rewind at most `max_restarts` times in one run; errors that a rewind cannot cure are raised at once.
+
+    Those are errors of ours that say so (`TrainingError`), and data that is gone or changed (`DataError`).
+    """
 
     max_restarts: int
 
     def restarts(self, error: StageFailure, done: int) -> bool:
         """Whether to rewind after `error`, when the run was rewound `done` times already."""
-        return done < self.max_restarts and not isinstance(error.cause, TrainingError)
+        return done < self.max_restarts and not isinstance(error.cause, TrainingError | DataError)

@@ -33,8 +33,8 @@ from orchestrator.data.errors import DataError
 from orchestrator.data.sources import Source
 from orchestrator.data.spec import DataSpec
 from orchestrator.data.splits import Splits
-from orchestrator.failures import RestartPolicy
-from orchestrator.launch import ray_cluster, run_beside_stages
+from orchestrator.failures import RestartPolicy, TrainingError
+from orchestrator.launch import ClusterError, ray_cluster, run_beside_stages
 from orchestrator.model_card import CardFacts
 from orchestrator.outputs import OutputError, check_output, make_output
 from orchestrator.placement import ClusterResources, Layout, PlacementError, consecutive, plan_layout
@@ -52,7 +52,7 @@ from orchestrator.tracking import Tracker, TrackingError
 Say = Callable[[str], None]
 
 
-BAD_INPUT = (SettingsError, DataError, OutputError, PlacementError, TrackingError, ConnectionError)
+BAD_INPUT = (SettingsError, DataError, OutputError, PlacementError, TrackingError, ClusterError)
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,12 @@ class Family:
     backbone: Backbone
     data: DataSpec
     steps_per_epoch: int
-    fingerprint: str
     out: Path
+
+    @property
+    def fingerprint(self) -> str:
+        """What the images are, as they were when the job was prepared."""
+        return self.data.fingerprint or ""
 
     @property
     def total_steps(self) -> int:
@@ -109,15 +113,14 @@ def prepare(settings: Settings) -> Prepared:
     data = data_spec(settings, backbone.image_size)
     source, splits = data.open()
     steps = replace(data, workers=0).train_batches().steps_per_epoch
-    family = Family(settings, spec, backbone, data, steps, source.fingerprint(), out)
+    data = replace(data, fingerprint=source.fingerprint())
+    family = Family(settings, spec, backbone, data, steps, out)
     check_output(out, settings, family.fingerprint)
     baseline = None
     if settings.baseline == "mae":
         alone = end_to_end(settings)
         baseline_spec, baseline_backbone = resolve(alone)
-        baseline = Family(
-            alone, baseline_spec, baseline_backbone, data, steps, family.fingerprint, out / "baseline_mae"
-        )
+        baseline = Family(alone, baseline_spec, baseline_backbone, data, steps, out / "baseline_mae")
     return Prepared(family, baseline, source, splits)
 
 
@@ -125,7 +128,7 @@ def run_job(prepared: Prepared, say: Say) -> Outcome:
     """Train, measure, export and record. See `Outcome`.
 
     Raises:
-        OutputError, PlacementError, TrackingError, ConnectionError: before the first actor starts.
+        OutputError, PlacementError, TrackingError, ClusterError: before the first actor starts.
         TrainingError: training cannot go on; the last checkpoint stays.
     """
     try:
@@ -183,12 +186,18 @@ def _run(prepared: Prepared, say: Say) -> Outcome:
 
 
 def train(family: Family, layout: Layout, progress: Progress, stop: StopRequest) -> PretrainResult:
-    """Train one family from its last checkpoint to its end, on the stages of `layout`."""
+    """Train one family from its last checkpoint to its end, on the stages of `layout`.
+
+    Raises:
+        OutputError: the checkpoint was trained in another precision.
+        PlacementError, DataError: before the first step; later on they are a TrainingError.
+    """
     settings = family.settings
     spec = replace(family.spec, optim=replace(family.spec.optim, precision=precision_on(settings, layout)))
     family.out.mkdir(parents=True, exist_ok=True)
     store = CheckpointStore(family.out, settings.checkpoint.keep, progress.say)
     store.clear_uncommitted()
+    _check_precision(family.out, spec.optim.precision)
     schedule, epoch = settings.schedule, family.steps_per_epoch
     plan = RunPlan(
         epochs=schedule.epochs,
@@ -211,8 +220,22 @@ def train(family: Family, layout: Layout, progress: Progress, stop: StopRequest)
             return pretrain(
                 plan, stages, store, manifest, progress, RestartPolicy(settings.failures.max_restarts), stop
             )
+    except (PlacementError, DataError) as error:
+        if not progress.began:
+            raise
+        raise TrainingError(str(error)) from error
     finally:
         stages.close()
+
+
+def _check_precision(out: Path, precision: Precision) -> None:
+    found = CheckpointStore(out, say=lambda _: None).latest()  # the loop tells what it passes over
+    before = precision if found is None else found.facts.get("precision", precision)
+    if before != precision:
+        raise OutputError(
+            f"the run was trained in {before} and would go on in {precision} on these devices; "
+            f"set optim.precision to {before}, or start a new run with another --out"
+        )
 
 
 def make_stages(family: Family, spec: FamilySpec, layout: Layout) -> Stages:
@@ -220,7 +243,7 @@ def make_stages(family: Family, spec: FamilySpec, layout: Layout) -> Stages:
     if family.settings.placement.backend == "ray":
         return RayStages(spec, family.data, layout, family.out, max(120.0, family.settings.placement.wait_s))
     device = "cuda" if layout.gpus else "cpu"
-    return InProcessStages(spec, family.data.train_batches(), layout.places, device, layout.threads)
+    return InProcessStages(spec, family.data.train_batches, layout.places, device, layout.threads)
 
 
 def layout_of(settings: Settings, cluster: ClusterResources) -> Layout:
@@ -246,11 +269,18 @@ def layout_of(settings: Settings, cluster: ClusterResources) -> Layout:
 
 
 def precision_on(settings: Settings, layout: Layout) -> Precision:
-    """What `auto` means: bfloat16 on GPUs, float32 on CPUs."""
+    """What `auto` means: bfloat16 where the stages' GPUs have it, else float32."""
     asked = settings.optim.precision
-    if asked == "auto":
-        return "bf16" if layout.gpus else "fp32"
-    return asked
+    if asked != "auto":
+        return asked
+    if not layout.gpus:
+        return "fp32"
+    able = run_beside_stages(_has_bf16, layout) if settings.placement.backend == "ray" else _has_bf16()
+    return "bf16" if able else "fp32"
+
+
+def _has_bf16() -> bool:
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def open_tracker(family: Family) -> Tracker:
@@ -291,6 +321,10 @@ def _assess(
 def _absolute_inputs(settings: Settings) -> dict[str, str]:
     """Paths that actors must find whatever directory they run in."""
     given = {"data.source": settings.data.source, "init_from": settings.init_from}
-    return {
-        key: str(Path(value).absolute()) for key, value in given.items() if value and Path(value).exists()
-    }
+    found = {}
+    for key, value in given.items():
+        # "local-dir:DIR" and "torchvision:NAME:ROOT" end in a path too.
+        head, colon, path = (value or "").rpartition(":")
+        if path and Path(path).exists():
+            found[key] = f"{head}{colon}{Path(path).absolute()}"
+    return found

@@ -27,6 +27,10 @@ LOCAL_STORE_MIN = 256 << 20
 KNOCK_S = 5.0
 
 
+class ClusterError(ValueError):
+    """The Ray cluster that was named does not answer."""
+
+
 @contextmanager
 def ray_cluster(say: Callable[[str], None]) -> Iterator[ClusterResources]:
     """Connect to the cluster that `RAY_ADDRESS` names (`auto`: the one on this machine), else start one for this process.
@@ -34,7 +38,7 @@ def ray_cluster(say: Callable[[str], None]) -> Iterator[ClusterResources]:
     A connection that was there before is used and left open. Yields what the cluster has.
 
     Raises:
-        ConnectionError: `RAY_ADDRESS` names a cluster that does not answer.
+        ClusterError: `RAY_ADDRESS` names a cluster that does not answer.
     """
     if ray.is_initialized():
         yield cluster_resources()
@@ -57,7 +61,7 @@ def _connect(say: Callable[[str], None]) -> None:
             _knock(told)
             ray.init(address=told, **quiet)
         except OSError:  # ConnectionError among them
-            raise ConnectionError(
+            raise ClusterError(
                 f"no Ray cluster can be joined at RAY_ADDRESS={told}; start it, or unset RAY_ADDRESS to use this machine"
             ) from None
     else:

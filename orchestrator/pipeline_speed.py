@@ -70,6 +70,9 @@ class SleepLoader(LoaderActor):
     def batch(self, step: int, micro: int) -> tuple[Payload, tuple[tuple[tuple[str, str], ...], float]]:
         return Payload("uint8", self._images), ((), 0.0)
 
+    def open(self) -> int:
+        return 1
+
     def close(self) -> None: ...
 
 

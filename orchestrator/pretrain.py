@@ -8,11 +8,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from orchestrator.checkpoint import CheckpointStore, Manifest, all_files
-from orchestrator.failures import RestartPolicy, StageFailure, TooManyBadImages
+from orchestrator.failures import RestartPolicy, StageFailure, TooManyBadImages, TrainingError
 from orchestrator.stages import Order, Stages, StepReport
 
 LOGS_PER_EPOCH = 10  # points per epoch of the step curves
@@ -53,7 +53,7 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class EpochReport:
-    """One epoch, for a person: mean loss per block, images/s, share of the time stage 0 waited for data, seconds to go."""
+    """One epoch, for a person: mean loss per block, images/s, share of the time lost waiting for data, seconds to go."""
 
     epoch: int
     epochs: int
@@ -145,6 +145,11 @@ def pretrain(
                 stopped = stop.reason
                 break
             if not policy.restarts(failure, restarts):
+                if failure.died:
+                    raise TrainingError(
+                        f"{failure}, and was brought back {restarts} times before (failures.max_restarts); "
+                        "the last checkpoint stays"
+                    ) from failure
                 raise failure.cause from failure
             restarts += 1
             listener.say(f"{failure}; rewinding all stages (restart {restarts} of {policy.max_restarts})")
@@ -186,6 +191,8 @@ class _Loop:
             self._listener.say(f"all {start} steps were trained before")
         elif start:
             self._listener.say(f"continuing after step {start} of {self._plan.total_steps}")
+        if found is not None:
+            self.bad_images = found.facts.get("bad_images", {}) | self.bad_images
         self._listener.on_rewind(start)
         self._committed = start if found is not None else -1
         self.step = self.settled = start
@@ -237,15 +244,12 @@ class _Loop:
 
     def _commit(self, step: int, files: list[tuple[Any, ...]]) -> None:
         manifest = self._manifest(step)
-        self._store.commit(
-            Manifest(
-                manifest.step, manifest.steps_per_epoch, manifest.settings, manifest.facts, all_files(files)
-            )
-        )
+        facts = manifest.facts | {"bad_images": self.bad_images}
+        self._store.commit(replace(manifest, facts=facts, files=all_files(files)))
         self._committed = step
 
     def _note(self, report: StepReport) -> None:
-        values = {"data/wait_s": report.stages[0].idle_s, "data/load_s": report.load_s}
+        values = {"data/wait_s": report.data_wait_s, "data/load_s": report.load_s}
         for number, stage in enumerate(report.stages):
             values[f"stage{number}/busy_share"] = stage.busy_s / max(1e-9, stage.busy_s + stage.idle_s)
             for block, metrics in stage.blocks.items():

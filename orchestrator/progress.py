@@ -18,7 +18,7 @@ class MetricSink(Protocol):
 
     def log_event(self, text: str) -> None: ...
 
-    def rewind(self, step: int) -> None: ...
+    def rewind(self, step: int, prefix: str = "") -> None: ...
 
 
 class Progress:
@@ -33,6 +33,8 @@ class Progress:
         self._say, self._sink = say, sink
         self._metric_prefix = f"{prefix}/" if prefix else ""
         self._line_prefix = f"{prefix}  " if prefix else ""
+        self.began = False
+        """Whether the stages have stood once, ready to train."""
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
         self._sink.log_metrics(step, {self._metric_prefix + name: value for name, value in metrics.items()})
@@ -41,9 +43,8 @@ class Progress:
         self._say(self._line_prefix + epoch_line(report))
 
     def on_rewind(self, step: int) -> None:
-        # The sink rewinds all it has by step, which would take the first run's numbers for the second run's rewind.
-        if not self._metric_prefix:
-            self._sink.rewind(step)
+        self.began = True
+        self._sink.rewind(step, self._metric_prefix)
 
     def say(self, text: str) -> None:
         """An event: read by the person now, and kept with the run."""

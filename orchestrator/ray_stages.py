@@ -21,6 +21,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.checkpoint import FileRecord
+from orchestrator.data.batches import TrainBatches
 from orchestrator.data.spec import DataSpec
 from orchestrator.failures import StageFailure
 from orchestrator.placement import ClusterResources, Layout, PlacementError
@@ -28,7 +29,7 @@ from orchestrator.stages import FamilySpec, Order, Stage, StageReport, StepRepor
 from orchestrator.wire import Payload
 
 DRAIN_S = 600  # a stage that is still busy after this long is taken for hung
-PING_S = 120  # importing torch and timm on a loaded machine takes tens of seconds
+PING_S = 300  # importing torch and timm on a loaded machine takes tens of seconds
 
 
 class StageActor(Stage):
@@ -47,20 +48,30 @@ class LoaderActor:
     """The training batches in a process of their own."""
 
     def __init__(self, data: DataSpec) -> None:
-        self._batches = data.train_batches()
+        self._data = data
+        self._batches: TrainBatches | None = None
 
     def ping(self) -> int:
-        """Answers with its process id once the process is up and the data is open."""
+        """Answers with its process id once the process is up."""
         return os.getpid()
+
+    def open(self) -> int:
+        """Open the data, anew if it was open: worker processes that died are back. Returns the steps per epoch."""
+        self.close()
+        self._batches = self._data.train_batches()
+        return self._batches.steps_per_epoch
 
     def batch(self, step: int, micro: int) -> tuple[Payload, tuple[tuple[tuple[str, str], ...], float]]:
         """One micro-batch (uint8, for the stages) and what is told of it (bad images, seconds; for the driver)."""
+        assert self._batches is not None, "open comes before the first batch"
         batch = self._batches.batch(step, micro)
         return Payload("uint8", batch.images), (batch.bad, batch.load_s)
 
     def close(self) -> None:
         """End the worker processes."""
-        self._batches.close()
+        if self._batches is not None:
+            self._batches.close()
+        self._batches = None
 
 
 @dataclass(frozen=True)
@@ -108,25 +119,42 @@ class RayStages:
         """
         if self._group is None:
             self._group = self._make_group()
-        self._loader = self._loader if self._alive(self._loader) else None
-        self._actors = [actor if self._alive(actor) else None for actor in self._actors]
-        if self._loader is None:
-            self._loader = self._remote(self.loader_class, 0, self._layout.loader_cpus, 0.0).remote(
-                self._data
-            )
-        device = "cuda" if self._layout.gpus else "cpu"
-        for i, blocks in enumerate(self.places):
-            if self._actors[i] is None:
-                make = self._remote(self.stage_class, i, self._layout.cpus, self._layout.gpus)
-                self._actors[i] = make.remote(self._spec, blocks, device, self._layout.threads)
-        self._pids = self._collect(
-            -1, self._loader.ping.remote(), [actor.ping.remote() for actor in self._actors]
-        )
-        self._check_shared()
+        if self._fill_places():
+            self._check_shared()
 
     def restore(self, checkpoint: Path | None, step: int) -> None:
         where = None if checkpoint is None else str(checkpoint)
-        self._collect(step, None, [actor.restore.remote(where, step) for actor in self._actors])
+        when = "while starting" if checkpoint is None else f"while going back to step {step}"
+        self._collect(
+            when, self._loader.open.remote(), [actor.restore.remote(where, step) for actor in self._actors]
+        )
+
+    def _fill_places(self) -> bool:
+        """Make the actors that are not there and wait until all are up. Returns whether any was made."""
+        self._loader = self._loader if self._alive(self._loader) else None
+        self._actors = [actor if self._alive(actor) else None for actor in self._actors]
+        whole = self._loader is not None and None not in self._actors
+        self._make_missing()
+        refs = [actor.ping.remote() for actor in (self._loader, *self._actors)]
+        _, waiting = ray.wait(refs, num_returns=len(refs), timeout=PING_S, fetch_local=False)
+        if waiting:
+            # A machine is gone, and Ray waits for another one without an end: ask for room anew, with one.
+            self._drop()
+            self._group = self._make_group()
+            self._make_missing()
+            refs = [actor.ping.remote() for actor in (self._loader, *self._actors)]
+        self._pids = self._collect("while starting", refs[0], refs[1:])
+        return not whole
+
+    def _make_missing(self) -> None:
+        layout = self._layout
+        if self._loader is None:
+            self._loader = self._remote(self.loader_class, 0, layout.loader_cpus, 0.0).remote(self._data)
+        device = "cuda" if layout.gpus else "cpu"
+        for i, blocks in enumerate(self.places):
+            if self._actors[i] is None:
+                make = self._remote(self.stage_class, i, layout.cpus, layout.gpus)
+                self._actors[i] = make.remote(self._spec, blocks, device, layout.threads)
 
     def submit(self, order: Order) -> Pending:
         images, note = self._loader.batch.options(num_returns=2).remote(order.step, order.micro)
@@ -138,9 +166,11 @@ class RayStages:
         return Pending(order, note, tuple(reports))
 
     def settle(self, pending: Pending) -> StepReport:
-        (bad, load_s), *reports = self._collect(pending.order.step, pending.note, pending.reports)
+        when = f"at step {pending.order.step}"
+        (bad, load_s), *reports = self._collect(when, pending.note, pending.reports)
         stages: tuple[StageReport, ...] = tuple(reports)
-        return StepReport(pending.order, stages, bad, load_s)
+        # One stage may wait for another; that none of them works at all is for want of data.
+        return StepReport(pending.order, stages, bad, load_s, min(stage.idle_s for stage in stages))
 
     def abandon(self, pending: Sequence[Pending]) -> None:
         """Wait for every outstanding task, failed ones included; kill what is still busy after `DRAIN_S`."""
@@ -156,7 +186,9 @@ class RayStages:
                 ray.get(ref)
 
     def save(self, checkpoint: Path) -> tuple[FileRecord, ...]:
-        records = self._collect(-1, None, [actor.save.remote(str(checkpoint)) for actor in self._actors])
+        records = self._collect(
+            "while saving", None, [actor.save.remote(str(checkpoint)) for actor in self._actors]
+        )
         return tuple(record for stage in records for record in stage)
 
     def weights(self) -> dict[int, Any]:
@@ -168,6 +200,9 @@ class RayStages:
         if self._loader is not None:
             with contextlib.suppress(RayError):  # it is killed below all the same
                 ray.get(self._loader.close.remote(), timeout=10)
+        self._drop()
+
+    def _drop(self) -> None:
         for actor in (self._loader, *self._actors):
             if actor is not None:
                 ray.kill(actor)
@@ -209,13 +244,14 @@ class RayStages:
             return False
         return True
 
-    def _collect(self, step: int, loader_ref: Any, stage_refs: Sequence[Any]) -> list[Any]:
+    def _collect(self, when: str, loader_ref: Any, stage_refs: Sequence[Any]) -> list[Any]:
         """Results of the loader (if asked) and of every stage; the first failure in pipe order is the one to tell."""
         refs = ([] if loader_ref is None else [loader_ref]) + list(stage_refs)
         try:
             return ray.get(refs)
         except RayError:
-            pass
+            # Nothing of it shall still be running when the group is rewound.
+            ray.wait(refs, num_returns=len(refs), timeout=DRAIN_S, fetch_local=False)
         names = ([] if loader_ref is None else ["the data loader"]) + [
             place_of(i, b) for i, b in enumerate(self.places)
         ]
@@ -225,16 +261,17 @@ class RayStages:
             except RayTaskError as error:
                 died = isinstance(error, RayActorError)
                 cause = error.cause if isinstance(error.cause, Exception) else error
-                raise StageFailure(name, step, cause, died) from error
+                raise StageFailure(name, when, cause, died) from error
             except RayError as error:
-                raise StageFailure(name, step, error, died=True) from error
+                raise StageFailure(name, when, error, died=True) from error
         raise AssertionError("a reference failed and then did not")
 
     def _check_shared(self) -> None:
         probe = self._shared / f".seen-by-all-{time.time_ns()}"
         probe.write_bytes(b"")
         try:
-            seen = ray.get([actor.sees.remote(str(probe)) for actor in self._actors])
+            asked = [actor.sees.remote(str(probe)) for actor in self._actors]
+            seen = self._collect("while starting", None, asked)
         finally:
             probe.unlink()
         if not all(seen):
@@ -246,6 +283,7 @@ class RayStages:
 
 
 def cluster_resources() -> ClusterResources:
-    """CPUs and GPUs of the connected cluster."""
+    """CPUs, GPUs and machines of the connected cluster."""
     have = ray.cluster_resources()
-    return ClusterResources(float(have.get("CPU", 0.0)), float(have.get("GPU", 0.0)))
+    nodes = sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in ray.nodes())
+    return ClusterResources(float(have.get("CPU", 0.0)), float(have.get("GPU", 0.0)), max(1, nodes))

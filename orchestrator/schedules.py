@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CosineSchedule:
-    """Linear warm-up from 0, then half a cosine down to 0 (MAE `PRETRAIN.md`), evaluated per optimizer step.
+    """Linear warm-up, then half a cosine down to 0 (MAE `PRETRAIN.md`), evaluated per optimizer step.
 
     Args:
         peak: learning rate at the end of the warm-up.

@@ -7,7 +7,7 @@ this process: for tests, for one GPU without Ray, and as the oracle that the Ray
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -101,6 +101,8 @@ class StepReport:
     stages: tuple[StageReport, ...]
     bad_images: tuple[tuple[str, str], ...]
     load_s: float
+    data_wait_s: float
+    """Seconds that nothing was done for want of data."""
 
 
 def build_local_mim(spec: FamilySpec, index: int, backbone: Backbone | None = None) -> LocalMIM:
@@ -157,6 +159,7 @@ class Stage:
 
     def restore(self, checkpoint: str | None, step: int) -> int:
         """Build the blocks anew and, if given, load them from a checkpoint folder. The next step is `step`."""
+        self._trainers = []  # freed before the new ones are built: a GPU may not hold both
         self._trainers = [
             BlockTrainer(build_local_mim(self._spec, k, self._backbone), k, self._spec.optim, self._device)
             for k in self._blocks
@@ -269,31 +272,35 @@ class InProcessStages:
     """A group of stages in this process, run one after the other through the same wire format.
 
     Args:
-        loader: called in this process.
+        open_loader: opens the data, here and again at every rewind.
         places: the blocks of each stage, e.g. ((0,), (1,), (2,), (3,)).
     """
 
     def __init__(
         self,
         spec: FamilySpec,
-        loader: Loader,
+        open_loader: Callable[[], Loader],
         places: Sequence[Sequence[int]],
         device: str = "cpu",
         threads: int | None = None,
     ) -> None:
         self.places = tuple(tuple(p) for p in places)
-        self._loader = loader
+        self._open_loader = open_loader
+        self._loader: Loader | None = None
         self._stages = [Stage(spec, blocks, device, threads) for blocks in self.places]
 
     def start(self) -> None:
         """Nothing to make: the stages were built with the group."""
 
     def restore(self, checkpoint: Path | None, step: int) -> None:
+        self.close()
+        self._loader = self._open_loader()
         for stage in self._stages:
             stage.restore(None if checkpoint is None else str(checkpoint), step)
 
     def submit(self, order: Order) -> StepReport | BaseException:
         """Run the micro-batch at once; an error is kept for `settle`, as a remote stage would keep it."""
+        assert self._loader is not None, "restore comes before the first step"
         index = -1
         try:
             batch = self._loader.batch(order.step, order.micro)
@@ -305,8 +312,8 @@ class InProcessStages:
                 reports.append(report)
         except Exception as error:
             place = "the data loader" if index < 0 else place_of(index, self.places[index])
-            return StageFailure(place, order.step, error, died=False)
-        return StepReport(order, tuple(reports), batch.bad, batch.load_s)
+            return StageFailure(place, f"at step {order.step}", error, died=False)
+        return StepReport(order, tuple(reports), batch.bad, batch.load_s, data_wait_s=batch.load_s)
 
     def settle(self, pending: StepReport | BaseException) -> StepReport:
         if isinstance(pending, BaseException):
@@ -324,4 +331,6 @@ class InProcessStages:
         return {k: w for stage in self._stages for k, w in stage.weights().items()}
 
     def close(self) -> None:
-        self._loader.close()
+        if self._loader is not None:
+            self._loader.close()
+        self._loader = None

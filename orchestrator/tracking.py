@@ -135,6 +135,11 @@ class Tracker:
         except (OSError, ValueError, KeyError):
             return None
 
+    @property
+    def store_to_name(self) -> str | None:
+        """The tracking URI that a reader must set before loading a model; None where it is MLflow's default."""
+        return self._address.to_name()
+
     def ui_hint(self) -> str:
         """What a person does to see this run: a command and an address, or the address alone for a server."""
         return self._address.ui_hint(self.experiment_id, self.run_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.data.batches import TrainBatches
+from orchestrator.data.errors import DataError
 from orchestrator.data.sources import Source, open_source
 from orchestrator.data.splits import Splits, make_splits
 
@@ -21,6 +22,7 @@ class DataSpec:
         size: (height, width) in pixels of a training crop.
         crop_scale: range of the crop's share of the image area.
         seed: of order and augmentation.
+        fingerprint: what `open` must find; None takes whatever is there.
         split_seed: of the split into train, val and test, apart from `seed` so that runs with other seeds share it.
     """
 
@@ -37,10 +39,16 @@ class DataSpec:
     test_fraction: float = 0.2
     split_seed: int = 0
     seed: int = 0
+    fingerprint: str | None = None
 
     def open(self) -> tuple[Source, Splits]:
         """The source and its split. Raises DataError with one sentence when it cannot be read."""
         source = open_source(self.source, self.image_column, self.label_column)
+        if self.fingerprint is not None and source.fingerprint() != self.fingerprint:
+            raise DataError(
+                f"the images of {self.source} have changed since this run began (files added, removed or rewritten), so its "
+                "splits would no longer be the same; bring them back, or start a new run"
+            )
         return source, make_splits(source, self.split_seed, self.val_fraction, self.test_fraction)
 
     def train_batches(self) -> TrainBatches:

@@ -21,7 +21,7 @@ pytestmark = [
 def on_gpu(precision: str, places: tuple[tuple[int, ...], ...] = ((0, 1, 2, 3),)) -> InProcessStages:
     spec = family()
     spec = replace(spec, optim=replace(spec.optim, precision=precision))
-    return InProcessStages(spec, data().train_batches(), places, device="cuda")
+    return InProcessStages(spec, data().train_batches, places, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -31,7 +31,7 @@ def test_a_tensor_travels_from_device_to_device(dtype: torch.dtype) -> None:
 
 
 def test_float32_losses_agree_with_the_cpu() -> None:
-    here = InProcessStages(family(), data().train_batches(), ((0, 1, 2, 3),), threads=1)
+    here = InProcessStages(family(), data().train_batches, ((0, 1, 2, 3),), threads=1)
     there = on_gpu("fp32", ((0, 1), (2, 3)))
     for group in (here, there):
         group.restore(None, 0)

@@ -9,9 +9,11 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from orchestrator.failures import NonFiniteLoss
+from orchestrator.data.errors import DataError
+from orchestrator.failures import NonFiniteLoss, TrainingError
 from orchestrator.pretrain import StopRequest
 from orchestrator.ray_stages import RayStages
 from tests.integration.tiny import Ear, data, differing, family, in_process, layout, state, train
@@ -117,6 +119,53 @@ def test_twenty_kills_at_random_steps_and_in_a_save_leave_the_weights_unchanged(
     assert result.restarts in (19, 20)
     assert sum("died" in text and "restart" in text for text in ear.said) == result.restarts
     assert differing(state(unbroken, 200), state(tmp_path, 200)) == []
+
+
+def test_a_killed_data_worker_costs_one_rewind(tmp_path: Path, unbroken: Path) -> None:
+    stages = RayStages(family(), data(workers=1), layout(), shared=tmp_path)
+    killed: list[int] = []
+
+    def at_step(step: int) -> None:
+        if step == 60 and not killed:
+            loader = psutil.Process(stages.pids()[0])
+            killed.extend(child.pid for child in loader.children())
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    ear = Ear(at_step)
+    try:
+        result = train(stages, tmp_path, steps=200, every=50, ear=ear, max_restarts=1)
+    finally:
+        stages.close()
+    assert killed
+    assert result.restarts == 1
+    assert any("the data loader failed" in text and "SIGKILL" in text for text in ear.said)
+    assert differing(state(unbroken, 200), state(tmp_path, 200)) == []
+
+
+def test_data_that_cannot_be_opened_is_told_before_any_step_and_not_tried_again(tmp_path: Path) -> None:
+    stages = RayStages(family(), data(source=str(tmp_path / "gone")), layout(), shared=tmp_path)
+    ear = Ear()
+    try:
+        with pytest.raises(DataError, match="gone"):
+            train(stages, tmp_path / "out", ear=ear, max_restarts=3)
+    finally:
+        stages.close()
+    assert ear.said == []
+
+
+def test_a_stage_that_keeps_dying_ends_the_run_with_one_sentence(tmp_path: Path) -> None:
+    stages = ray_stages(tmp_path)
+
+    def at_step(step: int) -> None:
+        if step >= 3:
+            os.kill(stages.pids()[2], signal.SIGKILL)
+
+    try:
+        with pytest.raises(TrainingError, match=r"stage 1 \(block 1\) died .* brought back 1 times before"):
+            train(stages, tmp_path, ear=Ear(at_step), max_restarts=1)
+    finally:
+        stages.close()
 
 
 def test_what_a_step_raises_in_an_actor_is_what_the_user_sees(tmp_path: Path) -> None:

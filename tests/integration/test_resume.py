@@ -39,7 +39,7 @@ def test_accumulated_micro_batches_resume_too(tmp_path: Path) -> None:
     from tests.integration.tiny import data, family
 
     def stages() -> InProcessStages:
-        return InProcessStages(family(), data(accumulate=2).train_batches(), ((0, 1), (2, 3)), threads=1)
+        return InProcessStages(family(), data(accumulate=2).train_batches, ((0, 1), (2, 3)), threads=1)
 
     def at_step(done: int) -> None:
         if done == 13:

@@ -52,7 +52,7 @@ def layout(stages: int = 4, blocks: int = 4) -> Layout:
 
 def in_process(spec: FamilySpec | None = None, stages: int = 4) -> InProcessStages:
     spec = spec or family()
-    return InProcessStages(spec, data().train_batches(), consecutive(len(spec.blocks), stages), threads=1)
+    return InProcessStages(spec, data().train_batches, consecutive(len(spec.blocks), stages), threads=1)
 
 
 class Ear:

@@ -66,3 +66,23 @@ def test_changed_bytes_and_torn_manifests_are_noticed(tmp_path: Path) -> None:
     assert found.step == 1
     assert "does not have the bytes that were written" in said[0]
     assert "manifest cannot be read" in said[1]
+
+
+def test_after_a_rewind_past_damaged_checkpoints_the_new_one_stays_and_they_go(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1, say=lambda _: None)
+    for step in (1, 5):
+        commit(store, step)
+    (store.directory(5) / "block-0.safetensors").write_bytes(b"torn")
+    commit(store, 3)
+    found = store.latest()
+    assert found is not None
+    assert found.step == 3
+    assert not store.directory(5).exists()
+
+
+def test_what_a_killed_stage_left_half_written_is_swept_by_the_commit(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    store.directory(2).mkdir(parents=True)
+    (store.directory(2) / ".block-0.safetensors.77.tmp").write_bytes(b"half")
+    commit(store, 2)
+    assert not list(store.directory(2).glob(".*"))

@@ -38,7 +38,9 @@ class CountingStages:
         self._under_way += 1
         self.most_under_way = max(self.most_under_way, self._under_way)
         if order.step in self.failures:
-            return StageFailure("stage 1 (block 1)", order.step, self.failures.pop(order.step), died=False)
+            return StageFailure(
+                "stage 1 (block 1)", f"at step {order.step}", self.failures.pop(order.step), died=False
+            )
         self.orders.append(order)
         files: tuple[FileRecord, ...] = ()
         if order.last_micro:
@@ -46,7 +48,7 @@ class CountingStages:
             if order.checkpoint:
                 files = self.save(Path(order.checkpoint))
         report = StageReport({0: {"loss": 1.0 / (order.step + 1)}, 1: {"loss": 2.0}}, files, 0.01, 0.0)
-        return StepReport(order, (report,), self.bad.get(order.step, ()), 0.0)
+        return StepReport(order, (report,), self.bad.get(order.step, ()), 0.0, 0.0)
 
     def settle(self, pending: Any) -> StepReport:
         self._under_way -= 1
@@ -156,7 +158,7 @@ def test_when_restarts_are_used_up_the_user_sees_what_the_code_raised(tmp_path: 
     class Stubborn(CountingStages):
         def submit(self, order: Order) -> Any:
             if order.step == 6:
-                return StageFailure("stage 0 (block 0)", 6, KeyError("their own"), died=False)
+                return StageFailure("stage 0 (block 0)", "at step 6", KeyError("their own"), died=False)
             return super().submit(order)
 
     with pytest.raises(KeyError, match="their own"):

@@ -31,7 +31,7 @@ class Sink:
     def __init__(self) -> None:
         self.metrics: list[tuple[int, dict[str, float]]] = []
         self.events: list[str] = []
-        self.rewinds: list[int] = []
+        self.rewinds: list[tuple[int, str]] = []
 
     def log_metrics(self, step: int, values: dict[str, float]) -> None:
         self.metrics.append((step, values))
@@ -39,11 +39,11 @@ class Sink:
     def log_event(self, text: str) -> None:
         self.events.append(text)
 
-    def rewind(self, step: int) -> None:
-        self.rewinds.append(step)
+    def rewind(self, step: int, prefix: str = "") -> None:
+        self.rewinds.append((step, prefix))
 
 
-def test_a_second_run_beside_the_first_has_its_own_names_and_never_rewinds_the_first() -> None:
+def test_a_second_run_beside_the_first_has_its_own_names_and_rewinds_only_them() -> None:
     said: list[str] = []
     sink = Sink()
     progress = Progress(said.append, sink, "mae")
@@ -51,5 +51,5 @@ def test_a_second_run_beside_the_first_has_its_own_names_and_never_rewinds_the_f
     progress.on_rewind(0)
     progress.say("stage 0 died")
     assert sink.metrics == [(5, {"mae/block0/loss": 1.0})]
-    assert sink.rewinds == []
+    assert sink.rewinds == [(0, "mae/")]
     assert said == sink.events == ["mae  stage 0 died"]

@@ -35,7 +35,7 @@ class Loader:
 def stages(
     places: tuple[tuple[int, ...], ...], loader: Loader | None = None, spec: FamilySpec = SPEC
 ) -> InProcessStages:
-    group = InProcessStages(spec, loader or Loader(), places)
+    group = InProcessStages(spec, lambda: loader or Loader(), places)
     group.restore(None, 0)
     return group
 
@@ -96,7 +96,7 @@ def test_a_stage_is_named_by_its_blocks() -> None:
 
 
 def test_a_step_that_raised_is_worth_a_restart_until_they_are_used_up() -> None:
-    failure = StageFailure("stage 1 (block 1)", 3, RuntimeError("flaky"), died=False)
+    failure = StageFailure("stage 1 (block 1)", "at step 3", RuntimeError("flaky"), died=False)
     assert RestartPolicy(2).restarts(failure, 0)
     assert RestartPolicy(2).restarts(failure, 1)
     assert not RestartPolicy(2).restarts(failure, 2)

@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from orchestrator.data.errors import DataError
+from orchestrator.data.spec import DataSpec
+
+
+def test_images_that_changed_since_the_run_began_are_refused(tmp_path: Path) -> None:
+    for i in range(8):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    spec = DataSpec(source=str(tmp_path), batch_size=2, size=(8, 8))
+    source, _ = spec.open()
+    known = replace(spec, fingerprint=source.fingerprint())
+    known.open()
+    Image.new("RGB", (8, 8)).save(tmp_path / "late.png")
+    with pytest.raises(DataError, match="have changed since this run began"):
+        known.open()
