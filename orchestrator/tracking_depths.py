@@ -12,8 +12,10 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, LoggedModelOutput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
@@ -154,9 +156,10 @@ class DepthRuns:
             scores = {key: f"{record.metrics[key]:.3f}" for key in SCORES if key in record.metrics}
             tags = {"depth": str(record.depth), **scores}
             text = headline(record)
-            version = client.create_model_version(
-                name, source, run_id, tags, description=text, await_creation_for=0, model_id=model_id
-            )
+            with _default_store(client.tracking_uri):
+                version = client.create_model_version(
+                    name, source, run_id, tags, description=text, await_creation_for=0, model_id=model_id
+                )
         link = json.dumps([{"name": name, "version": int(version.version)}])
         client.set_logged_model_tags(model_id, {"mlflow.modelVersions": link})
         client.set_registered_model_alias(name, record.alias, version.version)
@@ -164,6 +167,17 @@ class DepthRuns:
         table = results_table(depth_rows(list(self._records.values())))
         note = f"The variants of {self._parent.info.run_name}:\n\n{table}\n\nEach has its alias:\n\n"
         client.update_registered_model(name, note + loading_note(name, record.alias, self._store))
+
+
+@contextlib.contextmanager
+def _default_store(uri: str) -> Iterator[None]:
+    """MLflow's registry looks a logged model up in the default store of the process, not in its client's own."""
+    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)
 
 
 def last_steps(client: MlflowClient, run: Run) -> dict[str, int]:

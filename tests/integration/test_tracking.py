@@ -131,6 +131,19 @@ def test_a_run_holds_its_settings_metrics_provenance_and_files(tmp_path: Path, c
     assert files == {"settings.yaml", "provenance.json", "events.log", "results.csv", "pictures"}
 
 
+def test_a_store_elsewhere_gets_the_models_and_leaves_nothing_in_the_working_directory(
+    tmp_path: Path, home: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "out").mkdir()
+    with Tracker.open(client.tracking_uri, "bim", "run", tmp_path / "out", interval=0.05) as tracker:
+        uri = tracker.log_depth(record(export(tmp_path / "depth02", 2)), "elsewhere")
+    assert uri == "models:/elsewhere@depth2"
+    assert client.get_model_version_by_alias("elsewhere", "depth2").source.startswith("models:/m-")
+    assert list((tmp_path / "work").iterdir()) == []
+
+
 def test_the_default_store_lies_where_a_bare_mlflow_ui_looks(
     tmp_path: Path, home: Path, client: MlflowClient
 ) -> None:
