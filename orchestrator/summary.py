@@ -113,6 +113,54 @@ def write_summary(rows: Sequence[Row], folder: Path) -> tuple[Path, Path]:
     )
 
 
+@dataclass(frozen=True)
+class Lead:
+    """How far trained weights are ahead of random ones in one score, over several runs with other seeds.
+
+    mean: mean difference, 0..1. error: standard error of one run's difference; it is not divided by the number of runs, since
+    they share their test images. least: the smallest difference of any run.
+    """
+
+    depth: int
+    score: str
+    mean: float
+    error: float
+    least: float
+
+
+def leads_over_random(runs: Sequence[Sequence[Row]]) -> list[Lead]:
+    """Every depth's lead over its own random start, from the `summary.json` rows of several runs.
+
+    Raises ValueError if a run has no scores, or other depths than the first.
+    """
+    found = []
+    tables = [{(row["weights"], row["depth"]): row for row in rows} for rows in runs]
+    depths = sorted(
+        {depth for weights, depth in tables[0] if weights == "trained" and isinstance(depth, int)}
+    )
+    for score in ("knn_top1", "linear_top1"):
+        for depth in depths:
+            differences, variances = [], []
+            for table in tables:
+                try:
+                    trained, random = table["trained", depth], table["random", depth]
+                    differences.append(_number(trained[score]) - _number(random[score]))
+                    variances.append(
+                        _number(trained[f"{score}_se"]) ** 2 + _number(random[f"{score}_se"]) ** 2
+                    )
+                except (KeyError, TypeError):
+                    raise ValueError(f"a run has no {score} of depth {depth}, trained and random") from None
+            error = (sum(variances) / len(variances)) ** 0.5
+            found.append(Lead(depth, score, sum(differences) / len(differences), error, min(differences)))
+    return found
+
+
+def _number(value: str | float | None) -> float:
+    if value is None:
+        raise TypeError("not measured")
+    return float(value)
+
+
 def params_text(params: float) -> str:
     """`0.230 M`, `5.50 M`, `85.8 M`, `304 M`; below 0.1 M `12.3 k`."""
     return f"{three_digits(params / 1e6)} M" if params >= 1e5 else f"{three_digits(params / 1e3)} k"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 MEMORY_CASES = (  # decoder layers, decoder width
     (8, 512),
@@ -70,12 +72,28 @@ def pipeline(arguments: argparse.Namespace) -> None:
             )
 
 
+def seeds(arguments: argparse.Namespace) -> None:
+    """Lead of every depth over its own random start, over the output directories of several runs."""
+    from orchestrator.summary import leads_over_random
+
+    runs = [json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in arguments.runs]
+    print(
+        f"{len(runs)} runs; differences in percentage points; the error is one run's, trained and random combined"
+    )
+    print("score        depth  mean lead  standard error  lead / error  least lead")
+    for lead in leads_over_random(runs):
+        print(
+            f"{lead.score:<11}  {lead.depth:5d}  {100 * lead.mean:9.1f}  {100 * lead.error:14.1f}  "
+            f"{lead.mean / lead.error:12.1f}  {100 * lead.least:10.1f}"
+        )
+
+
 def main(argv: Sequence[str]) -> int:
     """Run one benchmark and print its table."""
     parser = argparse.ArgumentParser(
         prog="python pipelines/benchmark.py", description=__doc__, allow_abbrev=False
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="memory|pipeline")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="memory|pipeline|seeds")
 
     one = commands.add_parser("memory", help=memory.__doc__, description=memory.__doc__, allow_abbrev=False)
     one.add_argument("--backbone", default="vit_base_patch16_224", help="timm name (default: %(default)s)")
@@ -95,6 +113,10 @@ def main(argv: Sequence[str]) -> int:
     )
     two.add_argument("--steps", type=int, default=400, help="timed steps (default: %(default)s)")
     two.set_defaults(run=pipeline)
+
+    three = commands.add_parser("seeds", help=seeds.__doc__, description=seeds.__doc__, allow_abbrev=False)
+    three.add_argument("runs", nargs="+", type=Path, metavar="OUT", help="output directory of a finished run")
+    three.set_defaults(run=seeds)
 
     arguments = parser.parse_args(argv)
     arguments.run(arguments)

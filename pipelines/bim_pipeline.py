@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ def main(argv: Sequence[str]) -> int:
 
 def run(settings: Settings) -> int:
     """The job for settings that are known to be well-formed."""
+    # Ray would print a paragraph for every stage that dies; the loop says it in a line.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
     from orchestrator.failures import TrainingError  # here: torch takes seconds to import
     from orchestrator.job import BAD_INPUT, prepare, run_job
     from orchestrator.reporting import closing_lines, resume_line

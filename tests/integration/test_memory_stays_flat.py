@@ -19,6 +19,7 @@ def private_bytes(pid: int) -> int:
     return int(psutil.Process(pid).memory_full_info().uss)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_private_memory_at_step_2000_is_within_5_percent_of_step_500(tmp_path: Path) -> None:
     small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 1}

@@ -81,6 +81,7 @@ def test_twenty_kills_at_random_steps_and_in_a_save_leave_the_weights_unchanged(
     at = sorted(chance.sample([s for s in range(3, 199) if not 97 <= s <= 101], 19))
     stages = ray_stages(tmp_path)
     killed: list[str] = []
+    ready = [0]
     ear = Ear()
 
     def kill(why: str) -> None:
@@ -90,7 +91,9 @@ def test_twenty_kills_at_random_steps_and_in_a_save_leave_the_weights_unchanged(
 
     def at_step(step: int) -> None:
         # One kill at a time: the next one waits until the group stands again.
-        if at and step >= at[0] and len(killed) == sum("restart" in text for text in ear.said):
+        stood_up = sum("restart" in text for text in ear.said)
+        if at and step >= at[0] and stood_up >= ready[0]:
+            ready[0] = stood_up + 1
             kill(f"step {at.pop(0)}")
 
     done = threading.Event()

@@ -11,7 +11,9 @@ import pytest
 from orchestrator.evaluation import DepthReport
 from orchestrator.summary import (
     COLUMNS,
+    Row,
     accuracy_text,
+    leads_over_random,
     params_text,
     render_table,
     summary_rows,
@@ -131,3 +133,24 @@ def test_parameters_are_told_in_thousands_or_millions(params: int, text: str) ->
 
 def test_an_accuracy_that_was_not_measured_is_a_dash() -> None:
     assert accuracy_text({}, "knn_top1") == "-"
+
+
+def test_leads_over_random_are_means_over_runs_with_one_runs_error() -> None:
+    def run(trained: float, random: float) -> list[Row]:
+        both = {"knn_top1_se": 0.03, "linear_top1_se": 0.04}
+        return [
+            {"weights": "trained", "depth": 2, "knn_top1": trained, "linear_top1": trained, **both},
+            {"weights": "random", "depth": 2, "knn_top1": random, "linear_top1": random, **both},
+        ]
+
+    knn, linear = leads_over_random([run(0.9, 0.7), run(0.8, 0.7)])
+    assert (knn.depth, knn.score, linear.score) == (2, "knn_top1", "linear_top1")
+    assert knn.mean == pytest.approx(0.15)
+    assert knn.least == pytest.approx(0.1)
+    assert knn.error == pytest.approx((2 * 0.03**2) ** 0.5)
+
+
+def test_a_run_without_scores_is_refused_by_name() -> None:
+    rows: list[Row] = [{"weights": "trained", "depth": 2, "knn_top1": None}]
+    with pytest.raises(ValueError, match="no knn_top1 of depth 2"):
+        leads_over_random([rows])
