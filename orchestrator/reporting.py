@@ -165,14 +165,13 @@ def _mean_scores(found: Assessment) -> dict[str, float]:
 def closing_lines(out: Path, depths: Sequence[int], ui: str) -> list[str]:
     """Where everything is, and the line that opens the MLflow UI."""
     folder = short_path(out)
-    command, _, page = ui.partition("   ")
-    lines = [
-        f"models:   {folder}/variants/depth{depths[0]:02d} ... depth{depths[-1]:02d}",
-        f"open one: timm.create_model('local-dir:{folder}/variants/depth{depths[-1]:02d}', pretrained=True)",
+    command, _, page = ui.partition("   then open ")
+    return [
+        f"models:   {folder}/variants/depth{depths[0]:02d} ... depth{depths[-1]:02d}, opened in Python by",
+        f"  timm.create_model('local-dir:{folder}/variants/depth{depths[-1]:02d}', pretrained=True)",
         f"results:  {folder}/summary.csv, {folder}/pictures",
-        f"compare:  {command}",
+        *([f"compare:  {command}, then open", f"  {page}"] if page else [f"compare:  {command}"]),
     ]
-    return [*lines, f"          {page}"] if page else lines
 
 
 def resume_line(out: Path) -> str:

@@ -1,0 +1,33 @@
+"""Quiet surroundings for runs of the whole command, and the runs that several tests look at."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.command import Finished, image_folder, main_job
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One MLflow store for all runs of which only a part is looked at; making one takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 scanned digits in one flat folder."""
+    return image_folder(tmp_path_factory.mktemp("unlabelled"), "{number}.png", 60)
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, unlabelled: Path, store: str) -> Finished:
+    """A tiny run from its start to its end, in this process, with what it printed."""
+    return main_job(tmp_path_factory.mktemp("unbroken") / "run", unlabelled, store)
