@@ -64,7 +64,7 @@ class BlockTrainer:
         named = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
         self._names = {id(p): n for n, p in named}
         groups = decay_groups(named, optim.weight_decay)
-        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=device.type == "cuda")
+        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
         self._scaler = torch.amp.GradScaler(device.type, enabled=optim.precision == "fp16")
 
     def train_step(

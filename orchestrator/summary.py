@@ -117,7 +117,7 @@ def write_summary(rows: Sequence[Row], folder: Path) -> tuple[Path, Path]:
 class Lead:
     """How far trained weights are ahead of random ones in one score, over several runs with other seeds.
 
-    mean: mean difference, 0..1. error: standard error of one run's difference; it is not divided by the number of runs, since
+    mean: mean difference, 0..1. error: standard error of one run's difference, not divided by the number of runs, since
     they share their test images. least: the smallest difference of any run.
     """
 
