@@ -155,7 +155,7 @@ class Stage:
         self._backbone = open_backbone(spec.backbone, spec.blocks, spec.model_args)
         self._trainers: list[BlockTrainer] = []
         self._next = (0, 0)
-        self._idle_since = time.perf_counter()
+        self._idle_since: float | None = None
 
     def restore(self, checkpoint: str | None, step: int) -> int:
         """Build the blocks anew and, if given, load them from a checkpoint folder. The next step is `step`."""
@@ -168,7 +168,7 @@ class Stage:
             for k, trainer in zip(self._blocks, self._trainers, strict=True):
                 trainer.load(load_block_weights(Path(checkpoint), k), load_block_state(Path(checkpoint), k))
         self._next = (step, 0)
-        self._idle_since = time.perf_counter()
+        self._idle_since = None  # until the first step the others may still be starting
         return step
 
     def train_step(
@@ -191,7 +191,7 @@ class Stage:
                 f"blocks {self._blocks} stand at (step, micro) {self._next}, got {(order.step, order.micro)}"
             )
         started = time.perf_counter()
-        idle = started - self._idle_since
+        idle = 0.0 if self._idle_since is None else started - self._idle_since
         pixels = normalize_images(self._inbox.unpack("images", images), self._spec.mean, self._spec.std)
         x = pixels if incoming is None else self._inbox.unpack("tokens", incoming).float()
         plans = plans_of_step(self._spec, self._backbone.grid, pixels.shape[0], order.step, order.micro)
@@ -211,8 +211,9 @@ class Stage:
         files = self.save(order.checkpoint) if order.checkpoint is not None else ()
         last = self._blocks[-1] == len(self._spec.blocks) - 1
         outgoing = None if last else pack(y)
-        self._idle_since = time.perf_counter()
-        return outgoing, StageReport(metrics, tuple(files), self._idle_since - started, idle)
+        ended = time.perf_counter()
+        self._idle_since = ended
+        return outgoing, StageReport(metrics, tuple(files), ended - started, idle)
 
     def save(self, checkpoint: str) -> tuple[FileRecord, ...]:
         """Write every block of this stage into a checkpoint folder, uncommitted."""
