@@ -147,9 +147,8 @@ def _run(prepared: Prepared, say: Say) -> Outcome:
         baseline_layout = (
             None if prepared.baseline is None else layout_of(prepared.baseline.settings, cluster)
         )
-        provenance = collect(
-            data_record(prepared), {"cluster": f"{cluster.cpus:g} CPU, {cluster.gpus:g} GPU"}
-        )
+        precision = precision_on(settings, layout)
+        provenance = collect(data_record(prepared), resolved(family, layout, precision, cluster))
         made = make_output(family.out)
         try:
             tracker = stack.enter_context(open_tracker(family))
@@ -164,14 +163,14 @@ def _run(prepared: Prepared, say: Say) -> Outcome:
         for line in opening_lines(family, prepared, layout):
             say(line)
         stop = StopRequest()
-        train(family, layout, Progress(say, tracker), stop)
+        train(family, layout, precision, Progress(say, tracker), stop)
         if stop.reason is None:
             say(f"measuring and exporting depth{'s' * (len(depths) > 1)} {', '.join(map(str, depths))}")
             found = _assess(family, layout, card_facts(family, provenance), depths)
             record_depths(tracker, family, found)
         if stop.reason is None and prepared.baseline is not None and baseline_layout is not None:
             say("the baseline: one end-to-end MAE run (K = 1), to be truncated at each depth")
-            train(prepared.baseline, baseline_layout, Progress(say, tracker, "mae"), stop)
+            train(prepared.baseline, baseline_layout, precision, Progress(say, tracker, "mae"), stop)
         if stop.reason is not None:
             tracker.finish("KILLED")
             return Outcome(family.out, stop.reason, "", depths, tracker.ui_hint())
@@ -185,7 +184,22 @@ def _run(prepared: Prepared, say: Say) -> Outcome:
     return Outcome(family.out, None, table, depths, ui)
 
 
-def train(family: Family, layout: Layout, progress: Progress, stop: StopRequest) -> PretrainResult:
+def resolved(
+    family: Family, layout: Layout, precision: Precision, cluster: ClusterResources
+) -> dict[str, str]:
+    """What the settings left open and this machine decided, for the record of the run."""
+    return {
+        "cluster": f"{cluster.cpus:g} CPU, {cluster.gpus:g} GPU",
+        "layers_by_block": "+".join(str(size) for size in family.spec.blocks),
+        "blocks_by_stage": " | ".join(", ".join(map(str, place)) for place in layout.places),
+        "per_stage": f"{layout.gpus:g} GPU, {layout.cpus:g} CPU, {layout.threads} threads",
+        "precision": precision,
+    }
+
+
+def train(
+    family: Family, layout: Layout, precision: Precision, progress: Progress, stop: StopRequest
+) -> PretrainResult:
     """Train one family from its last checkpoint to its end, on the stages of `layout`.
 
     Raises:
@@ -193,11 +207,11 @@ def train(family: Family, layout: Layout, progress: Progress, stop: StopRequest)
         PlacementError, DataError: before the first step; later on they are a TrainingError.
     """
     settings = family.settings
-    spec = replace(family.spec, optim=replace(family.spec.optim, precision=precision_on(settings, layout)))
+    spec = replace(family.spec, optim=replace(family.spec.optim, precision=precision))
     family.out.mkdir(parents=True, exist_ok=True)
     store = CheckpointStore(family.out, settings.checkpoint.keep, progress.say)
     store.clear_uncommitted()
-    _check_precision(family.out, spec.optim.precision)
+    _check_precision(family.out, precision)
     schedule, epoch = settings.schedule, family.steps_per_epoch
     plan = RunPlan(
         epochs=schedule.epochs,
@@ -209,7 +223,7 @@ def train(family: Family, layout: Layout, progress: Progress, stop: StopRequest)
         checkpoint_every=max(1, round(settings.checkpoint.every_epochs * epoch)),
         max_bad_images=int(settings.data.max_bad_fraction * epoch * settings.effective_batch),
     )
-    facts = {"data": family.fingerprint, "precision": spec.optim.precision}
+    facts = {"data": family.fingerprint, "precision": precision}
 
     def manifest(step: int) -> Manifest:
         return Manifest(step, epoch, settings_to_mapping(settings), facts, ())
