@@ -133,8 +133,9 @@ def run_job(prepared: Prepared, say: Say) -> Outcome:
     """
     try:
         return _run(prepared, say)
-    except Interrupted as interrupt:
-        return Outcome(prepared.family.out, interrupt.name, "", (), "")
+    except KeyboardInterrupt as interrupt:  # while Ray waits, it makes a bare one of an Interrupted
+        name = interrupt.name if isinstance(interrupt, Interrupted) else "SIGINT"
+        return Outcome(prepared.family.out, name, "", (), "")
 
 
 def _run(prepared: Prepared, say: Say) -> Outcome:

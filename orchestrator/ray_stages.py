@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -208,7 +209,8 @@ class RayStages:
                 ray.kill(actor)
         self._loader, self._actors = None, [None] * len(self.places)
         if self._group is not None:
-            remove_placement_group(self._group)
+            if head_answers():  # after a SIGTERM to a whole process group, a Ray of ours may be gone
+                remove_placement_group(self._group)
             self._group = None
 
     def _make_group(self) -> PlacementGroup:
@@ -280,6 +282,16 @@ class RayStages:
                 f"the output directory {self._shared} is not seen by {blind} on another machine; "
                 "put out on storage that all machines share, so that a checkpoint can be read back anywhere"
             )
+
+
+def head_answers() -> bool:
+    """Whether the connected cluster's head is there; Ray's own calls wait a minute for it, then end this process."""
+    host, _, port = str(ray.get_runtime_context().gcs_address).rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def cluster_resources() -> ClusterResources:

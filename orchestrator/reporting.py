@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.assess import Assessment
+from orchestrator.command_line import SAVED_SETTINGS
 from orchestrator.config import settings_to_mapping
 from orchestrator.model_card import CardFacts
 from orchestrator.pictures import accuracy_latency_figure, loss_curves_figure
@@ -174,9 +175,12 @@ def closing_lines(out: Path, depths: Sequence[int], ui: str) -> list[str]:
     ]
 
 
-def resume_line(out: Path) -> str:
-    """How to continue the run in `out`."""
-    return f"go on with: python {sys.argv[0]} --out {shlex.quote(short_path(out))} --resume"
+def stopped_line(signal_name: str, out: Path) -> str:
+    """That a run was ended early, and how to continue it."""
+    if not (out / SAVED_SETTINGS).exists():
+        return f"stopped by {signal_name} before anything was written"
+    command = f"python {sys.argv[0]} --out {shlex.quote(short_path(out))} --resume"
+    return f"stopped by {signal_name}; go on with: {command}"
 
 
 def short_path(path: Path) -> str:

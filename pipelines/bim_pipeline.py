@@ -28,7 +28,7 @@ def run(settings: Settings) -> int:
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
     from orchestrator.failures import TrainingError  # here: torch takes seconds to import
     from orchestrator.job import BAD_INPUT, prepare, run_job
-    from orchestrator.reporting import closing_lines, resume_line
+    from orchestrator.reporting import closing_lines, stopped_line
 
     try:
         outcome = run_job(prepare(settings), say)
@@ -37,7 +37,7 @@ def run(settings: Settings) -> int:
     except TrainingError as error:
         return complain(error, 1)
     if outcome.stopped is not None:
-        say(f"stopped by {outcome.stopped}; {resume_line(outcome.out)}")
+        say(stopped_line(outcome.stopped, outcome.out))
         return 128 + signal.Signals[outcome.stopped]
     say("")
     say(outcome.table)

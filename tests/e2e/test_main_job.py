@@ -281,7 +281,7 @@ def test_a_signal_ends_a_run_on_ray_with_a_checkpoint_and_resuming_changes_no_bi
     where = {"out": "runs/a", "data.source": str(unlabelled)}
     with started(arguments(TINY, LONG, ON_RAY, where), tmp_path) as process:
         before = read_until(process, lambda line: line.startswith("epoch  2/30"))
-        if number == signal.SIGINT:  # a terminal sends it to the whole group of processes
+        if number == signal.SIGINT:  # a terminal sends it to the whole group of processes, Ray's among them
             os.killpg(process.pid, number)
         else:
             process.send_signal(number)
