@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -162,7 +163,8 @@ def test_a_stage_that_keeps_dying_ends_the_run_with_one_sentence(tmp_path: Path)
 
     def at_step(step: int) -> None:
         if step >= 3:
-            os.kill(stages.pids()[2], signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # steps that were done before the kill still come in
+                os.kill(stages.pids()[2], signal.SIGKILL)
 
     try:
         with pytest.raises(TrainingError, match=r"stage 1 \(block 1\) died .* brought back 1 times before"):
