@@ -163,7 +163,8 @@ def test_a_stage_that_keeps_dying_ends_the_run_with_one_sentence(tmp_path: Path)
 
     def at_step(step: int) -> None:
         if step >= 3:
-            with contextlib.suppress(ProcessLookupError):  # steps that were done before the kill still come in
+            # Steps that were done before the kill still come in after it.
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(stages.pids()[2], signal.SIGKILL)
 
     try:
