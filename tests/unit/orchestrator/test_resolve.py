@@ -24,7 +24,7 @@ def test_every_block_gets_its_own_values() -> None:
     assert spec.blocks == (1, 1, 6)
     assert spec.mask_ratios == (0.5, 0.5, 0.75)
     assert spec.decoders == (DecoderSpec(1, 32, 2), DecoderSpec(1, 32, 2), DecoderSpec(1, 64, 2))
-    assert backbone.grid == (8, 8)
+    assert backbone.grid == (4, 4)
     assert spec.mean == backbone.mean
 
 
