@@ -38,8 +38,8 @@ TINY = {
 }
 """Four blocks of one layer; two epochs in this process."""
 
-LONG = {"data.batch_size": "8", "schedule.epochs": "30", "checkpoint.every_epochs": "5"}
-"""With the 42 training images of `unlabelled`: 150 steps, a checkpoint every 25, time enough to be interrupted."""
+LONG = {"data.batch_size": "8", "schedule.epochs": "60", "checkpoint.every_epochs": "5"}
+"""With the 42 training images of `unlabelled`: 300 steps, a checkpoint every 25, time enough to be interrupted."""
 
 
 @dataclass(frozen=True)

@@ -280,7 +280,7 @@ def test_a_signal_ends_a_run_on_ray_with_a_checkpoint_and_resuming_changes_no_bi
 ) -> None:
     where = {"out": "runs/a", "data.source": str(unlabelled)}
     with started(arguments(TINY, LONG, ON_RAY, where), tmp_path) as process:
-        before = read_until(process, lambda line: line.startswith("epoch  2/30"))
+        before = read_until(process, lambda line: line.startswith("epoch  2/60"))
         if number == signal.SIGINT:  # a terminal sends it to the whole group of processes, Ray's among them
             os.killpg(process.pid, number)
         else:
@@ -290,7 +290,7 @@ def test_a_signal_ends_a_run_on_ray_with_a_checkpoint_and_resuming_changes_no_bi
     assert stderr == ""
     said = stdout.splitlines()
     assert f"{number.name}: finishing the steps under way, then saving; once more stops at once" in said
-    assert re.search(r"^checkpoint saved after step \d+ of 150$", stdout, re.MULTILINE)
+    assert re.search(r"^checkpoint saved after step \d+ of 300$", stdout, re.MULTILINE)
     assert re.fullmatch(rf"stopped by {number.name}; go on with: python \S+ --out runs/a --resume", said[-1])
     store = f"sqlite:///{tmp_path}/mlflow.db"
     assert parent_run(store, tmp_path / "runs" / "a").info.status == "KILLED"
@@ -302,7 +302,7 @@ def test_a_signal_ends_a_run_on_ray_with_a_checkpoint_and_resuming_changes_no_bi
         again = {"placement.backend": "in_process", "tracking.uri": store}
         done = call(["--out", str(tmp_path / "runs" / "a"), *arguments(again), "--resume"])
     assert done.status == 0, done.stderr
-    assert re.search(r"^continuing after step \d+ of 150$", done.stdout, re.MULTILINE)
+    assert re.search(r"^continuing after step \d+ of 300$", done.stdout, re.MULTILINE)
     assert differing(unbroken.out, tmp_path / "runs" / "a") == []
     assert parent_run(store, tmp_path / "runs" / "a").info.status == "FINISHED"
 
@@ -313,7 +313,7 @@ def test_a_driver_that_is_killed_leaves_no_process_and_its_run_can_be_resumed(
     out = tmp_path / "run"
     where = {"out": str(out), "data.source": str(unlabelled), "tracking.uri": store}
     with started(arguments(TINY, LONG, ON_RAY, where), tmp_path) as process:
-        read_until(process, lambda line: line.startswith("epoch  7/30"))
+        read_until(process, lambda line: line.startswith("epoch  7/60"))
         family = {child: child.name() for child in psutil.Process(process.pid).children(recursive=True)}
         process.kill()
         process.wait()
@@ -327,7 +327,7 @@ def test_a_driver_that_is_killed_leaves_no_process_and_its_run_can_be_resumed(
     again = arguments({"out": str(out), "placement.backend": "in_process"})
     done = call([*again, "--resume"])
     assert done.status == 0, done.stderr
-    resumed = re.search(r"^continuing after step (\d+) of 150$", done.stdout, re.MULTILINE)
+    resumed = re.search(r"^continuing after step (\d+) of 300$", done.stdout, re.MULTILINE)
     assert resumed is not None
     assert int(resumed[1]) % 25 == 0  # on a mark
     assert differing(unbroken.out, out) == []
@@ -343,7 +343,7 @@ def test_resuming_a_finished_run_changes_nothing(unbroken: Finished, store: str)
     done = call(["--out", str(unbroken.out), "--resume"])
     assert done.status == 0, done.stderr
     assert done.stderr == ""
-    assert "all 150 steps were trained before" in done.stdout
+    assert "all 300 steps were trained before" in done.stdout
     assert "epoch" not in re.sub(r"\d+ epochs of", "", done.stdout)
     after = variant_weights(unbroken.out)
     assert all(torch.equal(before[name], after[name]) for name in before)
