@@ -11,18 +11,27 @@ from models.backbones.vit import ViTBackbone
 
 # By the class that timm builds.
 BACKBONES = {"VisionTransformer": ViTBackbone}
+ENCODE = ("auto", "visible", "all")
 
 
 def open_backbone(
-    name: str, blocks: int | Sequence[int], model_args: Mapping[str, Any] = MappingProxyType({})
+    name: str,
+    blocks: int | Sequence[int],
+    model_args: Mapping[str, Any] = MappingProxyType({}),
+    encode: str = "auto",
 ) -> Backbone:
     """The timm model `name` with keyword overrides `model_args`, cut into `blocks` (how many, or their sizes
     in layers).
 
+    encode: "visible", blocks see the tokens of visible units only (MAE); "all", every token, the masked units
+    painted over in the image (SimMIM, FastMIM); "auto", visible where the family can, else all.
+
     Quick: looks at the model on the meta device. Raises ValueError, with what to do, for an unknown name or
-    override, a model that no family can cut, block sizes that do not fit the depth, an image size that does
-    not fit the patch.
+    override, a model that no family can cut or not for that `encode`, block sizes that do not fit the depth, an
+    image size that does not fit the patch.
     """
+    if encode not in ENCODE:
+        raise ValueError(f"backbone.encode is '{encode}'; it must be one of {', '.join(ENCODE)}")
     check_name(name)
     built_as = type(look_at(name, {})).__name__
     if built_as not in BACKBONES:
@@ -30,7 +39,7 @@ def open_backbone(
             f"backbone '{name}' is timm's {built_as}, which cannot be cut into blocks; "
             f"choose one of class {' or '.join(BACKBONES)}, such as 'vit_small_patch16_224'"
         )
-    return BACKBONES[built_as](name, blocks, model_args)
+    return BACKBONES[built_as](name, blocks, model_args, encode)
 
 
-__all__ = ["BACKBONES", "Backbone", "BlockInfo", "ViTBackbone", "open_backbone", "random_variant"]
+__all__ = ["BACKBONES", "ENCODE", "Backbone", "BlockInfo", "ViTBackbone", "open_backbone", "random_variant"]

@@ -57,9 +57,9 @@ SCALARS: dict[Any, str] = {
 class BlockInfo:
     """Where one block stands in the backbone.
 
-    layers: transformer layers of this block. depth: layers up to its end. width: of the tokens it emits.
-    grid: (rows, columns) of the tokens it emits for a whole image. num_prefix_tokens: class and register
-    tokens before them.
+    layers: transformer layers (or residual blocks) of this block. depth: layers up to its end. width: of the tokens it
+    emits. grid: (rows, columns) of the tokens it emits for a whole image of the backbone's image_size.
+    num_prefix_tokens: class and register tokens before them. stride: pixels per side of one such token.
     """
 
     index: int
@@ -68,19 +68,22 @@ class BlockInfo:
     width: int
     grid: tuple[int, int]
     num_prefix_tokens: int
+    stride: int
 
 
 class Backbone(Protocol):
     """A timm model cut into blocks. Holds sizes, no weights; cheap to make, in any process.
 
-    name: timm name. model_args: keyword overrides. image_size: (height, width) in pixels. unit: side of a
-    mask unit in pixels. grid: (rows, columns) of mask units. blocks: in order of depth. mean, std: of timm's
-    preprocessing, per channel. norm_eps: eps of the final norm; a decoder's norm takes its place and must
-    share it.
+    name: timm name. model_args: keyword overrides. encode: "visible", blocks drop the tokens of masked units;
+    "all", the first block paints masked units and every token travels. image_size: (height, width) in pixels that
+    it is built for; blocks take any other that `check_size` passes. unit: side of a mask unit in pixels.
+    grid: (rows, columns) of mask units at image_size. blocks: in order of depth. mean, std: of timm's preprocessing,
+    per channel. norm_eps: eps of the final norm; a decoder's norm takes its place and must share it.
     """
 
     name: str
     model_args: dict[str, Any]
+    encode: str
     image_size: tuple[int, int]
     unit: int
     grid: tuple[int, int]
@@ -93,9 +96,18 @@ class Backbone(Protocol):
         """The block as a module: forward(x, plan) -> (B, P + Nv, D), the un-normalised residual stream.
 
         Block 0 takes images (B, 3, H, W), the others the tokens of the block before them in the plan's order.
-        Parameters depend on (seed, index) alone (MAE's initialisation), or are those of `init_from`; see
-        `check_init_from`.
+        With encode "all" it gives every token, row by row: (B, P + h * w, D). Images may have any size that
+        `check_size` passes; plan.grid is that size's. Parameters depend on (seed, index) alone (the family's own
+        initialisation), or are those of `init_from`; see `check_init_from`.
         """
+        ...
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raises ValueError, naming the setting, if the blocks cannot take images of `size` (height, width)."""
+        ...
+
+    def grid_at(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of mask units of an image of `size`. Raises ValueError as `check_size`."""
         ...
 
     def check_init_from(self, init_from: str) -> None:
@@ -153,6 +165,15 @@ def split_layers(layers: int, blocks: int | Sequence[int]) -> tuple[int, ...]:
             f"make them add up to {layers}"
         )
     return sizes
+
+
+def check_divisible(size: tuple[int, int], unit: int, what: str) -> None:
+    """Raises ValueError if a side of `size` (height, width) is not a multiple of `unit`, which messages call `what`."""
+    if any(side < unit or side % unit for side in size):
+        raise ValueError(
+            f"image size {size[0]} x {size[1]} is not divisible by {what}; set backbone.model_args.img_size and "
+            f"schedule.resolution to multiples of {unit}"
+        )
 
 
 def check_name(name: str) -> None:

@@ -1,24 +1,26 @@
-"""timm's VisionTransformer, in its variants, cut into blocks of layers that encode visible tokens only.
+"""timm's VisionTransformer, in its variants, cut into blocks of layers that encode visible tokens only, or all of them.
 
 Block 0 holds the patch embedding, the class and register tokens and the positions, which are fixed: MAE's
-sin-cos table, or those of `init_from` resampled to the grid. The cut takes whole layers as timm builds them;
-what it would get wrong is refused.
+sin-cos table, or those of `init_from` resampled to the grid; both follow images of other sizes. The cut takes whole
+layers as timm builds them; what it would get wrong is refused.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from models.backbones.backbone import BlockInfo, check_overrides, look_at, split_layers
+from models.backbones.backbone import BlockInfo, check_divisible, check_overrides, look_at, split_layers
+from models.backbones.paint import PAINT, Paint, check_grid
+from models.backbones.positions import positions_on
 from models.backbones.weights import Weights, open_weights
 from models.initialisation import TOKEN_STD, mae_init_
 from models.masking import MaskPlan
@@ -37,68 +39,103 @@ STEM, LAYERS = "stem.", "layers."
 
 
 class ViTStem(nn.Module):
-    """Images -> the tokens that enter the first layer, for visible patches only; named as in timm.
+    """Images of any size -> the tokens that enter the first layer, for visible patches only; named as in timm.
 
-    pos_embed: (1, N or P + N, D), a buffer: saved, never trained.
+    With `paint` it embeds all patches, those of masked units in the paint's colour.
+    pos_embed: (1, N or P + N, D), a buffer: saved, never trained. Positions for the grids of other image sizes are made
+    of it when they are first needed, and not saved.
     """
 
     pos_embed: Tensor
 
-    def __init__(self, model: VisionTransformer, positions: Tensor) -> None:
+    def __init__(self, model: VisionTransformer, positions: Tensor, paint: Paint | None = None) -> None:
         super().__init__()
         self.patch_embed = model.patch_embed
         self.patch_size: int = model.patch_embed.patch_size[0]
-        self.image_size: tuple[int, int] = tuple(model.patch_embed.img_size)
         self.grid: tuple[int, int] = tuple(model.patch_embed.grid_size)
-        self.no_embed_class: bool = model.no_embed_class
         self.num_prefix_tokens: int = model.num_prefix_tokens
+        # Prefix tokens that have a row of their own among the positions.
+        self.prefix_rows: int = 0 if model.no_embed_class else model.num_prefix_tokens
         self.cls_token: nn.Parameter | None = model.cls_token
         self.reg_token: nn.Parameter | None = model.reg_token
         self.norm_pre = model.norm_pre
+        self.paint = paint
         self.register_buffer("pos_embed", positions)
+        self._elsewhere: dict[tuple[int, int], Tensor] = {}
 
     def forward(self, images: Tensor, plan: MaskPlan) -> Tensor:
-        """images: (B, 3, H, W), plan over N patches -> (B, P + Nv, D): prefix tokens, then visible patches."""
-        if tuple(images.shape[-2:]) != self.image_size or plan.grid != self.grid:
-            raise ValueError(
-                f"images of {tuple(images.shape[-2:])} pixels with a plan over {plan.grid} patches; "
-                f"the backbone is built for {self.image_size} pixels and {self.grid} patches"
-            )
-        keep = plan.keep
+        """images: (B, 3, H, W), plan over their N patches -> (B, P + Nv, D): prefix tokens, then visible patches.
+
+        With paint (B, P + N, D), all patches row by row. Raises ValueError if the plan's grid is not the images'.
+        """
+        check_grid(images, self.patch_size, plan)
+        positions = self.positions(plan.grid)
         # The convolution's stride is its kernel: it is a linear map per patch, and only visible patches need it.
-        patches = gather_tokens(patchify(images, self.patch_size), keep)  # (B, Nv, p * p * 3)
+        # It also takes any number of them, which timm's patch embedding may not.
+        if self.paint is None:
+            patches = gather_tokens(patchify(images, self.patch_size), plan.keep)  # (B, Nv, p * p * 3)
+            places = positions[0, self.prefix_rows :][plan.keep]
+        else:
+            patches = patchify(self.paint(images, plan), self.patch_size)
+            places = positions[:, self.prefix_rows :]
         conv = self.patch_embed.proj
         weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # (D, 3, p, p) -> (D, p * p * 3)
-        x = self.patch_embed.norm(F.linear(patches, weight, conv.bias))
+        x = self.patch_embed.norm(F.linear(patches, weight, conv.bias)) + places
 
         prefix = [
             token.expand(x.shape[0], -1, -1)
             for token in (self.cls_token, self.reg_token)
             if token is not None
         ]
-        first_patch = 0 if self.no_embed_class else self.num_prefix_tokens
-        x = x + self.pos_embed[0, first_patch:][keep]
         if prefix:
             heads = torch.cat(prefix, dim=1)
-            x = torch.cat([heads + self.pos_embed[:, :first_patch] if first_patch else heads, x], dim=1)
+            x = torch.cat([heads + positions[:, : self.prefix_rows] if self.prefix_rows else heads, x], dim=1)
         embedded: Tensor = self.norm_pre(x)
         return embedded
 
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """(1, R + N, D), R prefix rows: the positions of a grid of patches; see `positions_on`."""
+        if grid == self.grid:
+            return self.pos_embed
+        if grid not in self._elsewhere:
+            self._elsewhere[grid] = positions_on(self.pos_embed, self.prefix_rows, self.grid, grid)
+        return self._elsewhere[grid]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ViTStem:
+        self._elsewhere.clear()  # they belong to the buffer as it was, and to its device
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._elsewhere.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
 
 class ViTBlock(nn.Module):
-    """A run of timm's layers on visible tokens; with a stem it takes images, without one the tokens of the block before."""
+    """A run of timm's layers; with a stem it takes images, without one the tokens of the block before.
 
-    def __init__(self, layers: nn.Sequential, num_prefix_tokens: int, stem: ViTStem | None = None) -> None:
+    encode: "visible", it drops the tokens that its plan does not keep; "all", it passes every token.
+    """
+
+    def __init__(
+        self, layers: nn.Sequential, num_prefix_tokens: int, encode: str, stem: ViTStem | None = None
+    ) -> None:
         super().__init__()
         self.stem = stem
         self.layers = layers
         self.num_prefix_tokens = num_prefix_tokens
+        self.encode = encode
 
     def forward(self, x: Tensor, plan: MaskPlan) -> Tensor:
-        """x: images (B, 3, H, W), or tokens (B, P + N', D) with N' >= Nv in plan order -> (B, P + Nv, D)."""
-        # Tokens travel in the order in which they are dropped: the boundary is a slice.
-        tokens = x[:, : self.num_prefix_tokens + plan.visible] if self.stem is None else self.stem(x, plan)
-        encoded: Tensor = self.layers(tokens)
+        """x: images (B, 3, H, W), or tokens (B, P + N', D) with N' >= Nv in plan order -> (B, P + Nv, D).
+
+        With encode "all" tokens are (B, P + N, D), row by row, on both sides.
+        """
+        if self.stem is not None:
+            x = self.stem(x, plan)
+        elif self.encode == "visible":
+            # Tokens travel in the order in which they are dropped: the boundary is a slice.
+            x = x[:, : self.num_prefix_tokens + plan.visible]
+        encoded: Tensor = self.layers(x)
         return encoded
 
 
@@ -106,12 +143,15 @@ class ViTBackbone:
     """A timm VisionTransformer as a `Backbone`, with or without class token, registers, LayerScale, pre-norm, qk-norm.
 
     name: timm name. blocks: how many, or their sizes in layers. model_args: keyword overrides of the timm
-    model. Raises ValueError for what cannot be cut, with the reason; see `refusal`.
+    model. encode: see `open_backbone`. Raises ValueError for what cannot be cut, with the reason; see `refusal`.
     """
 
-    def __init__(self, name: str, blocks: int | Sequence[int], model_args: Mapping[str, Any]) -> None:
+    def __init__(
+        self, name: str, blocks: int | Sequence[int], model_args: Mapping[str, Any], encode: str = "auto"
+    ) -> None:
         check_overrides(name, VisionTransformer, model_args)
         self.name = name
+        self.encode = "visible" if encode == "auto" else encode
         self.model_args = dict(model_args)
         model = look_at(name, self.model_args, **EMBEDDING_ARGS)
         reason = refusal(model)
@@ -121,8 +161,8 @@ class ViTBackbone:
         embed = model.patch_embed
         self.image_size: tuple[int, int] = tuple(embed.img_size)
         self.unit: int = embed.patch_size[0]
-        self._check_size(self.image_size)
-        self.grid: tuple[int, int] = tuple(embed.grid_size)
+        self.check_size(self.image_size)
+        self.grid: tuple[int, int] = self.grid_at(self.image_size)
         self.mean: tuple[float, ...] = tuple(model.pretrained_cfg["mean"])
         self.std: tuple[float, ...] = tuple(model.pretrained_cfg["std"])
         self.norm_eps: float = model.norm.eps
@@ -137,6 +177,7 @@ class ViTBackbone:
                 width=model.embed_dim,
                 grid=self.grid,
                 num_prefix_tokens=model.num_prefix_tokens,
+                stride=self.unit,
             )
             for index, size in enumerate(sizes)
         )
@@ -152,10 +193,12 @@ class ViTBackbone:
                     nn.init.normal_(token, std=TOKEN_STD)
         table = sincos_positions(info.width, self.grid)
         positions = torch.cat([torch.zeros(self._prefix_rows, info.width), table]).unsqueeze(0)
-        stem = ViTStem(model, positions) if index == 0 else None
-        block = ViTBlock(model.blocks, info.num_prefix_tokens, stem)
+        paint = Paint(self.unit, seed) if self.encode == "all" else None
+        stem = ViTStem(model, positions, paint) if index == 0 else None
+        block = ViTBlock(model.blocks, info.num_prefix_tokens, self.encode, stem)
         if init_from is not None:
-            block.load_state_dict(self._initial_state(info, block, open_weights(init_from)))
+            state = self._initial_state(info, block, open_weights(init_from))
+            block.load_state_dict(block.state_dict() | state)  # no checkpoint has the paint
         return block
 
     def check_init_from(self, init_from: str) -> None:
@@ -180,14 +223,15 @@ class ViTBackbone:
         state = {f"norm.{key}": value for key, value in (norm or model.norm.state_dict()).items()}
         covered = 0
         for info, block in zip(self.blocks, blocks, strict=False):
-            names = {key: timm_key(info, key) for key in block}
-            state |= {names[key]: block[key] for key in block if layer_of(names[key]) < depth}
+            names = timm_keys(info, block)
+            state |= {name: block[key] for key, name in names.items() if layer_of(name) < depth}
             covered = info.depth
         if covered < depth:
             raise ValueError(
                 f"{len(blocks)} blocks hold {covered} layers; a variant of depth {depth} needs more of them"
             )
-        state["pos_embed"] = self._resampled(state["pos_embed"], self.grid, model.patch_embed.grid_size)
+        grid = tuple(model.patch_embed.grid_size)
+        state["pos_embed"] = positions_on(state["pos_embed"], self._prefix_rows, self.grid, grid)
         model.load_state_dict(state)
         return model.eval()
 
@@ -198,31 +242,27 @@ class ViTBackbone:
                 f"a variant of depth {depth} is asked of a backbone of {self.blocks[-1].depth} layers"
             )
         height, width = size = image_size or self.image_size
-        self._check_size(size)
+        self.check_size(size)
         return (
             self.model_args
             | {"depth": depth, "img_size": height if height == width else [height, width]}
             | EMBEDDING_ARGS
         )
 
-    def _check_size(self, size: tuple[int, int]) -> None:
-        if any(side < self.unit or side % self.unit for side in size):
-            raise ValueError(
-                f"image size {size[0]} x {size[1]} is not divisible by the patch size {self.unit} of '{self.name}'; set "
-                f"backbone.model_args.img_size to a multiple of {self.unit}"
-            )
+    def check_size(self, size: tuple[int, int]) -> None:
+        """See `Backbone.check_size`."""
+        check_divisible(size, self.unit, f"the patch size {self.unit} of '{self.name}'")
 
-    def _resampled(self, positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-        """(1, P or 0 + N, D) positions of a grid `old` -> of a grid `new`, the prefix rows as they are."""
-        resampled: Tensor = resample_abs_pos_embed(
-            positions.float(), new_size=list(new), old_size=list(old), num_prefix_tokens=self._prefix_rows
-        )
-        return resampled
+    def grid_at(self, size: tuple[int, int]) -> tuple[int, int]:
+        """See `Backbone.grid_at`."""
+        self.check_size(size)
+        return size[0] // self.unit, size[1] // self.unit
 
     def _initial_state(self, info: BlockInfo, block: ViTBlock, weights: Weights) -> dict[str, Tensor]:
         """The block's state dict out of a checkpoint of the whole model, positions resampled to the grid."""
-        names = {key: timm_key(info, key) for key in block.state_dict()}
-        shapes = {names[key]: tuple(value.shape) for key, value in block.state_dict().items()}
+        state = block.state_dict()
+        names = timm_keys(info, state)
+        shapes = {name: tuple(state[key].shape) for key, name in names.items()}
         check_fit(weights, shapes)
         tensors = weights.take(names.values())
         if block.stem is not None:
@@ -231,7 +271,7 @@ class ViTBackbone:
             if rows != self._prefix_rows:
                 blank = positions.new_zeros(1, self._prefix_rows, positions.shape[-1])
                 positions = torch.cat([blank, positions[:, rows:]], dim=1)
-            tensors["pos_embed"] = self._resampled(positions, grid, self.grid)
+            tensors["pos_embed"] = positions_on(positions, self._prefix_rows, grid, self.grid)
         return {key: tensors[name] for key, name in names.items()}
 
     def _source_positions(self, weights: Weights) -> tuple[int, tuple[int, int]]:
@@ -312,6 +352,11 @@ def check_fit(weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> None
         raise ValueError(
             f"init_from: {weights.source} has '{unknown[0]}', which the backbone does not; its layers are of another kind"
         )
+
+
+def timm_keys(info: BlockInfo, keys: Iterable[str]) -> dict[str, str]:
+    """Keys of a block's state dict -> those of the same tensors in the whole timm model, which has no paint."""
+    return {key: timm_key(info, key) for key in keys if not key.startswith(STEM + PAINT)}
 
 
 def timm_key(info: BlockInfo, key: str) -> str:

@@ -24,10 +24,12 @@ def tiny_args() -> dict[str, Any]:
 
 @pytest.fixture
 def tiny_backbone() -> Callable[..., ViTBackbone]:
-    """(blocks, name, **overrides) -> a tiny backbone."""
+    """(blocks, name, encode, **overrides) -> a tiny backbone."""
 
-    def build(blocks: Any = 2, name: str = "vit_tiny_patch16_224", **overrides: Any) -> ViTBackbone:
-        backbone = open_backbone(name, blocks, TINY | overrides)
+    def build(
+        blocks: Any = 2, name: str = "vit_tiny_patch16_224", encode: str = "auto", **overrides: Any
+    ) -> ViTBackbone:
+        backbone = open_backbone(name, blocks, TINY | overrides, encode)
         assert isinstance(backbone, ViTBackbone)
         return backbone
 

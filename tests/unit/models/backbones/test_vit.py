@@ -1,17 +1,18 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from models.backbones import ViTBackbone
 from models.masking import MaskPlan, block_plans, random_order
 from models.seeding import generator
-from models.tokens import gather_tokens
+from models.tokens import gather_tokens, sincos_positions
 
 SMALL = {"img_size": 28, "patch_size": 7}
 # name -> (timm name, overrides): one for every way in which VisionTransformer differs from the plain one.
@@ -48,7 +49,9 @@ def images_for(backbone: ViTBackbone, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, 3, *backbone.image_size, generator=generator("images"))
 
 
-def encode(blocks: list[nn.Module], x: torch.Tensor, plans: list[MaskPlan]) -> torch.Tensor:
+def encode_all_blocks(
+    blocks: Sequence[nn.Module], x: torch.Tensor, plans: Sequence[MaskPlan]
+) -> torch.Tensor:
     for block, plan in zip(blocks, plans, strict=True):
         x = block(x, plan)
     return x
@@ -75,7 +78,7 @@ def test_a_depth_variant_is_the_trained_blocks_with_nothing_masked(
     with torch.no_grad():
         for count, depth in ((1, 1), (2, 4)):
             model = backbone.variant(depth, states[:count], norm.state_dict())
-            expected = norm(in_grid_order(encode(blocks[:count], images, [plan] * count), plan))
+            expected = norm(in_grid_order(encode_all_blocks(blocks[:count], images, [plan] * count), plan))
             torch.testing.assert_close(model.forward_features(images), expected, rtol=0, atol=1e-5)
             prefix = backbone.blocks[0].num_prefix_tokens
             torch.testing.assert_close(model(images), expected[:, prefix:].mean(dim=1), rtol=0, atol=1e-5)
@@ -103,18 +106,42 @@ def test_a_variant_may_end_inside_a_block(tiny_backbone: Build, shake: Shake) ->
         torch.testing.assert_close(cut.forward_features(images)[:, 1:], expected, rtol=0, atol=1e-6)
 
 
-def test_a_variant_can_be_built_for_another_image_size(tiny_backbone: Build) -> None:
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_variant_for_another_image_size_has_the_positions_that_training_at_that_size_has(
+    learned: bool, tiny_backbone: Build, unmasked_plan: Unmasked
+) -> None:
     backbone = tiny_backbone(1)
-    states = [backbone.build_block(0, seed=0).state_dict()]
-    model = backbone.variant(2, states, None, image_size=(48, 64))
-    resized = backbone.variant(2, states, None)
-    resized.set_input_size((48, 64))
-    images = torch.randn(1, 3, 48, 64, generator=generator(0))
+    block = backbone.build_block(0, seed=0)
+    assert block.stem is not None
+    if learned:
+        torch.nn.init.normal_(block.stem.pos_embed, generator=generator("learned"))
+    model = backbone.variant(4, [block.state_dict()], None, image_size=(48, 64))
+    images, plan = torch.randn(1, 3, 48, 64, generator=generator(0)), unmasked_plan(1, (6, 8))
     with torch.no_grad():
-        torch.testing.assert_close(model(images), resized(images), rtol=0, atol=1e-6)
+        expected = model.norm(in_grid_order(block(images, plan), plan))
+        torch.testing.assert_close(model.forward_features(images), expected, rtol=0, atol=1e-5)
     assert backbone.variant_args(2, (48, 64))["img_size"] == [48, 64]
     with pytest.raises(ValueError, match="50 x 64 is not divisible"):
-        backbone.variant(2, states, None, image_size=(50, 64))
+        backbone.variant(2, [block.state_dict()], None, image_size=(50, 64))
+
+
+def test_elsewhere_sin_cos_positions_are_made_anew_and_learned_ones_resampled_as_timm_does(
+    tiny_backbone: Build,
+) -> None:
+    stem = tiny_backbone(1).build_block(0, seed=0).stem
+    assert stem is not None
+    assert stem.positions((4, 4)) is stem.pos_embed
+    made = stem.positions((6, 8))
+    assert torch.equal(made[0, 1:], sincos_positions(24, (6, 8)))
+    assert not made[0, 0].any()
+    assert stem.positions((6, 8)) is made
+    learned = {"pos_embed": torch.randn(1, 17, 24, generator=generator("learned"))}
+    stem.load_state_dict(stem.state_dict() | learned)
+    expected = resample_abs_pos_embed(learned["pos_embed"], [6, 8], [4, 4], num_prefix_tokens=1)
+    assert torch.equal(stem.positions((6, 8)), expected)
+    stem.double()
+    assert stem.positions((6, 8)).dtype == torch.float64
+    assert {key for key in stem.state_dict() if "pos" in key} == {"pos_embed"}
 
 
 def test_a_variant_needs_enough_blocks_and_a_depth_that_exists(tiny_backbone: Build) -> None:
@@ -152,18 +179,87 @@ def test_the_encoder_sees_visible_patches_only(tiny_backbone: Build) -> None:
             row, column = 8 * (unit // 4), 8 * (unit % 4)
             painted[sample, :, row : row + 8, column : column + 8] = 9.0
     with torch.no_grad():
-        encoded = encode(blocks, images, plans)
+        encoded = encode_all_blocks(blocks, images, plans)
         assert encoded.shape == (2, 1 + 3, 24)
-        assert torch.equal(encoded, encode(blocks, painted, plans))
+        assert torch.equal(encoded, encode_all_blocks(blocks, painted, plans))
 
 
-def test_images_or_plans_of_another_size_are_refused(tiny_backbone: Build) -> None:
+@pytest.mark.parametrize("encode", ["visible", "all"])
+def test_blocks_take_images_of_every_size_that_patches_divide(encode: str, tiny_backbone: Build) -> None:
+    backbone = tiny_backbone(2, encode=encode)
+    blocks: list[nn.Module] = [backbone.build_block(index, seed=0) for index in range(2)]
+    for size, grid in (((32, 32), (4, 4)), ((48, 64), (6, 8)), ((16, 16), (2, 2))):
+        assert backbone.grid_at(size) == grid
+        units = grid[0] * grid[1]
+        plans = list(block_plans(random_order(2, units, generator(0)), grid, [units // 2, units // 4]))
+        tokens = encode_all_blocks(blocks, torch.randn(2, 3, *size), plans)
+        assert tokens.shape == (2, 1 + (units if encode == "all" else units // 4), 24)
+
+
+def test_sizes_that_patches_do_not_divide_are_refused_by_setting(tiny_backbone: Build) -> None:
     backbone = tiny_backbone(1)
-    block = backbone.build_block(0, seed=0)
+    for size in ((32, 36), (0, 32)):
+        with pytest.raises(ValueError, match=r"backbone\.model_args\.img_size and schedule\.resolution"):
+            backbone.check_size(size)
+        with pytest.raises(ValueError, match="not divisible by the patch size 8"):
+            backbone.grid_at(size)
+
+
+def test_a_plan_over_another_grid_than_the_images_is_refused(tiny_backbone: Build) -> None:
     plan = block_plans(random_order(1, 9, generator(0)), (3, 3), [4])[0]
-    for size in (32, 24):
-        with pytest.raises(ValueError, match="built for"):
-            block(torch.zeros(1, 3, size, size), plan)
+    for encode in ("visible", "all"):
+        block = tiny_backbone(1, encode=encode).build_block(0, seed=0)
+        for size in (32, 28):
+            with pytest.raises(ValueError, match="do not hold the plan's 3 x 3 units of 8 pixels"):
+                block(torch.zeros(1, 3, size, size), plan)
+
+
+@pytest.mark.parametrize("variant", ["plain", "no class token", "registers without positions", "pre-norm"])
+def test_with_all_tokens_and_nothing_masked_blocks_are_timms_model(
+    variant: str, tiny_backbone: Build, unmasked_plan: Unmasked, shake: Shake
+) -> None:
+    name, overrides = VARIANTS[variant]
+    backbone = tiny_backbone([1, 3], name, encode="all", **overrides)
+    blocks = [backbone.build_block(index, seed=0) for index in range(2)]
+    for block in blocks:
+        shake(block)
+    model = backbone.variant(4, [block.state_dict() for block in blocks], None)
+    images, plan = images_for(backbone), unmasked_plan(2, backbone.grid)
+    with torch.no_grad():
+        tokens = encode_all_blocks(blocks, images, [plan, plan])
+        torch.testing.assert_close(model.norm(tokens), model.forward_features(images), rtol=0, atol=1e-5)
+    assert not any("paint" in key for key in model.state_dict())
+
+
+def test_with_all_tokens_masked_pixels_are_overwritten_by_a_trained_colour(tiny_backbone: Build) -> None:
+    backbone = tiny_backbone(2, encode="all")
+    first, second = (backbone.build_block(index, seed=0) for index in range(2))
+    assert first.stem is not None
+    paint = first.stem.paint
+    assert paint is not None
+    assert not any("paint" in key for key in second.state_dict())
+    plan = block_plans(random_order(2, 16, generator(0)), (4, 4), [6])[0]
+    images = images_for(backbone)
+    painted = paint(images, plan)
+    for sample in range(2):
+        for unit in range(16):
+            row, column = 8 * (unit // 4), 8 * (unit % 4)
+            window = (sample, slice(None), slice(row, row + 8), slice(column, column + 8))
+            masked = unit in plan.masked[sample]
+            expected = paint.colour[0].expand(3, 8, 8) if masked else images[window]
+            assert torch.equal(painted[window], expected)
+    first(images, plan).square().mean().backward()
+    assert paint.colour.grad is not None
+    assert paint.colour.grad.abs().min() > 0
+    other = torch.where(painted == images, images, 9.0)
+    assert torch.equal(first(images, plan), first(other, plan))
+
+
+def test_the_colour_is_the_only_thing_that_encoding_all_tokens_adds(tiny_backbone: Build) -> None:
+    visible = tiny_backbone(2).build_block(0, seed=3).state_dict()
+    everything = tiny_backbone(2, encode="all").build_block(0, seed=3).state_dict()
+    assert set(everything) - set(visible) == {"stem.paint.colour"}
+    assert all(torch.equal(everything[key], value) for key, value in visible.items())
 
 
 def test_parameters_of_a_block_depend_on_seed_and_index_alone(tiny_backbone: Build) -> None:

@@ -64,6 +64,17 @@ def test_a_timm_folder_gives_its_features_on_our_grid(
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
+def test_a_block_that_paints_takes_weights_that_know_no_paint(
+    tmp_path: Path, tiny_args: dict[str, Any], tiny_backbone: Build
+) -> None:
+    folder = timm_folder(tmp_path / "model", timm_model(tiny_args))
+    backbone = tiny_backbone(2, encode="all")
+    backbone.check_init_from(str(folder))
+    loaded, fresh = (backbone.build_block(0, 0, init).state_dict() for init in (str(folder), None))
+    assert torch.equal(loaded["stem.paint.colour"], fresh["stem.paint.colour"])
+    assert torch.equal(loaded["stem.cls_token"], timm_model(tiny_args).state_dict()["cls_token"])
+
+
 @pytest.mark.parametrize("nested", [None, "model", "state_dict"])
 def test_a_single_file_is_enough(
     nested: str | None, tmp_path: Path, tiny_args: dict[str, Any], tiny_backbone: Build
