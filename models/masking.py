@@ -1,5 +1,5 @@
-"""Which mask units each block encodes and decodes: index tensors over a grid, never a boolean of unclear
-polarity.
+"""Which mask units each block encodes, and which tokens its decoder decodes: index tensors over a grid, never a
+boolean of unclear polarity.
 
 A plan belongs to one block and one batch. The visible sets of a family's blocks are nested, and tokens travel
 in the order in which they will be dropped, so that crossing a boundary is a slice (BIM, papers.md 1.2). Knows
@@ -14,18 +14,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from models.sampling import SAMPLERS, kept_count, not_kept
+
 
 @dataclass(frozen=True, eq=False)
 class MaskPlan:
-    """What one block keeps, decodes and throws in one batch of B samples over a grid of N units (all int64
-    indices).
+    """What one block keeps, decodes and throws in one batch of B samples (all int64 indices).
 
-    grid: (rows, columns) of units, N = rows * columns; units are numbered row by row.
-    order: (B, N), the units in the order in which their tokens travel; the first `visible` are kept.
+    Masks are drawn over U mask *units*. Where a block's tokens are finer than units (early levels of a hierarchical
+    encoder), each unit is a square of scale x scale tokens that share its fate; else units and tokens are the same.
+
+    grid: (rows, columns) of units, U = rows * columns; units are numbered row by row.
+    order: (B, U), the units in the order in which their tokens travel; the first `visible` are kept.
     visible: how many units this block encodes.
     first_visible: how many units the family's first block encodes (>= visible).
-    decode: (B, Nd), masked units that the decoder really decodes.
-    thrown: (B, Nt), masked units that are recovered without the decoder's layers; Nd + Nt = N - visible.
+    decode: (B, Nd), masked *tokens* on `token_grid` that the decoder really decodes, numbered row by row.
+    thrown: (B, Nt), masked tokens that are recovered without the decoder's layers; Nd + Nt = (U - visible) * scale^2.
+    scale: tokens per side of a unit.
     """
 
     grid: tuple[int, int]
@@ -34,6 +39,12 @@ class MaskPlan:
     first_visible: int
     decode: Tensor
     thrown: Tensor
+    scale: int = 1
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """(rows, columns) of this block's tokens for a whole image."""
+        return self.grid[0] * self.scale, self.grid[1] * self.scale
 
     @property
     def keep(self) -> Tensor:
@@ -41,19 +52,24 @@ class MaskPlan:
         return self.order[:, : self.visible]
 
     @property
+    def keep_tokens(self) -> Tensor:
+        """(B, visible * scale^2): the tokens of `keep` as they travel, unit after unit, row by row inside a unit."""
+        return unit_tokens(self.keep, self.grid, self.scale)
+
+    @property
     def masked(self) -> Tensor:
-        """(B, N - visible): all masked units, those decoded first, then those thrown."""
+        """(B, Nd + Nt): all masked tokens, those decoded first, then those thrown."""
         return torch.cat([self.decode, self.thrown], dim=1)
 
-    def newly_dropped(self, units: Tensor) -> Tensor:
-        """(B, M) units -> (B, M) bool, True where the family's first block still saw the unit.
+    def newly_dropped(self, tokens: Tensor) -> Tensor:
+        """(B, M) tokens -> (B, M) bool, True where the family's first block still saw the token's unit.
 
         Such units were mixed by attention into the tokens that survive, so predicting them is partly leaked.
         """
         rank = torch.empty_like(self.order)
         places = torch.arange(self.order.shape[1], device=self.order.device).expand_as(self.order)
         rank.scatter_(1, self.order, places)
-        return rank.gather(1, units) < self.first_visible
+        return rank.gather(1, token_units(tokens, self.grid, self.scale)) < self.first_visible
 
     def to(self, device: torch.device | str) -> MaskPlan:
         """The same plan with its indices on `device`."""
@@ -100,11 +116,35 @@ def random_order(batch: int, units: int, gen: torch.Generator) -> Tensor:
     return torch.rand(batch, units, generator=gen).argsort(dim=1, stable=True)
 
 
-def block_plans(order: Tensor, grid: tuple[int, int], visible: Sequence[int]) -> tuple[MaskPlan, ...]:
-    """One plan per block over the same `order` (B, N): block b sees the first visible[b] units and decodes
-    all others.
+def unit_tokens(units: Tensor, grid: tuple[int, int], scale: int) -> Tensor:
+    """(B, M) units of `grid` -> (B, M * scale^2) tokens of a grid `scale` times as fine, unit after unit, row by row
+    inside a unit."""
+    if scale == 1:
+        return units
+    columns = grid[1] * scale
+    inside = torch.arange(scale, device=units.device)
+    corner = units // grid[1] * scale * columns + units % grid[1] * scale  # (B, M)
+    square = inside.unsqueeze(1) * columns + inside  # (scale, scale)
+    return (corner.unsqueeze(2) + square.flatten()).flatten(1)
 
-    Raises ValueError if the grid does not hold N units or the counts are not nested.
+
+def token_units(tokens: Tensor, grid: tuple[int, int], scale: int) -> Tensor:
+    """(B, M) tokens -> (B, M), the unit of `grid` that each lies in; the inverse of `unit_tokens`."""
+    if scale == 1:
+        return tokens
+    columns = grid[1] * scale
+    return tokens // columns // scale * grid[1] + tokens % columns // scale
+
+
+def block_plans(
+    order: Tensor, grid: tuple[int, int], visible: Sequence[int], scales: Sequence[int] | None = None
+) -> tuple[MaskPlan, ...]:
+    """One plan per block over the same `order` (B, U): block b sees the first visible[b] units and decodes
+    the tokens of all others.
+
+    scales: tokens per side of a unit in each block's output; None: 1 everywhere.
+    Raises ValueError if the grid does not hold U units, if the counts are not nested, or if the scales do not go with
+    them.
     """
     units = order.shape[1]
     if grid[0] * grid[1] != units:
@@ -117,14 +157,39 @@ def block_plans(order: Tensor, grid: tuple[int, int], visible: Sequence[int]) ->
         raise ValueError(
             f"visible counts {tuple(visible)} must lie between 0 and {units}, and never grow from block to block"
         )
+    scales = (1,) * len(visible) if scales is None else tuple(scales)
+    if len(scales) != len(visible) or min(scales) < 1:
+        raise ValueError(
+            f"scales {scales} of {len(visible)} blocks: give one per block, each a whole number from 1 up"
+        )
     return tuple(
         MaskPlan(
             grid=grid,
             order=order,
             visible=count,
             first_visible=visible[0],
-            decode=order[:, count:],
+            decode=unit_tokens(order[:, count:], grid, scale),
             thrown=order[:, units:],
+            scale=scale,
         )
-        for count in visible
+        for count, scale in zip(visible, scales, strict=True)
     )
+
+
+def partial_plan(plan: MaskPlan, throw_ratio: float, sampler: str, gen: torch.Generator) -> MaskPlan:
+    """The same plan with its masked tokens divided anew into decoded and thrown ones (PR-MIM, papers.md 2.3).
+
+    throw_ratio: share of *all* tokens of the block that are thrown; 0 gives the plan back and draws nothing.
+    sampler: a name in `sampling.SAMPLERS`. gen: a CPU generator, whatever the plan's device.
+    Raises ValueError if the sampler is unknown or the ratio leaves no masked token to the decoder.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"decoder.sampler is '{sampler}'; it must be one of {', '.join(SAMPLERS)}")
+    if throw_ratio == 0:
+        return plan
+    tokens = plan.token_grid[0] * plan.token_grid[1]
+    masked, visible = plan.masked, plan.keep_tokens
+    kept = kept_count(tokens, visible.shape[1], throw_ratio)
+    rank = random_order(masked.shape[0], tokens, gen).to(masked.device)
+    decode = SAMPLERS[sampler](masked, visible, plan.token_grid, kept, rank)
+    return replace(plan, decode=decode, thrown=not_kept(masked, decode, tokens))

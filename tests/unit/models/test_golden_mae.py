@@ -44,14 +44,12 @@ def mae(golden: dict[str, Tensor]) -> LocalMIM:
     sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 3}
     backbone = open_backbone("vit_tiny_patch16_224", 1, sizes)
     encoder = backbone.build_block(0, seed=0)
-    decoder = LocalDecoder(
-        48, dim=32, depth=2, num_heads=4, grid=backbone.grid, out_dim=48, num_prefix_tokens=1
-    )
+    decoder = LocalDecoder(48, dim=32, depth=2, num_heads=4, out_dim=48, num_prefix_tokens=1)
     torch.testing.assert_close(
         encoder.state_dict()["stem.pos_embed"], golden["param.pos_embed"], rtol=0, atol=1e-6
     )
     torch.testing.assert_close(
-        decoder.positions[:64], golden["param.decoder_pos_embed"][0, 1:], rtol=0, atol=1e-6
+        decoder.positions(backbone.grid)[:64], golden["param.decoder_pos_embed"][0, 1:], rtol=0, atol=1e-6
     )
     encoder.load_state_dict(
         {

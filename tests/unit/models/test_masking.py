@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.masking import block_plans, random_order, visible_counts
+from models.masking import block_plans, partial_plan, random_order, token_units, unit_tokens, visible_counts
+from models.sampling import SAMPLERS
 from models.seeding import generator
 
 
@@ -106,3 +107,97 @@ def test_a_plan_moves_to_a_device_whole() -> None:
     plan = block_plans(random_order(2, 16, generator(0)), (4, 4), [8, 4])[1].to("meta")
     assert {plan.order.device.type, plan.decode.device.type, plan.thrown.device.type} == {"meta"}
     assert (plan.visible, plan.first_visible, plan.grid) == (4, 8, (4, 4))
+
+
+@settings(max_examples=50, deadline=None)
+@given(families(), st.integers(1, 4), st.integers(0, 2**32))
+def test_a_unit_is_a_square_of_tokens_at_every_scale(
+    family: tuple[int, tuple[int, int], list[int]], scale: int, seed: int
+) -> None:
+    batch, grid, counts = family
+    rows, columns = grid
+    numbers = torch.arange(rows * columns * scale**2).view(rows * scale, columns * scale)
+    plan = block_plans(random_order(batch, rows * columns, generator(seed)), grid, counts[:1], [scale])[0]
+    assert plan.token_grid == (rows * scale, columns * scale)
+    for sample in range(batch):
+        squares = [
+            numbers[row * scale : (row + 1) * scale, column * scale : (column + 1) * scale].flatten()
+            for row, column in ((unit // columns, unit % columns) for unit in plan.order[sample].tolist())
+        ]
+        assert torch.equal(plan.keep_tokens[sample], torch.cat(squares[: counts[0]]))
+        assert torch.equal(plan.masked[sample], torch.cat(squares[counts[0] :]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 4))
+def test_every_token_lies_in_the_unit_that_it_was_made_from(rows: int, columns: int, scale: int) -> None:
+    units = random_order(2, rows * columns, generator(0))
+    tokens = unit_tokens(units, (rows, columns), scale)
+    expected = units.repeat_interleave(scale**2, dim=1)
+    assert torch.equal(token_units(tokens, (rows, columns), scale), expected)
+
+
+def test_blocks_of_one_family_may_have_tokens_of_different_fineness() -> None:
+    order = random_order(2, 16, generator(0))
+    plans = block_plans(order, (4, 4), [8, 6, 4], [4, 2, 1])
+    assert [plan.keep_tokens.shape[1] for plan in plans] == [128, 24, 4]
+    assert [plan.masked.shape[1] for plan in plans] == [128, 40, 12]
+    for plan, dropped in zip(plans, (0, 2, 4), strict=True):
+        assert plan.newly_dropped(plan.masked).sum(dim=1).tolist() == [dropped * plan.scale**2] * 2
+
+
+def test_scale_one_leaves_units_and_tokens_the_same() -> None:
+    order = random_order(2, 16, generator(0))
+    for plain, scaled in zip(
+        block_plans(order, (4, 4), [8, 4]), block_plans(order, (4, 4), [8, 4], [1, 1]), strict=True
+    ):
+        assert plain.token_grid == plain.grid == (4, 4)
+        for plan in (plain, scaled):
+            assert torch.equal(plan.keep_tokens, order[:, : plan.visible])
+            assert torch.equal(plan.decode, order[:, plan.visible :])
+            assert plan.thrown.shape == (2, 0)
+
+
+@pytest.mark.parametrize("scales", [[2], [2, 2, 2], [2, 0], []])
+def test_scales_that_do_not_go_with_the_blocks_are_refused(scales: list[int]) -> None:
+    with pytest.raises(ValueError, match="scales"):
+        block_plans(random_order(2, 16, generator(0)), (4, 4), [8, 4], scales)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("scale", [1, 2])
+def test_a_partial_plan_divides_the_masked_tokens_and_changes_nothing_else(sampler: str, scale: int) -> None:
+    plans = block_plans(random_order(3, 36, generator(0)), (6, 6), [12, 9], [scale, scale])
+    for plan in plans:
+        tokens, visible = 36 * scale**2, plan.visible * scale**2
+        divided = partial_plan(plan, 0.5, sampler, generator(1))
+        assert divided.decode.shape[1] == tokens // 2 - visible
+        assert divided.thrown.shape[1] == tokens // 2
+        assert torch.equal(divided.masked.sort(dim=1).values, plan.masked.sort(dim=1).values)
+        assert torch.equal(divided.order, plan.order)
+        assert (divided.visible, divided.first_visible, divided.scale) == (plan.visible, 12, scale)
+        dropped = divided.newly_dropped(divided.masked).sum(dim=1)
+        assert dropped.tolist() == [(12 - plan.visible) * scale**2] * 3
+
+
+def test_throwing_nothing_gives_the_plan_back_and_draws_nothing() -> None:
+    plan, gen = block_plans(random_order(2, 16, generator(0)), (4, 4), [4])[0], generator(1)
+    before = gen.get_state()
+    assert partial_plan(plan, 0.0, "furthest", gen) is plan
+    assert torch.equal(gen.get_state(), before)
+
+
+def test_a_partial_plan_can_be_divided_anew() -> None:
+    plan = block_plans(random_order(2, 36, generator(0)), (6, 6), [9])[0]
+    once = partial_plan(plan, 0.25, "random", generator(1))
+    again = partial_plan(once, 0.5, "furthest", generator(2))
+    assert (once.thrown.shape[1], again.thrown.shape[1]) == (9, 18)
+    assert torch.equal(again.masked.sort(dim=1).values, plan.masked.sort(dim=1).values)
+
+
+def test_partial_plans_that_cannot_be_honoured_are_refused() -> None:
+    plan = block_plans(random_order(2, 16, generator(0)), (4, 4), [4])[0]
+    with pytest.raises(ValueError, match=r"decoder\.sampler is 'nearest'; it must be one of furthest"):
+        partial_plan(plan, 0.0, "nearest", generator(0))
+    with pytest.raises(ValueError, match=r"decoder\.throw_ratio 0\.75"):
+        partial_plan(plan, 0.75, "furthest", generator(0))
