@@ -66,7 +66,7 @@ def export_variant(
         (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         text = render_card(backbone, depth, card, size, reports, random_reports, raw)
         (fresh / "README.md").write_text(text, encoding="utf-8")
-        _check_reopened(fresh, model, size)
+        _check_reopened(backbone, depth, fresh, model, size)
         if out_dir.exists():
             out_dir.rename(Path(scratch) / "old")
         fresh.rename(out_dir)
@@ -141,11 +141,13 @@ def _save_tensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str, s
 
 
 @torch.inference_mode()
-def _check_reopened(folder: Path, model: nn.Module, size: tuple[int, int]) -> None:
+def _check_reopened(
+    backbone: Backbone, depth: int, folder: Path, model: nn.Module, size: tuple[int, int]
+) -> None:
     """What timm makes of the folder gives the features of `model`; else the run would deliver something untested."""
     device = next(model.parameters()).device
     with forked_rng("reopen"):
-        reopened = timm.create_model(f"local-dir:{folder}", pretrained=True).to(device).eval()
+        reopened = backbone.reopen(folder, depth).to(device)
     image = torch.randn(1, 3, *size, generator=generator("reopen")).to(device)
     was_training = model.training
     difference = (model.eval()(image) - reopened(image)).abs().max().item()

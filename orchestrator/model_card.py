@@ -59,7 +59,7 @@ def render_card(
         f"# {facts.run}: {architecture}, {depth} of {total} layers",
         _what_it_is(backbone, depth, facts),
         "## Use",
-        _use(backbone, size),
+        _use(backbone, depth, size),
         "## Training",
         _training(facts),
     ]
@@ -104,7 +104,8 @@ def _what_it_is(backbone: Backbone, depth: int, facts: CardFacts) -> str:
     start = f"from the weights of `{facts.init_from}`" if facts.init_from else "from random weights"
     text = f"An image encoder: the first {depth} layers of timm's `{architecture}`, pretrained {start}, without labels, "
     if len(blocks) == 1:
-        text += "by masked image modelling end to end (MAE)"
+        method = "MAE" if backbone.encode == "visible" else "SimMIM"
+        text += f"by masked image modelling end to end ({method})"
         cut = depth < blocks[0].depth
         return text + (f" at {blocks[0].depth} layers, and cut to {depth} afterwards." if cut else ".")
     share = (
@@ -114,26 +115,33 @@ def _what_it_is(backbone: Backbone, depth: int, facts: CardFacts) -> str:
     )
     if len(used) == len(blocks):
         share = f"all {len(blocks)} blocks"
+    norm = (
+        "; its final norm is that of the decoder of the last one"
+        if backbone.usage(depth).trained_norm
+        else ""
+    )
     return text + (
         "by block-wise masked image modelling (BIM): the layers are cut into blocks of "
         f"{_listed([str(info.layers) for info in blocks])}, each with a decoder and a reconstruction loss of its own "
-        f"and no gradient between them. This model is {share}; its final norm is "
-        "that of the decoder of the last one."
+        f"and no gradient between them. This model is {share}{norm}."
     )
 
 
-def _use(backbone: Backbone, size: tuple[int, int]) -> str:
+def _use(backbone: Backbone, depth: int, size: tuple[int, int]) -> str:
+    usage = backbone.usage(depth)
+    more = [usage.sizes.format(size=f"{size[0]} x {size[1]}")]
+    if usage.classifier:
+        more.insert(0, "`num_classes=10` puts a new classifier on it to fine-tune")
     return f"""```python
 import timm
 
 model = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-embedding = model(transform(image).unsqueeze(0))  # PIL image -> (1, {backbone.blocks[-1].width})
+x = transform(image).unsqueeze(0)  # PIL image -> (1, 3, {size[0]}, {size[1]})
+embedding = {usage.call}  # (1, {usage.width})
 ```
 
-The embedding is the mean of the patch tokens after the final norm; `model.forward_features` gives the tokens. Add
-`num_classes=10` for a new classifier to fine-tune, `img_size=...` for another size than {size[0]} x {size[1]}
-(positions are resampled), or upload the folder and say `hf-hub:USER/NAME`."""
+The embedding is {usage.says}. In the same call {"; ".join(more)}. Upload the folder to open it as `hf-hub:USER/NAME`."""
 
 
 def _training(facts: CardFacts) -> str:

@@ -7,10 +7,11 @@ from types import MappingProxyType
 from typing import Any
 
 from models.backbones.backbone import Backbone, BlockInfo, check_name, look_at, random_variant
+from models.backbones.dense import DenseBackbone
 from models.backbones.vit import ViTBackbone
 
-# By the class that timm builds.
-BACKBONES = {"VisionTransformer": ViTBackbone}
+# By the class that timm builds; every other is opened as a pyramid, or refused.
+BACKBONES: dict[str, type[ViTBackbone] | type[DenseBackbone]] = {"VisionTransformer": ViTBackbone}
 ENCODE = ("auto", "visible", "all")
 
 
@@ -31,15 +32,19 @@ def open_backbone(
     image size that does not fit the patch.
     """
     if encode not in ENCODE:
-        raise ValueError(f"backbone.encode is '{encode}'; it must be one of {', '.join(ENCODE)}")
+        raise ValueError(f"mask.encode is '{encode}'; it must be one of {', '.join(ENCODE)}")
     check_name(name)
-    built_as = type(look_at(name, {})).__name__
-    if built_as not in BACKBONES:
-        raise ValueError(
-            f"backbone '{name}' is timm's {built_as}, which cannot be cut into blocks; "
-            f"choose one of class {' or '.join(BACKBONES)}, such as 'vit_small_patch16_224'"
-        )
-    return BACKBONES[built_as](name, blocks, model_args, encode)
+    family = BACKBONES.get(type(look_at(name, {})).__name__, DenseBackbone)
+    return family(name, blocks, model_args, encode)
 
 
-__all__ = ["BACKBONES", "ENCODE", "Backbone", "BlockInfo", "ViTBackbone", "open_backbone", "random_variant"]
+__all__ = [
+    "BACKBONES",
+    "ENCODE",
+    "Backbone",
+    "BlockInfo",
+    "DenseBackbone",
+    "ViTBackbone",
+    "open_backbone",
+    "random_variant",
+]

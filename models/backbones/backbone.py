@@ -12,6 +12,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import timm
@@ -40,9 +41,18 @@ OWNED_ARGS = {
     "embed_layer": "it takes a class, which a model's config.json cannot name",
     "block_fn": "it takes a class, which a model's config.json cannot name",
     "mlp_layer": "it takes a class, which a model's config.json cannot name",
+    "strict_img_size": "every image size is taken",
+    "head_norm_first": "the decoder's norm becomes the final norm",
+    "head_hidden_size": "a variant has no classifier",
+    "drop_block_rate": "pretraining uses no dropout",
     "device": "placement is a setting of its own",
     "dtype": "optim.precision sets it",
 }
+
+# Of timm's factory, not of a model: they would make another kind of model, or load weights.
+PROJECT_ARGS = frozenset(
+    {"features_only", "out_indices", "feature_cls", "pretrained", "pretrained_strict", "scriptable"}
+)
 
 # Types of timm's keywords that can be checked, and how to say them.
 SCALARS: dict[Any, str] = {
@@ -71,14 +81,32 @@ class BlockInfo:
     stride: int
 
 
+@dataclass(frozen=True)
+class Usage:
+    """How to use an exported variant, for its card.
+
+    call: the Python expression that turns images `x` into embeddings with the opened `model`. says: what they are.
+    sizes: which image sizes it takes. width: of the embedding. trained_norm: whether its final norm is a decoder's.
+    classifier: whether timm can put a new classifier on it.
+    """
+
+    call: str
+    says: str
+    sizes: str
+    width: int
+    trained_norm: bool
+    classifier: bool = True
+
+
 class Backbone(Protocol):
     """A timm model cut into blocks. Holds sizes, no weights; cheap to make, in any process.
 
     name: timm name. model_args: keyword overrides. encode: "visible", blocks drop the tokens of masked units;
     "all", the first block paints masked units and every token travels. image_size: (height, width) in pixels that
     it is built for; blocks take any other that `check_size` passes. unit: side of a mask unit in pixels.
-    grid: (rows, columns) of mask units at image_size. blocks: in order of depth. mean, std: of timm's preprocessing,
-    per channel. norm_eps: eps of the final norm; a decoder's norm takes its place and must share it.
+    grid: (rows, columns) of mask units at image_size. blocks: in order of depth. depths: where variants can be
+    made, in layers. mean, std: of timm's preprocessing, per channel. norm_eps: eps of the final norm; a decoder's
+    norm takes its place and must share it.
     """
 
     name: str
@@ -88,6 +116,7 @@ class Backbone(Protocol):
     unit: int
     grid: tuple[int, int]
     blocks: tuple[BlockInfo, ...]
+    depths: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     norm_eps: float
@@ -130,13 +159,25 @@ class Backbone(Protocol):
         `norm`.
 
         blocks: state dicts of the built blocks 0.., as many as the depth needs; `depth` may lie inside a
-        block. norm: "weight" and "bias" of the final norm; None leaves it as a fresh one. image_size:
-        (height, width) to build it for, the positions resampled; None: the size it was trained at.
+        block. norm: "weight" and "bias" of the final norm; None leaves it as a fresh one. A family without a place
+        for it leaves it out and says so in `usage`. image_size: (height, width) to build it for, with the positions
+        that the blocks use there; None: the backbone's own.
         """
         ...
 
     def variant_args(self, depth: int, image_size: tuple[int, int] | None = None) -> dict[str, Any]:
-        """The arguments with which `timm.create_model(name, **args)` builds that variant."""
+        """The arguments with which `timm.create_model(name, **args)` builds that variant.
+
+        Raises ValueError if `depth` is none of `depths`.
+        """
+        ...
+
+    def reopen(self, folder: Path, depth: int) -> nn.Module:
+        """What timm makes of an exported folder, in evaluation mode: images (B, 3, H, W) -> embeddings (B, D)."""
+        ...
+
+    def usage(self, depth: int) -> Usage:
+        """What to tell those who open the folder of that variant."""
         ...
 
 
@@ -203,7 +244,15 @@ def look_at(name: str, overrides: Mapping[str, Any], **fixed: Any) -> Any:
         # On the meta device nothing is drawn, but some constructors build a constant on the CPU.
         with forked_rng("look"), torch.device("meta"):
             return timm.create_model(name, pretrained=False, **overrides, **fixed)
-    except (TypeError, AssertionError, RuntimeError, ValueError, AttributeError, ArithmeticError) as error:
+    except (
+        TypeError,
+        AssertionError,
+        RuntimeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        LookupError,
+    ) as error:
         raise ValueError(
             f"timm cannot build '{name}' with backbone.model_args {dict(overrides)}: "
             f"{str(error) or type(error).__name__}"
@@ -214,12 +263,14 @@ def check_overrides(name: str, model_class: type[nn.Module], args: Mapping[str, 
     """Raises ValueError if an override is unknown to the class, not the user's to set, or cannot be saved."""
     parameters = inspect.signature(model_class).parameters
     accepted = set(parameters) - set(OWNED_ARGS)
+    # Some classes take the keywords of a record of theirs besides: timm refuses what does not fit it.
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key, value in args.items():
         if key in OWNED_ARGS:
             raise ValueError(
                 f"backbone.model_args: '{key}' cannot be set, since {OWNED_ARGS[key]}; leave it out"
             )
-        if key not in accepted:
+        if key not in accepted and not (open_ended and key not in PROJECT_ARGS):
             nearest = difflib.get_close_matches(key, accepted, n=1)
             hint = f"did you mean '{nearest[0]}'?" if nearest else f"it takes {', '.join(sorted(accepted))}"
             raise ValueError(f"backbone.model_args: '{name}' takes no '{key}'; {hint}")
@@ -227,7 +278,7 @@ def check_overrides(name: str, model_class: type[nn.Module], args: Mapping[str, 
             raise ValueError(
                 f"backbone.model_args: '{key}' is null, which timm passes over in silence; leave it out"
             )
-        kind = parameters[key].annotation
+        kind = parameters[key].annotation if key in parameters else None
         if kind in SCALARS and not (type(value) is kind or (kind is float and type(value) is int)):
             raise ValueError(f"backbone.model_args: '{key}' is {value!r}; it must be {SCALARS[kind]}")
         try:

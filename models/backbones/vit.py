@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -18,7 +19,14 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from models.backbones.backbone import BlockInfo, check_divisible, check_overrides, look_at, split_layers
+from models.backbones.backbone import (
+    BlockInfo,
+    Usage,
+    check_divisible,
+    check_overrides,
+    look_at,
+    split_layers,
+)
 from models.backbones.paint import PAINT, Paint, check_grid
 from models.backbones.positions import positions_on
 from models.backbones.weights import Weights, open_weights
@@ -169,6 +177,7 @@ class ViTBackbone:
         # Prefix tokens whose positions share the table with the patches'.
         self._prefix_rows = 0 if model.no_embed_class else model.num_prefix_tokens
         sizes = split_layers(len(model.blocks), blocks)
+        self.depths: tuple[int, ...] = tuple(range(1, len(model.blocks) + 1))
         self.blocks = tuple(
             BlockInfo(
                 index=index,
@@ -257,6 +266,17 @@ class ViTBackbone:
         """See `Backbone.grid_at`."""
         self.check_size(size)
         return size[0] // self.unit, size[1] // self.unit
+
+    def reopen(self, folder: Path, depth: int) -> nn.Module:
+        """See `Backbone.reopen`."""
+        model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        return model.eval()
+
+    def usage(self, depth: int) -> Usage:
+        """See `Backbone.usage`."""
+        says = "the mean of the patch tokens after the final norm; `model.forward_features` gives the tokens"
+        sizes = "`img_size=...` opens it for another size than {size} (positions are resampled)"
+        return Usage("model(x)", says, sizes, self.blocks[0].width, trained_norm=True)
 
     def _initial_state(self, info: BlockInfo, block: ViTBlock, weights: Weights) -> dict[str, Tensor]:
         """The block's state dict out of a checkpoint of the whole model, positions resampled to the grid."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from models.backbones import Backbone, open_backbone, random_variant
 from models.tokens import normalize_images
+from orchestrator.cost import gflops
 from orchestrator.data.crops import centre_view
 from orchestrator.export import export_decoder, export_variant, folder_name
 from orchestrator.model_card import CardFacts
@@ -136,6 +137,44 @@ def test_vits_of_other_kinds_come_back(tmp_path: Path, extra: dict[str, Any]) ->
     assert torch.equal(
         features(opened(export_variant(other, 4, model, tmp_path / "x", CARD))), features(model)
     )
+
+
+SWIN = {"embed_dim": 12, "depths": [1, 2, 2, 1], "num_heads": [1, 2, 3, 4], "window_size": 4}
+PYRAMIDS: dict[str, dict[str, Any]] = {
+    "swin_tiny_patch4_window7_224": SWIN,
+    "swinv2_tiny_window8_256": SWIN,
+    "pvt_v2_b0": {"depths": [1, 2, 2, 1], "embed_dims": [8, 16, 24, 32], "num_heads": [1, 2, 3, 4]},
+    "convnext_atto": {"depths": [1, 2, 2, 1], "dims": [8, 16, 24, 32]},
+    "resnet50": {"layers": [1, 2, 2, 1], "channels": [4, 8, 12, 16]},
+    "resnetv2_50": {"layers": [1, 2, 2, 1], "channels": [8, 16, 24, 32]},
+}
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 128)])
+@pytest.mark.parametrize("name", PYRAMIDS)
+def test_every_level_of_a_pyramid_comes_back_and_its_card_tells_how_to_embed(
+    name: str, size: tuple[int, int], tmp_path: Path
+) -> None:
+    pyramid = open_backbone(name, 4, {"img_size": 64} | PYRAMIDS[name])
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    for depth in pyramid.depths:
+        model = random_variant(pyramid, depth, seed=0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape))
+        folder = export_variant(pyramid, depth, model, tmp_path / folder_name(depth), CARD, image_size=size)
+        expected = features(model, images)
+        assert expected.shape == (2, pyramid.usage(depth).width)
+        torch.testing.assert_close(features(pyramid.reopen(folder, depth), images), expected)
+        card = (folder / "README.md").read_text()
+        (line,) = [line for line in card.splitlines() if line.startswith("embedding = ")]
+        call = line.removeprefix("embedding = ").partition("  #")[0]
+        with torch.inference_mode():
+            embedding = eval(call, {"model": opened(folder), "x": images})
+        torch.testing.assert_close(embedding, expected)
+        assert tuple(resolve_model_data_config(opened(folder))["input_size"]) == (3, *size)
+        assert gflops(model, size) > 0
+        assert not any("paint" in key for key in load_file(folder / "model.safetensors"))
 
 
 def test_nothing_of_the_weights_that_timm_knows_by_that_name_is_claimed(tmp_path: Path) -> None:

@@ -111,3 +111,22 @@ def test_weights_that_the_run_started_from_are_named(backbone: Backbone) -> None
     card = render_card(backbone, 2, facts, SIZE)
     assert "from the weights of `vit_tiny_patch16_224.augreg_in21k`" in card
     assert "terms of the training images and of the weights it started from" in card
+
+
+def test_the_card_says_which_norm_the_embedding_has_gone_through(backbone: Backbone) -> None:
+    assert "the mean of the patch tokens after the final norm" in render_card(backbone, 2, FACTS, SIZE)
+    resnet = open_backbone("resnet18", 4, {"img_size": 32, "layers": [1, 1, 1, 1]})
+    shallow, whole = (render_card(resnet, depth, FACTS, SIZE) for depth in (2, 4))
+    for card in (shallow, whole):
+        assert "The norm before the decoder has no place in this model and is left out" in card
+        assert "its final norm" not in card
+        assert "any size that is a multiple of" in card
+    assert "embedding = model(x)[0].mean(dim=(2, 3))  # (1, 128)" in shallow
+    assert "embedding = model(x)  # (1, 512)" in whole
+    assert "num_classes" in whole
+    assert "num_classes" not in shallow.split("## Training")[0]
+
+
+def test_an_end_to_end_run_over_all_tokens_is_not_called_mae() -> None:
+    painted = open_backbone("vit_tiny_patch16_224", 1, ARGS, encode="all")
+    assert "end to end (SimMIM)." in render_card(painted, 4, FACTS, SIZE)

@@ -1,0 +1,40 @@
+"""timm's pyramids made small by keywords, one of each family that is cut by name and one of another class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from models.backbones import DenseBackbone, open_backbone
+
+SWIN = {"embed_dim": 12, "depths": [1, 2, 2, 1], "num_heads": [1, 2, 3, 4], "window_size": 4}
+# family -> (timm name, overrides); levels of 1, 2, 2 and 1 layers, a mask unit of 32 pixels.
+PYRAMIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "swin": ("swin_tiny_patch4_window7_224", SWIN),
+    "swin v2": ("swinv2_tiny_window8_256", SWIN),
+    "pvt": ("pvt_v2_b0", {"depths": [1, 2, 2, 1], "embed_dims": [8, 16, 24, 32], "num_heads": [1, 2, 3, 4]}),
+    "convnext": ("convnext_atto", {"depths": [1, 2, 2, 1], "dims": [8, 16, 24, 32]}),
+    "resnet": ("resnet50", {"layers": [1, 2, 2, 1], "channels": [5, 8, 12, 16]}),
+    "resnet v2": ("resnetv2_50", {"layers": [1, 2, 2, 1], "channels": [8, 16, 24, 32]}),
+}
+
+
+@pytest.fixture(params=PYRAMIDS)
+def family(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def tiny_pyramid() -> Callable[..., DenseBackbone]:
+    """(family, blocks, **overrides) -> a pyramid built for images of 64 x 64 pixels."""
+
+    def build(family: str, blocks: Any = 2, **overrides: Any) -> DenseBackbone:
+        name, args = PYRAMIDS[family]
+        backbone = open_backbone(name, blocks, {"img_size": 64} | args | overrides)
+        assert isinstance(backbone, DenseBackbone)
+        return backbone
+
+    return build
