@@ -66,10 +66,16 @@ class LocalMIM(nn.Module):
         self.score_newly_dropped = score_newly_dropped
         self.thrown_weight = thrown_weight
 
-    def forward(self, x: Tensor, images: Tensor, plan: MaskPlan) -> LocalStep:
+    def targets(self, images: Tensor) -> Tensor:
+        """images: (B, 3, H, W) normalised -> (B, N, out_dim) of all tokens, in float32 whatever the precision around."""
+        with torch.no_grad(), full_precision(images.device):
+            return self.target(images.float())
+
+    def forward(self, x: Tensor, images: Tensor, plan: MaskPlan, targets: Tensor | None = None) -> LocalStep:
         """x: (B, P + N', D) tokens of the block before, in the plan's order, or the images for block 0.
 
-        images: (B, 3, H, W) normalised float, from which the target is made.
+        images: (B, 3, H, W) normalised float, from which the target is made. targets: `self.targets(images)`, if blocks
+        with the same target share it.
         """
         tokens = self.encoder(x.detach(), plan)
         predicted = self.decoder(tokens, plan)
@@ -77,8 +83,7 @@ class LocalMIM(nn.Module):
         assert predicted.shape[1] in (kept, plan.masked.shape[1])
         supervised = plan.masked[:, : predicted.shape[1]]  # decoded tokens come first
         recovered = supervised.shape[1] > kept
-        with torch.no_grad(), full_precision(images.device):
-            wanted = gather_tokens(self.target(images.float()), supervised)
+        wanted = gather_tokens(self.targets(images) if targets is None else targets, supervised)
         # In float32 whatever the decoder's precision: squares of half-precision errors underflow.
         errors = (predicted.float() - wanted).square().mean(dim=-1)  # (B, Ns)
 

@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from models.backbones import open_backbone
-from models.masking import MaskPlan
-from orchestrator.stages import FamilySpec, build_local_mim, plans_of_step
+from orchestrator.stages import FamilySpec, backbone_of, build_local_mim, plans_of_step
 
 
 @dataclass
@@ -52,9 +50,9 @@ def saved_activations(spec: FamilySpec, batch: int, seed: int = 0) -> list[int]:
     is the largest of them, and every stage on a GPU of its own has its own blocks' largest. K = 1 gives one number: the
     end-to-end model. Each block's detached input (counted where it is saved) is what crosses the boundary.
     """
-    backbone = open_backbone(spec.backbone, spec.blocks, spec.model_args)
+    backbone = backbone_of(spec)
     x = images = torch.rand(batch, 3, *backbone.image_size, generator=torch.Generator().manual_seed(seed))
-    plans: tuple[MaskPlan, ...] = plans_of_step(spec, backbone.grid, batch, step=0, micro=0)
+    plans = plans_of_step(spec, backbone, backbone.image_size, batch, step=0, micro=0)
     found = []
     for k in range(len(spec.blocks)):
         module = build_local_mim(spec, k, backbone).train()

@@ -5,6 +5,7 @@ One function that runs where a GPU is and returns plain records; the driver does
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,9 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.backbones import open_backbone
 from models.backbones.backbone import Backbone
-from models.masking import MaskPlan
 from models.tokens import normalize_images
 from orchestrator.checkpoint import load_block_weights
 from orchestrator.data.batches import eval_images
@@ -25,7 +24,7 @@ from orchestrator.evaluation import DepthReport, evaluate_variants, raw_pixels
 from orchestrator.export import export_decoder, export_variant, folder_name
 from orchestrator.model_card import CardFacts
 from orchestrator.pictures import save_reconstructions
-from orchestrator.stages import FamilySpec, build_local_mim, plans_of_step
+from orchestrator.stages import FamilySpec, backbone_of, build_local_mim, plans_of_step
 
 PICTURE_ROWS = 6
 
@@ -82,7 +81,7 @@ def assess(job: AssessJob) -> Assessment:
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     device = torch.device(job.device)
-    backbone = open_backbone(job.spec.backbone, job.spec.blocks, job.spec.model_args)
+    backbone = backbone_of(job.spec)
     source, splits = job.data.open()
     weights = [load_block_weights(Path(job.checkpoint), k) for k in range(len(job.spec.blocks))]
     variants = {depth: trained_variant(backbone, weights, depth) for depth in job.depths}
@@ -189,34 +188,37 @@ def _reconstructions(
     chosen = shown[np.linspace(0, len(shown) - 1, num=min(PICTURE_ROWS, len(shown))).astype(int)]
     _, pixels = next(iter(eval_images(source, chosen, backbone.image_size, len(chosen))))
     images = normalize_images(torch.from_numpy(pixels).to(device), job.spec.mean, job.spec.std)
-    plans = plans_of_step(job.spec, backbone.grid, len(images), step=0, micro=0)
+    plans = plans_of_step(job.spec, backbone, backbone.image_size, len(images), step=0, micro=0)
     x, paths = images, {}
+    is_pixels = [target.name == "pixels" for target in job.spec.targets] or [True] * len(job.spec.blocks)
     for k, info in enumerate(backbone.blocks):
         plan = plans[k].to(device)
         module = build_local_mim(job.spec, k, backbone)
         module.load_state_dict(weights[k])
         module.to(device).eval()
         x = module.encoder(x, plan)
-        predicted = module.target.to_image(
-            _all_units(module.decoder(x, plan), plan, module.target(images)), images
-        )
+        found = module.decoder(x, plan)
+        masked = plan.masked[:, : found.shape[1]]  # without recovery a decoder says nothing of thrown tokens
+        wanted = module.target(images)
+        predicted = module.target.to_image(_all_tokens(found, masked, wanted), images)
         path = Path(job.out) / "pictures" / f"reconstruction_depth{info.depth:02d}.png"
-        mask = plan.masked.cpu().numpy()
+        mask = masked.cpu().numpy()
         save_reconstructions(
             path,
             original=_visible_range(images, job.spec),
             predicted=_visible_range(predicted, job.spec),
             masked=mask,
-            grid=plan.grid,
-            title=f"depth {info.depth}: {mask.shape[1]} of {plan.grid[0] * plan.grid[1]} patches masked",
+            grid=plan.token_grid,
+            wanted=None if is_pixels[k] else _visible_range(module.target.to_image(wanted, images), job.spec),
+            title=f"depth {info.depth}: {mask.shape[1]} of {math.prod(plan.token_grid)} patches predicted",
         )
         paths[info.depth] = str(path)
     return paths
 
 
-def _all_units(predicted: Tensor, plan: MaskPlan, target: Tensor) -> Tensor:
-    """(B, masked, D) predictions among the true values of the visible units: (B, N, D)."""
-    index = plan.masked.unsqueeze(-1).expand(-1, -1, target.shape[-1])
+def _all_tokens(predicted: Tensor, masked: Tensor, target: Tensor) -> Tensor:
+    """(B, M, D) predictions of the tokens `masked` among the true values of the others: (B, N, D)."""
+    index = masked.unsqueeze(-1).expand(-1, -1, target.shape[-1])
     return target.scatter(1, index, predicted.to(target.dtype))
 
 

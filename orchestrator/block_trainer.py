@@ -20,6 +20,9 @@ from orchestrator.failures import NonFiniteLoss
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
+UNDECAYED = ("_token", "relative_position_bias_table")
+"""Parameters of two dimensions that weight decay leaves alone, by the end of their names (papers.md 4.3)."""
+
 WIRE_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,7 +45,7 @@ def decay_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: f
     plain: list[nn.Parameter] = []
     for name, parameter in parameters:
         if parameter.requires_grad:
-            free = parameter.squeeze().ndim <= 1 or name.endswith("_token")
+            free = parameter.squeeze().ndim <= 1 or name.endswith(UNDECAYED)
             (plain if free else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
@@ -77,12 +80,14 @@ class BlockTrainer:
         lr: float,
         micro: int = 0,
         micros: int = 1,
+        targets: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         """Forward, local backward, and on the last micro-batch the update.
 
         Args:
             x: (B, C, H, W) images for block 0, else (B, P + visible, D) of the block before. Never receives a gradient.
             images: (B, C, H, W) normalised images, the source of the target.
+            targets: the module's `targets(images)`, if they are there already.
 
         Returns:
             The detached residual stream (B, P + visible, D) in the wire's dtype, and this micro-batch's metrics.
@@ -91,7 +96,7 @@ class BlockTrainer:
             NonFiniteLoss: before the weights are touched.
         """
         with self._autocast():
-            out = self.module(x, images, plan)
+            out = self.module(x, images, plan, targets)
         metrics = {"loss": float(out.loss.detach())} | {name: float(v) for name, v in out.parts.items()}
         if not torch.isfinite(out.loss.detach()):
             raise NonFiniteLoss("loss", self.index, step, lr)

@@ -20,7 +20,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from orchestrator.recipes import dump_yaml
 from orchestrator.setting_texts import SettingInfo, explain, group_titles, setting_infos, show
 
-PER_BLOCK = ("mask.ratio", "decoder.depth", "decoder.dim", "decoder.num_heads")
+PER_BLOCK = (
+    "mask.ratio",
+    "decoder.depth",
+    "decoder.dim",
+    "decoder.num_heads",
+    "decoder.throw_ratio",
+    "target.name",
+    "target.cell",
+)
 """Settings that take one value for all blocks or a list with one for each."""
 
 Scalar = str | int | float | bool | None
@@ -58,7 +66,13 @@ TwoShares = Annotated[
     tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]],
     BeforeValidator(_tuple_if_list),
 ]
+HeldOuts = Annotated[tuple[HeldOut, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
+TargetName = Literal["pixels", "hog"]
+TargetNames = Annotated[tuple[TargetName, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
+Phase = Annotated[tuple[int | float, ...], BeforeValidator(_tuple_if_list), Field(min_length=2, max_length=4)]
+Phases = Annotated[tuple[Phase, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
 Betas = Annotated[tuple[HeldOut, HeldOut], BeforeValidator(_tuple_if_list)]
+SearchValues = list[Any] | dict[str, bool | int | float] | None
 ModelArg = bool | int | float | str | list[bool | int | float | str] | None
 
 
@@ -89,6 +103,11 @@ class MaskSettings(_Group):
         description="share of mask units hidden; a list must not decrease",
         examples=[0.75, [0.75, 0.8, 0.85, 0.9]],
     )
+    encode: Literal["auto", "visible", "all"] = Field(
+        default="auto",
+        description="visible: masked units are never computed (MAE); all: they are painted over (FastMIM); auto: visible "
+        "where the backbone can",
+    )
     score_newly_dropped: bool = Field(default=True, description="later blocks also predict what block 0 saw")
 
 
@@ -98,11 +117,36 @@ class DecoderSettings(_Group):
     num_heads: Count | Counts | None = Field(
         default=None, description="attention heads; null: one per 32 of width", examples=[8, [4, 4, 8, 8]]
     )
+    throw_ratio: HeldOut | HeldOuts = Field(
+        default=0.0,
+        description="share of all tokens that no decoder layer sees (PR-MIM); 0: none",
+        examples=[0.5, [0.5, 0.5, 0.25, 0.25]],
+    )
+    recovery: Literal["aggregate", "none"] = Field(
+        default="aggregate",
+        description="thrown tokens are recovered from decoded neighbours, or not predicted",
+    )
+    sampler: Literal["furthest", "furthest_from_visible", "random", "cells"] = Field(
+        default="furthest", description="how the masked tokens that are decoded are chosen"
+    )
+    thrown_weight: Positive = Field(
+        default=1.0, description="of a recovered token in the loss; of a decoded one: 1"
+    )
 
 
 class TargetSettings(_Group):
-    name: Literal["pixels"] = Field(default="pixels", description="what a decoder predicts of a masked unit")
-    normalize: bool = Field(default=True, description="each unit's pixels by their own mean and deviation")
+    name: TargetName | TargetNames = Field(
+        default="pixels",
+        description="what a decoder predicts of a masked token: its pixels, or HOG (FastMIM)",
+        examples=["hog", ["hog", "hog", "pixels", "pixels"]],
+    )
+    normalize: bool = Field(
+        default=True, description="pixels by their token's mean and deviation; HOG by its cell's length"
+    )
+    cell: Count | Counts = Field(
+        default=8, description="side of a HOG cell in pixels", examples=[8, [4, 8, 16, 32]]
+    )
+    bins: Count = Field(default=9, description="orientations of a HOG cell")
 
 
 class DataSettings(_Group):
@@ -127,6 +171,12 @@ class DataSettings(_Group):
 class ScheduleSettings(_Group):
     epochs: Count = Field(description="passes over the training split")
     warmup_epochs: NotNegative = Field(default=0.0, description="linear, from 0; a cosine to 0 follows")
+    resolution: Phases | None = Field(
+        default=None,
+        description="[from, pixels] or [from, pixels, batch_size, accumulate]: training size from an epoch or a share of "
+        "the run on; null: the backbone's own",
+        examples=[[[0, 128], [0.5, 160], [0.75, 192]]],
+    )
 
 
 class OptimSettings(_Group):
@@ -179,6 +229,35 @@ class PlacementSettings(_Group):
     wait_s: NotNegative = Field(default=0.0, description="seconds that an autoscaling cluster gets to grow")
 
 
+class SearchSettings(_Group):
+    trials: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="settings that Ray Tune tries before the run; 0: no search"
+    )
+    resume: bool = Field(default=False, description="continue the search in --out that was cut off")
+    space: dict[str, SearchValues] = Field(
+        default_factory=lambda: dict[str, SearchValues].fromkeys(
+            ("mask.ratio", "decoder.throw_ratio", "schedule.resolution")
+        ),
+        description="dotted key: values to try, or {low, high, log} for numbers; null: our own choice",
+        examples=[{"mask.ratio": None, "optim.blr": [1.0e-3, 4.0e-3]}],
+    )
+    trial_epochs: Count | None = Field(
+        default=None, description="of a trial that is not stopped early; null: those of the run"
+    )
+    grace_epochs: Count = Field(default=1, description="epochs before a trial may be stopped (ASHA)")
+    every_epochs: Count = Field(default=1, description="epochs from one score of a trial to the next")
+    reduction_factor: Annotated[int, Field(ge=2)] = Field(
+        default=2, description="ASHA goes on with the best 1 / this share"
+    )
+    trial_stages: Count | None = Field(
+        default=None, description="places for the blocks of a trial; null: as in the run"
+    )
+    concurrent: Count | None = Field(default=None, description="trials side by side; null: as many as fit")
+    searcher: Literal["random", "optuna"] = Field(
+        default="random", description="optuna needs: pip install '.[optuna]'"
+    )
+
+
 class TrackingSettings(_Group):
     uri: Text | None = Field(default=None, description="MLflow's store; null: MLflow's own default")
     experiment: Text = Field(default="bim", description="MLflow's experiment")
@@ -203,6 +282,9 @@ class Settings(_Group):
     baseline: Literal["none", "mae"] = Field(
         default="none", description="mae: also one run with blocks 1, cut to every depth"
     )
+    boundary_noise: NotNegative = Field(
+        default=0.0, description="noise on what enters a later block, in deviations of it; 0: none"
+    )
     backbone: BackboneSettings = Field(description="the timm model that is trained")
     mask: MaskSettings = Field(default_factory=MaskSettings, description="what the encoder does not see")
     decoder: DecoderSettings = Field(
@@ -223,6 +305,9 @@ class Settings(_Group):
     placement: PlacementSettings = Field(
         default_factory=PlacementSettings,
         description="where the blocks live; a stage holds one or several",
+    )
+    search: SearchSettings = Field(
+        default_factory=SearchSettings, description="trials of other settings before the run, by Ray Tune"
     )
     tracking: TrackingSettings = Field(default_factory=TrackingSettings, description="the record in MLflow")
 
@@ -282,6 +367,15 @@ def _contradictions(s: Settings) -> list[str]:
             f"schedule.warmup_epochs must be below schedule.epochs ({s.schedule.epochs}), "
             f"not {s.schedule.warmup_epochs:g}"
         )
+    if s.schedule.resolution is not None:
+        problems += resolution_problems(s.schedule.resolution, s.schedule.epochs)
+    if s.search.resume and s.out is None:
+        problems.append("search.resume needs out: the folder of the run whose search goes on (--out DIR)")
+    if s.search.trials and s.search.grace_epochs > (s.search.trial_epochs or s.schedule.epochs):
+        problems.append(
+            f"search.grace_epochs must be at most {s.search.trial_epochs or s.schedule.epochs}, the epochs of a trial, not "
+            f"{s.search.grace_epochs}"
+        )
     if s.resume and s.out is None:
         problems.append("resume needs out: the folder of the run to continue (--out DIR --resume)")
     if s.placement.stages is not None and s.placement.stages > blocks:
@@ -289,6 +383,34 @@ def _contradictions(s: Settings) -> list[str]:
             f"placement.stages must be at most {blocks}, the number of blocks, not {s.placement.stages}"
         )
     return problems
+
+
+def resolution_problems(phases: Sequence[Sequence[float]], epochs: int) -> list[str]:
+    """What is wrong with a resolution schedule of a run of so many epochs, one sentence each."""
+    shown = show([list(phase) for phase in phases])
+    problems = [
+        f"schedule.resolution: {what} in {show(list(phase))} must be a whole number of at least 1"
+        for phase in phases
+        for what, value in zip(("pixels", "batch_size", "accumulate"), phase[1:], strict=False)
+        if isinstance(value, float) or value < 1
+    ]
+    if any((isinstance(phase[0], float) and not 0 <= phase[0] < 1) or phase[0] < 0 for phase in phases):
+        return [
+            *problems,
+            f"schedule.resolution must begin each phase with an epoch (0, 40) or a share of the run (0.5), not {shown}",
+        ]
+    starts = [start_epoch(phase[0], epochs) for phase in phases]
+    if starts[0] != 0 or any(later <= earlier for earlier, later in pairwise(starts)) or starts[-1] >= epochs:
+        problems.append(
+            f"schedule.resolution must begin with epoch 0 and go on with later ones, all before {epochs}, not {shown}, "
+            f"whose phases begin with epochs {show(starts)}"
+        )
+    return problems
+
+
+def start_epoch(start: float, epochs: int) -> int:
+    """The epoch with which a phase begins: a whole number is one, a fraction is a share of the run."""
+    return start if isinstance(start, int) else round(start * epochs)
 
 
 MAY_DIFFER_ON_RESUME = (
@@ -301,6 +423,7 @@ MAY_DIFFER_ON_RESUME = (
     "checkpoint.",
     "evaluation.",
     "failures.",
+    "search.",  # what it found is in the settings themselves
     "placement.",  # the same updates in the same order; only the hardware's rounding may differ
     "tracking.",
 )
@@ -365,9 +488,23 @@ def with_changes(settings: Settings, changes: Mapping[str, Any]) -> Settings:
 
 
 def end_to_end(settings: Settings) -> Settings:
-    """The same run as ordinary MAE: one block; of what is listed per block, the deepest block's value."""
+    """The same run as ordinary MAE: one block, all masked tokens decoded, normalised pixels, one image size.
+
+    Of what is listed per block and is MAE's too (mask ratio, decoder), the deepest block's value.
+    """
     last = {key: settings.per_block(key)[-1] for key in PER_BLOCK}
-    return with_changes(settings, {"blocks": 1, "baseline": "none", "placement.stages": None} | last)
+    ordinary = {
+        "blocks": 1,
+        "baseline": "none",
+        "placement.stages": None,
+        "boundary_noise": 0.0,
+        "decoder.throw_ratio": 0.0,
+        "target.name": "pixels",
+        "target.normalize": True,
+        "schedule.resolution": None,
+        "search.trials": 0,
+    }
+    return with_changes(settings, last | ordinary)
 
 
 def overlaid(values: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:

@@ -48,6 +48,11 @@ def hide_masked(images: np.ndarray, masked: np.ndarray, grid: tuple[int, int]) -
     return np.where(_is_masked(masked, grid, images.shape[1:3]), GREY, images)
 
 
+def hide_visible(images: np.ndarray, masked: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Grey where not masked; shapes as in `hide_masked`."""
+    return np.where(_is_masked(masked, grid, images.shape[1:3]), images, GREY)
+
+
 def fill_masked(
     images: np.ndarray, predicted: np.ndarray, masked: np.ndarray, grid: tuple[int, int]
 ) -> np.ndarray:
@@ -56,22 +61,29 @@ def fill_masked(
 
 
 def reconstruction_figure(
-    original: np.ndarray, predicted: np.ndarray, masked: np.ndarray, grid: tuple[int, int], title: str = ""
+    original: np.ndarray,
+    predicted: np.ndarray,
+    masked: np.ndarray,
+    grid: tuple[int, int],
+    title: str = "",
+    wanted: np.ndarray | None = None,
 ) -> Figure:
     """One row per image: masked | reconstructed | original. The visible part is shown as it is, not as it was predicted.
 
     original, predicted: (B, H, W, 3), un-normalised; what lies outside 0..1 is clipped. masked: (B, M) mask units.
+    wanted: where no pixels are predicted, a picture of the true target: masked | predicted | target | original.
     """
-    columns = {
-        "masked": hide_masked(original, masked, grid),
-        "reconstructed": fill_masked(original, predicted, masked, grid),
-        "original": original,
-    }
+    columns = {"masked": hide_masked(original, masked, grid)}
+    if wanted is None:
+        columns["reconstructed"] = fill_masked(original, predicted, masked, grid)
+    else:
+        columns |= {"predicted": hide_visible(predicted, masked, grid), "target": wanted}
+    columns["original"] = original
     scale = max(1, -(-CELL // max(original.shape[1:3])))  # whole pixels, or patches would differ in size
     sheets = [np.clip(shown, 0, 1).repeat(scale, axis=1).repeat(scale, axis=2) for shown in columns.values()]
     rows, height, width = sheets[0].shape[:3]
     sheet_height = rows * (height + GAP) - GAP
-    canvas = np.ones((sheet_height, 3 * (width + GAP) - GAP, 3))
+    canvas = np.ones((sheet_height, len(columns) * (width + GAP) - GAP, 3))
     for column, shown in enumerate(sheets):
         for row, image in enumerate(shown):
             top, left = row * (height + GAP), column * (width + GAP)
@@ -106,9 +118,10 @@ def save_reconstructions(
     masked: np.ndarray,
     grid: tuple[int, int],
     title: str = "",
+    wanted: np.ndarray | None = None,
 ) -> Path:
     """`reconstruction_figure` as a PNG file."""
-    return write_png(reconstruction_figure(original, predicted, masked, grid, title), path)
+    return write_png(reconstruction_figure(original, predicted, masked, grid, title, wanted), path)
 
 
 def accuracy_latency_figure(

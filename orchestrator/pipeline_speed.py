@@ -15,6 +15,7 @@ import numpy as np
 
 from orchestrator.checkpoint import CheckpointStore, FileRecord, Manifest
 from orchestrator.failures import RestartPolicy
+from orchestrator.phases import constant
 from orchestrator.placement import Layout, consecutive
 from orchestrator.pretrain import EpochReport, RunPlan, StopRequest, pretrain
 from orchestrator.ray_stages import LoaderActor, RayStages, StageActor
@@ -88,6 +89,8 @@ class _Silence:
 
     def on_epoch(self, report: EpochReport) -> None: ...
 
+    def on_checkpoint(self, step: int) -> None: ...
+
     def on_rewind(self, step: int) -> None: ...
 
     def say(self, text: str) -> None: ...
@@ -140,7 +143,7 @@ def _drive(group: RayStages, out: Path, steps: int, marks: list[tuple[float, flo
             if marks is not None:
                 marks.append((time.perf_counter(), time.process_time()))
 
-    plan = RunPlan(steps, 1, 1, 64, lambda step: 0.0, 2 * len(group.places), steps + 1, 0)
+    plan = RunPlan(steps, constant(1, 64), lambda step: 0.0, 2 * len(group.places), steps + 1, 0)
     out.mkdir(exist_ok=True)
     store = CheckpointStore(out)
     nothing: dict[str, Any] = {}

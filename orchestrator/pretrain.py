@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from orchestrator.checkpoint import CheckpointStore, Manifest, all_files
 from orchestrator.failures import RestartPolicy, StageFailure, TooManyBadImages, TrainingError
+from orchestrator.phases import Phase, phase_at, steps_until
 from orchestrator.stages import Order, Stages, StepReport
 
 LOGS_PER_EPOCH = 10  # points per epoch of the step curves
@@ -23,32 +24,42 @@ class RunPlan:
     """How long and how fast.
 
     Args:
-        steps_per_epoch: optimizer steps of one epoch.
-        micros: micro-batches of one step (gradient accumulation).
-        images_per_step: effective batch size.
+        phases: sizes of images and batches, by epoch; the pipeline is drained where one ends.
         lr: learning rate of a step.
         window: micro-batches under way at once; twice the number of stages keeps every stage busy, and it is the
             back-pressure: stage 0 can never be further ahead of the last one.
-        checkpoint_every: optimizer steps between checkpoint marks; the last step always has one.
+        checkpoint_epochs: epochs, or a part of one, between checkpoint marks; the last step of a phase always has one.
         max_bad_images: distinct unreadable images after which the run stops.
     """
 
     epochs: int
-    steps_per_epoch: int
-    micros: int
-    images_per_step: int
+    phases: tuple[Phase, ...]
     lr: Callable[[int], float]
     window: int
-    checkpoint_every: int
+    checkpoint_epochs: float
     max_bad_images: int
 
     @property
     def total_steps(self) -> int:
-        return self.epochs * self.steps_per_epoch
+        return steps_until(self.phases, self.epochs)
+
+    def phase(self, step: int) -> Phase:
+        """The phase of an optimizer step."""
+        return phase_at(self.phases, step)
+
+    def turns(self, step: int) -> bool:
+        """Whether a new phase begins with this step, after others."""
+        return step > 0 and self.phase(step).first_step == step
 
     def marks(self, step: int) -> bool:
         """Whether the state after optimizer step `step` is to be saved."""
-        return (step + 1) % self.checkpoint_every == 0 or step + 1 == self.total_steps
+        phase, done = self.phase(step), step + 1
+        every = max(1, round(self.checkpoint_epochs * phase.steps_per_epoch))
+        return (
+            (done - phase.first_step) % every == 0
+            or done == self.total_steps
+            or (done < self.total_steps and self.turns(done))
+        )
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,9 @@ class Listener(Protocol):
     def on_step(self, step: int, metrics: dict[str, float]) -> None: ...
 
     def on_epoch(self, report: EpochReport) -> None: ...
+
+    def on_checkpoint(self, step: int) -> None:
+        """The state after `step` updates lies on the disk, whole."""
 
     def on_rewind(self, step: int) -> None:
         """The training goes on after `step` updates; what was said of later ones is void."""
@@ -205,10 +219,13 @@ class _Loop:
         assert self.step is not None
         while self.step < self._plan.total_steps and self._stop.reason is None:
             step, mark = self.step, self._plan.marks(self.step)
-            for micro in range(self._plan.micros):
-                last = micro == self._plan.micros - 1
+            if self._plan.turns(step):
+                self._settle(0)  # what is under way has another size
+            micros = self._plan.phase(step).micros
+            for micro in range(micros):
+                last = micro == micros - 1
                 where = str(self._store.directory(step + 1)) if mark and last else None
-                order = Order(step, self._plan.lr(step), micro, self._plan.micros, where)
+                order = Order(step, self._plan.lr(step), micro, micros, where)
                 self._under_way.append((order, self._stages.submit(order)))
                 self._settle(self._plan.window)
             self.step += 1
@@ -247,6 +264,7 @@ class _Loop:
         facts = manifest.facts | {"bad_images": self.bad_images}
         self._store.commit(replace(manifest, facts=facts, files=all_files(files)))
         self._committed = step
+        self._listener.on_checkpoint(step)
 
     def _note(self, report: StepReport) -> None:
         values = {"data/wait_s": report.data_wait_s, "data/load_s": report.load_s}
@@ -268,21 +286,36 @@ class _Loop:
 
     def _tell(self, order: Order) -> None:
         plan, now = self._plan, time.perf_counter()
-        self._images += plan.images_per_step
-        self._epoch_images += plan.images_per_step
+        phase = plan.phase(order.step)
+        self._images += phase.images_per_step
+        self._epoch_images += phase.images_per_step
         done = order.step + 1
-        if done % max(1, plan.steps_per_epoch // LOGS_PER_EPOCH) == 0:
+        epoch, within = phase.epoch_of(order.step)
+        within += 1
+        if within % max(1, phase.steps_per_epoch // LOGS_PER_EPOCH) == 0:
             means = self._logged.take()
             bad = {"data/bad_images": float(len(self.bad_images))}
             self._listener.on_step(done, means | bad | {"lr": order.lr, "images_per_s": self.images_per_s()})
-        if done % plan.steps_per_epoch == 0:
+        if within == phase.steps_per_epoch:
             means, seconds = self._epoch.take(), max(1e-9, now - self._epoch_clock)
-            steps = max(1, self._epoch_images // plan.images_per_step)
+            steps = max(1, self._epoch_images // phase.images_per_step)
             losses = {int(k[5:-5]): v for k, v in means.items() if k.endswith("/loss")}
-            wait = min(1.0, means.get("data/wait_s", 0.0) * plan.micros * steps / seconds)
-            eta = (plan.total_steps - done) * plan.images_per_step / self.images_per_s()
+            wait = min(1.0, means.get("data/wait_s", 0.0) * phase.micros * steps / seconds)
             rate = self._epoch_images / seconds
-            self._listener.on_epoch(
-                EpochReport(done // plan.steps_per_epoch, plan.epochs, losses, rate, wait, eta)
-            )
+            eta = self._images_left(done) / self.images_per_s()
+            self._listener.on_epoch(EpochReport(epoch + 1, plan.epochs, losses, rate, wait, eta))
             self._epoch_clock, self._epoch_images = now, 0
+
+    def _images_left(self, done: int) -> float:
+        """Images still to be trained on after `done` steps, each counted by its pixels relative to those of the present."""
+        plan = self._plan
+        now = plan.phase(max(0, done - 1))
+        left = 0.0
+        for number, phase in enumerate(plan.phases):
+            following = (
+                plan.phases[number + 1].first_step if number + 1 < len(plan.phases) else plan.total_steps
+            )
+            steps = max(0, min(following, plan.total_steps) - max(done, phase.first_step))
+            pixels = phase.size[0] * phase.size[1] / max(1, now.size[0] * now.size[1])
+            left += steps * phase.images_per_step * (pixels if phase.size != now.size else 1.0)
+        return left

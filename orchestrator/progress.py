@@ -42,6 +42,8 @@ class Progress:
     def on_epoch(self, report: EpochReport) -> None:
         self._say(self._line_prefix + epoch_line(report))
 
+    def on_checkpoint(self, step: int) -> None: ...
+
     def on_rewind(self, step: int) -> None:
         self.began = True
         self._sink.rewind(step, self._metric_prefix)

@@ -91,18 +91,27 @@ class RayStages:
         layout: where blocks live and what each stage asks for.
         shared: a folder that every stage must see (checkpoints); checked on a cluster of several machines.
         wait_s: how long to wait for the cluster to have room (an autoscaling one grows meanwhile).
+        group: a placement group whose bundles from `first_bundle` on are `layout.bundles`, and which is somebody else's to
+            remove; None: one of its own.
     """
 
     stage_class: type = StageActor
     loader_class: type = LoaderActor
 
     def __init__(
-        self, spec: FamilySpec, data: DataSpec, layout: Layout, shared: Path, wait_s: float = 120.0
+        self,
+        spec: FamilySpec,
+        data: DataSpec,
+        layout: Layout,
+        shared: Path,
+        wait_s: float = 120.0,
+        group: PlacementGroup | None = None,
+        first_bundle: int = 0,
     ) -> None:
         self.places = layout.places
         self._spec, self._data, self._layout, self._shared = spec, data, layout, shared
         self._wait_s = wait_s
-        self._group: PlacementGroup | None = None
+        self._group, self._given, self._first_bundle = group, group is not None, first_bundle
         self._actors: list[Any] = [None] * len(layout.places)
         self._loader: Any = None
         self._pids: list[int] = []
@@ -138,6 +147,10 @@ class RayStages:
         self._make_missing()
         refs = [actor.ping.remote() for actor in (self._loader, *self._actors)]
         _, waiting = ray.wait(refs, num_returns=len(refs), timeout=PING_S, fetch_local=False)
+        if waiting and self._given:
+            raise PlacementError(
+                f"{len(waiting)} of {len(refs)} actors of the stages did not start within {PING_S} s"
+            )
         if waiting:
             # A machine is gone, and Ray waits for another one without an end: ask for room anew, with one.
             self._drop()
@@ -208,7 +221,7 @@ class RayStages:
             if actor is not None:
                 ray.kill(actor)
         self._loader, self._actors = None, [None] * len(self.places)
-        if self._group is not None:
+        if self._group is not None and not self._given:
             if head_answers():  # after a SIGTERM to a whole process group, a Ray of ours may be gone
                 remove_placement_group(self._group)
             self._group = None
@@ -229,7 +242,9 @@ class RayStages:
 
     def _remote(self, cls: type, bundle: int, cpus: float, gpus: float) -> Any:
         assert self._group is not None
-        where = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
+        where = PlacementGroupSchedulingStrategy(
+            self._group, placement_group_bundle_index=self._first_bundle + bundle
+        )
         return ray.remote(cls).options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, scheduling_strategy=where
         )

@@ -10,11 +10,11 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from orchestrator.assess import Assessment
 from orchestrator.command_line import SAVED_SETTINGS
 from orchestrator.config import settings_to_mapping
+from orchestrator.family import Family, Prepared
 from orchestrator.model_card import CardFacts
 from orchestrator.pictures import accuracy_latency_figure, loss_curves_figure
 from orchestrator.placement import Layout
@@ -22,9 +22,6 @@ from orchestrator.provenance import DataRecord, Provenance
 from orchestrator.run_notes import DepthRecord, depth_rows, loading_note, results_table
 from orchestrator.summary import params_text, render_table, summary_rows, write_summary
 from orchestrator.tracking import Tracker
-
-if TYPE_CHECKING:
-    from orchestrator.job import Family, Prepared
 
 
 def data_record(prepared: Prepared) -> DataRecord:
@@ -67,14 +64,31 @@ def opening_lines(family: Family, prepared: Prepared, layout: Layout) -> list[st
     splits = prepared.splits
     return [
         f"{settings.backbone.name}: {blocks[-1].depth} layers in {len(blocks)} blocks ({layers}), width {blocks[0].width}, "
-        f"{family.backbone.image_size[0]} x {family.backbone.image_size[1]} px, {settings.target.name}",
+        f"{_sizes(family)} px, {_targets(family)}",
         f"{settings.data.source}: {len(splits.train)} images to train on, {len(splits.val)} for validation, "
         f"{len(splits.test)} for the final scores",
-        f"{settings.schedule.epochs} epochs of {family.steps_per_epoch} steps of {settings.effective_batch} images, "
+        f"{settings.schedule.epochs} epochs of {_steps(family)} images, "
         f"peak learning rate {settings.learning_rate:.3g}, seed {settings.seed}",
         f"block{'s' * (len(blocks) > 1)} {where} {place}",
         f"output: {short_path(family.out)}",
     ]
+
+
+def _sizes(family: Family) -> str:
+    """The training sizes in their order: `128 x 128 -> 160 x 160`."""
+    return " -> ".join(f"{phase.size[0]} x {phase.size[1]}" for phase in family.phases)
+
+
+def _steps(family: Family) -> str:
+    """Steps of an epoch and images of a step, phase by phase: `19 steps of 64`."""
+    counted = dict.fromkeys(f"{p.steps_per_epoch} steps of {p.images_per_step}" for p in family.phases)
+    return ", then ".join(counted)
+
+
+def _targets(family: Family) -> str:
+    """`pixels`, or the ladder of targets: `hog of 8 px, hog of 16 px`."""
+    named = [t.name + (f" of {t.args['cell']} px" if "cell" in t.args else "") for t in family.spec.targets]
+    return ", ".join(named if len(set(named)) > 1 else named[:1])
 
 
 def record_depths(tracker: Tracker, family: Family, found: Assessment, series: str = "") -> None:

@@ -8,24 +8,39 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from orchestrator.phases import Phase, phase_at
+
+REFERENCE_BATCH = 256  # images to which a base learning rate refers (MAE, PRETRAIN.md)
+
 
 @dataclass(frozen=True)
 class CosineSchedule:
     """Linear warm-up, then half a cosine down to 0 (MAE `PRETRAIN.md`), evaluated per optimizer step.
 
+    One curve over the epochs of the whole run, times blr x effective batch / 256 of the step's own phase (FastMIM's
+    trainer, papers.md 3.4).
+
     Args:
-        peak: learning rate at the end of the warm-up.
-        warmup_steps: optimizer steps of the warm-up.
-        total_steps: optimizer steps of the whole run.
+        blr: base learning rate, of 256 images.
+        warmup_epochs: epochs of the warm-up; may be a fraction.
+        epochs: of the whole run.
+        phases: where batches change their size.
     """
 
-    peak: float
-    warmup_steps: int
-    total_steps: int
+    blr: float
+    warmup_epochs: float
+    epochs: int
+    phases: tuple[Phase, ...]
 
     def __call__(self, step: int) -> float:
         """Learning rate of optimizer step `step`, counted from 0."""
-        if step < self.warmup_steps:
-            return self.peak * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        return self.peak * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        phase = phase_at(self.phases, step)
+        peak = self.blr * phase.images_per_step / REFERENCE_BATCH
+        epoch, within = phase.epoch_of(step)
+        # In steps of this phase, so that whole numbers stay exact.
+        passed = epoch * phase.steps_per_epoch + within
+        warmup = round(self.warmup_epochs * phase.steps_per_epoch)
+        if passed < warmup:
+            return peak * (passed + 1) / warmup
+        progress = (passed - warmup) / max(1, self.epochs * phase.steps_per_epoch - warmup)
+        return peak * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))

@@ -18,9 +18,10 @@ from torch import Tensor
 from models.backbones import open_backbone
 from models.backbones.backbone import Backbone
 from models.decoders import LocalDecoder
+from models.light_decoder import LightDecoder
 from models.local_mim import LocalMIM
-from models.masking import MaskPlan, block_plans, random_order, visible_counts
-from models.seeding import forked_rng, generator
+from models.masking import MaskPlan, block_plans, partial_plan, random_order, visible_counts
+from models.seeding import derive_seed, forked_rng, generator
 from models.targets import TARGETS
 from models.tokens import normalize_images
 from orchestrator.block_trainer import BlockTrainer, OptimSpec
@@ -32,11 +33,30 @@ from orchestrator.wire import Inbox, Payload, pack
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """One block's local decoder; `num_heads` None means one head per 32 channels (MAE's 512/16)."""
+    """One block's local decoder; `num_heads` None means one head per 32 channels (MAE's 512/16).
+
+    Args:
+        throw_ratio: share of all tokens that no decoder layer sees (PR-MIM); 0: plain.
+        recovery: "aggregate" predicts thrown tokens from decoded neighbours, "none" leaves them out.
+        sampler: how the tokens that are decoded are chosen, see `models.sampling`.
+        thrown_weight: of a thrown token in the loss.
+    """
 
     depth: int
     dim: int
     num_heads: int | None = None
+    throw_ratio: float = 0.0
+    recovery: str = "aggregate"
+    sampler: str = "furthest"
+    thrown_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """What one block's decoder predicts: a name in `models.targets.TARGETS` and its keywords."""
+
+    name: str = "pixels"
+    args: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,8 +68,12 @@ class FamilySpec:
     blocks: tuple[int, ...]
     mask_ratios: tuple[float, ...]
     decoders: tuple[DecoderSpec, ...]
-    target: str = "pixels"
-    target_args: dict[str, Any] = field(default_factory=dict)
+    targets: tuple[TargetSpec, ...] = ()
+    """One per block; () means normalised pixels in every block."""
+    encode: str = "auto"
+    """What an encoder block computes: "visible" tokens or "all"; see `models.backbones.open_backbone`."""
+    boundary_noise: float = 0.0
+    """Noise on what enters a later block, in standard deviations of it."""
     score_newly_dropped: bool = True
     seed: int = 0
     init_from: str | None = None
@@ -107,31 +131,58 @@ class StepReport:
 
 def build_local_mim(spec: FamilySpec, index: int, backbone: Backbone | None = None) -> LocalMIM:
     """Block `index` with its decoder and loss; its initial weights depend on (spec.seed, index) alone."""
-    backbone = backbone or open_backbone(spec.backbone, spec.blocks, spec.model_args)
-    info, decoder_spec = backbone.blocks[index], spec.decoders[index]
+    backbone = backbone or backbone_of(spec)
+    info, how = backbone.blocks[index], spec.decoders[index]
     encoder = backbone.build_block(index, spec.seed, spec.init_from)
-    target = TARGETS[spec.target](backbone.unit, **spec.target_args)
+    wanted = spec.targets[index] if spec.targets else TargetSpec()
+    target = TARGETS[wanted.name](info.stride, **wanted.args)
+    sizes: dict[str, Any] = {
+        "in_dim": info.width,
+        "dim": how.dim,
+        "depth": how.depth,
+        "num_heads": how.num_heads,
+        "out_dim": target.out_dim,
+        "num_prefix_tokens": info.num_prefix_tokens,
+        "norm_eps": backbone.norm_eps,
+    }
+    decoder: LocalDecoder | LightDecoder
     with forked_rng(spec.seed, "decoder", index):
-        decoder = LocalDecoder(
-            in_dim=info.width,
-            dim=decoder_spec.dim,
-            depth=decoder_spec.depth,
-            num_heads=decoder_spec.num_heads,
-            grid=info.grid,
-            out_dim=target.out_dim,
-            num_prefix_tokens=info.num_prefix_tokens,
-            norm_eps=backbone.norm_eps,
-        )
-    return LocalMIM(encoder, decoder, target, score_newly_dropped=spec.score_newly_dropped)
+        if backbone.encode == "all":
+            decoder = LightDecoder(**sizes)
+        else:
+            decoder = LocalDecoder(**sizes, recovery=how.recovery if how.throw_ratio else "none")
+    return LocalMIM(encoder, decoder, target, spec.score_newly_dropped, how.thrown_weight)
+
+
+def backbone_of(spec: FamilySpec) -> Backbone:
+    """The family's backbone, cut into its blocks."""
+    return open_backbone(spec.backbone, spec.blocks, spec.model_args, spec.encode)
 
 
 def plans_of_step(
-    spec: FamilySpec, grid: tuple[int, int], batch: int, step: int, micro: int
-) -> tuple[MaskPlan, ...]:
-    """The mask plans of all blocks for one micro-batch: a function of (seed, step, micro), the same wherever computed."""
+    spec: FamilySpec,
+    backbone: Backbone,
+    size: tuple[int, int],
+    batch: int,
+    step: int,
+    micro: int,
+    blocks: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[int, MaskPlan]:
+    """The mask plan of each of `blocks` (None: all) for one micro-batch of images of `size` (height, width), on `device`.
+
+    A function of (seed, step, micro), the same wherever it is computed.
+    """
+    grid = backbone.grid_at(size)
     units = grid[0] * grid[1]
     order = random_order(batch, units, generator(spec.seed, "mask", step, micro))
-    return block_plans(order, grid, visible_counts(units, spec.mask_ratios))
+    scales = [backbone.unit // info.stride for info in backbone.blocks]
+    plans = block_plans(order, grid, visible_counts(units, spec.mask_ratios), scales)
+    found = {}
+    for k in range(len(plans)) if blocks is None else blocks:
+        how, gen = spec.decoders[k], generator(spec.seed, "decode", step, micro, k)
+        found[k] = partial_plan(plans[k].to(device), how.throw_ratio, how.sampler, gen)
+    return found
 
 
 class Stage:
@@ -152,8 +203,9 @@ class Stage:
         self._blocks = tuple(blocks)
         self._device = torch.device(device)
         self._inbox = Inbox(self._device)
-        self._backbone = open_backbone(spec.backbone, spec.blocks, spec.model_args)
+        self._backbone = backbone_of(spec)
         self._trainers: list[BlockTrainer] = []
+        self._alike = _with_equal_targets(spec, self._backbone, self._blocks)
         self._next = (0, 0)
         self._idle_since: float | None = None
 
@@ -194,13 +246,21 @@ class Stage:
         idle = 0.0 if self._idle_since is None else started - self._idle_since
         pixels = normalize_images(self._inbox.unpack("images", images), self._spec.mean, self._spec.std)
         x = pixels if incoming is None else self._inbox.unpack("tokens", incoming).float()
-        plans = plans_of_step(self._spec, self._backbone.grid, pixels.shape[0], order.step, order.micro)
+        size = (pixels.shape[-2], pixels.shape[-1])
+        plans = plans_of_step(
+            self._spec, self._backbone, size, len(pixels), order.step, order.micro, self._blocks, self._device
+        )
         metrics: dict[int, dict[str, float]] = {}
+        shared: dict[int, Tensor] = {}
         for k, trainer in zip(self._blocks, self._trainers, strict=True):
+            alike = self._alike[k]
+            if alike not in shared:
+                shared = {alike: trainer.module.targets(pixels)}
             y, metrics[k] = trainer.train_step(
-                x,
+                self._noisy(x, k, order) if k else x,
                 pixels,
-                plans[k].to(self._device),
+                plans[k],
+                targets=shared[alike],
                 step=order.step,
                 lr=order.lr,
                 micro=order.micro,
@@ -215,6 +275,20 @@ class Stage:
         self._idle_since = ended
         return outgoing, StageReport(metrics, tuple(files), ended - started, idle)
 
+    def _noisy(self, x: Tensor, block: int, order: Order) -> Tensor:
+        """x: (B, T, D) -> the same with Gaussian noise of `boundary_noise` standard deviations of x added.
+
+        Siddiqui et al., arXiv 2302.01647, scale it by the activations' deviation too, and let the block's own head see it;
+        here only what crosses the boundary gets it.
+        """
+        if not self._spec.boundary_noise:
+            return x
+        gen = torch.Generator(self._device).manual_seed(
+            derive_seed(self._spec.seed, "noise", order.step, order.micro, block)
+        )
+        noise = torch.randn(x.shape, generator=gen, device=x.device)
+        return x + self._spec.boundary_noise * x.std() * noise
+
     def save(self, checkpoint: str) -> tuple[FileRecord, ...]:
         """Write every block of this stage into a checkpoint folder, uncommitted."""
         records = []
@@ -225,6 +299,12 @@ class Stage:
     def weights(self) -> dict[int, dict[str, Tensor]]:
         """Weights of every block here, on the CPU."""
         return {k: t.weights() for k, t in zip(self._blocks, self._trainers, strict=True)}
+
+
+def _with_equal_targets(spec: FamilySpec, backbone: Backbone, blocks: Sequence[int]) -> dict[int, int]:
+    """Block -> the first of `blocks` that predicts the same of the same tokens."""
+    what = {k: (spec.targets[k] if spec.targets else None, backbone.blocks[k].stride) for k in blocks}
+    return {k: next(first for first in blocks if what[first] == what[k]) for k in blocks}
 
 
 class Loader(Protocol):

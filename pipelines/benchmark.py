@@ -47,6 +47,97 @@ def memory(arguments: argparse.Namespace) -> None:
         )
 
 
+def methods(arguments: argparse.Namespace) -> None:
+    """GMACs, step time and peak activation memory of each method, as ratios to an ordinary MAE in the same run."""
+    import torch
+
+    from orchestrator.method_costs import cost
+    from orchestrator.method_costs import methods as listed
+
+    device, precision = torch.device(arguments.device), arguments.precision
+    layers = block_layers(arguments.backbone, arguments.blocks)
+    print(f"{arguments.backbone}, batch {arguments.batch}, {described(device)}, {precision}; MAE = 1")
+    print(
+        "act: activations held for the backward pass (float32, of the block that holds most), fused | explicit attention"
+    )
+    head = f"{'method':<40}  {'GMACs':>6}  {'ratio':>5}  {'step':>5}  {'act, fused':>10}  {'explicit':>8}"
+    print(head + ("  allocated" if device.type == "cuda" else "") + "  published")
+    first = None
+    for method in listed(arguments.backbone, layers):
+        found = cost(method.spec, arguments.batch, device, precision, arguments.steps)
+        first = first or found
+        line = (
+            f"{method.name:<40}  {found.gmacs:6.2f}  {found.gmacs / first.gmacs:5.2f}  {found.step_s / first.step_s:5.2f}  "
+            f"{found.fused / first.fused:10.2f}  {found.explicit / first.explicit:8.2f}"
+        )
+        if found.peak is not None and first.peak is not None:
+            line += f"  {found.peak / first.peak:9.2f}"
+        print(f"{line}  {method.published}", flush=True)
+    assert first is not None
+    print(
+        f"MAE here: {1000 * first.step_s:.0f} ms a step, {first.fused / 2**20:.0f} | {first.explicit / 2**20:.0f} MiB"
+    )
+
+
+def family(arguments: argparse.Namespace) -> None:
+    """Time of one family run against separate runs of its depths, and the bound that the multiply-accumulates set."""
+    import torch
+
+    from orchestrator.method_costs import (
+        MAE_DECODER,
+        SMALL_DECODER,
+        depth_runs,
+        forward_gmacs,
+        step_seconds,
+    )
+    from orchestrator.method_costs import family as one_family
+
+    device, precision = torch.device(arguments.device), arguments.precision
+    name, layers = arguments.backbone, block_layers(arguments.backbone, arguments.blocks)
+    ours = [one_family(name, layers, SMALL_DECODER)]
+    against = {
+        "separate runs of its depths, same decoder": depth_runs(name, layers, SMALL_DECODER),
+        "separate MAE runs, 8x512 decoders": depth_runs(name, layers, MAE_DECODER),
+    }
+
+    def total(specs: list) -> tuple[float, float]:
+        seconds = [
+            step_seconds(spec, arguments.batch, device, precision, arguments.steps)[0] for spec in specs
+        ]
+        return sum(seconds), sum(forward_gmacs(spec) for spec in specs)
+
+    depths = ", ".join(str(sum(layers[: k + 1])) for k in range(len(layers)))
+    print(
+        f"{name}, depths {depths}, 1x256 decoders, batch {arguments.batch}, {described(device)}, {precision}; equal "
+        "numbers of steps"
+    )
+    seconds, gmacs = total(ours)
+    print(f"one family run: {1000 * seconds:.0f} ms a step, {gmacs:.2f} GMACs an image")
+    print(f"{'against':<45}  {'time':>5}  {'by MACs':>7}  {'gap':>5}")
+    for words, specs in against.items():
+        other_s, other_gmacs = total(specs)
+        time_ratio, bound = seconds / other_s, gmacs / other_gmacs
+        label = f"{len(specs)} {words}"
+        print(f"{label:<45}  {time_ratio:5.2f}  {bound:7.2f}  {time_ratio / bound:5.2f}", flush=True)
+
+
+def block_layers(name: str, blocks: int) -> tuple[int, ...]:
+    """Layers of each block of a backbone cut into so many."""
+    from models.backbones import open_backbone
+
+    return tuple(info.layers for info in open_backbone(name, blocks).blocks)
+
+
+def described(device: object) -> str:
+    """What is measured on, for the head of a table."""
+    import torch
+
+    from orchestrator.cost import device_name
+
+    assert isinstance(device, torch.device)
+    return device_name(device)
+
+
 def pipeline(arguments: argparse.Namespace) -> None:
     """Throughput of stages with equal work on Ray, as a share of one stage alone, and the driver's cost."""
     for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):
@@ -93,7 +184,9 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python pipelines/benchmark.py", description=__doc__, allow_abbrev=False
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="memory|pipeline|seeds")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="memory|methods|family|pipeline|seeds"
+    )
 
     one = commands.add_parser("memory", help=memory.__doc__, description=memory.__doc__, allow_abbrev=False)
     one.add_argument("--backbone", default="vit_base_patch16_224", help="timm name (default: %(default)s)")
@@ -103,6 +196,22 @@ def main(argv: Sequence[str]) -> int:
     one.add_argument("--blocks", type=int, default=4, help="K (default: %(default)s)")
     one.add_argument("--mask-ratio", type=float, default=0.75, help="(default: %(default)s)")
     one.set_defaults(run=memory)
+
+    for run, batch, steps in ((methods, 8, 3), (family, 8, 3)):
+        costs = commands.add_parser(
+            run.__name__, help=run.__doc__, description=run.__doc__, allow_abbrev=False
+        )
+        costs.add_argument(
+            "--backbone", default="vit_base_patch16_224", help="timm name (default: %(default)s)"
+        )
+        costs.add_argument("--batch", type=int, default=batch, help="images (default: %(default)s)")
+        costs.add_argument("--blocks", type=int, default=4, help="K (default: %(default)s)")
+        costs.add_argument("--steps", type=int, default=steps, help="timed steps (default: %(default)s)")
+        costs.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+        costs.add_argument(
+            "--precision", default="fp32", choices=["fp32", "bf16"], help="(default: %(default)s)"
+        )
+        costs.set_defaults(run=run)
 
     two = commands.add_parser(
         "pipeline", help=pipeline.__doc__, description=pipeline.__doc__, allow_abbrev=False

@@ -18,6 +18,7 @@ from orchestrator.data.order import epoch_order
 from orchestrator.data.prefetch import Prefetcher
 from orchestrator.data.sources import Source
 from orchestrator.failures import TooManyBadImages
+from orchestrator.phases import Phase, PhaseSpec, phase_at, phases_on
 
 _REPLACEMENTS = 32  # bad images in a row that are replaced; then the data, not the image, is bad
 
@@ -35,9 +36,9 @@ class Batch:
 class TrainBatches:
     """Augmented batches of the images `indices` of `source`, any step at any time, the next ones ahead of time.
 
-    One optimizer step takes `accumulate` batches of `batch_size` images. An epoch visits the images in an order of its
-    own; images that fill no whole step are left out of that epoch. workers: processes that read ahead; 0 reads in this
-    process when asked. Close it when done.
+    One optimizer step takes `accumulate` batches of `batch_size` images of `size`; `later` says from which epoch on this is
+    otherwise. An epoch visits the images in an order of its own; images that fill no whole step are left out of that
+    epoch. workers: processes that read ahead; 0 reads in this process when asked. Close it when done.
     """
 
     def __init__(
@@ -52,73 +53,86 @@ class TrainBatches:
         flip: bool,
         seed: int,
         workers: int,
+        later: tuple[PhaseSpec, ...] = (),
     ) -> None:
         """Raises DataError if `indices` hold less than one step, ValueError for a wrong crop or count."""
-        for key, value, least in (
-            ("batch_size", batch_size, 1),
-            ("accumulate", accumulate, 1),
-            ("workers", workers, 0),
-        ):
+        specs = (PhaseSpec(0, size, batch_size, accumulate), *later)
+        counts = [("workers", workers, 0)]
+        for spec in specs:
+            counts += [("batch_size", spec.batch_size, 1), ("accumulate", spec.micros, 1)]
+        for key, value, least in counts:
             if value < least:
                 raise ValueError(f"data.{key} is {value}; give at least {least}")
-        self.steps_per_epoch = len(indices) // (batch_size * accumulate)  # optimizer steps
-        if self.steps_per_epoch == 0:
-            times = f" x data.accumulate={accumulate}" if accumulate > 1 else ""
-            raise DataError(
-                f"{source.name} has {len(indices)} images to train on, fewer than one step's "
-                f"data.batch_size={batch_size}{times}; lower data.batch_size to {max(1, len(indices) // accumulate)} or less"
+        for spec in specs:
+            if len(indices) < spec.images_per_step:
+                times = f" x data.accumulate={spec.micros}" if spec.micros > 1 else ""
+                raise DataError(
+                    f"{source.name} has {len(indices)} images to train on, fewer than one step's "
+                    f"data.batch_size={spec.batch_size}{times}; lower data.batch_size to "
+                    f"{max(1, len(indices) // spec.micros)} or less"
+                )
+        self.phases = phases_on(specs, len(indices))
+        self.steps_per_epoch = self.phases[0].steps_per_epoch
+        """Optimizer steps per epoch of the first phase."""
+        self._readers = {
+            phase: TrainReader(
+                source, indices, phase, RandomCrop(phase.size, crop_scale, crop_ratio, flip), seed
             )
-        self.accumulate = accumulate
-        crop = RandomCrop(size, crop_scale, crop_ratio, flip)
-        self._reader = TrainReader(source, indices, batch_size, self.steps_per_epoch * accumulate, crop, seed)
-        self._prefetcher = Prefetcher(self._reader, workers) if workers else None
+            for phase in self.phases
+        }
+        self._workers = workers
+        self._open: tuple[Phase, Prefetcher] | None = None
+        if workers:
+            self._ahead(self.phases[0])
 
     def batch(self, step: int, micro: int = 0) -> Batch:
-        """Batch `micro` (0..accumulate-1) of optimizer step `step` (from 0, over all epochs).
+        """Batch `micro` of optimizer step `step` (from 0, over all epochs).
 
         Asked in order it is mostly there already. Raises TooManyBadImages if hardly anything can be read, RuntimeError if a
         worker process died.
         """
-        if step < 0 or not 0 <= micro < self.accumulate:
-            raise ValueError(
-                f"there is no batch (step {step}, micro {micro}) with data.accumulate={self.accumulate}"
-            )
+        if step < 0 or not 0 <= micro < phase_at(self.phases, step).micros:
+            raise ValueError(f"there is no batch (step {step}, micro {micro}) with {self.phases}")
         began = time.perf_counter()
-        number = step * self.accumulate + micro
-        if self._prefetcher is not None:
-            filled = self._prefetcher.get(number)
+        phase = phase_at(self.phases, step)
+        number = (step - phase.first_step) * phase.micros + micro
+        if self._workers:
+            filled = self._ahead(phase).get(number)
             return Batch(filled.items, filled.bad, time.perf_counter() - began)
-        images = np.empty(self._reader.batch_shape, dtype=np.uint8)
-        bad = self._reader.fill(images, number, 0)
+        reader = self._readers[phase]
+        images = np.empty(reader.batch_shape, dtype=np.uint8)
+        bad = reader.fill(images, number, 0)
         return Batch(images, tuple(bad), time.perf_counter() - began)
+
+    def _ahead(self, phase: Phase) -> Prefetcher:
+        """The workers that read batches of this phase; those of another one are ended."""
+        if self._open is None or self._open[0] != phase:
+            self.close()
+            self._open = (phase, Prefetcher(self._readers[phase], self._workers))
+        return self._open[1]
 
     @property
     def worker_pids(self) -> tuple[int, ...]:
         """Process numbers of the workers, () without any."""
-        return self._prefetcher.pids if self._prefetcher is not None else ()
+        return self._open[1].pids if self._open is not None else ()
 
     def close(self) -> None:
         """End the workers. Harmless if done twice."""
-        if self._prefetcher is not None:
-            self._prefetcher.close()
+        if self._open is not None:
+            self._open[1].close()
 
 
 class TrainReader:
-    """What a data worker runs: any images of any training batch, by number. Numbers count batches over all epochs."""
+    """What a data worker runs: any images of any training batch of one phase, by number, counted from the phase's start."""
 
     def __init__(
-        self,
-        source: Source,
-        indices: np.ndarray,
-        batch_size: int,
-        batches_per_epoch: int,
-        crop: RandomCrop,
-        seed: int,
+        self, source: Source, indices: np.ndarray, phase: Phase, crop: RandomCrop, seed: int
     ) -> None:
         self.source = source
         self.indices = np.sort(indices)  # the order of an epoch shall not depend on how the split was listed
-        self.batch_size = batch_size
-        self.batches_per_epoch = batches_per_epoch
+        self.batch_size = phase.batch_size
+        self.first_epoch = phase.first_epoch
+        self.batches_per_epoch = phase.steps_per_epoch * phase.micros
         self.crop = crop
         self.seed = seed
         self._orders: dict[int, np.ndarray] = {}
@@ -129,7 +143,8 @@ class TrainReader:
 
     def fill(self, out: np.ndarray, number: int, start: int) -> list[tuple[str, str]]:
         """Images start..start+len(out)-1 of batch `number` -> out (n, 3, h, w); returns (name, reason) of bad ones."""
-        epoch, within = divmod(number, self.batches_per_epoch)
+        passed, within = divmod(number, self.batches_per_epoch)
+        epoch = self.first_epoch + passed
         order = self._order(epoch)
         bad: list[tuple[str, str]] = []
         for offset, target in enumerate(torch.from_numpy(out)):

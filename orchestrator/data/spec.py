@@ -8,6 +8,7 @@ from orchestrator.data.batches import TrainBatches
 from orchestrator.data.errors import DataError
 from orchestrator.data.sources import Source, open_source
 from orchestrator.data.splits import Splits, make_splits
+from orchestrator.phases import PhaseSpec
 
 CROP_RATIO = (3 / 4, 4 / 3)  # aspect of a training crop; MAE and torchvision use the same
 
@@ -23,6 +24,7 @@ class DataSpec:
         crop_scale: range of the crop's share of the image area.
         seed: of order and augmentation.
         fingerprint: what `open` must find; None takes whatever is there.
+        later: from which epoch on crops have another size, and batches another number of images.
         split_seed: of the split into train, val and test, apart from `seed` so that runs with other seeds share it.
     """
 
@@ -40,6 +42,7 @@ class DataSpec:
     split_seed: int = 0
     seed: int = 0
     fingerprint: str | None = None
+    later: tuple[PhaseSpec, ...] = ()
 
     def open(self) -> tuple[Source, Splits]:
         """The source and its split. Raises DataError with one sentence when it cannot be read."""
@@ -53,7 +56,10 @@ class DataSpec:
 
     def train_batches(self) -> TrainBatches:
         """The training batches, indexed by step."""
-        source, splits = self.open()
+        return self.batches_of(*self.open())
+
+    def batches_of(self, source: Source, splits: Splits) -> TrainBatches:
+        """The training batches of images that are open already."""
         return TrainBatches(
             source,
             splits.train,
@@ -65,4 +71,5 @@ class DataSpec:
             flip=self.flip,
             seed=self.seed,
             workers=self.workers,
+            later=self.later,
         )

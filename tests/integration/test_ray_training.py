@@ -15,9 +15,11 @@ import pytest
 
 from orchestrator.data.errors import DataError
 from orchestrator.failures import NonFiniteLoss, TrainingError
+from orchestrator.placement import consecutive
 from orchestrator.pretrain import StopRequest
 from orchestrator.ray_stages import RayStages
-from tests.integration.tiny import Ear, data, differing, family, in_process, layout, state, train
+from orchestrator.stages import InProcessStages
+from tests.integration.tiny import Ear, data, differing, family, growing, in_process, layout, state, train
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -182,3 +184,16 @@ def test_what_a_step_raises_in_an_actor_is_what_the_user_sees(tmp_path: Path) ->
             train(stages, out, max_restarts=3)
     finally:
         stages.close()
+
+
+def test_growing_resolution_and_thrown_tokens_give_bitwise_equal_weights_on_ray(tmp_path: Path) -> None:
+    spec, images, phases = growing()
+    here = InProcessStages(spec, images.train_batches, consecutive(4, 4), threads=1)
+    train(here, tmp_path / "here", steps=21, phases=phases)
+    (tmp_path / "ray").mkdir()
+    stages = RayStages(spec, images, layout(4), shared=tmp_path / "ray")
+    try:
+        train(stages, tmp_path / "ray", steps=21, phases=phases)
+    finally:
+        stages.close()
+    assert differing(state(tmp_path / "here", 21), state(tmp_path / "ray", 21)) == []

@@ -50,3 +50,27 @@ def test_accumulated_micro_batches_resume_too(tmp_path: Path) -> None:
         train(stages(), tmp_path / "cut", steps=20, every=6, micros=2, ear=Ear(at_step))
     train(stages(), tmp_path / "cut", steps=20, every=6, micros=2)
     assert differing(state(tmp_path / "whole", 20), state(tmp_path / "cut", 20)) == []
+
+
+def test_a_run_of_growing_resolution_resumes_inside_any_phase(tmp_path: Path) -> None:
+    from orchestrator.stages import InProcessStages
+    from tests.integration.tiny import growing
+
+    spec, images, phases = growing()
+    assert [(p.first_step, p.steps_per_epoch) for p in phases] == [(0, 4), (4, 4), (12, 9)]
+
+    def stages() -> InProcessStages:
+        return InProcessStages(spec, images.train_batches, ((0, 1), (2, 3)), threads=1)
+
+    train(stages(), tmp_path / "whole", steps=21, every=5, phases=phases)
+    for step in (2, 4, 7, 12, 14):
+        out = tmp_path / f"cut{step}"
+
+        def at_step(done: int, step: int = step) -> None:
+            if done == step:
+                raise CutOff
+
+        with pytest.raises(CutOff):
+            train(stages(), out, steps=21, every=5, phases=phases, ear=Ear(at_step))
+        train(stages(), out, steps=21, every=5, phases=phases)
+        assert differing(state(tmp_path / "whole", 21), state(out, 21)) == []

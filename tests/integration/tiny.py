@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from orchestrator.block_trainer import OptimSpec
 from orchestrator.checkpoint import CheckpointStore, Manifest, load_block_state, load_block_weights
 from orchestrator.data.spec import DataSpec
 from orchestrator.failures import RestartPolicy
+from orchestrator.phases import Phase, PhaseSpec, constant, phase_at
 from orchestrator.placement import Layout, consecutive
 from orchestrator.pretrain import EpochReport, PretrainResult, RunPlan, StopRequest, pretrain
 from orchestrator.schedules import CosineSchedule
@@ -46,6 +48,15 @@ def data(**changes: Any) -> DataSpec:
     return DataSpec(**(settings | changes))
 
 
+def growing() -> tuple[FamilySpec, DataSpec, tuple[Phase, ...]]:
+    """A family that uses all at once: three image sizes, one with accumulated steps, thrown tokens, boundary noise."""
+    throw = DecoderSpec(1, 32, 2, throw_ratio=0.25)
+    spec = family(decoders=(throw,) * 4, boundary_noise=0.25)
+    later = (PhaseSpec(1, (24, 24), 128, micros=2), PhaseSpec(3, (32, 32), 128))
+    images = data(batch_size=256, later=later)
+    return spec, images, replace(images, workers=0).train_batches().phases
+
+
 def layout(stages: int = 4, blocks: int = 4) -> Layout:
     return Layout(consecutive(blocks, stages), gpus=0.0, cpus=0.3, loader_cpus=0.2, threads=1)
 
@@ -68,6 +79,8 @@ class Ear:
 
     def on_epoch(self, report: EpochReport) -> None: ...
 
+    def on_checkpoint(self, step: int) -> None: ...
+
     def on_rewind(self, step: int) -> None: ...
 
     def say(self, text: str) -> None:
@@ -84,17 +97,20 @@ def train(
     max_restarts: int = 0,
     micros: int = 1,
     keep: int = 2,
+    phases: tuple[Phase, ...] = (),
 ) -> PretrainResult:
     """Train to `steps` in epochs of ten steps, checkpoints every `every` steps."""
     ear = ear or Ear()
+    epochs = (
+        steps // STEPS_PER_EPOCH if not phases else phase_at(phases, steps - 1).epoch_of(steps - 1)[0] + 1
+    )
+    phases = phases or constant(STEPS_PER_EPOCH, 16, micros, (16, 16))
     plan = RunPlan(
-        epochs=steps // STEPS_PER_EPOCH,
-        steps_per_epoch=STEPS_PER_EPOCH,
-        micros=micros,
-        images_per_step=16 * micros,
-        lr=CosineSchedule(1e-3, 5, steps),
+        epochs=epochs,
+        phases=phases,
+        lr=CosineSchedule(1.6e-2 / micros, 0.5, epochs, phases),
         window=2 * len(stages.places),
-        checkpoint_every=every,
+        checkpoint_epochs=every / STEPS_PER_EPOCH,
         max_bad_images=0,
     )
     out.mkdir(parents=True, exist_ok=True)

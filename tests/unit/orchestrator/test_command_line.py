@@ -98,7 +98,10 @@ def test_another_backbone_does_not_inherit_the_arguments_of_the_recipe_s() -> No
         ),
         (["--data.batch", "3"], "unknown setting 'data.batch'; did you mean 'data.batch_size'?"),
         (["--rec", "x"], "unknown setting 'rec'; --help lists all settings"),
-        (["--mask", "0.6"], "'mask' is a group of settings, not one: mask.ratio, mask.score_newly_dropped"),
+        (
+            ["--mask", "0.6"],
+            "'mask' is a group of settings, not one: mask.ratio, mask.encode, mask.score_newly_dropped",
+        ),
         (["--schedule.epochs", "1e2"], "schedule.epochs must be a whole number of at least 1, not 1e2"),
         (["--seed", "-1"], "seed must be a whole number of at least 0, not -1"),
         (["--seed", "yes"], "seed must be a whole number of at least 0, not 'yes'"),
@@ -107,19 +110,19 @@ def test_another_backbone_does_not_inherit_the_arguments_of_the_recipe_s() -> No
         (["--out", "--seed", "1"], "--out needs a value: a path or null"),
         (["--out="], "out must be a path or null, not ''"),
         (["--resume", "maybe"], "resume must be true or false, not 'maybe'"),
-        (["--target.name", "hog"], "target.name must be pixels, not 'hog'"),
+        (["--baseline", "hog"], "baseline must be none or mae, not 'hog'"),
         (
             ["seed", "3"],
             "unexpected 'seed', '3': settings are written --key value, and a value with spaces needs quotes",
         ),
         (
             ["--recipe"],
-            "--recipe needs a name or a file: digits_demo, vit_base_imagenet, or a YAML file",
+            "--recipe needs a name or a file: digits_demo, sign_digits, vit_base_imagenet, or a YAML file",
         ),
         (
             ["--recipe", "digit_demo"],
             "no recipe and no file is called 'digit_demo'; did you mean 'digits_demo'? "
-            "(recipes: digits_demo, vit_base_imagenet)",
+            "(recipes: digits_demo, sign_digits, vit_base_imagenet)",
         ),
         (
             ["--backbone.model_args.depth", "{a: 1}"],

@@ -186,3 +186,9 @@ def test_drawing_brings_no_pyplot_and_needs_no_display(tmp_path: Path) -> None:
     )
     root = Path(__file__).resolve().parents[3]
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "loss.png")], cwd=root, check=True)
+
+
+def test_what_are_no_pixels_is_shown_beside_the_true_target() -> None:
+    images = np.zeros((1, 8, 8, 3))
+    figure = reconstruction_figure(images, images, np.array([[0]]), (2, 2), wanted=np.ones((1, 8, 8, 3)))
+    assert {text.get_text() for text in figure.texts} == {"masked", "predicted", "target", "original"}

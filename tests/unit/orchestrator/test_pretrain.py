@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.checkpoint import CheckpointStore, FileRecord, Manifest, write_atomically
 from orchestrator.failures import NonFiniteLoss, RestartPolicy, StageFailure, TooManyBadImages
+from orchestrator.phases import PhaseSpec, constant, phases_on
 from orchestrator.pretrain import EpochReport, PretrainResult, RunPlan, StopRequest, pretrain
 from orchestrator.stages import Order, StageReport, StepReport
 
@@ -72,12 +73,16 @@ class Ear:
         self.epochs: list[EpochReport] = []
         self.steps: list[int] = []
         self.rewinds: list[int] = []
+        self.checkpoints: list[int] = []
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
         self.steps.append(step)
 
     def on_epoch(self, report: EpochReport) -> None:
         self.epochs.append(report)
+
+    def on_checkpoint(self, step: int) -> None:
+        self.checkpoints.append(step)
 
     def on_rewind(self, step: int) -> None:
         self.rewinds.append(step)
@@ -89,12 +94,10 @@ class Ear:
 def plan(**changes: Any) -> RunPlan:
     settings: dict[str, Any] = {
         "epochs": 3,
-        "steps_per_epoch": 5,
-        "micros": 1,
-        "images_per_step": 8,
+        "phases": constant(5, 8),
         "lr": lambda step: 0.1,
         "window": 4,
-        "checkpoint_every": 4,
+        "checkpoint_epochs": 4 / 5,
         "max_bad_images": 1,
     }
     return RunPlan(**(settings | changes))
@@ -138,7 +141,7 @@ def test_no_more_than_the_window_is_under_way(tmp_path: Path) -> None:
 
 def test_micro_batches_come_in_order_and_only_the_last_is_marked(tmp_path: Path) -> None:
     stages = CountingStages()
-    run(stages, tmp_path, micros=3)
+    run(stages, tmp_path, phases=constant(5, 8, micros=3))
     assert [(o.step, o.micro) for o in stages.orders[:6]] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     assert all(o.last_micro for o in stages.orders if o.checkpoint)
     assert stages.updates == 15
@@ -209,3 +212,31 @@ def test_a_cut_short_checkpoint_is_passed_over_and_that_is_said(tmp_path: Path) 
     run(stages, tmp_path, ear)
     assert stages.restores == [12]
     assert any("step-00000015 is passed over: updates has 1 of 2 bytes" in text for text in ear.said)
+
+
+def test_the_pipeline_is_drained_where_a_phase_ends_and_its_last_step_is_saved(tmp_path: Path) -> None:
+    class Watched(CountingStages):
+        def submit(self, order: Order) -> Any:
+            if order.step == 10 and order.micro == 0:
+                assert self._under_way == 0
+            return super().submit(order)
+
+    phases = phases_on([PhaseSpec(0, (8, 8), 8), PhaseSpec(2, (16, 16), 4, micros=2)], images=40)
+    stages, ear = Watched(), Ear()
+    run(stages, tmp_path, ear, phases=phases, checkpoint_epochs=2.5)
+    assert [o.micros for o in stages.orders] == [1] * 10 + [2] * 10
+    assert ear.checkpoints == [10, 15]
+    assert [e.epoch for e in ear.epochs] == [1, 2, 3]
+
+
+def test_a_checkpoint_is_told_once_it_is_whole(tmp_path: Path) -> None:
+    class Looking(Ear):
+        def on_checkpoint(self, step: int) -> None:
+            latest = CheckpointStore(tmp_path).latest()
+            assert latest is not None
+            assert latest.step == step
+            super().on_checkpoint(step)
+
+    ear = Looking()
+    run(CountingStages(), tmp_path, ear)
+    assert ear.checkpoints == [4, 8, 12, 15]

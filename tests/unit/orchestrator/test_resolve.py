@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from models.backbones.backbone import Backbone
 from orchestrator.command_line import load_settings
-from orchestrator.config import SettingsError
+from orchestrator.config import Settings, SettingsError
+from orchestrator.phases import PhaseSpec
 from orchestrator.resolve import data_spec, resolve
 from orchestrator.stages import DecoderSpec
 
@@ -59,6 +61,61 @@ def test_all_that_the_backbone_refuses_is_named_line_by_line(tmp_path: Path) -> 
 
 
 def test_the_data_of_the_settings_are_named_for_the_actors() -> None:
-    spec = data_spec(load_settings(["--seed", "3", "--data.split_seed", "5"]), (32, 32))
+    spec = data_spec(*_with_backbone("--seed", "3", "--data.split_seed", "5"))
     assert (spec.source, spec.batch_size, spec.size) == ("digits", 64, (32, 32))
     assert (spec.seed, spec.split_seed, spec.flip) == (3, 5, False)
+
+
+def _with_backbone(*argv: str) -> tuple[Settings, Backbone]:
+    settings = load_settings(argv)
+    return settings, resolve(settings)[1]
+
+
+def test_a_resolution_schedule_becomes_phases_of_the_data() -> None:
+    schedule = "[[0, 16], [0.5, 24, 32], [70, 32, 16, 4]]"
+    spec = data_spec(*_with_backbone("--schedule.resolution", schedule))
+    assert (spec.size, spec.batch_size, spec.accumulate) == ((16, 16), 64, 1)
+    assert spec.later == (PhaseSpec(40, (24, 24), 32, 1), PhaseSpec(70, (32, 32), 16, 4))
+
+
+def test_a_resolution_that_the_patches_do_not_divide_is_refused() -> None:
+    (line,) = problem("--schedule.resolution", "[[0, 20], [0.5, 32]]")
+    assert "20" in line
+    assert "8" in line
+
+
+def test_a_resolution_whose_grid_leaves_nothing_visible_is_refused() -> None:
+    (line,) = problem("--schedule.resolution", "[[0, 8], [0.5, 32]]", "--decoder.throw_ratio", "0.5")
+    assert line.startswith("mask.ratio 0.75 leaves block 0 no visible unit out of 1")
+
+
+def test_a_throw_ratio_must_leave_a_token_to_decode() -> None:
+    (line,) = problem("--decoder.throw_ratio", "0.75")
+    assert line.startswith("decoder.throw_ratio 0.75")
+    assert "0.6875" in line  # of 16 tokens 4 are visible, so 11 can be thrown
+
+
+def test_every_block_has_its_own_target_and_throw_ratio() -> None:
+    spec, _ = resolve(
+        load_settings(
+            [
+                *["--target.name", "[hog,hog,hog,pixels]", "--target.cell", "[4,8,16,8]"],
+                *["--decoder.throw_ratio", "[0.5,0.5,0.25,0]"],
+            ]
+        )
+    )
+    assert [target.name for target in spec.targets] == ["hog", "hog", "hog", "pixels"]
+    assert [target.args.get("cell") for target in spec.targets] == [4, 8, 16, None]
+    assert [decoder.throw_ratio for decoder in spec.decoders] == [0.5, 0.5, 0.25, 0.0]
+
+
+def test_a_hog_cell_that_fits_neither_patch_nor_image_is_refused() -> None:
+    lines = problem("--target.name", "hog", "--target.cell", "5")
+    assert all("target.cell" in line for line in lines)
+
+
+def test_where_all_tokens_are_encoded_nothing_can_be_thrown() -> None:
+    (line,) = problem("--mask.encode", "all", "--decoder.throw_ratio", "0.5")
+    assert line.startswith("decoder.throw_ratio must be 0 where all tokens are encoded")
+    (line,) = problem("--mask.encode", "all", "--mask.ratio", "[0.5,0.5,0.75,0.75]")
+    assert line.startswith("mask.ratio must be the same in every block")

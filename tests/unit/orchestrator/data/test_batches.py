@@ -15,6 +15,7 @@ from orchestrator.data.folder import FolderSource
 from orchestrator.data.parquet import ParquetSource
 from orchestrator.data.sources import Source
 from orchestrator.failures import TooManyBadImages
+from orchestrator.phases import PhaseSpec
 
 Make = Callable[..., Path]
 
@@ -196,3 +197,19 @@ def test_evaluation_gives_whole_images_in_order_and_leaves_bad_ones_out(image_fo
 
 def test_evaluation_of_nothing_yields_nothing():
     assert list(eval_images(DigitsSource(), np.array([], dtype=np.int64), (8, 8), 4)) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_later_phase_changes_size_and_batch_from_its_epoch_on(workers: int):
+    source = DigitsSource()
+    later = (PhaseSpec(2, (8, 8), 2, micros=2),)
+    batches = train_batches(source, indices=np.arange(12), later=later, workers=workers)
+    steady = train_batches(source, indices=np.arange(12), size=(8, 8), batch_size=2, accumulate=2)
+    try:
+        assert batches.batch(5).images.shape == (4, 3, 6, 10)
+        # Steps 0..5 are two epochs of three steps; so are they of the steady run.
+        for step, micro in ((6, 0), (6, 1), (8, 0)):
+            assert same(batches.batch(step, micro), steady.batch(step, micro))
+        assert batches.batch(0).images.shape == (4, 3, 6, 10)  # and back again
+    finally:
+        batches.close()

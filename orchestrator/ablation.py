@@ -1,0 +1,201 @@
+"""What each part of the method is worth: families trained with one thing changed, over several seeds, against truncated MAE.
+
+Every case is trained in one process (the weights that the actors would give), measured on the test split at every depth, and
+written as one line of JSON, so that an ablation can be cut off and continued. Serves `pipelines/ablation.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.assess import trained_variant
+from orchestrator.checkpoint import CheckpointStore, load_block_weights
+from orchestrator.config import Settings, end_to_end, with_changes
+from orchestrator.evaluation import DepthReport, evaluate_variants
+from orchestrator.family import make_family
+from orchestrator.placement import ClusterResources
+from orchestrator.pretrain import EpochReport, StopRequest
+from orchestrator.training import layout_of, train
+
+TRUNCATED_MAE = "mae"
+"""The reference: one end-to-end MAE run, truncated at each depth."""
+
+PLAIN = "bim"
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    PLAIN: ("plain BIM: normalised pixels, one decoder layer per block", {}),
+    TRUNCATED_MAE: ("MAE (K = 1), truncated at each depth", {}),
+    "throw": ("PR-MIM, half of all tokens thrown and recovered", {"decoder.throw_ratio": 0.5}),
+    "drop": (
+        "the same half dropped, not recovered",
+        {"decoder.throw_ratio": 0.5, "decoder.recovery": "none"},
+    ),
+    "hog": ("HOG, cells of one patch (8 px)", {"target.name": "hog", "target.cell": 8}),
+    "hog-ladder": (
+        "HOG, cells of 2, 4, 8, 16 px by block",
+        {"target.name": "hog", "target.cell": [2, 4, 8, 16]},
+    ),
+    "raw-pixels": ("pixels as they are", {"target.normalize": False}),
+    "resolution": (
+        "32, 48, 64 px from 0, 50, 75 % of the epochs on",
+        {"schedule.resolution": [[0, 32], [0.5, 48], [0.75, 64]]},
+    ),
+    "ratios-up": ("mask ratio 0.6, 0.65, 0.7, 0.75 by block", {"mask.ratio": [0.6, 0.65, 0.7, 0.75]}),
+    "ratios-high": ("mask ratio 0.75, 0.8, 0.85, 0.9 by block", {"mask.ratio": [0.75, 0.8, 0.85, 0.9]}),
+    "deeper": ("decoders of 1, 1, 2, 2 layers by block", {"decoder.depth": [1, 1, 2, 2]}),
+    "noise": ("noise of 0.25 deviations on what crosses a boundary", {"boundary_noise": 0.25}),
+    "mae-hog": ("MAE (K = 1) with HOG, truncated", {"blocks": 1, "target.name": "hog", "target.cell": 8}),
+}
+"""Name -> what is changed, in words and as settings."""
+
+SCORES = ("knn_top1", "linear_top1")
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One case with one seed: test accuracies (0..1) by score and depth, the seconds it trained."""
+
+    case: str
+    seed: int
+    epochs: int
+    scores: dict[str, dict[int, float]]
+    n_test: int
+    train_s: float
+
+
+class _Quiet:
+    """A listener that keeps silent."""
+
+    began = True
+
+    def on_step(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def on_epoch(self, report: EpochReport) -> None: ...
+
+    def on_checkpoint(self, step: int) -> None: ...
+
+    def on_rewind(self, step: int) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
+def run_case(base: Settings, case: str, seed: int, changes: Mapping[str, Any] | None = None) -> CaseResult:
+    """Train one case with one seed and measure all depths of the base's blocks on the test split.
+
+    changes: settings of a case that is not in `CASES`. Raises SettingsError, DataError, TrainingError.
+    """
+    depths = make_family(base, Path())[0].depths
+    alone = {
+        "seed": seed,
+        "placement.backend": "in_process",
+        "placement.stages": 1,
+        "checkpoint.every_epochs": float(base.schedule.epochs),
+    }
+    settings = end_to_end(base) if case == TRUNCATED_MAE else base
+    settings = with_changes(settings, {**(CASES[case][1] if changes is None else changes), **alone})
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="ablation-") as folder:
+        family, source, splits = make_family(settings, Path(folder))
+        began = time.perf_counter()
+        layout = layout_of(settings, ClusterResources(1.0, 0.0))
+        train(family, layout, "fp32", _Quiet(), StopRequest())
+        seconds = time.perf_counter() - began
+        checkpoint = CheckpointStore(family.out).directory(family.total_steps)
+        weights = [load_block_weights(checkpoint, k) for k in range(len(family.spec.blocks))]
+    variants = {depth: trained_variant(family.backbone, weights, depth) for depth in depths}
+    how, spec = settings.evaluation, family.spec
+    reports: list[DepthReport] = evaluate_variants(
+        variants,
+        source,
+        splits,
+        family.backbone.image_size,
+        mean=spec.mean,
+        std=spec.std,
+        device=torch.device("cpu"),
+        k=how.knn_k,
+        temperature=how.knn_temperature,
+        seed=settings.data.split_seed,
+        batch_size=how.batch_size,
+        latency=False,
+    )
+    scores = {name: {report.depth: report.metrics()[name] for report in reports} for name in SCORES}
+    return CaseResult(case, seed, settings.schedule.epochs, scores, reports[0].n_test, seconds)
+
+
+def read_results(file: Path) -> list[CaseResult]:
+    """The cases that an ablation has written so far; a line that was cut off is passed over."""
+    if not file.exists():
+        return []
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            raw = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        raw["scores"] = {name: {int(d): v for d, v in by.items()} for name, by in raw["scores"].items()}
+        found.append(CaseResult(**raw))
+    return found
+
+
+def write_result(file: Path, result: CaseResult) -> None:
+    """Append one case."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write(json.dumps(asdict(result)) + "\n")
+
+
+def table(results: Sequence[CaseResult], cases: Mapping[str, str]) -> Iterator[str]:
+    """Markdown lines, one table per score: mean over seeds +- standard error of the mean by depth, in percent.
+
+    The error is that of the seeds alone (all are tested on the same images). The last column is the mean over depths
+    less that of truncated MAE, with the error of the paired difference, where both have the same seeds.
+    """
+    for score in SCORES:
+        rows = [row for name in cases if (row := _of(results, name, score))]
+        if not rows:
+            continue
+        depths = sorted(next(iter(rows[0].values())))
+        yield (
+            f"| {score.replace('_', ' ')}, % | "
+            + " | ".join(f"depth {d}" for d in depths)
+            + " | mean | ahead of MAE |"
+        )
+        yield "|---|" + "---|" * (len(depths) + 2)
+        mae = {seed: statistics.mean(by.values()) for seed, by in _of(results, TRUNCATED_MAE, score).items()}
+        for name, words in cases.items():
+            by_seed = _of(results, name, score)
+            if not by_seed:
+                continue
+            cells = [_mean_and_error([by[d] for by in by_seed.values()]) for d in depths]
+            means = {seed: statistics.mean(by.values()) for seed, by in by_seed.items()}
+            shared = sorted(means.keys() & mae.keys())
+            lead = (
+                ""
+                if name == TRUNCATED_MAE or not shared
+                else _mean_and_error([means[seed] - mae[seed] for seed in shared], signed=True)
+            )
+            yield f"| {words} | " + " | ".join([*cells, _mean_and_error(list(means.values())), lead]) + " |"
+        yield ""
+
+
+def _of(results: Sequence[CaseResult], case: str, score: str) -> dict[int, dict[int, float]]:
+    """Seed -> depth -> accuracy."""
+    return {result.seed: result.scores[score] for result in results if result.case == case}
+
+
+def _mean_and_error(values: Sequence[float], signed: bool = False) -> str:
+    mean = 100 * statistics.mean(values)
+    text = f"{mean:+.1f}" if signed else f"{mean:.1f}"
+    if len(values) > 1:
+        text += f" ± {100 * statistics.stdev(values) / math.sqrt(len(values)):.1f}"
+    return text

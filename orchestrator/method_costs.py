@@ -1,0 +1,181 @@
+"""What each method and each family costs: multiply-accumulates, seconds of a training step, activations held for it.
+
+All as figures of one process, so that they can be set as ratios against an ordinary MAE in the same run. Serves
+`pipelines/benchmark.py methods` and `family`; imports neither ray, mlflow nor pydantic, so that it runs on a bare GPU image.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import timm.layers
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from orchestrator.activation_memory import saved_activations
+from orchestrator.block_trainer import BlockTrainer, Precision
+from orchestrator.stages import (
+    DecoderSpec,
+    FamilySpec,
+    TargetSpec,
+    backbone_of,
+    build_local_mim,
+    plans_of_step,
+)
+
+MASK_RATIO = 0.75
+MAE_DECODER = DecoderSpec(8, 512)
+SMALL_DECODER = DecoderSpec(1, 256)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the table.
+
+    Args:
+        published: the paper's ratio to MAE, where one is known (papers.md: READ), else "".
+    """
+
+    name: str
+    spec: FamilySpec
+    published: str = ""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one training step, per image where not said otherwise.
+
+    Args:
+        gmacs: multiply-accumulates of the forward passes, 1e9.
+        step_s: median seconds of a whole step of the batch: forward, backward, update, of all blocks in turn.
+        fused, explicit: bytes of activations held for the backward pass, of the block that holds most, for the batch;
+            with fused and with explicit attention.
+        peak: bytes that the accelerator had allocated at most during a step; None on a CPU.
+    """
+
+    gmacs: float
+    step_s: float
+    fused: int
+    explicit: int
+    peak: int | None
+
+
+def family(
+    backbone: str,
+    blocks: tuple[int, ...],
+    decoder: DecoderSpec,
+    target: TargetSpec | None = None,
+    **args: Any,
+) -> FamilySpec:
+    """A family of equal decoders and targets. args: model_args, encode."""
+    return FamilySpec(
+        backbone=backbone,
+        blocks=blocks,
+        mask_ratios=(MASK_RATIO,) * len(blocks),
+        decoders=(decoder,) * len(blocks),
+        targets=(target or TargetSpec(),) * len(blocks),
+        **({"model_args": {}} | args),
+    )
+
+
+def methods(backbone: str, layers: tuple[int, ...], cell: int = 8) -> list[Method]:
+    """The methods of papers.md on one backbone, ordinary MAE first. layers: of the family's blocks."""
+    whole = (sum(layers),)
+    thrown, small_thrown = replace(MAE_DECODER, throw_ratio=0.5), replace(SMALL_DECODER, throw_ratio=0.5)
+    hog, low = TargetSpec("hog", {"cell": cell}), {"img_size": 128}
+    k = f"K={len(layers)}"
+    return [
+        Method("MAE", family(backbone, whole, MAE_DECODER), "1"),
+        Method("PR-MIM 0.5", family(backbone, whole, thrown), "MACs 0.72, memory 0.64"),
+        Method(f"BIM {k}", family(backbone, layers, MAE_DECODER)),
+        Method(f"BIM {k} + PR-MIM 0.5", family(backbone, layers, thrown)),
+        Method(
+            "FastMIM 128, HOG",
+            family(backbone, whole, SMALL_DECODER, hog, model_args=low, encode="all"),
+        ),
+        Method(
+            f"BIM {k} + PR-MIM 0.5, HOG, 128, 1x256",
+            family(backbone, layers, small_thrown, hog, model_args=low),
+        ),
+    ]
+
+
+def forward_gmacs(spec: FamilySpec) -> float:
+    """Multiply-accumulates / 1e9 of the forward passes of one image through all blocks and decoders, on the meta device."""
+    backbone = backbone_of(spec)
+    size = backbone.image_size
+    plans = plans_of_step(spec, backbone, size, batch=1, step=0, micro=0)
+    x = images = torch.empty(1, 3, *size, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        for k in range(len(spec.blocks)):
+            module = build_local_mim(spec, k, backbone).to("meta")
+            x = module(x, images, plans[k].to("meta")).activations
+    return counter.get_total_flops() / 2e9
+
+
+def step_seconds(
+    spec: FamilySpec, batch: int, device: torch.device, precision: Precision, steps: int
+) -> tuple[float, int | None]:
+    """Median seconds of a training step of `batch` random images, all blocks one after the other in this process; and the
+    most bytes that were allocated on an accelerator meanwhile."""
+    backbone = backbone_of(spec)
+    optim = replace(spec.optim, precision=precision)
+    trainers = [
+        BlockTrainer(build_local_mim(spec, k, backbone), k, optim, device) for k in range(len(spec.blocks))
+    ]
+    images = torch.rand(batch, 3, *backbone.image_size, generator=torch.Generator().manual_seed(0)).to(device)
+    times = []
+    for step in range(steps + 1):  # the first one warms up
+        if device.type == "cuda" and step == 1:
+            torch.cuda.reset_peak_memory_stats(device)
+        started = _now(device)
+        plans = plans_of_step(spec, backbone, backbone.image_size, batch, step, 0, device=device)
+        x = images
+        for k, trainer in enumerate(trainers):
+            y, _ = trainer.train_step(x, images, plans[k], step=step, lr=1e-4)
+            x = y.float()
+        times.append(_now(device) - started)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return statistics.median(times[1:]), peak
+
+
+def cost(spec: FamilySpec, batch: int, device: torch.device, precision: Precision, steps: int) -> Cost:
+    """All figures of one method. Activations are counted in float32 on the CPU, with a batch of `batch` or 8."""
+    counted = min(batch, 8)
+    fused = max(saved_activations(spec, counted)) * batch // counted
+    with explicit_attention():
+        explicit = max(saved_activations(spec, counted)) * batch // counted
+    seconds, peak = step_seconds(spec, batch, device, precision, steps)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return Cost(forward_gmacs(spec), seconds, fused, explicit, peak)
+
+
+@contextmanager
+def explicit_attention() -> Iterator[None]:
+    """Inside, timm builds attention that keeps its N x N weights, as before fused kernels."""
+    before = timm.layers.use_fused_attn()
+    timm.layers.set_fused_attn(False)
+    try:
+        yield
+    finally:
+        timm.layers.set_fused_attn(bool(before))
+
+
+def depth_runs(backbone: str, layers: tuple[int, ...], decoder: DecoderSpec) -> list[FamilySpec]:
+    """What a family replaces: an ordinary end-to-end run for each of its depths."""
+    depths = [sum(layers[: k + 1]) for k in range(len(layers))]
+    return [family(backbone, (depth,), decoder, model_args={"depth": depth}) for depth in depths]
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

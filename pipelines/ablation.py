@@ -1,0 +1,75 @@
+"""Train a family with one part of the method changed at a time, over several seeds, and print the tables; see --help."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+from orchestrator.command_line import load_settings
+from orchestrator.config import SettingsError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run what is missing, print the tables. Returns the exit status: 0 done, 1 a case failed, 2 bad input."""
+    from orchestrator.ablation import CASES, read_results, run_case, table, write_result
+
+    listed = "".join(f"\n  {name:<12} {words}" for name, (words, _) in CASES.items())
+    parser = argparse.ArgumentParser(
+        prog="python pipelines/ablation.py",
+        description=__doc__,
+        epilog=f"Cases:{listed}\n\nWhat else follows --SETTING VALUE changes every case (see bim_pipeline.py --help).",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--results", type=Path, required=True, metavar="FILE", help="a line of JSON per case and seed"
+    )
+    parser.add_argument("--cases", default=",".join(CASES), help="names, with commas (default: all)")
+    parser.add_argument("--seeds", default="0,1,2", help="numbers, with commas (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes of one thread each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--recipe", default="sign_digits", help="what is the same in every case (default: %(default)s)"
+    )
+    arguments, rest = parser.parse_known_args(argv)
+    cases, seeds = arguments.cases.split(","), [int(seed) for seed in arguments.seeds.split(",")]
+    if unknown := [case for case in cases if case not in CASES]:
+        parser.error(f"unknown cases {', '.join(unknown)}; there are {', '.join(CASES)}")
+    try:
+        base = load_settings(["--recipe", arguments.recipe, *rest])
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    done = {(r.case, r.seed) for r in read_results(arguments.results) if r.epochs == base.schedule.epochs}
+    missing = [(case, seed) for seed in seeds for case in cases if (case, seed) not in done]
+    failed = 0
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        started = {pool.submit(run_case, base, case, seed): (case, seed) for case, seed in missing}
+        for future in as_completed(started):
+            case, seed = started[future]
+            try:
+                result = future.result()
+            except Exception as error:
+                failed += 1
+                print(f"{case} with seed {seed} failed: {error}", file=sys.stderr, flush=True)
+                continue
+            write_result(arguments.results, result)
+            shown = "  ".join(
+                f"{score} " + " ".join(f"{100 * value:.1f}" for value in by.values())
+                for score, by in result.scores.items()
+            )
+            print(f"{case:<12} seed {seed}  {shown}  {result.train_s:.0f} s", flush=True)
+    print()
+    found = [result for result in read_results(arguments.results) if result.epochs == base.schedule.epochs]
+    print("\n".join(table(found, {name: words for name, (words, _) in CASES.items()})))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
