@@ -1,10 +1,11 @@
-"""Prediction targets: image -> what is predicted per mask unit. To add one: a class in a file, a line in `TARGETS`."""
+"""Prediction targets: image -> what is predicted per token. To add one: a class in a file, a line in `TARGETS`."""
 
 from __future__ import annotations
 
+from models.targets.hog import HogTarget
 from models.targets.pixels import PixelTarget
 from models.targets.target import Target
 
-TARGETS = {"pixels": PixelTarget}
+TARGETS = {"pixels": PixelTarget, "hog": HogTarget}
 
-__all__ = ["TARGETS", "PixelTarget", "Target"]
+__all__ = ["TARGETS", "HogTarget", "PixelTarget", "Target"]

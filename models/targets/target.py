@@ -8,15 +8,15 @@ from torch import Tensor
 
 
 class Target(Protocol):
-    """An image -> what a decoder predicts for each of its mask units.
+    """An image -> what a decoder predicts for each of its tokens.
 
-    out_dim: how many values belong to one unit.
+    out_dim: how many values belong to one token.
     """
 
     out_dim: int
 
     def __call__(self, images: Tensor) -> Tensor:
-        """images: (B, 3, H, W) normalised float -> (B, N, out_dim), N units row by row."""
+        """images: (B, 3, H, W) normalised float -> (B, N, out_dim), N tokens row by row."""
         ...
 
     def to_image(self, prediction: Tensor, images: Tensor) -> Tensor:
