@@ -7,7 +7,6 @@ All as figures of one process, so that they can be set as ratios against an ordi
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,7 +52,7 @@ class Cost:
 
     Args:
         gmacs: multiply-accumulates of the forward passes, 1e9.
-        step_s: median seconds of a whole step of the batch: forward, backward, update, of all blocks in turn.
+        step_s: seconds of the fastest whole step of the batch: forward, backward, update, of all blocks in turn.
         fused, explicit: bytes of activations held for the backward pass, of the block that holds most, for the batch;
             with fused and with explicit attention.
         peak: bytes that the accelerator had allocated at most during a step; None on a CPU.
@@ -122,8 +121,10 @@ def forward_gmacs(spec: FamilySpec) -> float:
 def step_seconds(
     spec: FamilySpec, batch: int, device: torch.device, precision: Precision, steps: int
 ) -> tuple[float, int | None]:
-    """Median seconds of a training step of `batch` random images, all blocks one after the other in this process; and the
-    most bytes that were allocated on an accelerator meanwhile."""
+    """Seconds of the fastest of `steps` training steps of `batch` random images, all blocks one after the other.
+
+    Also the most bytes that were allocated on an accelerator meanwhile; None on a CPU.
+    """
     backbone = backbone_of(spec)
     optim = replace(spec.optim, precision=precision)
     trainers = [
@@ -142,7 +143,7 @@ def step_seconds(
             x = y.float()
         times.append(_now(device) - started)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return statistics.median(times[1:]), peak
+    return min(times[1:]), peak
 
 
 def cost(spec: FamilySpec, batch: int, device: torch.device, precision: Precision, steps: int) -> Cost:
