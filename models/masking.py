@@ -10,11 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from models.sampling import SAMPLERS, kept_count, not_kept
+
+
+class Layout(Protocol):
+    """What an encoder block works out on the CPU from a plan alone, ahead of the step; see `Backbone.prepared`."""
+
+    def to(self, device: torch.device | str) -> Layout:
+        """The same with its indices on `device`."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +40,7 @@ class MaskPlan:
     decode: (B, Nd), masked *tokens* on `token_grid` that the decoder really decodes, numbered row by row.
     thrown: (B, Nt), masked tokens that are recovered without the decoder's layers; Nd + Nt = (U - visible) * scale^2.
     scale: tokens per side of a unit.
+    layout: what the block's encoder needs beside, if it was worked out ahead; None: the encoder does it, if it needs it.
     """
 
     grid: tuple[int, int]
@@ -40,6 +50,7 @@ class MaskPlan:
     decode: Tensor
     thrown: Tensor
     scale: int = 1
+    layout: Layout | None = None
 
     @property
     def token_grid(self) -> tuple[int, int]:
@@ -76,7 +87,8 @@ class MaskPlan:
         order, decode, thrown = (
             indices.to(device, non_blocking=True) for indices in (self.order, self.decode, self.thrown)
         )
-        return replace(self, order=order, decode=decode, thrown=thrown)
+        layout = None if self.layout is None else self.layout.to(device)
+        return replace(self, order=order, decode=decode, thrown=thrown, layout=layout)
 
 
 def visible_counts(units: int, ratios: Sequence[float]) -> tuple[int, ...]:
@@ -111,9 +123,13 @@ def visible_counts(units: int, ratios: Sequence[float]) -> tuple[int, ...]:
     return counts
 
 
-def random_order(batch: int, units: int, gen: torch.Generator) -> Tensor:
-    """(batch, units) int64: an independent uniform permutation per sample, by argsort of uniform noise as in MAE."""
-    return torch.rand(batch, units, generator=gen).argsort(dim=1, stable=True)
+def random_order(batch: int, units: int, gen: torch.Generator, per_batch: bool = False) -> Tensor:
+    """(batch, units) int64: an independent uniform permutation per sample, by argsort of uniform noise as in MAE.
+
+    per_batch: one permutation for all samples, as in GreenMIM, whose index tensors then serve the whole batch.
+    """
+    noise = torch.rand(1 if per_batch else batch, units, generator=gen)
+    return noise.argsort(dim=1, stable=True).repeat(batch if per_batch else 1, 1)
 
 
 def unit_tokens(units: Tensor, grid: tuple[int, int], scale: int) -> Tensor:

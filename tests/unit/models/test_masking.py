@@ -201,3 +201,12 @@ def test_partial_plans_that_cannot_be_honoured_are_refused() -> None:
         partial_plan(plan, 0.0, "nearest", generator(0))
     with pytest.raises(ValueError, match=r"decoder\.throw_ratio 0\.75"):
         partial_plan(plan, 0.75, "furthest", generator(0))
+
+
+def test_one_order_may_serve_the_whole_batch() -> None:
+    shared = random_order(5, 16, generator(0), per_batch=True)
+    assert shared.shape == (5, 16)
+    assert torch.equal(shared, shared[:1].expand(5, -1))
+    assert sorted(shared[0].tolist()) == list(range(16))
+    assert torch.equal(shared[:1], random_order(1, 16, generator(0)))
+    assert not torch.equal(shared[:1], random_order(5, 16, generator(1), per_batch=True)[:1])
