@@ -72,6 +72,8 @@ class FamilySpec:
     """One per block; () means normalised pixels in every block."""
     encode: str = "auto"
     """What an encoder block computes: "visible" tokens or "all"; see `models.backbones.open_backbone`."""
+    mask_per_batch: bool | None = None
+    """Whether the samples of a micro-batch share one mask; None: as the backbone family does (Swin and Twins: yes)."""
     boundary_noise: float = 0.0
     """Noise on what enters a later block, in standard deviations of it."""
     score_newly_dropped: bool = True
@@ -171,17 +173,19 @@ def plans_of_step(
 ) -> dict[int, MaskPlan]:
     """The mask plan of each of `blocks` (None: all) for one micro-batch of images of `size` (height, width), on `device`.
 
-    A function of (seed, step, micro), the same wherever it is computed.
+    A function of (seed, step, micro), the same wherever it is computed, and at any time before the step.
     """
     grid = backbone.grid_at(size)
     units = grid[0] * grid[1]
-    order = random_order(batch, units, generator(spec.seed, "mask", step, micro))
+    shared = backbone.mask_per_batch_default if spec.mask_per_batch is None else spec.mask_per_batch
+    order = random_order(batch, units, generator(spec.seed, "mask", step, micro), shared)
     scales = [backbone.unit // info.stride for info in backbone.blocks]
     plans = block_plans(order, grid, visible_counts(units, spec.mask_ratios), scales)
+    wanted = range(len(plans)) if blocks is None else blocks
     found = {}
-    for k in range(len(plans)) if blocks is None else blocks:
+    for k, plan in backbone.prepared({k: plans[k] for k in wanted}).items():
         how, gen = spec.decoders[k], generator(spec.seed, "decode", step, micro, k)
-        found[k] = partial_plan(plans[k].to(device), how.throw_ratio, how.sampler, gen)
+        found[k] = partial_plan(plan.to(device), how.throw_ratio, how.sampler, gen)
     return found
 
 

@@ -8,10 +8,18 @@ from typing import Any
 
 from models.backbones.backbone import Backbone, BlockInfo, check_name, look_at, random_variant
 from models.backbones.dense import DenseBackbone
+from models.backbones.swin import SwinBackbone
+from models.backbones.twins import TwinsBackbone
 from models.backbones.vit import ViTBackbone
 
 # By the class that timm builds; every other is opened as a pyramid, or refused.
-BACKBONES: dict[str, type[ViTBackbone] | type[DenseBackbone]] = {"VisionTransformer": ViTBackbone}
+BACKBONES: dict[str, type[ViTBackbone] | type[DenseBackbone] | type[SwinBackbone] | type[TwinsBackbone]] = {
+    "VisionTransformer": ViTBackbone,
+    "SwinTransformer": SwinBackbone,
+    "Twins": TwinsBackbone,
+}
+# Those that have another family where every token is encoded.
+PAINTED = {"SwinTransformer": DenseBackbone}
 ENCODE = ("auto", "visible", "all")
 
 
@@ -34,7 +42,10 @@ def open_backbone(
     if encode not in ENCODE:
         raise ValueError(f"mask.encode is '{encode}'; it must be one of {', '.join(ENCODE)}")
     check_name(name)
-    family = BACKBONES.get(type(look_at(name, {})).__name__, DenseBackbone)
+    kind = type(look_at(name, {})).__name__
+    family = BACKBONES.get(kind, DenseBackbone)
+    if encode == "all":
+        family = PAINTED.get(kind, family)
     return family(name, blocks, model_args, encode)
 
 
@@ -44,6 +55,8 @@ __all__ = [
     "Backbone",
     "BlockInfo",
     "DenseBackbone",
+    "SwinBackbone",
+    "TwinsBackbone",
     "ViTBackbone",
     "open_backbone",
     "random_variant",

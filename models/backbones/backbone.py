@@ -20,6 +20,7 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
+from models.masking import MaskPlan
 from models.seeding import forked_rng
 
 # Overrides that are not the user's: the value is what the project itself needs, or does elsewhere.
@@ -106,7 +107,8 @@ class Backbone(Protocol):
     it is built for; blocks take any other that `check_size` passes. unit: side of a mask unit in pixels.
     grid: (rows, columns) of mask units at image_size. blocks: in order of depth. depths: where variants can be
     made, in layers. mean, std: of timm's preprocessing, per channel. norm_eps: eps of the final norm; a decoder's
-    norm takes its place and must share it.
+    norm takes its place and must share it. mask_per_batch_default: whether all samples of a batch share their mask unless
+    the user asks otherwise.
     """
 
     name: str
@@ -120,6 +122,14 @@ class Backbone(Protocol):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     norm_eps: float
+    mask_per_batch_default: bool
+
+    def prepared(self, plans: Mapping[int, MaskPlan]) -> dict[int, MaskPlan]:
+        """The plans of one batch, by block, with what the blocks' encoders need worked out from them (`MaskPlan.layout`).
+
+        On the CPU and of the plans alone, so that it can be done ahead of the step; a block does it itself otherwise.
+        """
+        ...
 
     def build_block(self, index: int, seed: int, init_from: str | None = None) -> nn.Module:
         """The block as a module: forward(x, plan) -> (B, P + Nv, D), the un-normalised residual stream.

@@ -33,6 +33,7 @@ from models.backbones.levels import (
 )
 from models.backbones.paint import Paint
 from models.backbones.weights import Weights, open_weights
+from models.masking import MaskPlan
 from models.seeding import forked_rng
 
 # Of a decoder's norm where timm's model has none whose place it could take: MAE's.
@@ -52,6 +53,7 @@ class DenseBackbone:
     """
 
     encode = "all"
+    mask_per_batch_default = False
 
     def __init__(
         self, name: str, blocks: int | Sequence[int], model_args: Mapping[str, Any], encode: str = "auto"
@@ -104,6 +106,10 @@ class DenseBackbone:
             )
             for index, (start, end) in enumerate(zip(starts, self._ends, strict=True))
         )
+
+    def prepared(self, plans: Mapping[int, MaskPlan]) -> dict[int, MaskPlan]:
+        """See `Backbone.prepared`: the blocks need no more than the plans."""
+        return dict(plans)
 
     def build_block(self, index: int, seed: int, init_from: str | None = None) -> DenseBlock:
         """See `Backbone.build_block`. The whole model is drawn as timm initialises it, and all but the block dropped."""

@@ -154,6 +154,8 @@ class ViTBackbone:
     model. encode: see `open_backbone`. Raises ValueError for what cannot be cut, with the reason; see `refusal`.
     """
 
+    mask_per_batch_default = False
+
     def __init__(
         self, name: str, blocks: int | Sequence[int], model_args: Mapping[str, Any], encode: str = "auto"
     ) -> None:
@@ -190,6 +192,10 @@ class ViTBackbone:
             )
             for index, size in enumerate(sizes)
         )
+
+    def prepared(self, plans: Mapping[int, MaskPlan]) -> dict[int, MaskPlan]:
+        """See `Backbone.prepared`: the blocks need no more than the plans."""
+        return dict(plans)
 
     def build_block(self, index: int, seed: int, init_from: str | None = None) -> ViTBlock:
         """See `Backbone.build_block`. A shallow timm model of the block's own layers is built and taken apart."""

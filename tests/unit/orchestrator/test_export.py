@@ -155,7 +155,7 @@ PYRAMIDS: dict[str, dict[str, Any]] = {
 def test_every_level_of_a_pyramid_comes_back_and_its_card_tells_how_to_embed(
     name: str, size: tuple[int, int], tmp_path: Path
 ) -> None:
-    pyramid = open_backbone(name, 4, {"img_size": 64} | PYRAMIDS[name])
+    pyramid = open_backbone(name, 4, {"img_size": 64} | PYRAMIDS[name], encode="all")
     images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     for depth in pyramid.depths:
         model = random_variant(pyramid, depth, seed=0)
@@ -175,6 +175,33 @@ def test_every_level_of_a_pyramid_comes_back_and_its_card_tells_how_to_embed(
         assert tuple(resolve_model_data_config(opened(folder))["input_size"]) == (3, *size)
         assert gflops(model, size) > 0
         assert not any("paint" in key for key in load_file(folder / "model.safetensors"))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 128)])
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("swin_tiny_patch4_window7_224", SWIN),
+        (
+            "twins_svt_small",
+            {"depths": [1, 2, 2, 1], "embed_dims": [8, 8, 12, 12], "num_heads": [1, 1, 2, 2]},
+        ),
+    ],
+)
+def test_every_depth_of_what_was_trained_on_visible_tokens_comes_back(
+    name: str, args: dict[str, Any], size: tuple[int, int], tmp_path: Path
+) -> None:
+    backbone = open_backbone(name, 4, args)
+    assert backbone.encode == "visible"
+    states = [backbone.build_block(info.index, seed=0).state_dict() for info in backbone.blocks]
+    gen = torch.Generator().manual_seed(0)
+    for state in states:  # tables start too small to be missed
+        state |= {key: value + 0.05 * torch.randn(value.shape, generator=gen) for key, value in state.items()}
+    images = torch.randn(2, 3, *size, generator=gen)
+    for depth in backbone.depths:
+        model = backbone.variant(depth, states, norm=None, image_size=size)
+        folder = export_variant(backbone, depth, model, tmp_path / folder_name(depth), CARD, image_size=size)
+        torch.testing.assert_close(features(opened(folder), images), features(model, images))
 
 
 def test_nothing_of_the_weights_that_timm_knows_by_that_name_is_claimed(tmp_path: Path) -> None:

@@ -84,6 +84,56 @@ def test_masks_are_a_function_of_seed_step_and_micro_batch() -> None:
     assert not torch.equal(order(3), order(3, 1))
 
 
+SWIN = FamilySpec(
+    backbone="swin_tiny_patch4_window7_224",
+    model_args={
+        "img_size": 96,
+        "depths": [1, 1, 4, 1],
+        "embed_dim": 8,
+        "num_heads": [1, 1, 2, 2],
+        "window_size": 4,
+    },
+    blocks=(1, 1, 2, 2, 1),
+    mask_ratios=(0.5, 0.5, 0.6, 0.6, 0.75),
+    decoders=(DecoderSpec(1, 16, 2, throw_ratio=0.3),) * 4 + (DecoderSpec(1, 16, 2),),
+)
+
+
+def swin_stages(places: tuple[tuple[int, ...], ...]) -> InProcessStages:
+    class Large(Loader):
+        def batch(self, step: int, micro: int = 0) -> Batch:
+            images = np.random.default_rng(step).integers(0, 256, (3, 3, 96, 96), dtype=np.uint8)
+            return Batch(images=images, bad=(), load_s=0.0)
+
+    return stages(places, Large(), SWIN)
+
+
+def test_a_swin_on_visible_tokens_is_the_same_wherever_its_blocks_live() -> None:
+    groups = [swin_stages(places) for places in (((0, 1, 2, 3, 4),), ((0,), (1, 2), (3, 4)))]
+    for group in groups:
+        for step in range(2):
+            report = group.settle(group.submit(Order(step, 1e-3)))
+            blocks = {k: found for stage in report.stages for k, found in stage.blocks.items()}
+            assert {"loss_thrown", "loss_newly_dropped"} <= set(blocks[2])
+    a, b = (group.weights() for group in groups)
+    assert all(torch.equal(a[k][name], b[k][name]) for k in a for name in a[k])
+
+
+@pytest.mark.parametrize(("asked", "shared"), [(None, True), (True, True), (False, False)])
+def test_a_batch_shares_its_mask_where_the_family_does_unless_told_otherwise(
+    asked: bool | None, shared: bool
+) -> None:
+    from dataclasses import replace
+
+    spec = replace(SWIN, mask_per_batch=asked)
+    plan = plans_of_step(spec, backbone_of(spec), (96, 128), 4, step=0, micro=0)[2]
+    assert torch.equal(plan.order, plan.order[:1].expand(4, -1)) is shared
+    assert plan.layout is not None
+    assert plan.layout.levels[2].groups[0, 0].slots.shape[0] == (1 if shared else 4)  # type: ignore[attr-defined]
+    vit = plans_of_step(SPEC, backbone_of(SPEC), (16, 16), 4, step=0, micro=0)[0]
+    assert not torch.equal(vit.order, vit.order[:1].expand(4, -1))
+
+
 def test_an_error_is_told_with_its_place_when_the_step_is_settled() -> None:
     group = stages(((0, 1), (2, 3)), Loader(fails_at=0))
     pending = group.submit(Order(0, 1e-3))

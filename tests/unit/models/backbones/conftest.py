@@ -29,11 +29,11 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def tiny_pyramid() -> Callable[..., DenseBackbone]:
-    """(family, blocks, **overrides) -> a pyramid built for images of 64 x 64 pixels."""
+    """(family, blocks, **overrides) -> a pyramid for images of 64 x 64 pixels that encodes every token."""
 
     def build(family: str, blocks: Any = 2, **overrides: Any) -> DenseBackbone:
         name, args = PYRAMIDS[family]
-        backbone = open_backbone(name, blocks, {"img_size": 64} | args | overrides)
+        backbone = open_backbone(name, blocks, {"img_size": 64} | args | overrides, encode="all")
         assert isinstance(backbone, DenseBackbone)
         return backbone
 

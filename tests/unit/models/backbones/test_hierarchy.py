@@ -1,0 +1,385 @@
+"""What holds for Swin and Twins alike; what is particular to one is in its own file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from models.backbones import SwinBackbone, TwinsBackbone, open_backbone, random_variant
+from models.backbones.visible_block import VisibleBlock
+from models.decoders import LocalDecoder
+from models.local_mim import LocalMIM
+from models.masking import MaskPlan, block_plans, random_order
+from models.seeding import forked_rng, generator
+from models.targets import PixelTarget
+from models.tokens import gather_tokens, patchify
+
+Shake = Callable[[nn.Module], None]
+Backbone = SwinBackbone | TwinsBackbone
+# Levels of 2, 2, 4 and 2 layers, a mask unit of 32 pixels.
+TINY: dict[str, tuple[str, dict[str, Any]]] = {
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"depths": [2, 2, 4, 2], "embed_dim": 8, "num_heads": [1, 2, 2, 4], "window_size": 4},
+    ),
+    "twins": (
+        "twins_svt_small",
+        {
+            "depths": [2, 2, 4, 2],
+            "embed_dims": [8, 12, 16, 24],
+            "num_heads": [1, 2, 2, 4],
+            "wss": [4, 4, 4, 4],
+        },
+    ),
+    "twins without windows": (
+        "twins_pcpvt_small",
+        {"depths": [2, 2, 4, 2], "embed_dims": [8, 12, 16, 24], "num_heads": [1, 2, 2, 4]},
+    ),
+}
+# Sizes at which timm pads no window: Twins has square ones only.
+SIZES = [(family, (64, 64)) for family in TINY] + [("swin", (64, 128)), ("twins", (128, 256))]
+
+
+@pytest.fixture(params=["swin", "twins"])
+def family(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+def tiny(family: str, blocks: Any = 4, **overrides: Any) -> Backbone:
+    name, args = TINY[family]
+    backbone = open_backbone(name, blocks, {"img_size": 64} | args | overrides)
+    assert isinstance(backbone, SwinBackbone | TwinsBackbone)
+    return backbone
+
+
+def images_of(size: tuple[int, int], batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, *size, generator=generator("images", *size))
+
+
+def plans_of(
+    backbone: Backbone, size: tuple[int, int], visible: Any, batch: int = 2, per_batch: bool = True
+) -> tuple[MaskPlan, ...]:
+    """One plan per block; `visible` units in each, or one number for all. All units visible is allowed here."""
+    grid = backbone.grid_at(size)
+    units = grid[0] * grid[1]
+    order = random_order(batch, units, generator("order"), per_batch)
+    counts = [visible] * len(backbone.blocks) if isinstance(visible, int) else visible
+    scales = [backbone.unit // info.stride for info in backbone.blocks]
+    plans = block_plans(order, grid, [min(count, units - 1) for count in counts], scales)
+    nothing = order[:, units:]
+    return tuple(
+        replace(plan, visible=units, first_visible=units, decode=nothing, thrown=nothing)
+        if count == units
+        else plan
+        for plan, count in zip(plans, counts, strict=True)
+    )
+
+
+def built(backbone: Backbone, shake: Shake | None = None) -> list[VisibleBlock]:
+    blocks = [backbone.build_block(index, seed=0) for index in range(len(backbone.blocks))]
+    for block in blocks:
+        if shake is not None:
+            shake(block)
+    return [block.eval() for block in blocks]
+
+
+def chained(blocks: list[VisibleBlock], x: Tensor, plans: tuple[MaskPlan, ...]) -> list[Tensor]:
+    tokens = [x]
+    for block, plan in zip(blocks, plans, strict=True):
+        tokens.append(block(tokens[-1], plan))
+    return tokens[1:]
+
+
+def as_tokens(feature: Tensor, width: int) -> Tensor:
+    """What timm gives, (B, h, w, C) or (B, N, C), as (B, N, C)."""
+    return feature.flatten(1, 2) if feature.ndim == 4 else feature
+
+
+@pytest.mark.parametrize(("family", "size"), SIZES)
+def test_with_nothing_masked_every_level_is_timms_own(
+    family: str, size: tuple[int, int], shake: Shake
+) -> None:
+    backbone = tiny(family, img_size=list(size))
+    with forked_rng("checkpoint"):
+        model = timm.create_model(backbone.name, **backbone.variant_args(10))
+    shake(model)
+    ours = built(backbone)
+    for block in ours:  # timm made tables for the windows of this size; ours are nominal
+        own, timms = block.state_dict(), model.state_dict()
+        block.load_state_dict(
+            {key: in_the_middle(timms[key.removeprefix("parts.")], own[key]) for key in own}
+        )
+    units = backbone.grid[0] * backbone.grid[1]
+    plans = plans_of(backbone, size, units)
+    with torch.no_grad():
+        tokens = chained(ours, images_of(size), plans)
+        wanted = model.eval().forward_intermediates(images_of(size), indices=4, intermediates_only=True)
+    for found, feature, plan in zip(tokens, wanted, plans, strict=True):
+        expected = gather_tokens(feature.flatten(2).transpose(1, 2), plan.keep_tokens)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def in_the_middle(table: Tensor, nominal: Tensor) -> Tensor:
+    """The table of a 2 x 2 or 2 x 4 window in the middle of one of 4 x 4, among values that must never be read."""
+    if table.shape == nominal.shape:
+        return table
+    rows, columns = 3, table.shape[0] // 3
+    around = (0, 0, (7 - columns) // 2, (7 - columns) // 2, (7 - rows) // 2, (7 - rows) // 2)
+    return nn.functional.pad(table.unflatten(0, (rows, columns)), around, value=1e3).flatten(0, 1)
+
+
+@pytest.mark.parametrize(("family", "size"), SIZES)
+def test_a_variant_of_any_depth_is_the_trained_layers_with_nothing_masked(
+    family: str, size: tuple[int, int], shake: Shake
+) -> None:
+    whole = tiny(family, 1)
+    state = built(whole, shake)[0].state_dict()
+    images = images_of(size)
+    for sizes in ([2, 4, 2, 2], [4, 6]):
+        backbone = tiny(family, sizes)
+        blocks = [backbone.build_block(index, seed=1).eval() for index in range(len(sizes))]
+        for block in blocks:
+            block.load_state_dict({key: state[key] for key in block.state_dict()})
+        units = backbone.grid_at(size)[0] * backbone.grid_at(size)[1]
+        plans = plans_of(backbone, size, units)
+        states = [block.state_dict() for block in blocks]
+        with torch.no_grad():
+            tokens = chained(blocks, images, plans)
+            for info, plan, found in zip(backbone.blocks, plans, tokens, strict=True):
+                norm = nn.LayerNorm(info.width, eps=backbone.norm_eps)
+                shake(norm)
+                model: Any = backbone.variant(info.depth, states, norm.state_dict(), image_size=size)
+                features = as_tokens(model.forward_features(images), info.width)
+                expected = norm(found)
+                torch.testing.assert_close(
+                    gather_tokens(features, plan.keep_tokens), expected, rtol=1e-5, atol=1e-5
+                )
+                torch.testing.assert_close(model(images), expected.mean(dim=1), rtol=1e-5, atol=1e-5)
+                usage = backbone.usage(info.depth)
+                assert (usage.trained_norm, usage.width, model.num_features) == (True, info.width, info.width)
+                assert not model.training
+
+
+def test_a_variant_that_ends_inside_a_level_is_a_plain_timm_model_of_fewer_layers(family: str) -> None:
+    backbone = tiny(family, [2, 2, 2, 2, 2])
+    assert [info.depth for info in backbone.blocks] == [2, 4, 6, 8, 10]
+    assert [info.stride for info in backbone.blocks] == [4, 8, 16, 16, 32]
+    model: Any = random_variant(backbone, 6, seed=0)
+    assert backbone.variant_args(6)["depths"] == [2, 2, 2]
+    assert type(model).__module__.startswith("timm.models.")
+    assert backbone.usage(5).trained_norm  # inside block 2, in its level
+    assert not tiny(family, 1).usage(6).trained_norm
+    assert tiny(family, 1).usage(9).trained_norm
+    states = [backbone.build_block(index, seed=0).state_dict() for index in range(3)]
+    trained = {key.removeprefix("parts."): value for state in states for key, value in state.items()}
+    for key, value in model.state_dict().items():
+        if not key.startswith("norm.") and trained[key].shape == value.shape:
+            assert torch.equal(value, trained[key])
+
+
+@pytest.mark.parametrize("per_batch", [True, False])
+def test_masked_pixels_are_never_seen_and_visible_ones_are(per_batch: bool, family: str) -> None:
+    backbone = tiny(family, 2)
+    size = (96, 64)
+    plans = plans_of(backbone, size, 3, per_batch=per_batch)
+    blocks = built(backbone)
+    images = images_of(size)
+    before = chained(blocks, images, plans)[-1]
+    for units, seen in ((plans[0].masked, False), (plans[0].keep, True)):
+        changed = images.clone()
+        tokens = units if seen else plans[1].masked
+        for sample in range(2):
+            row, column = divmod(int(tokens[sample, 0]), 2)
+            changed[sample, :, 32 * row : 32 * row + 32, 32 * column : 32 * column + 32] = float("nan")
+        after = chained(blocks, changed, plans)[-1]
+        assert torch.equal(before, after) is not seen
+
+
+def test_every_visible_token_comes_back_to_its_own_position(family: str) -> None:
+    backbone = tiny(family)
+    size = (96, 128)
+    units = 12
+    blocks = built(backbone)
+    with torch.no_grad():  # layers that add nothing: what is left is where each token's pixels came from
+        for block in blocks:
+            for key, parameter in block.named_parameters():
+                if any(part in key for part in ("attn.proj", "mlp.fc2", "pos_block")):
+                    parameter.zero_()
+    some, whole = plans_of(backbone, size, 4, per_batch=False), plans_of(backbone, size, units)
+    images = images_of(size)
+    with torch.no_grad():
+        masked, unmasked = chained(blocks, images, some), chained(blocks, images, whole)
+    for info, a, b, x, y in zip(backbone.blocks, some, whole, masked, unmasked, strict=True):
+        every = torch.zeros_like(y).scatter(1, b.keep_tokens.unsqueeze(-1).expand_as(y), y)
+        torch.testing.assert_close(x, gather_tokens(every, a.keep_tokens))
+        with forked_rng("decoder"):
+            decoder = LocalDecoder(info.width, 16, 1, 1, 4, num_prefix_tokens=0)
+        decoder.layers = nn.Sequential()
+        rows = decoder.embed(decoder.norm(every)) + decoder.positions(a.token_grid)[:-1]
+        decoded = decoder.decode(x, a)[:, : x.shape[1]]
+        torch.testing.assert_close(decoded, gather_tokens(rows, a.keep_tokens))
+    patches = patchify(images, 4)
+    stem = blocks[0].part("patch_embed" if family == "swin" else "patch_embeds.0")
+    weight = stem.proj.weight.permute(0, 2, 3, 1).flatten(1)
+    embedded = stem.norm(nn.functional.linear(patches, weight, stem.proj.bias))
+    torch.testing.assert_close(masked[0], gather_tokens(embedded, some[0].keep_tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_masks_of_its_own_give_every_sample_what_it_gets_alone(family: str, shake: Shake) -> None:
+    backbone = tiny(family)
+    size = (96, 128)
+    plans = plans_of(backbone, size, 5, batch=3, per_batch=False)
+    blocks = built(backbone, shake)
+    images = images_of(size, 3)
+    with torch.no_grad():
+        together = chained(blocks, images, plans)
+        for sample in range(3):
+            row = slice(sample, sample + 1)
+            alone = tuple(
+                replace(plan, order=plan.order[row], decode=plan.decode[row], thrown=plan.thrown[row])
+                for plan in plans
+            )
+            for found, expected in zip(chained(blocks, images[row], alone), together, strict=True):
+                torch.testing.assert_close(found, expected[row], rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_that_keeps_less_drops_whole_units_from_the_end(family: str) -> None:
+    backbone = tiny(family, [2, 2, 2, 2, 2])
+    size = (96, 128)
+    plans = plans_of(backbone, size, [6, 5, 5, 3, 2])
+    blocks = built(backbone)
+    with torch.no_grad():
+        tokens = chained(blocks, images_of(size), plans)
+        for index, (info, plan) in enumerate(zip(backbone.blocks, plans, strict=True)):
+            assert tokens[index].shape == (2, plan.visible * (32 // info.stride) ** 2, info.width)
+            assert tokens[index].shape[1] == plan.keep_tokens.shape[1]
+            if index:
+                kept = plan.visible * (32 // backbone.blocks[index - 1].stride) ** 2
+                again = blocks[index](tokens[index - 1][:, :kept], plan)
+                torch.testing.assert_close(again, tokens[index], rtol=1e-5, atol=1e-5)
+
+
+def test_plans_prepared_ahead_give_the_same_and_are_shared(family: str) -> None:
+    backbone = tiny(family, [2, 2, 2, 2, 2])
+    size = (96, 128)
+    plans = plans_of(backbone, size, 5)
+    prepared = backbone.prepared(dict(enumerate(plans)))
+    assert backbone.mask_per_batch_default
+    assert list(prepared) == [0, 1, 2, 3, 4]
+    blocks = built(backbone)
+    with torch.no_grad():
+        found = chained(blocks, images_of(size), tuple(prepared.values()))
+        expected = chained(blocks, images_of(size), plans)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    levels = [plan.layout.levels for plan in prepared.values()]  # type: ignore[union-attr]
+    assert [list(level) for level in levels] == [[0], [1], [2], [2], [3]]
+    if family == "swin":
+        assert levels[2][2] is levels[3][2]
+        groups = levels[0][0].groups
+        assert list(groups) == [(0, 0), (2, 2)]
+        assert groups[0, 0].slots.shape[0] == 1  # one set of indices for the batch
+    moved = prepared[0].to("meta").layout.levels[0]  # type: ignore[union-attr]
+    indices = [moved.halo, *(groups.slots for groups in moved.groups.values())]
+    assert {index.device.type for index in indices if index is not None} == {"meta"}
+    only = backbone.prepared({3: plans[3]}, sweep=True)
+    with torch.no_grad():
+        swept = blocks[3](expected[2], only[3])
+    torch.testing.assert_close(swept, expected[3], rtol=1e-4, atol=1e-5)
+
+
+def test_each_loss_trains_its_own_block_at_every_size(family: str) -> None:
+    backbone = tiny(family, [2, 2, 2, 2, 2])
+    modules = []
+    for info in backbone.blocks:
+        target = PixelTarget(info.stride)
+        with forked_rng("decoder", info.index):
+            decoder = LocalDecoder(info.width, 16, 1, 1, target.out_dim, 0, norm_eps=backbone.norm_eps)
+        modules.append(LocalMIM(backbone.build_block(info.index, seed=0), decoder, target))
+    for size in ((64, 64), (160, 96)):
+        x = images = images_of(size)
+        for module, plan in zip(modules, plans_of(backbone, size, [3, 3, 2, 2, 2]), strict=True):
+            module.zero_grad()
+            before = x.clone()
+            step = module(x, images, plan)
+            step.loss.backward()
+            assert torch.equal(x, before)
+            x = step.activations
+            assert all(
+                parameter.grad is not None and parameter.grad.isfinite().all()
+                for parameter in module.parameters()
+            )
+
+
+def test_parameters_of_a_block_depend_on_seed_and_index_alone(family: str) -> None:
+    torch.manual_seed(1)
+    alone = tiny(family).build_block(2, seed=0).state_dict()
+    before = torch.get_rng_state()
+    states = [block.state_dict() for block in built(tiny(family))]
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(alone[key], value) for key, value in states[2].items())
+    other = tiny(family).build_block(2, seed=1).state_dict()
+    assert any(not torch.equal(alone[key], value) for key, value in other.items())
+    names = [key for state in states for key in state]
+    assert len(names) == len(set(names))
+    model = timm.create_model(tiny(family).name, **tiny(family).variant_args(10))
+    assert {key for key in model.state_dict() if not key.startswith("norm.")} == {
+        key.removeprefix("parts.") for key in names
+    }
+
+
+def test_blocks_start_from_the_weights_of_a_file(family: str, shake: Shake, tmp_path: Path) -> None:
+    backbone = tiny(family, img_size=128)
+    with forked_rng("checkpoint"):
+        model = timm.create_model(backbone.name, **backbone.variant_args(10))
+    shake(model)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    backbone.check_init_from(str(tmp_path / "w.safetensors"))
+    for index in range(4):
+        state = backbone.build_block(index, 0, str(tmp_path / "w.safetensors")).state_dict()
+        for key, value in state.items():
+            assert torch.equal(value, model.state_dict()[key.removeprefix("parts.")])
+
+
+@pytest.mark.parametrize("depths", [[2, 2, 6, 2], [2, 2, 2, 2]])
+def test_weights_of_another_depth_are_refused(depths: list[int], family: str, tmp_path: Path) -> None:
+    other = tiny(family, depths=depths)
+    save_file(
+        random_variant(other, sum(depths), seed=0).state_dict(),  # type: ignore[arg-type]
+        tmp_path / "w.safetensors",
+    )
+    backbone = tiny(family)
+    reason = "has 'l?.*blocks" if depths[2] > 4 else "has no '.*blocks"
+    with pytest.raises(ValueError, match=reason):
+        backbone.check_init_from(str(tmp_path / "w.safetensors"))
+
+
+def test_what_does_not_fit_is_refused_with_the_setting_to_change(family: str) -> None:
+    backbone = tiny(family, 2)
+    with pytest.raises(ValueError, match=r"100 x 64 is not divisible .*32 pixels.*schedule\.resolution"):
+        backbone.check_size((100, 64))
+    with pytest.raises(ValueError, match=r"a variant of depth 11 is asked of .* which has 10 layers"):
+        backbone.variant_args(11)
+    with pytest.raises(ValueError, match="1 blocks hold 4 layers"):
+        backbone.variant(6, [backbone.build_block(0, seed=0).state_dict()], None)
+    plan = plans_of(backbone, (64, 64), 2)[1]
+    for count in (16, 33, 96):
+        with pytest.raises(
+            ValueError, match=f"{count} tokens are not 2 or more of the plan's 2 x 2 units of 4 x 4"
+        ):
+            backbone.build_block(1, seed=0)(torch.zeros(1, count, 16), plan)
+    for overrides, reason in (
+        ({"img_size": 50}, "50 x 50 is not divisible"),
+        ({"drop_path_rate": 0.1}, "cannot be set"),
+        ({"embed_dimm": 3}, "takes no 'embed_dimm'"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            tiny(family, 2, **overrides)

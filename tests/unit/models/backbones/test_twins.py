@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from models.backbones import TwinsBackbone, open_backbone
+from models.masking import MaskPlan, random_order
+from models.seeding import generator
+from models.tokens import gather_tokens
+
+NARROW = {"embed_dims": [4, 4, 4, 8], "num_heads": [1, 1, 1, 2], "mlp_ratios": [1, 1, 1, 1]}
+
+
+def twins(blocks: Any = 4, name: str = "twins_svt_small", **overrides: Any) -> TwinsBackbone:
+    backbone = open_backbone(name, blocks, NARROW | overrides)
+    assert isinstance(backbone, TwinsBackbone)
+    return backbone
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["twins_svt_small", "twins_pcpvt_small"])
+def test_at_224_with_nothing_masked_every_level_is_timms(name: str) -> None:
+    backbone = twins(name=name)
+    blocks = [backbone.build_block(index, seed=0).eval() for index in range(4)]
+    model: Any = backbone.variant(backbone.depths[-1], [block.state_dict() for block in blocks], None)
+    images = torch.randn(1, 3, 224, 224, generator=generator("image"))
+    features = model.forward_intermediates(images, indices=4, intermediates_only=True)
+    order = random_order(1, 49, generator("order"))
+    x = images
+    for info, block, feature in zip(backbone.blocks, blocks, features, strict=True):
+        plan = MaskPlan((7, 7), order, 49, 49, order[:, 49:], order[:, 49:], 32 // info.stride)
+        x = block(x, plan)
+        expected = gather_tokens(feature.flatten(2).transpose(1, 2), plan.keep_tokens)
+        torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sizes_are_told_per_block() -> None:
+    backbone = twins()
+    told = [(info.layers, info.width, info.stride, info.grid) for info in backbone.blocks]
+    assert told == [(2, 4, 4, (56, 56)), (2, 4, 8, (28, 28)), (10, 4, 16, (14, 14)), (4, 8, 32, (7, 7))]
+    assert (backbone.unit, backbone.norm_eps, backbone.encode) == (32, 1e-6, "visible")
+    assert [info.layers for info in twins(6).blocks] == [2, 2, 4, 4, 2, 4]
+
+
+def test_windows_larger_than_a_variants_maps_are_made_as_large() -> None:
+    backbone = twins()
+    assert backbone.variant_args(18)["wss"] == [7, 7, 7, 7]
+    assert backbone.variant_args(6, (64, 64)) == backbone.variant_args(6, (64, 64)) | {
+        "depths": [2, 2, 2],
+        "embed_dims": [4, 4, 4],
+        "wss": [7, 7, 4],
+        "img_size": [64, 64],
+    }
+    assert "wss" not in twins(name="twins_pcpvt_small").variant_args(10)
+
+
+def test_only_levels_that_begin_need_neighbours_and_only_windows_need_groups() -> None:
+    plan = MaskPlan(
+        (7, 7), random_order(2, 49, generator(0), True), 12, 12, *[torch.zeros(2, 0)] * 2, scale=2
+    )
+    layouts = twins([2, 2, 4, 6, 4]).prepared({2: plan, 3: plan})
+    first, second = (layouts[index].layout.levels[2] for index in (2, 3))  # type: ignore[union-attr]
+    assert first.halo.shape == (1, 12 * 16)
+    assert second.halo is None
+    assert list(first.groups) == list(second.groups) == [(0, 0)]
+    plain = twins(name="twins_pcpvt_small").prepared({2: plan})[2].layout
+    assert not plain.levels[2].groups  # type: ignore[union-attr]
+
+
+def test_what_cannot_be_done_is_refused_with_the_reason() -> None:
+    with pytest.raises(
+        ValueError, match=r"trained here on visible tokens only; set mask\.encode to visible or auto"
+    ):
+        open_backbone("twins_svt_small", 4, encode="all")
+    with pytest.raises(ValueError, match=r"keys at stride 8 are reduced 3 times.* 4 tokens .*sr_ratios"):
+        twins(sr_ratios=[8, 3, 2, 1])
