@@ -20,7 +20,8 @@ from models.masking import MaskPlan
 class VisibleBlock(nn.Module, ABC):
     """Spans of layers on visible tokens; the first block takes images, the others the tokens of the block before.
 
-    parts: timm's modules by their paths. scales: tokens per side of a mask unit in each level, by its number.
+    parts: timm's modules by their paths. scales: tokens per side of a mask unit in each level, by its number. needs: what
+    the spans must know of a plan; see `level_plans`.
     """
 
     def __init__(
