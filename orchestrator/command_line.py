@@ -137,8 +137,9 @@ def _split(argv: Sequence[str]) -> _Arguments:
 
 def _resumed_recipe(arguments: _Arguments) -> None:
     """`--out DIR --resume` alone goes on with the settings that the run in DIR wrote down."""
-    out, resume = arguments.overrides.get("out"), arguments.overrides.get("resume", "false")
-    if arguments.recipe is None and out and resume in (None, "true"):
+    out = arguments.overrides.get("out")
+    asked = {arguments.overrides.get(key, "false") for key in ("resume", "search.resume")}
+    if arguments.recipe is None and out and asked & {None, "true"}:
         saved = Path(out).expanduser() / SAVED_SETTINGS
         if saved.is_file():
             arguments.recipe = str(saved)

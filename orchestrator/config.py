@@ -242,7 +242,7 @@ class SearchSettings(_Group):
         examples=[{"mask.ratio": None, "optim.blr": [1.0e-3, 4.0e-3]}],
     )
     trial_epochs: Count | None = Field(
-        default=None, description="of a trial that is not stopped early; null: those of the run"
+        default=None, description="of a trial that is not stopped early, at most the run's; null: the run's"
     )
     grace_epochs: Count = Field(default=1, description="epochs before a trial may be stopped (ASHA)")
     every_epochs: Count = Field(default=1, description="epochs from one score of a trial to the next")
@@ -376,6 +376,8 @@ def _contradictions(s: Settings) -> list[str]:
             f"search.grace_epochs must be at most {s.search.trial_epochs or s.schedule.epochs}, the epochs of a trial, not "
             f"{s.search.grace_epochs}"
         )
+    if s.search.trials and s.placement.backend != "ray" and not (s.resume or s.search.resume):
+        problems.append("a search needs placement.backend ray; to train in this process alone set search.trials to 0")
     if s.resume and s.out is None:
         problems.append("resume needs out: the folder of the run to continue (--out DIR --resume)")
     if s.placement.stages is not None and s.placement.stages > blocks:

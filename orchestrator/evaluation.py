@@ -98,11 +98,9 @@ def evaluate_variants(
     `device` in evaluation mode. size: (height, width). Without labels everything but the accuracies is measured.
     Raises ValueError if a split has no readable image.
     """
-    for model in variants.values():
-        model.to(device).eval()
+    embedders = embedders_of(variants, mean, std, device)
     scores: dict[int, Scores] = {}
     if source.labels is not None:
-        embedders = {depth: _embedder(model, mean, std, device) for depth, model in variants.items()}
         scores = _scores(
             embedders, source, splits, size, device, k, temperature, seed, batch_size, MAX_IMAGES
         )
@@ -169,6 +167,13 @@ Embedder = Callable[[np.ndarray], Tensor]
 """(B, 3, H, W) uint8 -> (B, D) float32 on the CPU."""
 
 
+def embedders_of(
+    variants: Mapping[int, nn.Module], mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> dict[int, Embedder]:
+    """What embeds images by each variant, which is left on `device` in evaluation mode."""
+    return {depth: _embedder(model.to(device).eval(), mean, std, device) for depth, model in variants.items()}
+
+
 def _embedder(
     model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> Embedder:
@@ -194,8 +199,8 @@ def _scores(
     limit: int,
 ) -> dict[int, Scores]:
     """Every embedding fitted on the train split and scored on the test split, at most `limit` images of each."""
-    train, train_y = _embedded(embedders, source, _drawn(splits.train, limit, seed), size, batch_size)
-    test, test_y = _embedded(embedders, source, _drawn(splits.test, limit, seed), size, batch_size)
+    train, train_y = labelled(embedders, source, drawn(splits.train, limit, seed), size, batch_size)
+    test, test_y = labelled(embedders, source, drawn(splits.test, limit, seed), size, batch_size)
     train_y, test_y = train_y.to(device), test_y.to(device)
     return {
         name: score(train[name].to(device), train_y, test[name].to(device), test_y, k, temperature, seed)
@@ -203,14 +208,30 @@ def _scores(
     }
 
 
-def _embedded(
+def labelled(
     embedders: Mapping[int, Embedder],
     source: Source,
     indices: np.ndarray,
     size: tuple[int, int],
     batch_size: int,
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """Embeddings (n, D) by name, and labels (n,), of the images that can be read; each is decoded once."""
+    """`embedded`, and the labels (n,) of the images; the source has labels."""
+    features, numbers = embedded(embedders, source, indices, size, batch_size)
+    assert source.labels is not None
+    return features, torch.from_numpy(source.labels[numbers])
+
+
+def embedded(
+    embedders: Mapping[int, Embedder],
+    source: Source,
+    indices: np.ndarray,
+    size: tuple[int, int],
+    batch_size: int,
+) -> tuple[dict[int, Tensor], np.ndarray]:
+    """Embeddings (n, D) by name, and numbers (n,), of the images that can be read; each is decoded once.
+
+    Raises ValueError if none of them can be read.
+    """
     features: dict[int, list[Tensor]] = {name: [] for name in embedders}
     kept = []
     for found, images in eval_images(source, indices, size, batch_size):
@@ -219,12 +240,10 @@ def _embedded(
             features[name].append(embedder(images))
     if not kept:
         raise ValueError(f"no image of a split of {source.name} could be read, so nothing can be scored")
-    assert source.labels is not None
-    labels = torch.from_numpy(source.labels[np.concatenate(kept)])
-    return {name: torch.cat(parts) for name, parts in features.items()}, labels
+    return {name: torch.cat(parts) for name, parts in features.items()}, np.concatenate(kept)
 
 
-def _drawn(indices: np.ndarray, limit: int, seed: int) -> np.ndarray:
+def drawn(indices: np.ndarray, limit: int, seed: int) -> np.ndarray:
     """At most `limit` of the image numbers, a sample that depends on the seed alone; sorted."""
     if len(indices) <= limit:
         return indices

@@ -29,7 +29,16 @@ from orchestrator.placement import ClusterResources, Layout, PlacementError
 from orchestrator.pretrain import StopRequest
 from orchestrator.progress import Progress
 from orchestrator.provenance import collect
-from orchestrator.reporting import card_facts, data_record, opening_lines, record_depths, record_summary
+from orchestrator.reporting import (
+    card_facts,
+    data_record,
+    opening_lines,
+    record_depths,
+    record_search,
+    record_summary,
+)
+from orchestrator.search_job import check_search, run_search, search_due
+from orchestrator.search_results import finished_search, with_best
 from orchestrator.stop_signals import Interrupted, interrupted_by_signals
 from orchestrator.tracking import Tracker, TrackingError
 from orchestrator.training import layout_of, precision_on, train
@@ -63,12 +72,16 @@ def prepare(settings: Settings) -> Prepared:
         .absolute()
     )
     settings = with_changes(settings, {"out": str(out)} | _absolute_inputs(settings))
+    if settings.resume or settings.search.resume:
+        settings = with_best(with_changes(settings, {"resume": True}), finished_search(out))
     family, source, splits = make_family(settings, out)
     check_output(out, settings, family.fingerprint)
     baseline = None
     if settings.baseline == "mae":
         baseline = make_family(end_to_end(settings), out / "baseline_mae", (source, splits))[0]
-    return Prepared(family, baseline, source, splits)
+    prepared = Prepared(family, baseline, source, splits)
+    check_search(family, prepared)
+    return prepared
 
 
 def run_job(prepared: Prepared, say: Say) -> Outcome:
@@ -86,15 +99,13 @@ def run_job(prepared: Prepared, say: Say) -> Outcome:
 
 
 def _run(prepared: Prepared, say: Say) -> Outcome:
-    family, settings = prepared.family, prepared.family.settings
-    depths = family.depths
+    family, baseline, settings = prepared.family, prepared.baseline, prepared.family.settings
+    depths, searching = family.depths, search_due(settings, prepared.family.out)
     with ExitStack() as stack:
         cluster = _cluster(settings, stack, say)
         stack.enter_context(interrupted_by_signals())
         layout = layout_of(settings, cluster)
-        baseline_layout = (
-            None if prepared.baseline is None else layout_of(prepared.baseline.settings, cluster)
-        )
+        baseline_layout = None if baseline is None else layout_of(baseline.settings, cluster)
         precision = precision_on(settings, layout)
         provenance = collect(data_record(prepared), resolved(family, layout, precision, cluster))
         made = make_output(family.out)
@@ -104,30 +115,42 @@ def _run(prepared: Prepared, say: Say) -> Outcome:
             for folder in made:
                 folder.rmdir()
             raise
-        settings_text = settings_to_yaml(with_changes(settings, {"resume": False}))
-        (family.out / SAVED_SETTINGS).write_text(settings_text, encoding="utf-8")
-        tracker.log_settings(flat(settings), settings_text)
+        # MLflow never changes a parameter, so those that are still to be found wait.
+        _keep_settings(family, tracker, without=tuple(settings.search.space) if searching else ())
         tracker.log_provenance(provenance)
         for line in opening_lines(family, prepared, layout):
             say(line)
         stop = StopRequest()
+        if searching:
+            found_family = run_search(family, prepared, cluster, precision, tracker, say, stop)
+            if found_family is None:
+                tracker.finish("KILLED")
+                return Outcome(family.out, stop.reason, "", depths, tracker.ui_hint())
+            family = found_family
+            _keep_settings(family, tracker)
+            if baseline is not None:
+                alone, images = end_to_end(family.settings), (prepared.source, prepared.splits)
+                baseline = make_family(alone, baseline.out, images)[0]
+        searched = finished_search(family.out)
+        if searched is not None:
+            record_search(tracker, searched)
         train(family, layout, precision, Progress(say, tracker), stop)
         if stop.reason is None:
             say(f"measuring and exporting depth{'s' * (len(depths) > 1)} {', '.join(map(str, depths))}")
             found = _assess(family, layout, card_facts(family, provenance), depths)
             record_depths(tracker, family, found)
-        if stop.reason is None and prepared.baseline is not None and baseline_layout is not None:
+        if stop.reason is None and baseline is not None and baseline_layout is not None:
             say("the baseline: one end-to-end MAE run (K = 1), to be truncated at each depth")
-            train(prepared.baseline, baseline_layout, precision, Progress(say, tracker, "mae"), stop)
+            train(baseline, baseline_layout, precision, Progress(say, tracker, "mae"), stop)
         if stop.reason is not None:
             tracker.finish("KILLED")
             return Outcome(family.out, stop.reason, "", depths, tracker.ui_hint())
         truncated = None
-        if prepared.baseline is not None and baseline_layout is not None:
-            facts = card_facts(prepared.baseline, provenance)
-            truncated = _assess(prepared.baseline, baseline_layout, facts, depths, references=False)
-            record_depths(tracker, prepared.baseline, truncated, series="mae")
-        table = record_summary(tracker, family, found, truncated)
+        if baseline is not None and baseline_layout is not None:
+            facts = card_facts(baseline, provenance)
+            truncated = _assess(baseline, baseline_layout, facts, depths, references=False)
+            record_depths(tracker, baseline, truncated, series="mae")
+        table = record_summary(tracker, family, found, truncated, searched)
         ui = tracker.ui_hint()
     return Outcome(family.out, None, table, depths, ui)
 
@@ -143,6 +166,15 @@ def resolved(
         "per_stage": f"{layout.gpus:g} GPU, {layout.cpus:g} CPU, {layout.threads} threads",
         "precision": precision,
     }
+
+
+def _keep_settings(family: Family, tracker: Tracker, without: tuple[str, ...] = ()) -> None:
+    """Write the settings into the output directory, from where --resume takes them, and into MLflow."""
+    settings = with_changes(family.settings, {"resume": False, "search.resume": False})
+    text = settings_to_yaml(settings)
+    (family.out / SAVED_SETTINGS).write_text(text, encoding="utf-8")
+    shown = {key: value for key, value in flat(family.settings).items() if key not in without}
+    tracker.log_settings(shown, text)
 
 
 def open_tracker(family: Family) -> Tracker:

@@ -9,6 +9,7 @@ from orchestrator.checkpoint import MANIFEST, CheckpointStore
 from orchestrator.command_line import SAVED_SETTINGS
 from orchestrator.config import Settings, SettingsError, differing_keys, flat, settings_from_mapping
 from orchestrator.recipes import read_recipe
+from orchestrator.search_results import finished_search, with_best
 
 
 class OutputError(ValueError):
@@ -61,7 +62,8 @@ def _check_same(out: Path, settings: Settings, fingerprint: str) -> None:
     latest = store.latest()
     saved = read_recipe(str(out / SAVED_SETTINGS)) if latest is None else latest.settings
     try:
-        before = settings_from_mapping(saved)
+        # A search may have ended just before what it found was written down.
+        before = with_best(settings_from_mapping(saved), finished_search(out))
     except SettingsError as error:
         raise OutputError(
             f"the run in {out} was made with settings that this version does not know: {error}"

@@ -16,10 +16,21 @@ from orchestrator.command_line import SAVED_SETTINGS
 from orchestrator.config import settings_to_mapping
 from orchestrator.family import Family, Prepared
 from orchestrator.model_card import CardFacts
-from orchestrator.pictures import accuracy_latency_figure, loss_curves_figure
+from orchestrator.pictures import accuracy_latency_figure, loss_curves_figure, pareto_figure
 from orchestrator.placement import Layout
 from orchestrator.provenance import DataRecord, Provenance
 from orchestrator.run_notes import DepthRecord, depth_rows, loading_note, results_table
+from orchestrator.search_results import (
+    BEST,
+    FOLDER,
+    METRIC_NAMES,
+    TABLE,
+    SearchResult,
+    best_line,
+    changes_of_best,
+    counted,
+    note_rows,
+)
 from orchestrator.summary import params_text, render_table, summary_rows, write_summary
 from orchestrator.tracking import Tracker
 
@@ -130,7 +141,26 @@ def record_depths(tracker: Tracker, family: Family, found: Assessment, series: s
         tracker.log_depth(record, name)
 
 
-def record_summary(tracker: Tracker, family: Family, found: Assessment, truncated: Assessment | None) -> str:
+def record_search(tracker: Tracker, result: SearchResult) -> None:
+    """A finished search on the parent run: its table, its best recipe, its picture, and what it changed, as tags."""
+    for name in (TABLE, BEST):
+        tracker.log_file(tracker.out / FOLDER / name, FOLDER)
+    figure = pareto_figure(result, METRIC_NAMES[result.metric])
+    if figure is not None:
+        tracker.log_picture(figure, "pareto")
+    tags: dict[str, object] = {f"search.best.{key}": value for key, value in changes_of_best(result).items()}
+    score = result.best.score
+    tags |= {"search.trials": counted(result.rows), "search.best": f"trial {result.best.number}"}
+    tracker.set_tags(tags | ({} if score is None else {"search.best.score": f"{score:.4g}"}))
+
+
+def record_summary(
+    tracker: Tracker,
+    family: Family,
+    found: Assessment,
+    truncated: Assessment | None,
+    searched: SearchResult | None = None,
+) -> str:
     """The table and the pictures of a run, in its output directory and on its MLflow page. Returns the table as text."""
     baseline = () if truncated is None else truncated.reports
     rows = summary_rows(found.reports, found.random, found.raw, baseline)
@@ -158,11 +188,15 @@ def record_summary(tracker: Tracker, family: Family, found: Assessment, truncate
             for r in truncated.reports
         ]
     records += [DepthRecord(r.depth, Path(), r.metrics(), series="random") for r in found.random]
+    before = ""
+    if searched is not None:
+        pictures.insert(0, "pareto")
+        before = f"\n\nThe search: {counted(searched.rows)}; {best_line(searched)}\n\n{results_table(note_rows(searched))}"
     tracker.describe(
         f"{params_text(found.reports[-1].params)} parameters at full depth, {settings.backbone.name}, "
         f"{len(family.spec.blocks)} blocks, {settings.schedule.epochs} epochs of {settings.data.source}.\n\n"
         f"{results_table(depth_rows(records))}\n\nOpen a variant without this package:\n\n"
-        f"{loading_note(name, f'depth{deepest}', tracker.store_to_name)}",
+        f"{loading_note(name, f'depth{deepest}', tracker.store_to_name)}{before}",
         pictures,
     )
     return table

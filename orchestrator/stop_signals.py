@@ -22,8 +22,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def stop_on_signals(stop: StopRequest, say: Callable[[str], None]) -> Iterator[None]:
+def stop_on_signals(
+    stop: StopRequest, say: Callable[[str], None], meanwhile: str = "finishing the steps under way, then saving"
+) -> Iterator[None]:
     """Inside, the first signal sets `stop.reason` to its name; a second one raises Interrupted.
+
+    meanwhile: what is still done after the first, as told to the reader.
 
     Outside the main thread (a search trial) signals are not ours, and nothing is changed.
     """
@@ -32,7 +36,7 @@ def stop_on_signals(stop: StopRequest, say: Callable[[str], None]) -> Iterator[N
         if stop.reason is not None:
             raise Interrupted(number)
         stop.reason = signal.Signals(number).name
-        say(f"{stop.reason}: finishing the steps under way, then saving; once more stops at once")
+        say(f"{stop.reason}: {meanwhile}; once more stops at once")
 
     with _handled_by(handle):
         yield

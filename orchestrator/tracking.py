@@ -1,8 +1,8 @@
 """The record of a run in MLflow: a parent run, and a child run and a logged model per depth variant.
 
-With `tracking_depths.py` the only code that speaks MLflow; the driver alone uses it. A store that cannot be reached
-is an error at the start and never later: metrics wait in `metrics.jsonl`, files stay in the output directory, the
-training goes on.
+With `tracking_depths.py` and `tracking_trials.py` the only code that speaks MLflow; the driver alone uses it. A store
+that cannot be reached is an error at the start and never later: metrics wait in `metrics.jsonl`, files stay in the
+output directory, the training goes on.
 """
 
 from __future__ import annotations
@@ -31,9 +31,12 @@ from orchestrator.provenance import Provenance
 from orchestrator.run_notes import VIEW, DepthRecord, pages, picture, runs_view
 from orchestrator.store_address import SECONDS, StoreAddress, gist, http_patience, no_tracebacks
 from orchestrator.tracking_depths import NOTE, DepthRuns, origin
+from orchestrator.tracking_trials import TrialRuns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from orchestrator.search_results import TrialRow
 
 SHOWN_PACKAGES = ("torch", "timm", "ray")  # as tags; provenance.json has them all
 
@@ -73,6 +76,8 @@ class Tracker:
             str(address), _refused, away=lambda: self._courier is not None and self._courier.down
         )
         self._depths = DepthRuns(client, run, model_name, address.to_name())
+        self._trials = TrialRuns(client, run)
+        self._trial_rows: dict[int, TrialRow] = {}
         self._metrics = MetricLog(out / "metrics.jsonl", same_store=continued)
         self._events = out / "events.log"
         self._events_sent = 0
@@ -256,6 +261,13 @@ class Tracker:
         address that `mlflow.artifacts.download_artifacts` takes, None if the store has not taken it yet.
         """
         return self._debts.do(record.title, lambda: self._depths.send(record, model_name))
+
+    def log_trial(self, row: TrialRow, metric: str) -> None:
+        """A child run for one trial of a search, with what is known of it by now. metric: what its scores are."""
+        self._trial_rows[row.number] = row
+        what = f"trial {row.number}"
+        if what not in self._debts.open:  # one that is owed is sent as it is known by then
+            self._debts.do(what, lambda: self._trials.send(self._trial_rows[row.number], metric))
 
     # -- the end ------------------------------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ TINY = {
     "schedule.warmup_epochs": "0",
     "placement.threads_per_stage": "1",
     "placement.backend": "in_process",
+    "search.trials": "0",
     "evaluation.latency": "false",
 }
 """Four blocks of one layer; two epochs in this process."""

@@ -12,7 +12,7 @@ import ray
 
 from tests.e2e.command import TINY, Finished, arguments, call, image_folder, shell, tree
 
-ELSEWHERE = ["--placement.backend", "in_process"]
+ELSEWHERE = ["--placement.backend", "in_process", "--search.trials", "0"]
 
 
 @pytest.fixture
@@ -101,17 +101,17 @@ def sentence(done: Finished) -> str:
             "--placement.stages 7", "placement.stages must be at most 4, the number of blocks, not 7", id="stages"
         ),
         pytest.param(
-            "--placement.gpus_per_stage 1 --placement.backend in_process",
+            "--placement.gpus_per_stage 1 --placement.backend in_process --search.trials 0",
             "placement.gpus_per_stage asks for a GPU, and this process sees none; set it to 0",
             id="GPU in process",
         ),
         pytest.param(
-            "--tracking.uri http://127.0.0.1:9 --placement.backend in_process --out a/b",
+            "--tracking.uri http://127.0.0.1:9 --placement.backend in_process --search.trials 0 --out a/b",
             "the MLflow store http://127.0.0.1:9 cannot be used: Connection refused; start or repair it, or give",
             id="MLflow away",
         ),
         pytest.param(
-            "--tracking.uri postgresqll://x --placement.backend in_process",
+            "--tracking.uri postgresqll://x --placement.backend in_process --search.trials 0",
             "'postgresqll' is no kind of store that MLflow knows",
             id="MLflow address",
         ),

@@ -19,8 +19,12 @@ LAYERS = ("models", "orchestrator", "pipelines")
 MODELS_MAY_IMPORT = {"torch", "timm", "torchvision", "safetensors", "numpy", "models"}
 
 ALONE = {
-    "ray": {"orchestrator/ray_stages.py", "orchestrator/launch.py"},
-    "mlflow": {"orchestrator/tracking.py", "orchestrator/tracking_depths.py"},
+    "ray": {"orchestrator/ray_stages.py", "orchestrator/launch.py", "orchestrator/search.py"},
+    "mlflow": {
+        "orchestrator/tracking.py",
+        "orchestrator/tracking_depths.py",
+        "orchestrator/tracking_trials.py",
+    },
     "pydantic": {"orchestrator/config.py"},
 }
 """Package -> the only files that may import it."""
@@ -32,6 +36,7 @@ BARE = (
     "orchestrator.checkpoint",
     "orchestrator.evaluation",
     "orchestrator.failures",
+    "orchestrator.objective",
     "orchestrator.placement",
     "orchestrator.pretrain",
     "orchestrator.progress",

@@ -187,13 +187,13 @@ def test_raw_pixels_of_large_images_are_averaged_over_cells(monkeypatch: pytest.
 
 def test_a_large_split_is_sampled_by_the_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     indices = np.arange(100, 200)
-    drawn = evaluation._drawn(indices, 10, seed=3)
+    drawn = evaluation.drawn(indices, 10, seed=3)
     assert len(np.unique(drawn)) == 10
     assert np.array_equal(drawn, np.sort(drawn))
     assert set(drawn) <= set(indices)
-    assert np.array_equal(drawn, evaluation._drawn(indices, 10, seed=3))
-    assert not np.array_equal(drawn, evaluation._drawn(indices, 10, seed=4))
-    assert np.array_equal(evaluation._drawn(indices, 100, seed=3), indices)
+    assert np.array_equal(drawn, evaluation.drawn(indices, 10, seed=3))
+    assert not np.array_equal(drawn, evaluation.drawn(indices, 10, seed=4))
+    assert np.array_equal(evaluation.drawn(indices, 100, seed=3), indices)
 
 
 def test_raw_pixels_without_labels_are_refused() -> None:

@@ -20,10 +20,12 @@ from orchestrator.pictures import (
     fill_masked,
     hide_masked,
     loss_curves_figure,
+    pareto_figure,
     reconstruction_figure,
     save_reconstructions,
     write_png,
 )
+from orchestrator.search_results import Point, SearchResult, TrialRow
 
 RAW = {"knn_top1": 0.98, "knn_top1_se": 0.007, "linear_top1": 0.966, "linear_top1_se": 0.01}
 
@@ -192,3 +194,31 @@ def test_what_are_no_pixels_is_shown_beside_the_true_target() -> None:
     images = np.zeros((1, 8, 8, 3))
     figure = reconstruction_figure(images, images, np.array([[0]]), (2, 2), wanted=np.ones((1, 8, 8, 3)))
     assert {text.get_text() for text in figure.texts} == {"masked", "predicted", "target", "original"}
+
+
+def trial(
+    number: int, score: float | None, gflops: float, status: str = "finished", epoch: int = 4
+) -> TrialRow:
+    curve = () if score is None else (Point(epoch, score, {2: score}),)
+    return TrialRow(number, {}, status, "", curve, gflops)  # type: ignore[arg-type]
+
+
+def test_the_pareto_picture_names_every_trial_and_joins_the_front() -> None:
+    rows = (
+        trial(0, 0.5, 2.0), trial(1, 0.6, 1.0), trial(2, 0.4, 0.5), trial(3, 0.9, 1.5, "stopped early", 2),
+        trial(4, None, 1.0, "failed"),
+    )  # fmt: skip
+    figure = pareto_figure(SearchResult("knn_top1", 100, 4, {}, rows=rows), "kNN top-1")
+    assert figure is not None
+    (axes,) = figure.axes
+    names = {text.get_text() for text in axes.texts}
+    assert names == {"trial 0, the recipe's own", "trial 1, best", "trial 2", "trial 3"}
+    (line,) = axes.lines
+    assert list(line.get_xdata()) == [0.5, 1.0]
+    assert list(line.get_ydata()) == [40.0, 60.0]
+    assert legend(figure) == ["finished (3)", "stopped early (1)"]
+
+
+def test_without_a_score_there_is_no_pareto_picture() -> None:
+    nothing = SearchResult("knn_top1", 100, 4, {}, rows=(trial(0, None, 1.0, "failed"),))
+    assert pareto_figure(nothing, "kNN top-1") is None

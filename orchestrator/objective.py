@@ -1,0 +1,159 @@
+"""What a search ranks settings by: how good the embeddings of every depth are, and what an image costs in training.
+
+Never the training loss, which is another quantity under another mask, target or decoder. The same embedding as in the
+evaluation, on the validation split. Knows neither Ray nor MLflow nor pydantic; serves the trials of a search.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.backbones.backbone import Backbone
+from orchestrator.assess import trained_variant
+from orchestrator.checkpoint import load_block_weights
+from orchestrator.data.sources import Source
+from orchestrator.data.splits import Splits
+from orchestrator.evaluation import drawn, embedded, embedders_of, labelled
+from orchestrator.phases import Phase
+from orchestrator.probes import weighted_knn
+from orchestrator.stages import FamilySpec, backbone_of, build_local_mim, plans_of_step
+
+FIT_IMAGES = 20_000
+JUDGED_IMAGES = 5_000
+"""Labelled images of the train and the validation split that a score takes, drawn from the seed where there are more."""
+
+RANK_IMAGES = 8_192
+"""The same for RankMe, which needs no labels: at least 2,048 or all there are (design.md section 5)."""
+
+RANK_EPSILON = 1e-7
+"""RankMe's, for float32."""
+
+
+@dataclass(frozen=True)
+class ObjectiveSpec:
+    """How checkpoints are scored; the same for every trial of a search."""
+
+    knn_k: int = 20
+    knn_temperature: float = 0.07
+    batch_size: int = 256
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a checkpoint is worth; more is better.
+
+    Args:
+        metric: "knn_top1" (0..1) or "rankme" (1..width of the embedding).
+        by_depth: depth in layers -> the metric of that variant.
+        images: how many it was counted on.
+    """
+
+    metric: str
+    by_depth: dict[int, float]
+    images: int
+
+    @property
+    def mean(self) -> float:
+        """Over the depths: the score of a trial."""
+        return statistics.mean(self.by_depth.values())
+
+
+def metric_of(source: Source, splits: Splits) -> str:
+    """By what these images can be ranked: `knn_top1` needs labels and a validation split, `rankme` neither."""
+    return "knn_top1" if source.labels is not None and len(splits.val) else "rankme"
+
+
+def score_checkpoint(
+    spec: FamilySpec,
+    images: tuple[Source, Splits],
+    how: ObjectiveSpec,
+    checkpoint: Path,
+    device: str = "cpu",
+) -> Score:
+    """Score every depth variant of a committed checkpoint at the backbone's own image size, all tokens visible.
+
+    Raises ValueError if a split has no readable image, or embeddings are not finite.
+    """
+    backbone = backbone_of(spec)
+    weights = [load_block_weights(checkpoint, k) for k in range(len(spec.blocks))]
+    return score_weights(spec, backbone, weights, images, how, device)
+
+
+def score_weights(
+    spec: FamilySpec,
+    backbone: Backbone,
+    weights: list[dict[str, Tensor]],
+    images: tuple[Source, Splits],
+    how: ObjectiveSpec,
+    device: str = "cpu",
+) -> Score:
+    """The same for the weights of every block, as `LocalMIM.state_dict` gives them."""
+    source, splits = images
+    place = torch.device(device)
+    variants = {info.depth: trained_variant(backbone, weights, info.depth) for info in backbone.blocks}
+    embedders = embedders_of(variants, spec.mean, spec.std, place)
+    size, batch = backbone.image_size, how.batch_size
+    if metric_of(source, splits) == "rankme":
+        features, numbers = embedded(
+            embedders, source, drawn(splits.train, RANK_IMAGES, how.seed), size, batch
+        )
+        ranks = {depth: rankme(x.to(place)) for depth, x in features.items()}
+        return Score("rankme", ranks, len(numbers))
+    fit, fit_y = labelled(embedders, source, drawn(splits.train, FIT_IMAGES, how.seed), size, batch)
+    val, val_y = labelled(embedders, source, drawn(splits.val, JUDGED_IMAGES, how.seed), size, batch)
+    fit_y, val_y = fit_y.to(place), val_y.to(place)
+    accuracies = {
+        depth: weighted_knn(
+            fit[depth].to(place), fit_y, val[depth].to(place), val_y, how.knn_k, how.knn_temperature
+        )
+        for depth in variants
+    }
+    return Score("knn_top1", accuracies, len(val_y))
+
+
+def rankme(embeddings: Tensor) -> float:
+    """Effective rank of embeddings (n, D): exp of the entropy of their singular values, normalised to sum 1.
+
+    RankMe (arXiv 2210.02885, equations 1 and 2): p_k = s_k / |s|_1 + eps, exp(-sum_k p_k log p_k). Between 1 (all on one
+    line) and min(n, D). Raises ValueError if an embedding is not finite.
+    """
+    if not torch.isfinite(embeddings).all():
+        raise ValueError("embeddings are not finite, so they cannot be scored")
+    values = torch.linalg.svdvals(embeddings.float())
+    p = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny) + RANK_EPSILON
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
+def training_gflops(spec: FamilySpec, phases: Sequence[Phase], epochs: int) -> float:
+    """GFLOPs (2 x multiply-accumulates / 1e9) of the forward passes of one training image through all blocks and decoders.
+
+    Averaged over the phases, each weighted by its epochs. Targets are not counted; the backward pass is about twice as
+    much again, whatever the settings. One grey image is really computed, since positions of other sizes than the
+    backbone's own depend on the values of its table; a fraction of a second.
+    """
+    backbone = backbone_of(spec)
+    ends = [*(phase.first_epoch for phase in phases[1:]), epochs]
+    shares = [(end - phase.first_epoch) / epochs for phase, end in zip(phases, ends, strict=True)]
+    return sum(
+        share * _forward_gflops(spec, backbone, phase.size)
+        for phase, share in zip(phases, shares, strict=True)
+    )
+
+
+def _forward_gflops(spec: FamilySpec, backbone: Backbone, size: tuple[int, int]) -> float:
+    plans = plans_of_step(spec, backbone, size, batch=1, step=0, micro=0)
+    x = torch.zeros(1, 3, *size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        for k in range(len(spec.blocks)):
+            module = build_local_mim(spec, k, backbone).eval()
+            x = module.encoder(x, plans[k])
+            module.decoder(x, plans[k])
+    return float(counter.get_total_flops()) / 1e9

@@ -1,0 +1,123 @@
+"""What trials are ranked by: the evaluation's kNN on another split, RankMe by hand, and the arithmetic of a step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from orchestrator.assess import random_variants
+from orchestrator.block_trainer import OptimSpec
+from orchestrator.checkpoint import save_block
+from orchestrator.data.sources import Source, open_source
+from orchestrator.data.splits import Splits
+from orchestrator.evaluation import evaluate_variants
+from orchestrator.objective import (
+    ObjectiveSpec,
+    metric_of,
+    rankme,
+    score_checkpoint,
+    score_weights,
+    training_gflops,
+)
+from orchestrator.phases import PhaseSpec, phases_on
+from orchestrator.stages import DecoderSpec, FamilySpec, backbone_of, build_local_mim
+
+SPEC = FamilySpec(
+    backbone="vit_tiny_patch16_224",
+    model_args={"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2},
+    blocks=(2, 2),
+    mask_ratios=(0.5, 0.75),
+    decoders=(DecoderSpec(1, 32, 2),) * 2,
+    optim=OptimSpec(),
+)
+SPLITS = Splits(np.arange(0, 200), np.arange(200, 260), np.arange(260, 360))
+HOW = ObjectiveSpec(knn_k=5, batch_size=64)
+
+
+def weights() -> list[dict[str, Tensor]]:
+    return [build_local_mim(SPEC, k).state_dict() for k in range(2)]
+
+
+def test_the_score_is_the_evaluations_knn_on_the_validation_split_averaged_over_the_depths() -> None:
+    source, backbone = digits(), backbone_of(SPEC)
+    score = score_weights(SPEC, backbone, weights(), (source, SPLITS), HOW)
+    as_test = Splits(SPLITS.train, SPLITS.test, SPLITS.val)
+    variants = random_variants(SPEC, backbone, (2, 4))
+    cpu = torch.device("cpu")
+    reports = evaluate_variants(
+        variants, source, as_test, (16, 16), SPEC.mean, SPEC.std, cpu, k=5, latency=False
+    )
+    assert score.metric == "knn_top1"
+    assert score.by_depth == {report.depth: report.knn_top1 for report in reports}
+    assert score.mean == pytest.approx(sum(score.by_depth.values()) / 2)
+    assert score.images == 60
+
+
+def test_a_committed_checkpoint_is_scored_like_its_weights(tmp_path: Path) -> None:
+    for k, state in enumerate(weights()):
+        save_block(tmp_path, k, state, {})
+    images = (digits(), SPLITS)
+    assert score_checkpoint(SPEC, images, HOW, tmp_path) == score_weights(
+        SPEC, backbone_of(SPEC), weights(), images, HOW
+    )
+
+
+def test_the_test_split_is_never_looked_at() -> None:
+    source = digits()
+    seen: list[int] = []
+    load = source.load
+    source.load = lambda index: (seen.append(index), load(index))[1]  # type: ignore[method-assign, func-returns-value]
+    score_weights(SPEC, backbone_of(SPEC), weights(), (source, SPLITS), HOW)
+    assert set(seen) == {*SPLITS.train.tolist(), *SPLITS.val.tolist()}
+
+
+def test_without_labels_or_a_validation_split_the_rank_of_the_training_images_counts() -> None:
+    source = digits()
+    no_val = Splits(SPLITS.train, SPLITS.val[:0], SPLITS.test)
+    assert (metric_of(source, SPLITS), metric_of(source, no_val)) == ("knn_top1", "rankme")
+    score = score_weights(SPEC, backbone_of(SPEC), weights(), (source, no_val), HOW)
+    assert score.metric == "rankme"
+    assert score.images == 200
+    assert all(1 < rank < 32 for rank in score.by_depth.values())
+
+
+def test_rankme_is_the_number_of_directions_that_are_used_alike() -> None:
+    orthonormal = torch.linalg.qr(torch.randn(64, 16, generator=torch.Generator().manual_seed(0)))[0]
+    assert rankme(orthonormal) == pytest.approx(16, rel=1e-4)
+    assert rankme(3.0 * orthonormal) == pytest.approx(16, rel=1e-4)  # whatever the scale
+    assert rankme(torch.ones(64, 16)) == pytest.approx(1, abs=1e-4)
+    assert rankme(torch.cat([orthonormal, orthonormal])) == pytest.approx(16, rel=1e-4)
+
+
+def test_rankme_follows_the_papers_formula() -> None:
+    values = torch.tensor([4.0, 2.0, 1.0, 1.0])
+    p = [0.5, 0.25, 0.125, 0.125]
+    entropy = -sum(q * math.log(q) for q in p)
+    assert rankme(torch.diag(values)) == pytest.approx(math.exp(entropy), rel=1e-4)
+
+
+def test_embeddings_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        rankme(torch.full((4, 4), float("nan")))
+
+
+def test_the_cost_of_a_training_image_falls_with_the_mask_the_throw_ratio_and_the_size() -> None:
+    whole = phases_on([PhaseSpec(0, (16, 16), 8)], 64)
+    own = training_gflops(SPEC, whole, 4)
+    masked = training_gflops(replace(SPEC, mask_ratios=(0.75, 0.75)), whole, 4)
+    thrown = replace(SPEC, decoders=(DecoderSpec(1, 32, 2, throw_ratio=0.25),) * 2)
+    growing = phases_on([PhaseSpec(0, (8, 8), 8), PhaseSpec(3, (16, 16), 8)], 64)
+    small = training_gflops(SPEC, phases_on([PhaseSpec(0, (8, 8), 8)], 64), 4)
+    assert masked < own
+    assert training_gflops(thrown, whole, 4) < own
+    assert training_gflops(SPEC, growing, 4) == pytest.approx(0.75 * small + 0.25 * own)
+
+
+def digits() -> Source:
+    return open_source("digits")
