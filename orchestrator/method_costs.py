@@ -17,7 +17,7 @@ import timm.layers
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from orchestrator.activation_memory import saved_activations
+from orchestrator.activation_memory import counting_saved, saved_activations
 from orchestrator.block_trainer import BlockTrainer, Precision
 from orchestrator.stages import (
     DecoderSpec,
@@ -157,6 +157,33 @@ def cost(spec: FamilySpec, batch: int, device: torch.device, precision: Precisio
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return Cost(forward_gmacs(spec), seconds, fused, explicit, peak)
+
+
+def encoder_cost(
+    spec: FamilySpec, batch: int, device: torch.device, precision: Precision, steps: int
+) -> tuple[float, int, int | None]:
+    """The encoder alone, of a family of one block: seconds of the fastest forward and backward pass, bytes of activations
+    held for the backward pass (float32, on the CPU), and the most bytes that were allocated on an accelerator."""
+    backbone = backbone_of(spec)
+    block = backbone.build_block(0, spec.seed).train()
+    size, counted = backbone.image_size, min(batch, 8)
+    images = torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(0))
+    with counting_saved(iter(block.parameters())) as saved:
+        block(images[:counted], plans_of_step(spec, backbone, size, counted, 0, 0)[0])
+    block, images, times = block.to(device), images.to(device), []
+    half = torch.bfloat16 if precision == "bf16" else torch.float32
+    for step in range(steps + 1):  # the first one warms up
+        if device.type == "cuda" and step == 1:
+            torch.cuda.reset_peak_memory_stats(device)
+        started = _now(device)
+        plan = plans_of_step(spec, backbone, size, batch, step, 0, device=device)[0]
+        with torch.autocast(device.type, half, enabled=precision == "bf16"):
+            tokens = block(images, plan)
+        tokens.float().square().mean().backward()
+        block.zero_grad(set_to_none=True)
+        times.append(_now(device) - started)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return min(times[1:]), saved.total * batch // counted, peak
 
 
 @contextmanager

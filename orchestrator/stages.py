@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -211,6 +212,8 @@ class Stage:
         self._trainers: list[BlockTrainer] = []
         self._alike = _with_equal_targets(spec, self._backbone, self._blocks)
         self._next = (0, 0)
+        self._planner = ThreadPoolExecutor(1, thread_name_prefix="plans")
+        self._ahead: tuple[Any, Future[dict[int, MaskPlan]]] | None = None
         self._idle_since: float | None = None
 
     def restore(self, checkpoint: str | None, step: int) -> int:
@@ -250,10 +253,7 @@ class Stage:
         idle = 0.0 if self._idle_since is None else started - self._idle_since
         pixels = normalize_images(self._inbox.unpack("images", images), self._spec.mean, self._spec.std)
         x = pixels if incoming is None else self._inbox.unpack("tokens", incoming).float()
-        size = (pixels.shape[-2], pixels.shape[-1])
-        plans = plans_of_step(
-            self._spec, self._backbone, size, len(pixels), order.step, order.micro, self._blocks, self._device
-        )
+        plans = self._plans(pixels.shape, order)
         metrics: dict[int, dict[str, float]] = {}
         shared: dict[int, Tensor] = {}
         for k, trainer in zip(self._blocks, self._trainers, strict=True):
@@ -278,6 +278,25 @@ class Stage:
         ended = time.perf_counter()
         self._idle_since = ended
         return outgoing, StageReport(metrics, tuple(files), ended - started, idle)
+
+    def _plans(self, shape: torch.Size, order: Order) -> dict[int, MaskPlan]:
+        """The plans of this micro-batch, made while the one before was trained on, and those of the next one begun.
+
+        Grouping windows and sampling tokens is work for the host; on a GPU it would stand between two steps.
+        """
+        size, batch = (shape[-2], shape[-1]), shape[0]
+
+        def begin(step: int, micro: int) -> tuple[Any, Future[dict[int, MaskPlan]]]:
+            wanted = (size, batch, step, micro)
+            what = (self._spec, self._backbone, *wanted, self._blocks, self._device)
+            return wanted, self._planner.submit(plans_of_step, *what)
+
+        if self._ahead is None or self._ahead[0] != (size, batch, order.step, order.micro):
+            self._ahead = begin(order.step, order.micro)
+        plans = self._ahead[1].result()
+        # Where images change their size, what was begun for the next step is not used.
+        self._ahead = begin(order.step + 1, 0) if order.last_micro else begin(order.step, order.micro + 1)
+        return plans
 
     def _noisy(self, x: Tensor, block: int, order: Order) -> Tensor:
         """x: (B, T, D) -> the same with Gaussian noise of `boundary_noise` standard deviations of x added.
