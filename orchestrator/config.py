@@ -108,6 +108,10 @@ class MaskSettings(_Group):
         description="visible: masked units are never computed (MAE); all: they are painted over (FastMIM); auto: visible "
         "where the backbone can",
     )
+    per_batch: bool | None = Field(
+        default=None,
+        description="one mask for all images of a batch; null: for Swin and Twins, whose windows then group alike",
+    )
     score_newly_dropped: bool = Field(default=True, description="later blocks also predict what block 0 saw")
 
 

@@ -57,6 +57,7 @@ def resolve(settings: Settings, auto_precision: Precision = "fp32") -> tuple[Fam
         decoders=decoders,
         targets=targets,
         encode=backbone.encode,
+        mask_per_batch=settings.mask.per_batch,
         boundary_noise=settings.boundary_noise,
         score_newly_dropped=settings.mask.score_newly_dropped,
         seed=settings.seed,

@@ -87,10 +87,15 @@ def run_plan(family: Family, layout: Layout) -> RunPlan:
         epochs=schedule.epochs,
         phases=family.phases,
         lr=CosineSchedule(settings.optim.blr, schedule.warmup_epochs, schedule.epochs, family.phases),
-        window=settings.placement.window or 2 * len(layout.places),
+        window=settings.placement.window or default_window(settings, layout),
         checkpoint_epochs=settings.checkpoint.every_epochs,
         max_bad_images=int(settings.data.max_bad_fraction * first.steps_per_epoch * first.images_per_step),
     )
+
+
+def default_window(settings: Settings, layout: Layout) -> int:
+    """Micro-batches under way: two for every stage; in one process a step is over when it has been submitted."""
+    return 2 * len(layout.places) if settings.placement.backend == "ray" else 1
 
 
 def _check_precision(out: Path, precision: Precision) -> None:
