@@ -36,6 +36,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     PLAIN: ("plain BIM: normalised pixels, one decoder layer per block", {}),
     TRUNCATED_MAE: ("MAE (K = 1), truncated at each depth", {}),
     "throw": ("PR-MIM, half of all tokens thrown and recovered", {"decoder.throw_ratio": 0.5}),
+    "throw-light": (
+        "the same, a recovered token weighing a quarter of a decoded one",
+        {"decoder.throw_ratio": 0.5, "decoder.thrown_weight": 0.25},
+    ),
     "drop": (
         "the same half dropped, not recovered",
         {"decoder.throw_ratio": 0.5, "decoder.recovery": "none"},
