@@ -380,8 +380,6 @@ def _contradictions(s: Settings) -> list[str]:
             f"search.grace_epochs must be at most {s.search.trial_epochs or s.schedule.epochs}, the epochs of a trial, not "
             f"{s.search.grace_epochs}"
         )
-    if s.search.trials and s.placement.backend != "ray" and not (s.resume or s.search.resume):
-        problems.append("a search needs placement.backend ray; to train in this process alone set search.trials to 0")
     if s.resume and s.out is None:
         problems.append("resume needs out: the folder of the run to continue (--out DIR --resume)")
     if s.placement.stages is not None and s.placement.stages > blocks:

@@ -66,7 +66,7 @@ def check_search(family: Family, prepared: Prepared) -> None:
         return
     if settings.placement.backend != "ray":
         raise SettingsError(
-            "a search needs placement.backend ray; to train without one set search.trials to 0"
+            "a search needs placement.backend ray; to train in this process alone set search.trials to 0"
         )
     if CheckpointStore(out, say=lambda _: None).latest() is not None:
         raise OutputError(

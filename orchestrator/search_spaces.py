@@ -41,6 +41,7 @@ REFUSED = {
     "init_from": "where a run starts from is not for a short trial to decide",
     "blocks": "other depths would be measured",
     "baseline": "it changes no weight",
+    "backbones": "each backbone is a run of its own",
     "backbone.": "another backbone is another family, dearer or cheaper to use",
     "data.source": "scores on other images cannot be compared",
     "data.image_column": "scores on other images cannot be compared",

@@ -317,9 +317,3 @@ def test_reading_settings_loads_no_heavy_library() -> None:
 def test_plain_values_give_the_settings_back() -> None:
     made = settings(blocks=[1, 2], mask__ratio=[0.5, 0.6], out="x")
     assert settings_from_mapping(settings_to_mapping(made)) == made
-
-
-def test_a_search_needs_ray_and_the_sentence_says_how_to_do_without() -> None:
-    said = problem(search__trials=4, placement__backend="in_process")
-    assert said == "a search needs placement.backend ray; to train in this process alone set search.trials to 0"
-    settings(search__trials=4, placement__backend="in_process", out="a", resume=True)  # it may be finished
