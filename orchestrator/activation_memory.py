@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from orchestrator.block_trainer import WIRE_DTYPES, Precision
 from orchestrator.stages import FamilySpec, backbone_of, build_local_mim, plans_of_step
 
 
@@ -43,7 +44,9 @@ def counting_saved(parameters: Iterator[Tensor]) -> Iterator[SavedBytes]:
         yield saved
 
 
-def saved_activations(spec: FamilySpec, batch: int, seed: int = 0) -> list[int]:
+def saved_activations(
+    spec: FamilySpec, batch: int, seed: int = 0, precision: Precision = "fp32"
+) -> list[int]:
     """Bytes saved for the backward pass of each block's local loss, in one training step of `batch` random images.
 
     Blocks are trained one after the other and each graph is freed before the next, so the peak of a family in one process
@@ -56,7 +59,8 @@ def saved_activations(spec: FamilySpec, batch: int, seed: int = 0) -> list[int]:
     found = []
     for k in range(len(spec.blocks)):
         module = build_local_mim(spec, k, backbone).train()
-        with counting_saved(iter(module.parameters())) as saved:
+        half = torch.autocast("cpu", WIRE_DTYPES[precision], enabled=precision != "fp32")
+        with counting_saved(iter(module.parameters())) as saved, half:
             out = module(x, images, plans[k])
         found.append(saved.total)
         out.loss.backward()

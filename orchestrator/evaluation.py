@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from models.seeding import generator
 from models.tokens import normalize_images
+from orchestrator.batch_norms import gather_statistics
 from orchestrator.cost import device_name, gflops, latencies_ms, latency_ms, num_params
 from orchestrator.data.batches import eval_images
 from orchestrator.data.sources import Source
@@ -95,9 +96,11 @@ def evaluate_variants(
     """Measure every variant, by depth. Each image is decoded once for all of them.
 
     variants: depth -> model whose `forward_features` and `forward_head` give the embedding (`embed`). They are left on
-    `device` in evaluation mode. size: (height, width). Without labels everything but the accuracies is measured.
+    `device` in evaluation mode, batch norms with statistics of whole training images (`batch_norms`). size: (height, width).
+    Without labels everything but the accuracies is measured.
     Raises ValueError if a split has no readable image.
     """
+    gather_statistics(variants, source, splits.train, size, mean, std, device, seed, batch_size)
     embedders = embedders_of(variants, mean, std, device)
     scores: dict[int, Scores] = {}
     if source.labels is not None:

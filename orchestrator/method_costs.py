@@ -53,8 +53,8 @@ class Cost:
     Args:
         gmacs: multiply-accumulates of the forward passes, 1e9.
         step_s: seconds of the fastest whole step of the batch: forward, backward, update, of all blocks in turn.
-        fused, explicit: bytes of activations held for the backward pass, of the block that holds most, for the batch;
-            with fused and with explicit attention.
+        fused, explicit: bytes of activations held for the backward pass, of the block that holds most, for the batch, in the
+            precision of the step; with fused and with explicit attention.
         peak: bytes that the accelerator had allocated at most during a step; None on a CPU.
     """
 
@@ -97,6 +97,7 @@ def methods(backbone: str, layers: tuple[int, ...], cell: int = 8) -> list[Metho
         Method(
             "FastMIM 128, HOG",
             family(backbone, whole, SMALL_DECODER, hog, model_args=low, encode="all"),
+            "time of an epoch 0.59, memory 0.34",
         ),
         Method(
             f"BIM {k} + PR-MIM 0.5, HOG, 128, 1x256",
@@ -147,11 +148,11 @@ def step_seconds(
 
 
 def cost(spec: FamilySpec, batch: int, device: torch.device, precision: Precision, steps: int) -> Cost:
-    """All figures of one method. Activations are counted in float32 on the CPU, with a batch of `batch` or 8."""
+    """All figures of one method. Activations are counted on the CPU, with a batch of `batch` or 8."""
     counted = min(batch, 8)
-    fused = max(saved_activations(spec, counted)) * batch // counted
+    fused = max(saved_activations(spec, counted, precision=precision)) * batch // counted
     with explicit_attention():
-        explicit = max(saved_activations(spec, counted)) * batch // counted
+        explicit = max(saved_activations(spec, counted, precision=precision)) * batch // counted
     seconds, peak = step_seconds(spec, batch, device, precision, steps)
     gc.collect()
     if device.type == "cuda":

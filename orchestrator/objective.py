@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.backbones.backbone import Backbone
 from orchestrator.assess import trained_variant
+from orchestrator.batch_norms import gather_statistics
 from orchestrator.checkpoint import load_block_weights
 from orchestrator.data.sources import Source
 from orchestrator.data.splits import Splits
@@ -99,8 +100,9 @@ def score_weights(
     source, splits = images
     place = torch.device(device)
     variants = {info.depth: trained_variant(backbone, weights, info.depth) for info in backbone.blocks}
-    embedders = embedders_of(variants, spec.mean, spec.std, place)
     size, batch = backbone.image_size, how.batch_size
+    gather_statistics(variants, source, splits.train, size, spec.mean, spec.std, place, how.seed, batch)
+    embedders = embedders_of(variants, spec.mean, spec.std, place)
     if metric_of(source, splits) == "rankme":
         features, numbers = embedded(
             embedders, source, drawn(splits.train, RANK_IMAGES, how.seed), size, batch
