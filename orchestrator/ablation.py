@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,14 @@ import torch
 
 from orchestrator.assess import trained_variant
 from orchestrator.checkpoint import CheckpointStore, load_block_weights
-from orchestrator.config import Settings, end_to_end, with_changes
+from orchestrator.config import (
+    Settings,
+    changes_weights,
+    end_to_end,
+    flat,
+    settings_from_mapping,
+    with_changes,
+)
 from orchestrator.evaluation import DepthReport, evaluate_variants
 from orchestrator.family import make_family
 from orchestrator.placement import ClusterResources
@@ -75,6 +83,8 @@ class CaseResult:
     scores: dict[str, dict[int, float]]
     n_test: int
     train_s: float
+    base: str = ""
+    """What all cases share, as `base_digest` gives it; results of another base are never set beside these."""
 
 
 class _Quiet:
@@ -93,6 +103,20 @@ class _Quiet:
     def say(self, text: str) -> None: ...
 
 
+def base_digest(base: Settings) -> str:
+    """Eight characters that stand for every setting of the base that changes a trained weight, the seed left out.
+
+    Of the images the name of their folder counts, not where it lies. What stands at its default is left out, so that a
+    setting that a later version adds changes no digest.
+    """
+    source = Path(base.data.source).name
+    values = flat(with_changes(base, {"seed": 0, "data.source": source}))
+    bare = {"name": "x", "backbone": {"name": "x"}, "data": {"source": "x", "batch_size": 1}}
+    default = flat(settings_from_mapping(bare | {"schedule": {"epochs": 1}}))
+    told = {key: v for key, v in values.items() if changes_weights(key) and v != default.get(key)}
+    return blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=4).hexdigest()
+
+
 def run_case(base: Settings, case: str, seed: int, changes: Mapping[str, Any] | None = None) -> CaseResult:
     """Train one case with one seed and measure all depths of the base's blocks on the test split.
 
@@ -104,6 +128,7 @@ def run_case(base: Settings, case: str, seed: int, changes: Mapping[str, Any] | 
         "placement.backend": "in_process",
         "placement.stages": 1,
         "checkpoint.every_epochs": float(base.schedule.epochs),
+        "search.trials": 0,
     }
     settings = end_to_end(base) if case == TRUNCATED_MAE else base
     settings = with_changes(settings, {**(CASES[case][1] if changes is None else changes), **alone})
@@ -133,7 +158,8 @@ def run_case(base: Settings, case: str, seed: int, changes: Mapping[str, Any] | 
         latency=False,
     )
     scores = {name: {report.depth: report.metrics()[name] for report in reports} for name in SCORES}
-    return CaseResult(case, seed, settings.schedule.epochs, scores, reports[0].n_test, seconds)
+    digest = base_digest(base)
+    return CaseResult(case, seed, settings.schedule.epochs, scores, reports[0].n_test, seconds, digest)
 
 
 def read_results(file: Path) -> list[CaseResult]:

@@ -15,7 +15,7 @@ from orchestrator.config import SettingsError
 
 def main(argv: Sequence[str]) -> int:
     """Run what is missing, print the tables. Returns the exit status: 0 done, 1 a case failed, 2 bad input."""
-    from orchestrator.ablation import CASES, read_results, run_case, table, write_result
+    from orchestrator.ablation import CASES, base_digest, read_results, run_case, table, write_result
 
     listed = "".join(f"\n  {name:<12} {words}" for name, (words, _) in CASES.items())
     parser = argparse.ArgumentParser(
@@ -26,7 +26,11 @@ def main(argv: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--results", type=Path, required=True, metavar="FILE", help="a line of JSON per case and seed"
+        "--results",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a line of JSON per case and seed; kept apart by base settings",
     )
     parser.add_argument("--cases", default=",".join(CASES), help="names, with commas (default: all)")
     parser.add_argument("--seeds", default="0,1,2", help="numbers, with commas (default: %(default)s)")
@@ -46,7 +50,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
-    done = {(r.case, r.seed) for r in read_results(arguments.results) if r.epochs == base.schedule.epochs}
+    digest = base_digest(base)
+    done = {(r.case, r.seed) for r in read_results(arguments.results) if r.base == digest}
     missing = [(case, seed) for seed in seeds for case in cases if (case, seed) not in done]
     failed = 0
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
@@ -66,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
             )
             print(f"{case:<12} seed {seed}  {shown}  {result.train_s:.0f} s", flush=True)
     print()
-    found = [result for result in read_results(arguments.results) if result.epochs == base.schedule.epochs]
+    found = [result for result in read_results(arguments.results) if result.base == digest]
     print("\n".join(table(found, {name: words for name, (words, _) in CASES.items()})))
     return 1 if failed else 0
 

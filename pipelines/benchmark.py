@@ -58,7 +58,7 @@ def methods(arguments: argparse.Namespace) -> None:
     layers = block_layers(arguments.backbone, arguments.blocks)
     print(f"{arguments.backbone}, batch {arguments.batch}, {described(device)}, {precision}; MAE = 1")
     print(
-        f"act: activations held for the backward pass ({precision}, of the block that holds most), fused | explicit attention"
+        f"act: activations held for the backward pass ({precision}, of the block with most), fused | explicit attention"
     )
     head = f"{'method':<40}  {'GMACs':>6}  {'ratio':>5}  {'step':>5}  {'act, fused':>10}  {'explicit':>8}"
     print(head + ("  allocated" if device.type == "cuda" else "") + "  published")

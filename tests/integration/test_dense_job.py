@@ -15,7 +15,8 @@ from orchestrator.job import prepare, run_job
 ARGUMENTS = """
 --backbone.name convnext_atto --backbone.model_args {img_size: 96, depths: [1,1,2,1], dims: [8,16,24,32]}
 --mask.ratio 0.5 --target.name hog --target.cell [4,8,16,32] --decoder.dim 32
---schedule.epochs 2 --schedule.warmup_epochs 0 --schedule.resolution [[0,64],[1,96,32,2]] --data.batch_size 64 --data.val_fraction 0.1 --data.test_fraction 0.8
+--schedule.epochs 2 --schedule.warmup_epochs 0 --schedule.resolution [[0,64],[1,96,32,2]]
+--data.batch_size 64 --data.val_fraction 0.1 --data.test_fraction 0.8
 --placement.backend in_process --placement.threads_per_stage 1 --evaluation.latency false --search.trials 0
 """
 

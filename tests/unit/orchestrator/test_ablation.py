@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.ablation import CASES, CaseResult, read_results, run_case, table, write_result
+from orchestrator.ablation import CASES, CaseResult, base_digest, read_results, run_case, table, write_result
 from orchestrator.command_line import load_settings
 from orchestrator.config import end_to_end, with_changes
 from orchestrator.resolve import resolve
@@ -56,3 +56,13 @@ def test_a_case_is_trained_and_measured_at_the_depths_of_the_family() -> None:
         found = run_case(base, case, seed=1)
         assert (found.case, found.seed, found.epochs, found.n_test) == (case, 1, 1, 359)
         assert list(found.scores["knn_top1"]) == [1, 2, 3, 4]
+
+
+def test_results_of_other_base_settings_are_told_apart() -> None:
+    base = load_settings(["--recipe", "sign_digits"])
+    same = load_settings(
+        ["--recipe", "sign_digits", "--seed", "3", "--data.source", "/elsewhere/sign_digits"]
+    )
+    other = load_settings(["--recipe", "sign_digits", "--optim.blr", "2e-3"])
+    assert base_digest(base) == base_digest(same)
+    assert base_digest(base) != base_digest(other)
