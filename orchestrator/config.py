@@ -537,10 +537,14 @@ def differing_keys(a: Settings, b: Settings) -> list[str]:
     return sorted(
         key
         for key in left.keys() | right.keys()
-        if left.get(key, absent) != right.get(key, absent)
-        and not any(
-            key == free or (free.endswith(".") and key.startswith(free)) for free in MAY_DIFFER_ON_RESUME
-        )
+        if left.get(key, absent) != right.get(key, absent) and changes_weights(key)
+    )
+
+
+def changes_weights(key: str) -> bool:
+    """Whether a setting, by its dotted key, has a say in the trained weights (see MAY_DIFFER_ON_RESUME)."""
+    return not any(
+        key == free or (free.endswith(".") and key.startswith(free)) for free in MAY_DIFFER_ON_RESUME
     )
 
 
