@@ -46,7 +46,8 @@ class SearchProgress:
         best, rivals = result.best_at(row.epoch), result.scored_at(row.epoch)
         beside = ""
         if best is not None and best.number != row.number:
-            beside = f"  behind trial {best.number} ({score_text(result, rivals[best.number])})"
+            where = "level with" if rivals[best.number] == row.score else "behind"
+            beside = f"  {where} trial {best.number} ({score_text(result, rivals[best.number])})"
         elif len(rivals) > 1:
             beside = "  best so far"
         self._say(

@@ -56,6 +56,13 @@ def test_every_trial_is_followed_against_the_best_of_the_same_epoch() -> None:
     assert sink.events[-1] == "trial 1  stopped by ASHA after epoch 3: too weak"
 
 
+def test_a_tie_is_called_one() -> None:
+    said: list[str] = []
+    own, other = row(0, 0.75, 0.5), row(1, 0.6, 0.5)
+    SearchProgress(said.append, Sink()).on_score(EMPTY.with_row(own).with_row(other), other)
+    assert said == ["trial 1  epoch  3/12  kNN top-1 0.500  level with trial 0 (0.500)"]
+
+
 def test_what_was_not_trained_says_why() -> None:
     said: list[str] = []
     progress = SearchProgress(said.append, Sink())

@@ -1,0 +1,108 @@
+"""The trials of a search in a real MLflow store: written bit by bit, more than once, and when the store was away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from orchestrator.search_results import Point, TrialRow
+from orchestrator.tracking import Tracker
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A working directory with one store for all tests."""
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        patch.setenv("DO_NOT_TRACK", "1")
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.chdir(folder)
+        yield folder
+
+
+@pytest.fixture
+def client(home: Path) -> MlflowClient:
+    return MlflowClient(tracking_uri=f"sqlite:///{home}/mlflow.db")
+
+
+def open_tracker(out: Path) -> Tracker:
+    out.mkdir(exist_ok=True)
+    return Tracker.open(None, "bim", "a run", out, interval=0.05)
+
+
+def trials(client: MlflowClient, tracker: Tracker) -> dict[str, Run]:
+    mine = f"tags.mlflow.parentRunId = '{tracker.run_id}'"
+    return {run.data.tags["trial"]: run for run in client.search_runs([tracker.experiment_id], mine)}
+
+
+ROW = TrialRow(3, {"mask.ratio": 0.6, "schedule.resolution": [[0, 24], [0.5, 32]]}, tune_id="x", gflops=0.5)
+
+
+def at(row: TrialRow, *epochs: int) -> TrialRow:
+    for epoch in epochs:
+        row = row.with_point(Point(epoch, epoch / 10, {2: epoch / 20, 12: epoch / 10}))
+    return row
+
+
+def test_a_trial_grows_with_its_scores_and_ends_with_its_reason(tmp_path: Path, client: MlflowClient) -> None:
+    with open_tracker(tmp_path / "out") as tracker:
+        tracker.log_trial(ROW, "knn_top1")
+        assert trials(client, tracker)["3"].info.status == "RUNNING"
+        tracker.log_trial(at(ROW, 2), "knn_top1")
+        tracker.log_trial(at(ROW, 2, 4), "knn_top1")
+        tracker.log_trial(at(ROW, 2, 4), "knn_top1")  # as a search does that is continued
+        ended = replace(at(ROW, 2, 4), status="stopped early", why="by ASHA after epoch 4")
+        tracker.log_trial(ended, "knn_top1")
+    (run,) = trials(client, tracker).values()
+    assert run.info.run_name == "trial 3 of a run"
+    assert run.info.status == "KILLED"
+    assert run.data.params == {"mask.ratio": "0.6", "schedule.resolution": "[[0, 24], [0.5, 32]]"}
+    assert {key: run.data.tags[key] for key in ("status", "why", "score_is", "mlflow.note.content")} == {
+        "status": "stopped early",
+        "why": "by ASHA after epoch 4",
+        "score_is": "knn_top1",
+        "mlflow.note.content": "stopped early: by ASHA after epoch 4",
+    }
+    for name, values in {
+        "search/score": [0.2, 0.4],
+        "search/depth02": [0.1, 0.2],
+        "search/depth12": [0.2, 0.4],
+    }.items():
+        history = client.get_metric_history(run.info.run_id, name)
+        assert [(point.step, point.value) for point in history] == list(zip((2, 4), values, strict=True))
+    assert run.data.metrics["search/gflops_per_image"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("status", "theirs"), [("finished", "FINISHED"), ("failed", "FAILED"), ("infeasible", "KILLED")]
+)
+def test_how_a_trial_ended_is_told_in_mlflows_words_too(
+    tmp_path: Path, client: MlflowClient, status: str, theirs: str
+) -> None:
+    with open_tracker(tmp_path / "out") as tracker:
+        tracker.log_trial(replace(ROW, status=status, why="so"), "rankme")  # type: ignore[arg-type]
+    assert trials(client, tracker)["3"].info.status == theirs
+
+
+def test_what_a_store_that_was_away_missed_of_a_trial_comes_at_the_end_and_once(
+    tmp_path: Path, home: Path, client: MlflowClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    away = home / "away.db"
+    with open_tracker(tmp_path / "out") as tracker:
+        tracker.log_trial(ROW, "knn_top1")
+        (home / "mlflow.db").rename(away)
+        try:
+            for epochs in ((2,), (2, 4), (2, 4, 6)):
+                tracker.log_trial(at(ROW, *epochs), "knn_top1")
+        finally:
+            (home / "mlflow.db").unlink(missing_ok=True)
+            away.rename(home / "mlflow.db")
+    (run,) = trials(client, tracker).values()
+    assert [p.step for p in client.get_metric_history(run.info.run_id, "search/score")] == [2, 4, 6]
+    assert sum("did not take trial 3" in message for message in caplog.messages) == 1
