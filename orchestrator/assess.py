@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models.backbones.backbone import Backbone
 from models.tokens import normalize_images
 from orchestrator.checkpoint import load_block_weights
+from orchestrator.cost import device_name, latencies_ms
 from orchestrator.data.batches import eval_images
 from orchestrator.data.sources import Source
 from orchestrator.data.spec import DataSpec
@@ -104,24 +105,60 @@ def assess(job: AssessJob) -> Assessment:
             raw = raw_pixels(
                 source, splits, size, how.knn_k, how.knn_temperature, how.seed, batch, device
             ).metrics()
-    out = Path(job.out)
-    folders = {}
-    for report in measured:
-        folder = out / "variants" / folder_name(report.depth)
-        export_variant(
-            backbone, report.depth, variants[report.depth], folder, job.card, measured, random, raw
-        )
-        folders[report.depth] = str(folder)
+    folders = _export(job, backbone, variants, measured, random, raw)
     for k, state in enumerate(weights):
         decoder = {
             name.removeprefix("decoder."): value
             for name, value in state.items()
             if name.startswith("decoder.")
         }
-        export_decoder(decoder, out / "decoders" / f"block-{k}.safetensors")
+        export_decoder(decoder, Path(job.out) / "decoders" / f"block-{k}.safetensors")
     return Assessment(
         measured, random, raw, folders, _reconstructions(job, backbone, weights, source, splits, device)
     )
+
+
+def timed(job: AssessJob, found: Assessment) -> Assessment:
+    """The same with latencies, measured now, and on the model cards: for what was assessed beside other work.
+
+    found: what `assess` made of the same job.
+    """
+    device, backbone = torch.device(job.device), backbone_of(job.spec)
+    weights = [load_block_weights(Path(job.checkpoint), k) for k in range(len(job.spec.blocks))]
+    variants = {
+        depth: trained_variant(backbone, weights, depth).to(device).eval() for depth in sorted(job.depths)
+    }
+    ones, many = (latencies_ms(variants, backbone.image_size, batch, device) for batch in (1, 64))
+    reports = tuple(
+        replace(
+            report,
+            latency_ms_b1=ones[report.depth],
+            latency_ms_b64=many[report.depth],
+            device=device_name(device),
+        )
+        for report in found.reports
+    )
+    _export(job, backbone, variants, reports, found.random, found.raw)
+    return replace(found, reports=reports)
+
+
+def _export(
+    job: AssessJob,
+    backbone: Backbone,
+    variants: dict[int, nn.Module],
+    measured: tuple[DepthReport, ...],
+    random: tuple[DepthReport, ...],
+    raw: dict[str, float],
+) -> dict[int, str]:
+    """A timm folder for every variant, with its card; depth -> folder."""
+    folders = {}
+    for report in measured:
+        folder = Path(job.out) / "variants" / folder_name(report.depth)
+        export_variant(
+            backbone, report.depth, variants[report.depth], folder, job.card, measured, random, raw
+        )
+        folders[report.depth] = str(folder)
+    return folders
 
 
 def trained_variant(backbone: Backbone, weights: list[dict[str, Tensor]], depth: int) -> nn.Module:

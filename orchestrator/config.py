@@ -97,6 +97,55 @@ class BackboneSettings(_Group):
     )
 
 
+class BackboneEntry(_Group):
+    """One of several backbones: what it has of its own; everything else is the run's."""
+
+    name: Text = Field(description="timm name")
+    model_args: dict[str, ModelArg] | None = Field(
+        default=None,
+        description="timm keywords; null: those of backbone if the name is the same, else none",
+        examples=[{"img_size": 128, "depth": 8}],
+    )
+    blocks: Count | Counts | None = Field(
+        default=None, description="null: as in the run", examples=[4, [2, 2, 6, 2]]
+    )
+    called: Word | None = Field(
+        default=None, description="its folder and its name in tables; null: its timm name"
+    )
+    settings: dict[str, Any] = Field(
+        default_factory=dict,
+        description="other settings of its own, by dotted key",
+        examples=[{"optim.blr": 1.0e-3, "decoder.dim": 128}],
+    )
+
+
+def _backbone_entries(value: object) -> object:
+    """Names joined by commas, or a list of names and mappings. Raises ValueError in words that name the entry."""
+    if isinstance(value, str):
+        value = [name.strip() for name in value.split(",")]
+    if not isinstance(value, list):
+        return value
+    infos, found, problems = setting_infos(BackboneEntry.model_json_schema()), [], []
+    for number, entry in enumerate(value, 1):
+        given = {"name": entry} if isinstance(entry, str) else entry
+        if not isinstance(given, dict):
+            problems.append(f"backbones: entry {number} must be a timm name or a mapping, not {show(entry)}")
+            continue
+        try:
+            found.append(BackboneEntry.model_validate(given))
+        except ValidationError as error:
+            said = explain(error.errors(), given, infos)
+            problems += [f"backbones: entry {number}: {text}" for _, text in said]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return tuple(found)
+
+
+BackboneEntries = Annotated[
+    tuple[BackboneEntry, ...], BeforeValidator(_backbone_entries), Field(min_length=1)
+]
+
+
 class MaskSettings(_Group):
     ratio: Share | Shares = Field(
         default=0.75,
@@ -289,6 +338,13 @@ class Settings(_Group):
     boundary_noise: NotNegative = Field(
         default=0.0, description="noise on what enters a later block, in deviations of it; 0: none"
     )
+    backbones: BackboneEntries | None = Field(
+        default=None,
+        description="several backbones side by side, in place of backbone: names joined by commas, or a list of names and "
+        "mappings {name, model_args, blocks, called, settings}",
+        examples=["vit_small_patch16_224,swin_tiny_patch4_window7_224"],
+        json_schema_extra={"allowed": "timm names joined by commas, or a list of names and mappings"},
+    )
     backbone: BackboneSettings = Field(description="the timm model that is trained")
     mask: MaskSettings = Field(default_factory=MaskSettings, description="what the encoder does not see")
     decoder: DecoderSettings = Field(
@@ -336,6 +392,16 @@ class Settings(_Group):
         value = getattr(getattr(self, group), name)
         return value if isinstance(value, tuple) else (value,) * self.num_blocks
 
+    @model_validator(mode="before")
+    @classmethod
+    def _first_of_several(cls, values: Any) -> Any:
+        """With several backbones no single one has to be named."""
+        if isinstance(values, dict) and values.get("backbones") and values.get("backbone") is None:
+            entries = _backbone_entries(values["backbones"])
+            if isinstance(entries, tuple) and entries:
+                return values | {"backbone": {"name": entries[0].name}}
+        return values
+
     @model_validator(mode="after")
     def _agree(self) -> Settings:
         problems = _contradictions(self)
@@ -373,6 +439,8 @@ def _contradictions(s: Settings) -> list[str]:
         )
     if s.schedule.resolution is not None:
         problems += resolution_problems(s.schedule.resolution, s.schedule.epochs)
+    if s.search.resume and s.backbones is not None:
+        problems.append("search.resume is for one backbone; with backbones there is no search to continue")
     if s.search.resume and s.out is None:
         problems.append("search.resume needs out: the folder of the run whose search goes on (--out DIR)")
     if s.search.trials and s.search.grace_epochs > (s.search.trial_epochs or s.schedule.epochs):

@@ -21,6 +21,8 @@ from orchestrator.checkpoint import CheckpointStore
 from orchestrator.command_line import SAVED_SETTINGS
 from orchestrator.config import Settings, SettingsError, end_to_end, flat, settings_to_yaml, with_changes
 from orchestrator.data.errors import DataError
+from orchestrator.data.sources import Source
+from orchestrator.data.splits import Splits
 from orchestrator.family import Family, Prepared, make_family
 from orchestrator.launch import ClusterError, ray_cluster, run_beside_stages
 from orchestrator.model_card import CardFacts
@@ -31,6 +33,7 @@ from orchestrator.progress import Progress
 from orchestrator.provenance import collect
 from orchestrator.reporting import (
     card_facts,
+    closing_lines,
     data_record,
     opening_lines,
     record_depths,
@@ -51,30 +54,31 @@ BAD_INPUT = (SettingsError, DataError, OutputError, PlacementError, TrackingErro
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended: `stopped` is the signal that ended it early, `table` what there is to show."""
+    """How a job ended: `stopped` is the signal that ended it early; `table` and `closing` are what there is to show.
+
+    failed: one sentence for every backbone of several that did not come to its end.
+    """
 
     out: Path
     stopped: str | None
-    table: str
-    depths: tuple[int, ...]
-    ui: str
+    table: str = ""
+    closing: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
 
 
-def prepare(settings: Settings) -> Prepared:
+def prepare(settings: Settings, opened: tuple[Source, Splits] | None = None) -> Prepared:
     """Check everything that needs no cluster: backbone, data, splits, output directory.
+
+    Args:
+        opened: the images and their split, if they are open already and of the same settings.
 
     Raises:
         SettingsError, DataError, OutputError: one clear sentence.
     """
-    out = (
-        (settings.out or Path("runs") / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        .expanduser()
-        .absolute()
-    )
-    settings = with_changes(settings, {"out": str(out)} | _absolute_inputs(settings))
+    settings, out = absolute(settings)
     if settings.resume or settings.search.resume:
         settings = with_best(with_changes(settings, {"resume": True}), finished_search(out))
-    family, source, splits = make_family(settings, out)
+    family, source, splits = make_family(settings, out, opened)
     check_output(out, settings, family.fingerprint)
     baseline = None
     if settings.baseline == "mae":
@@ -82,6 +86,16 @@ def prepare(settings: Settings) -> Prepared:
     prepared = Prepared(family, baseline, source, splits)
     check_search(family, prepared)
     return prepared
+
+
+def absolute(settings: Settings) -> tuple[Settings, Path]:
+    """Settings whose paths hold whatever directory an actor runs in, and the output directory, named if it was not."""
+    out = (
+        (settings.out or Path("runs") / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        .expanduser()
+        .absolute()
+    )
+    return with_changes(settings, {"out": str(out)} | _absolute_inputs(settings)), out
 
 
 def run_job(prepared: Prepared, say: Say) -> Outcome:
@@ -95,14 +109,14 @@ def run_job(prepared: Prepared, say: Say) -> Outcome:
         return _run(prepared, say)
     except KeyboardInterrupt as interrupt:  # while Ray waits, it makes a bare one of an Interrupted
         name = interrupt.name if isinstance(interrupt, Interrupted) else "SIGINT"
-        return Outcome(prepared.family.out, name, "", (), "")
+        return Outcome(prepared.family.out, name)
 
 
 def _run(prepared: Prepared, say: Say) -> Outcome:
     family, baseline, settings = prepared.family, prepared.baseline, prepared.family.settings
     depths, searching = family.depths, search_due(settings, prepared.family.out)
     with ExitStack() as stack:
-        cluster = _cluster(settings, stack, say)
+        cluster = cluster_of(settings, stack, say)
         stack.enter_context(interrupted_by_signals())
         layout = layout_of(settings, cluster)
         baseline_layout = None if baseline is None else layout_of(baseline.settings, cluster)
@@ -116,7 +130,7 @@ def _run(prepared: Prepared, say: Say) -> Outcome:
                 folder.rmdir()
             raise
         # MLflow never changes a parameter, so those that are still to be found wait.
-        _keep_settings(family, tracker, without=tuple(settings.search.space) if searching else ())
+        keep_settings(family, tracker, without=tuple(settings.search.space) if searching else ())
         tracker.log_provenance(provenance)
         for line in opening_lines(family, prepared, layout):
             say(line)
@@ -125,9 +139,9 @@ def _run(prepared: Prepared, say: Say) -> Outcome:
             found_family = run_search(family, prepared, cluster, precision, tracker, say, stop)
             if found_family is None:
                 tracker.finish("KILLED")
-                return Outcome(family.out, stop.reason, "", depths, tracker.ui_hint())
+                return Outcome(family.out, stop.reason)
             family = found_family
-            _keep_settings(family, tracker)
+            keep_settings(family, tracker)
             if baseline is not None:
                 alone, images = end_to_end(family.settings), (prepared.source, prepared.splits)
                 baseline = make_family(alone, baseline.out, images)[0]
@@ -144,15 +158,15 @@ def _run(prepared: Prepared, say: Say) -> Outcome:
             train(baseline, baseline_layout, precision, Progress(say, tracker, "mae"), stop)
         if stop.reason is not None:
             tracker.finish("KILLED")
-            return Outcome(family.out, stop.reason, "", depths, tracker.ui_hint())
+            return Outcome(family.out, stop.reason)
         truncated = None
         if baseline is not None and baseline_layout is not None:
             facts = card_facts(baseline, provenance)
             truncated = _assess(baseline, baseline_layout, facts, depths, references=False)
             record_depths(tracker, baseline, truncated, series="mae")
         table = record_summary(tracker, family, found, truncated, searched)
-        ui = tracker.ui_hint()
-    return Outcome(family.out, None, table, depths, ui)
+        closing = closing_lines(family.out, depths, tracker.ui_hint())
+    return Outcome(family.out, None, table, tuple(closing))
 
 
 def resolved(
@@ -168,7 +182,7 @@ def resolved(
     }
 
 
-def _keep_settings(family: Family, tracker: Tracker, without: tuple[str, ...] = ()) -> None:
+def keep_settings(family: Family, tracker: Tracker, without: tuple[str, ...] = ()) -> None:
     """Write the settings into the output directory, from where --resume takes them, and into MLflow."""
     settings = with_changes(family.settings, {"resume": False, "search.resume": False})
     text = settings_to_yaml(settings)
@@ -177,15 +191,17 @@ def _keep_settings(family: Family, tracker: Tracker, without: tuple[str, ...] = 
     tracker.log_settings(shown, text)
 
 
-def open_tracker(family: Family) -> Tracker:
+def open_tracker(family: Family, run_name: str | None = None, parent_run_id: str | None = None) -> Tracker:
     """The MLflow record of this run, continued if the run is. Raises TrackingError within seconds."""
     track = family.settings.tracking
     continued = Tracker.recorded_run(family.out) if family.settings.resume else None
     name = track.model_name or family.settings.name
-    return Tracker.open(track.uri, track.experiment, family.out.name, family.out, continued, name)
+    title = run_name or family.out.name
+    return Tracker.open(track.uri, track.experiment, title, family.out, continued, name, parent_run_id)
 
 
-def _cluster(settings: Settings, stack: ExitStack, say: Say) -> ClusterResources:
+def cluster_of(settings: Settings, stack: ExitStack, say: Say) -> ClusterResources:
+    """The cluster that the stages will live on, connected until the stack is closed; or this machine."""
     if settings.placement.backend == "ray":
         return stack.enter_context(ray_cluster(say))
     return ClusterResources(float(os.cpu_count() or 1), float(torch.cuda.device_count()))
@@ -194,9 +210,18 @@ def _cluster(settings: Settings, stack: ExitStack, say: Say) -> ClusterResources
 def _assess(
     family: Family, layout: Layout, card: CardFacts, depths: tuple[int, ...], references: bool = True
 ) -> Assessment:
+    job = assess_job(family, layout, card, depths, references)
+    on_ray = family.settings.placement.backend == "ray"
+    return run_beside_stages(assess, layout, job) if on_ray else assess(job)
+
+
+def assess_job(
+    family: Family, layout: Layout, card: CardFacts, depths: tuple[int, ...], references: bool
+) -> AssessJob:
+    """What is to be made of the last checkpoint of a trained family."""
     settings = family.settings
     how = settings.evaluation
-    job = AssessJob(
+    return AssessJob(
         spec=family.spec,
         data=family.data,
         evaluation=EvaluationSpec(
@@ -209,7 +234,6 @@ def _assess(
         device="cuda" if layout.gpus else "cpu",
         references=references,
     )
-    return run_beside_stages(assess, layout, job) if settings.placement.backend == "ray" else assess(job)
 
 
 def _absolute_inputs(settings: Settings) -> dict[str, str]:

@@ -15,9 +15,11 @@ from typing import Any, TypeVar
 import psutil
 import ray
 from ray.exceptions import RayTaskError
+from ray.util.placement_group import remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.placement import ClusterResources, Layout
-from orchestrator.ray_stages import cluster_resources
+from orchestrator.ray_stages import PlacementGroup, cluster_resources, head_answers
 
 Result = TypeVar("Result")
 
@@ -92,3 +94,36 @@ def run_beside_stages(function: Callable[..., Result], layout: Layout, *args: ob
         if isinstance(error.cause, Exception):
             raise error.cause from error
         raise
+
+
+def run_in_room(
+    function: Callable[..., Result],
+    group: PlacementGroup,
+    layout: Layout,
+    enough: Callable[[], bool],
+    *args: object,
+) -> Result | None:
+    """Run `function(*args)` in a process of its own, in the room of the first stage, whose actors are gone.
+
+    Returns what it returns; None if `enough()` before. A process that dies is tried again, so the function must be
+    repeatable.
+    """
+    where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
+    options = {"num_cpus": layout.cpus, "num_gpus": min(1.0, layout.gpus), "max_retries": 2}
+    reference = ray.remote(function).options(scheduling_strategy=where, **options).remote(*args)
+    while not ray.wait([reference], timeout=0.5, fetch_local=False)[0]:
+        if enough():
+            ray.cancel(reference, force=True)
+            return None
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, Exception):
+            raise error.cause from error
+        raise
+
+
+def give_room_back(group: PlacementGroup) -> None:
+    """Remove a placement group; whatever still lives in it ends. Safe to call twice."""
+    if ray.is_initialized() and head_answers():
+        remove_placement_group(group)

@@ -94,7 +94,7 @@ def reconstruction_figure(
     margin = GAP * 2
     total_width = canvas.shape[1] + 2 * margin
     total_height = sheet_height + 2 * margin + HEAD + (TITLE if title else 0)
-    figure = _figure(total_width / DPI, total_height / DPI)
+    figure = figure_of(total_width / DPI, total_height / DPI)
     place = (
         margin / total_width,
         margin / total_height,
@@ -144,7 +144,7 @@ def accuracy_latency_figure(
     by = "latency_b1_ms" if all("latency_b1_ms" in cost for cost in costs.values()) else "gflops"
     x = {depth: cost[by] for depth, cost in costs.items()}
     series = dict(zip(SERIES, (reports, baseline_reports, random_reports), strict=True))
-    figure = _figure(9.6, 4.6)
+    figure = figure_of(9.6, 4.6)
     figure.subplots_adjust(left=0.07, right=0.985, top=0.815, bottom=0.14, wspace=0.13)
     panels = figure.subplots(1, 2)
     for axes, key, title in zip(panels, ("knn_top1", "linear_top1"), PANELS, strict=True):
@@ -172,7 +172,7 @@ def accuracy_latency_figure(
         axes.margins(x=0.06, y=0.08)
         axes.yaxis.set_major_locator(MaxNLocator(9, steps=[1, 2, 5, 10]))
         axes.set_ylim(top=min(axes.get_ylim()[1], 101.0))
-        _cost_axis(axes, list(x.values()))
+        cost_axis(axes, list(x.values()))
         _depth_axis(figure, axes, x)
     panels[0].set_ylabel("top-1 accuracy on test images, %")
     drawn = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
@@ -191,7 +191,7 @@ def loss_curves_figure(curves: Mapping[int, Sequence[tuple[int, float]]]) -> Fig
     curves: block -> (step, loss) in order; values that are not finite leave a hole. The axis fits the running means, so that
     one outlier does not flatten the rest.
     """
-    figure = _figure(7.2, 4.0)
+    figure = figure_of(7.2, 4.0)
     figure.subplots_adjust(left=0.09, right=0.975, top=0.93, bottom=0.125)
     axes = figure.subplots()
     low, high = [], []
@@ -227,7 +227,7 @@ def pareto_figure(result: SearchResult, metric: str) -> Figure | None:
     shown = [row for row in result.rows if row.score is not None and row.gflops is not None]
     if not shown:
         return None
-    figure = _figure(7.2, 4.6)
+    figure = figure_of(7.2, 4.6)
     figure.subplots_adjust(left=0.11, right=0.975, top=0.87, bottom=0.125)
     axes = figure.subplots()
     per_cent = 100.0 if result.metric == "knn_top1" else 1.0
@@ -289,7 +289,7 @@ def write_png(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _figure(width: float, height: float) -> Figure:
+def figure_of(width: float, height: float) -> Figure:
     """An empty figure of that size in inches, bound to Agg whatever backend the process has chosen."""
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
@@ -313,7 +313,7 @@ def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
     return np.where(known, total / np.maximum(count, 1.0), np.nan)
 
 
-def _cost_axis(axes: Axes, values: Sequence[float]) -> None:
+def cost_axis(axes: Axes, values: Sequence[float]) -> None:
     """Logarithmic where the costs differ more than tenfold; plain numbers either way."""
     if max(values) > 10 * min(values):
         axes.set_xscale("log")

@@ -6,6 +6,7 @@ Serves the Ray stages and the settings' early checks: what cannot be placed is s
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -100,6 +101,37 @@ def plan_layout(
     loader = math.floor(max(0.0, min(share, cluster.cpus - cpus * wanted)) * 100) / 100
     threads = threads_per_stage or max(1, int(cluster.cpus // wanted) if gpus == 0 else int(cpus))
     return Layout(consecutive(blocks, wanted), gpus, cpus, loader, threads)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of several families gets to plan with: a part of the cluster, and in how many stages at most."""
+
+    cluster: ClusterResources
+    stages: int
+
+
+def shares(
+    blocks: Sequence[int], cluster: ClusterResources, gpus_per_stage: float | None = None
+) -> tuple[Share, ...]:
+    """Divide a cluster among families of so many blocks, so that as many as can live side by side.
+
+    With GPUs every family gets an equal part of them, the first ones those that are left over, and one at least: where there
+    are fewer GPUs than families, the last ones wait. Without GPUs as many families as there are CPUs share them, in
+    no more stages than they have CPUs, but two, so that there is a pipeline.
+    """
+    families = len(blocks)
+    gpus = (1.0 if cluster.gpus >= 1 else 0.0) if gpus_per_stage is None else gpus_per_stage
+    if gpus > 0:
+        room = _gpu_room(cluster.gpus, gpus)
+        beside = max(1, min(families, room))
+        each, left = divmod(room, beside)
+        wanted = [min(b, max(1, each + (i < left))) for i, b in enumerate(blocks)]
+    else:
+        beside = max(1, min(families, int(cluster.cpus)))
+        wanted = [min(b, max(2, int(cluster.cpus / beside))) for b in blocks]
+    part = ClusterResources(cluster.cpus / beside, cluster.gpus, cluster.nodes)
+    return tuple(Share(part, stages) for stages in wanted)
 
 
 def _gpu_room(gpus: float, per_stage: float) -> int:

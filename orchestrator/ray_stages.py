@@ -11,7 +11,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from orchestrator.stages import FamilySpec, Order, Stage, StageReport, StepRepor
 from orchestrator.wire import Payload
 
 DRAIN_S = 600  # a stage that is still busy after this long is taken for hung
+POLL_S = 1  # between two looks whether there is room; Ray takes whole seconds
 PING_S = 300  # importing torch and timm on a loaded machine takes tens of seconds
 
 
@@ -128,7 +129,7 @@ class RayStages:
             StageFailure: an actor could not be built.
         """
         if self._group is None:
-            self._group = self._make_group()
+            self._group = placed(self._layout, self._wait_s)
         if self._fill_places():
             self._check_shared()
 
@@ -154,7 +155,7 @@ class RayStages:
         if waiting:
             # A machine is gone, and Ray waits for another one without an end: ask for room anew, with one.
             self._drop()
-            self._group = self._make_group()
+            self._group = placed(self._layout, self._wait_s)
             self._make_missing()
             refs = [actor.ping.remote() for actor in (self._loader, *self._actors)]
         self._pids = self._collect("while starting", refs[0], refs[1:])
@@ -226,20 +227,6 @@ class RayStages:
                 remove_placement_group(self._group)
             self._group = None
 
-    def _make_group(self) -> PlacementGroup:
-        group = placement_group(self._layout.bundles, strategy="PACK")
-        try:
-            ray.get(group.ready(), timeout=self._wait_s)
-        except GetTimeoutError:
-            remove_placement_group(group)
-            have = cluster_resources()
-            raise PlacementError(
-                f"no room for {len(self.places)} stages of {self._layout.cpus:g} CPU and {self._layout.gpus:g} GPU "
-                f"within {self._wait_s:.0f} s: "
-                f"the cluster has {have.cpus:g} CPU and {have.gpus:g} GPU, perhaps in use by another job"
-            ) from None
-        return group
-
     def _remote(self, cls: type, bundle: int, cpus: float, gpus: float) -> Any:
         assert self._group is not None
         where = PlacementGroupSchedulingStrategy(
@@ -297,6 +284,44 @@ class RayStages:
                 f"the output directory {self._shared} is not seen by {blind} on another machine; "
                 "put out on storage that all machines share, so that a checkpoint can be read back anywhere"
             )
+
+
+def placed(
+    layout: Layout,
+    wait_s: float,
+    others: Callable[[], bool] = lambda: False,
+    enough: Callable[[], bool] = lambda: False,
+) -> PlacementGroup | None:
+    """A placement group of the layout's bundles, once the cluster has room for it; None if `enough()` before.
+
+    Args:
+        wait_s: how long to wait for room (an autoscaling cluster grows meanwhile).
+        others: whether somebody holds room that will be given back; the time that this is so does not count.
+
+    Raises:
+        PlacementError: no room within `wait_s`.
+    """
+    group = placement_group(layout.bundles, strategy="PACK")
+    since = time.monotonic()
+    try:
+        while not group.wait(POLL_S):
+            if enough():
+                remove_placement_group(group)
+                return None
+            if others():
+                since = time.monotonic()
+            elif time.monotonic() - since > wait_s:
+                have = cluster_resources()
+                raise PlacementError(
+                    f"no room for {len(layout.places)} stages of {layout.cpus:g} CPU and {layout.gpus:g} GPU "
+                    f"within {wait_s:.0f} s: "
+                    f"the cluster has {have.cpus:g} CPU and {have.gpus:g} GPU, perhaps in use by another job"
+                )
+    except BaseException:
+        if head_answers():
+            remove_placement_group(group)
+        raise
+    return group
 
 
 def head_answers() -> bool:

@@ -8,18 +8,20 @@ from __future__ import annotations
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from orchestrator.assess import Assessment
 from orchestrator.command_line import SAVED_SETTINGS
+from orchestrator.comparison import ALL_COLUMNS, MemberResult, comparison_rows, comparison_table
+from orchestrator.comparison_picture import comparison_figure
 from orchestrator.config import settings_to_mapping
 from orchestrator.family import Family, Prepared
 from orchestrator.model_card import CardFacts
 from orchestrator.pictures import accuracy_latency_figure, loss_curves_figure, pareto_figure
 from orchestrator.placement import Layout
 from orchestrator.provenance import DataRecord, Provenance
-from orchestrator.run_notes import DepthRecord, depth_rows, loading_note, results_table
+from orchestrator.run_notes import DepthRecord, depth_rows, fenced, loading_note, results_table
 from orchestrator.search_results import (
     BEST,
     FOLDER,
@@ -202,6 +204,36 @@ def record_summary(
     return table
 
 
+def record_comparison(
+    tracker: Tracker,
+    results: Sequence[MemberResult],
+    runs: Mapping[str, str | None],
+    tested: int,
+    device: str,
+) -> str:
+    """The table and the picture of several backbones, in the output directory and on their common MLflow page.
+
+    runs: name -> MLflow's run of that backbone. Returns the table as text.
+    """
+    table = comparison_table(results, tested, device)
+    (tracker.out / "summary.txt").write_text(table + "\n", encoding="utf-8")
+    for path in write_summary(comparison_rows(results), tracker.out, ALL_COLUMNS):
+        tracker.log_file(path)
+    figure = comparison_figure(results, device)
+    if figure is not None:
+        tracker.log_picture(figure, "backbones")
+    tracker.set_tags({f"backbone.{r.name}": "failed" if r.failed else "finished" for r in results})
+    page = f"#/experiments/{tracker.experiment_id}/runs/"
+    links = ", ".join(
+        f"[{name}]({page}{run}?workflowType=machine_learning)"
+        for name, run in runs.items()
+        if run is not None
+    )
+    note = f"{len(results)} backbones side by side: {links}\n\n{fenced(table)}"
+    tracker.describe(note, [] if figure is None else ["backbones"])
+    return table
+
+
 def _mean_scores(found: Assessment) -> dict[str, float]:
     """Accuracies averaged over the depths: one number per run to sort the runs by."""
     return {
@@ -223,12 +255,34 @@ def closing_lines(out: Path, depths: Sequence[int], ui: str) -> list[str]:
     ]
 
 
+def several_closing_lines(out: Path, results: Sequence[MemberResult], ui: str) -> list[str]:
+    """`closing_lines` of a run with several backbones."""
+    folder, lines = short_path(out), []
+    finished = [result for result in results if result.failed is None]
+    if finished:
+        last = finished[-1]
+        depth = last.trained[-1]["depth"]
+        lines = closing_lines(out / last.name, [int(row["depth"] or 0) for row in last.trained], ui)[2:]
+        lines = [
+            f"models:   {folder}/BACKBONE/variants, opened in Python by",
+            f"  timm.create_model('local-dir:{folder}/{last.name}/variants/depth{depth:02d}', pretrained=True)",
+            f"results:  {folder}/summary.csv, {folder}/pictures/backbones.png",
+            *lines[1:],
+        ]
+    if len(finished) < len(results):
+        lines.append(f"again:    {_resume_command(out)} goes on with those that failed")
+    return lines
+
+
+def _resume_command(out: Path) -> str:
+    return f"python {sys.argv[0]} --out {shlex.quote(short_path(out))} --resume"
+
+
 def stopped_line(signal_name: str, out: Path) -> str:
     """That a run was ended early, and how to continue it."""
     if not (out / SAVED_SETTINGS).exists():
         return f"stopped by {signal_name} before anything was written"
-    command = f"python {sys.argv[0]} --out {shlex.quote(short_path(out))} --resume"
-    return f"stopped by {signal_name}; go on with: {command}"
+    return f"stopped by {signal_name}; go on with: {_resume_command(out)}"
 
 
 def short_path(path: Path) -> str:

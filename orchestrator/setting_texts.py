@@ -110,7 +110,7 @@ def _kind(entry: Mapping[str, Any]) -> str:
 def _allowed(entry: Mapping[str, Any]) -> str:
     alternatives = _alternatives(entry)
     parts = [_one_allowed(part) for part in alternatives if part.get("type") != "null"]
-    text = " or ".join(parts)
+    text = entry.get("allowed") or " or ".join(parts)
     if any(part.get("type") == "null" for part in alternatives):
         text += " or null"
     examples = entry.get("examples", ())
@@ -212,7 +212,9 @@ def explain(
     for error in errors:
         loc = [str(part) for part in error["loc"]]
         key = next((".".join(loc[:n]) for n in (2, 1) if ".".join(loc[:n]) in infos), ".".join(loc))
-        if error["type"] == "extra_forbidden":
+        if error["type"] == "value_error" and key in infos:  # said in its own words
+            said.setdefault(key, str(error.get("ctx", {}).get("error", error.get("msg"))))
+        elif error["type"] == "extra_forbidden":
             said.setdefault(key, _misplaced(key, infos, _look_up(given, loc)))
         elif error["type"] == "missing" and key in groups:
             for inner in groups[key]:

@@ -98,13 +98,16 @@ def render_table(
             heading = (kind, title) if len(by_depth) > 1 else (title, "")
             score_columns.append(Column(heading[0], cells, heading[1], pixels))
             title = pixels = ""  # over and under the first column of the group only
-    return "\n".join((*_lines(cost_columns, score_columns), "", *_notes(reports, by_depth)))
+    return "\n".join((*table_lines(cost_columns, score_columns), "", *_notes(reports, by_depth)))
 
 
-def write_summary(rows: Sequence[Row], folder: Path) -> tuple[Path, Path]:
-    """The rows as summary.json (a list of objects) and summary.csv below `folder`; existing ones are replaced."""
+def write_summary(rows: Sequence[Row], folder: Path, columns: Sequence[str] = COLUMNS) -> tuple[Path, Path]:
+    """The rows as summary.json (a list of objects) and summary.csv below `folder`; existing ones are replaced.
+
+    columns: the keys of every row.
+    """
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return (
@@ -202,7 +205,7 @@ class Column:
         return max(len(text) for text in (self.title, self.pixels, *self.cells))
 
 
-def _lines(costs: Sequence[Column], scores: Sequence[Column]) -> list[str]:
+def table_lines(costs: Sequence[Column], scores: Sequence[Column]) -> list[str]:
     """Header, one line per depth, and one for raw pixels; columns are right-aligned and two spaces apart."""
     costs = [column for column in costs if column.measured]
     scores = [column for column in scores if column.measured]
@@ -224,6 +227,12 @@ def _lines(costs: Sequence[Column], scores: Sequence[Column]) -> list[str]:
     return lines
 
 
+def note_lines(notes: Sequence[tuple[str, str]]) -> list[str]:
+    """Words and what they mean, a line each, in two columns."""
+    width = max((len(word) for word, _ in notes), default=0)
+    return [f"{word.ljust(width)}  {text}" for word, text in notes]
+
+
 def _notes(
     reports: Sequence[DepthReport], by_depth: Mapping[str, Mapping[int, Mapping[str, float]]]
 ) -> list[str]:
@@ -242,7 +251,7 @@ def _notes(
     device = next((report.device for report in reports if report.device), "")
     if device:
         notes.append(("ms", f"median time of a batch of 1 and of 64 on {device}"))
-    lines = [f"{name.ljust(max(len(name) for name, _ in notes))}  {text}" for name, text in notes]
+    lines = note_lines(notes)
     return lines if tested else [*lines, "No accuracy: the data has no labels."]
 
 

@@ -92,6 +92,7 @@ class Tracker:
         out: Path,
         resume_run_id: str | None = None,
         model_name: str | None = None,
+        parent_run_id: str | None = None,
         interval: float = 2.0,
     ) -> Tracker:
         """Start a run, or go on with the one that `recorded_run(out)` gave.
@@ -100,6 +101,7 @@ class Tracker:
 
         uri: MLflow tracking URI; None is MLflow's own default (MLFLOW_TRACKING_URI, else ./mlflow.db).
         model_name: the registered model whose versions the depth variants become; None is the experiment's name.
+        parent_run_id: the run below which a new one stands; a run of several backbones has one for each.
         interval: seconds between two deliveries of metrics. Raises TrackingError, within seconds.
         """
         model_name = model_name or experiment
@@ -114,7 +116,8 @@ class Tracker:
                 address.probe()
                 client = MlflowClient(tracking_uri=address.uri)
                 if resume_run_id is None:
-                    run = _new_run(client, _experiment(client, experiment, address), run_name)
+                    where = _experiment(client, experiment, address)
+                    run = _new_run(client, where, run_name, parent_run_id)
                 else:
                     run = _continued_run(client, resume_run_id, address)
         except TrackingError:
@@ -339,8 +342,9 @@ def _experiment(client: MlflowClient, name: str, address: StoreAddress) -> str:
     return str(found.experiment_id)
 
 
-def _new_run(client: MlflowClient, experiment_id: str, name: str) -> Run:
-    return client.create_run(experiment_id, tags=origin(), run_name=name)
+def _new_run(client: MlflowClient, experiment_id: str, name: str, parent_run_id: str | None) -> Run:
+    below = {} if parent_run_id is None else {"mlflow.parentRunId": parent_run_id}
+    return client.create_run(experiment_id, tags=origin() | below, run_name=name)
 
 
 def _continued_run(client: MlflowClient, run_id: str, address: StoreAddress) -> Run:

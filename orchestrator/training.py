@@ -57,7 +57,7 @@ def train(
     family.out.mkdir(parents=True, exist_ok=True)
     store = CheckpointStore(family.out, settings.checkpoint.keep, listener.say)
     store.clear_uncommitted()
-    _check_precision(family.out, precision)
+    check_precision(family.out, precision)
     plan = run_plan(family, layout)
     facts = {"data": family.fingerprint, "precision": precision}
 
@@ -98,7 +98,8 @@ def default_window(settings: Settings, layout: Layout) -> int:
     return 2 * len(layout.places) if settings.placement.backend == "ray" else 1
 
 
-def _check_precision(out: Path, precision: Precision) -> None:
+def check_precision(out: Path, precision: Precision) -> None:
+    """Raise OutputError if the run in `out` was trained in another precision so far."""
     found = CheckpointStore(out, say=lambda _: None).latest()  # the loop tells what it passes over
     before = precision if found is None else found.facts.get("precision", precision)
     if before != precision:

@@ -28,10 +28,14 @@ def run(settings: Settings) -> int:
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
     from orchestrator.failures import TrainingError  # here: torch takes seconds to import
     from orchestrator.job import BAD_INPUT, prepare, run_job
-    from orchestrator.reporting import closing_lines, stopped_line
+    from orchestrator.reporting import stopped_line
+    from orchestrator.side_by_side import prepare_several, run_several
 
     try:
-        outcome = run_job(prepare(settings), say)
+        if settings.backbones is None:
+            outcome = run_job(prepare(settings), say)
+        else:
+            outcome = run_several(prepare_several(settings), say)
     except BAD_INPUT as error:
         return complain(error, 2)
     except TrainingError as error:
@@ -42,9 +46,9 @@ def run(settings: Settings) -> int:
     say("")
     say(outcome.table)
     say("")
-    for line in closing_lines(outcome.out, outcome.depths, outcome.ui):
+    for line in outcome.closing:
         say(line)
-    return 0
+    return complain("\n".join(outcome.failed), 1) if outcome.failed else 0
 
 
 def say(text: str) -> None:
@@ -52,7 +56,7 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def complain(error: BaseException, status: int) -> int:
+def complain(error: BaseException | str, status: int) -> int:
     """Print an error as the sentences that it consists of, without a traceback. Returns `status`."""
     for line in str(error).splitlines():
         print(f"error: {line}", file=sys.stderr, flush=True)

@@ -170,11 +170,6 @@ def test_an_element_of_a_list_that_is_wrong_is_reported_once_with_the_whole_list
     assert len(text.splitlines()) == 1
 
 
-def test_keys_of_later_issues_are_unknown_today() -> None:
-    for key in ("backbones",):
-        assert problem(**{key: 1}).startswith(f"unknown setting '{key.replace('__', '.')}'")
-
-
 def test_a_group_whose_name_is_wrong_is_answered_with_the_nearest_group() -> None:
     assert problem(masks={"ratio": 0.6}) == "unknown setting 'masks'; did you mean 'mask'?"
 

@@ -1,0 +1,510 @@
+"""Several backbones in one launch: each trained on stages of its own, as room comes free; compared in one table.
+
+Every backbone has a thread of this process for its training loop; its stages are actors in a placement group of its own, and
+in that room it is assessed by a process of its own when it is trained. MLflow is spoken to, signals are heard and what
+is timed on a CPU is timed by the main thread alone. One that fails does not stop the others. In one process
+(`placement.backend in_process`) they take turns.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from orchestrator.assess import AssessJob, Assessment, assess, timed
+from orchestrator.block_trainer import Precision
+from orchestrator.checkpoint import CheckpointStore
+from orchestrator.command_line import SAVED_SETTINGS
+from orchestrator.comparison import MemberResult, read_rows
+from orchestrator.config import Settings, settings_from_mapping, settings_to_yaml, with_changes
+from orchestrator.data.errors import DataError
+from orchestrator.data.sources import Source
+from orchestrator.data.splits import Splits
+from orchestrator.evaluation import DepthReport
+from orchestrator.failures import TrainingError
+from orchestrator.family import Family, Prepared
+from orchestrator.job import (
+    BAD_INPUT,
+    Outcome,
+    Say,
+    absolute,
+    assess_job,
+    cluster_of,
+    keep_settings,
+    open_tracker,
+    prepare,
+    resolved,
+)
+from orchestrator.launch import give_room_back, run_in_room
+from orchestrator.members import Problems, members
+from orchestrator.outputs import OutputError, check_output, make_output
+from orchestrator.placement import ClusterResources, Layout, PlacementError, shares
+from orchestrator.pretrain import StopRequest
+from orchestrator.progress import Progress
+from orchestrator.provenance import Provenance, collect
+from orchestrator.ray_stages import PlacementGroup, placed
+from orchestrator.recipes import read_recipe
+from orchestrator.reporting import (
+    card_facts,
+    data_record,
+    opening_lines,
+    record_comparison,
+    record_depths,
+    record_summary,
+    several_closing_lines,
+    short_path,
+)
+from orchestrator.stop_signals import Interrupted, interrupted_by_signals, stop_on_signals
+from orchestrator.tracking import Tracker, TrackingError
+from orchestrator.training import check_precision, layout_of, precision_on, train
+
+PATIENCE_S = 120.0
+"""How long a backbone waits for room that no other one holds."""
+
+SAID_AFTER_S = 5.0
+"""How long it waits without a word; Ray takes a moment for room that is there."""
+
+UNWIND_S = 20.0
+"""How long the threads get to end when a second signal wants the end at once."""
+
+
+@dataclass(frozen=True)
+class PreparedMember:
+    """One backbone of several, checked; `finished`: an earlier process brought it to its end."""
+
+    name: str
+    prepared: Prepared
+    finished: bool
+
+
+@dataclass(frozen=True)
+class PreparedSeveral:
+    """A run of several backbones whose input is known to be good; nothing has been started and nothing written."""
+
+    settings: Settings
+    out: Path
+    members: tuple[PreparedMember, ...]
+
+
+@dataclass
+class _Course:
+    """How one backbone fares. Its own thread writes, the main thread reads when that has ended."""
+
+    name: str
+    prepared: Prepared
+    plans: list[tuple[Family, Layout]]
+    precision: Precision
+    provenance: Provenance
+    tracker: Tracker
+    say: Say
+    jobs: list[AssessJob] = field(default_factory=list)
+    found: list[Assessment] = field(default_factory=list)
+    failed: str | None = None
+
+    @property
+    def measured(self) -> bool:
+        """Whether everything of it was trained and assessed."""
+        return len(self.found) == len(self.plans)
+
+    @property
+    def to_be_timed(self) -> bool:
+        """Whether its latencies wait until nothing else runs."""
+        wanted = self.prepared.family.settings.evaluation.latency
+        return wanted and not self.found[0].reports[0].device
+
+
+def prepare_several(settings: Settings) -> PreparedSeveral:
+    """Check every backbone, as `prepare` does for one. All that is wrong is told, with the backbone that it is wrong with.
+
+    Raises:
+        SettingsError, DataError, OutputError: one line for every problem.
+    """
+    settings, out = absolute(settings)
+    check_output(out, settings, fingerprint="")
+    prepared: list[PreparedMember] = []
+    opened: tuple[Source, Splits] | None = None
+    problems = Problems(*BAD_INPUT)
+    for member in members(settings):
+        begun = settings.resume and (out / member.name / SAVED_SETTINGS).exists()
+        with problems.of(member.name):
+            one = prepare(with_changes(member.settings, {"resume": begun}), opened)
+            opened = one.source, one.splits
+            prepared.append(PreparedMember(member.name, one, begun and _finished(one.family)))
+    problems.tell()
+    return PreparedSeveral(settings, out, tuple(prepared))
+
+
+def _finished(family: Family) -> bool:
+    """Whether an earlier process trained it to its end and measured it as it would be measured now."""
+    latest = CheckpointStore(family.out, say=lambda _: None).latest()
+    if latest is None or latest.step < family.total_steps or not (family.out / "summary.json").exists():
+        return False
+    before = settings_from_mapping(read_recipe(str(family.out / SAVED_SETTINGS)))
+    now = family.settings
+    return (before.evaluation, before.baseline) == (now.evaluation, now.baseline)
+
+
+def run_several(prepared: PreparedSeveral, say: Say) -> Outcome:
+    """Train, measure, export, record and compare all of them. See `Outcome`.
+
+    Raises:
+        OutputError, PlacementError, TrackingError, ClusterError: before the first actor starts.
+    """
+    try:
+        return _run(prepared, say)
+    except KeyboardInterrupt as interrupt:  # while Ray waits, it makes a bare one of an Interrupted
+        name = interrupt.name if isinstance(interrupt, Interrupted) else "SIGINT"
+        return Outcome(prepared.out, name)
+
+
+def _run(prepared: PreparedSeveral, say: Say) -> Outcome:
+    settings, out = prepared.settings, prepared.out
+    width = max(len(member.name) for member in prepared.members)
+    with ExitStack() as stack:
+        cluster = cluster_of(settings, stack, say)
+        stack.enter_context(interrupted_by_signals())
+        layouts = _layouts(prepared, cluster)
+        precisions = [
+            precision_on(m.prepared.family.settings, layouts[m.name][0][1]) for m in prepared.members
+        ]
+        for member, precision in zip(prepared.members, precisions, strict=True):
+            check_precision(member.prepared.family.out, precision)
+        made = make_output(out)
+        try:
+            comparison = stack.enter_context(_open_comparison(prepared))
+        except TrackingError:
+            for folder in made:
+                folder.rmdir()
+            raise
+        _keep_comparison(prepared, comparison, cluster)
+        courses = []
+        for member, precision in zip(prepared.members, precisions, strict=True):
+            if member.finished:
+                continue
+            family, plans = member.prepared.family, layouts[member.name]
+            make_output(family.out)
+            title = f"{out.name}/{member.name}"
+            tracker = stack.enter_context(open_tracker(family, title, comparison.run_id))
+            facts = resolved(family, plans[0][1], precision, cluster)
+            provenance = collect(data_record(member.prepared), facts)
+            keep_settings(family, tracker)
+            tracker.log_provenance(provenance)
+            prefixed = _prefixed(say, member.name.ljust(width))
+            courses.append(
+                _Course(member.name, member.prepared, plans, precision, provenance, tracker, prefixed)
+            )
+        for line in _opening(prepared, courses):
+            say(line)
+        stop = StopRequest()
+        results = {m.name: _result(m.name, m.prepared) for m in prepared.members if m.finished}
+
+        def note(course: _Course) -> None:
+            if course.failed is not None or (course.measured and not course.to_be_timed):
+                results[course.name] = _record(course)
+
+        _side_by_side(courses, stop, say, note)
+        open_ones = [course for course in courses if course.name not in results]
+        if open_ones and stop.reason is not None:
+            for course in open_ones:
+                course.tracker.finish("KILLED")
+            comparison.finish("KILLED")
+            return Outcome(out, stop.reason)
+        if open_ones:
+            say("timing every depth, now that nothing else runs")
+        for course in open_ones:
+            results[course.name] = _record(course)
+        ordered = [results[member.name] for member in prepared.members]
+        runs = {member.name: Tracker.recorded_run(out / member.name) for member in prepared.members}
+        tested = len(prepared.members[0].prepared.splits.test)
+        table = record_comparison(comparison, ordered, runs, tested, _device(courses))
+        failed = tuple(f"{result.name} failed: {result.failed}" for result in ordered if result.failed)
+        closing = several_closing_lines(out, ordered, comparison.ui_hint())
+        comparison.finish("FAILED" if failed else "FINISHED")
+    return Outcome(out, None, table, tuple(closing), failed)
+
+
+# -- before the start ---------------------------------------------------------------------------------------------
+
+
+def _layouts(prepared: PreparedSeveral, cluster: ClusterResources) -> dict[str, list[tuple[Family, Layout]]]:
+    """For every backbone the family, and its baseline if there is one, each with the layout that it is trained on.
+
+    Each is planned on its share of the cluster; what was asked for and is more is planned on all of it, and waits for that.
+    """
+    families = [member.prepared.family for member in prepared.members]
+    asked = prepared.settings.placement.gpus_per_stage
+    parts = shares([family.settings.num_blocks for family in families], cluster, asked)
+    found: dict[str, list[tuple[Family, Layout]]] = {}
+    problems = Problems(PlacementError)
+    for member, part in zip(prepared.members, parts, strict=True):
+        alone = [f for f in (member.prepared.family, member.prepared.baseline) if f is not None]
+        with problems.of(member.name):
+            found[member.name] = [
+                (family, _layout(family.settings, cluster, part.cluster, part.stages)) for family in alone
+            ]
+    problems.tell()
+    return found
+
+
+def _layout(settings: Settings, whole: ClusterResources, part: ClusterResources, stages: int) -> Layout:
+    if settings.placement.backend != "ray":
+        return layout_of(settings, whole)
+    shared = settings
+    grows = settings.placement.wait_s > 0 and settings.placement.gpus_per_stage
+    if settings.placement.stages is None and not grows:
+        shared = with_changes(settings, {"placement.stages": min(stages, settings.num_blocks)})
+    # GPUs are divided by the number of stages, CPUs by the part.
+    try:
+        return layout_of(shared, ClusterResources(part.cpus, whole.gpus, part.nodes))
+    except PlacementError:
+        return layout_of(settings, whole)
+
+
+def _open_comparison(prepared: PreparedSeveral) -> Tracker:
+    """The record above those of all backbones: their table, and the picture of their costs and scores."""
+    track, out = prepared.settings.tracking, prepared.out
+    continued = Tracker.recorded_run(out) if prepared.settings.resume else None
+    return Tracker.open(track.uri, track.experiment, out.name, out, continued, track.model_name)
+
+
+def _keep_comparison(prepared: PreparedSeveral, tracker: Tracker, cluster: ClusterResources) -> None:
+    settings = with_changes(prepared.settings, {"resume": False})
+    text = settings_to_yaml(settings)
+    (prepared.out / SAVED_SETTINGS).write_text(text, encoding="utf-8")
+    shown = {
+        "backbones": ", ".join(member.name for member in prepared.members),
+        "data.source": settings.data.source,
+        "schedule.epochs": settings.schedule.epochs,
+        "seed": settings.seed,
+    }
+    tracker.log_settings(shown, text)
+    facts = {"cluster": f"{cluster.cpus:g} CPU, {cluster.gpus:g} GPU"}
+    tracker.log_provenance(collect(data_record(prepared.members[0].prepared), facts))
+
+
+def _opening(prepared: PreparedSeveral, courses: list[_Course]) -> Iterator[str]:
+    """What is about to happen; what is the same for all backbones is said once."""
+    if prepared.settings.search.trials:
+        yield (
+            f"no search: every backbone is trained with the settings as they are (search.trials "
+            f"{prepared.settings.search.trials} is for one backbone)"
+        )
+    for member in prepared.members:
+        if member.finished:
+            yield f"{member.name}: trained and measured before"
+    said: set[str] = set()
+    for course in courses:
+        for line in opening_lines(course.prepared.family, course.prepared, course.plans[0][1])[:-1]:
+            if line.startswith(f"{prepared.settings.data.source}: "):
+                if line not in said:
+                    yield line
+                said.add(line)
+            else:
+                course.say(line.removeprefix(f"{course.name}: "))
+    yield f"output: {short_path(prepared.out)}"
+
+
+def _prefixed(say: Say, name: str) -> Say:
+    def prefixed(text: str) -> None:
+        for line in text.splitlines():
+            say(f"{name}  {line}")
+
+    return prefixed
+
+
+# -- while they train ---------------------------------------------------------------------------------------------
+
+
+class _Rooms:
+    """Who holds room on the cluster; without Ray there is one room for all, in turns."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self._stop = stop
+        self._turn, self._lock = threading.Lock(), threading.Lock()
+        self._held: list[PlacementGroup] = []
+
+    @contextmanager
+    def taken(self, course: _Course, family: Family, layout: Layout) -> Iterator[PlacementGroup | None]:
+        """Room for the stages of a layout, waited for as long as others hold some. Yields None without Ray."""
+        if family.settings.placement.backend != "ray":
+            with self._turn:
+                yield None
+            return
+        began, told = time.monotonic(), False
+
+        def others() -> bool:
+            nonlocal told
+            with self._lock:
+                held = bool(self._held)
+            if held and not told and time.monotonic() - began > SAID_AFTER_S:
+                told = True
+                course.say("waits until another backbone gives its room back")
+            return held
+
+        wait_s = max(PATIENCE_S, family.settings.placement.wait_s)
+        group = placed(layout, wait_s, others, lambda: self._stop.reason is not None)
+        if group is None:
+            raise _Stopped
+        with self._lock:
+            self._held.append(group)
+        try:
+            yield group
+        finally:
+            with self._lock:
+                self._held.remove(group)
+            give_room_back(group)
+
+    def clear(self) -> None:
+        """End everything that lives in any room."""
+        with self._lock:
+            held = list(self._held)
+        for group in held:
+            give_room_back(group)
+
+
+class _Stopped(Exception):
+    """A signal came while there was nothing to save."""
+
+
+def _side_by_side(
+    courses: list[_Course], stop: StopRequest, say: Say, note: Callable[[_Course], None]
+) -> None:
+    """Train and assess all of them at once; each is noted, by this thread, when it has come to an end of any kind."""
+    rooms = _Rooms(stop)
+    ended: queue.SimpleQueue[_Course] = queue.SimpleQueue()
+
+    def follow(course: _Course) -> None:
+        try:
+            _train_and_assess(course, rooms, stop)
+        except _Stopped:
+            pass
+        except Exception as error:  # one that fails does not stop the others, whatever it is
+            _note_failure(course, error)
+        finally:
+            ended.put(course)
+
+    threads = [
+        threading.Thread(target=follow, args=(course,), name=course.name, daemon=True) for course in courses
+    ]
+    with stop_on_signals(stop, say):
+        try:
+            for thread in threads:
+                thread.start()
+            left = len(courses)
+            while left:
+                try:
+                    course = ended.get(timeout=0.2)  # a signal is heard between two waits
+                except queue.Empty:
+                    continue
+                left -= 1
+                note(course)
+        except BaseException:
+            stop.reason = stop.reason or "SIGINT"
+            rooms.clear()
+            deadline = time.monotonic() + UNWIND_S
+            for thread in threads:
+                thread.join(max(0.0, deadline - time.monotonic()))
+            raise
+
+
+def _train_and_assess(course: _Course, rooms: _Rooms, stop: StopRequest) -> None:
+    for number, (family, layout) in enumerate(course.plans):
+        with rooms.taken(course, family, layout) as group:
+            if stop.reason is not None:
+                return
+            if number:
+                course.say("the baseline: one end-to-end MAE run (K = 1), to be truncated at each depth")
+            progress = Progress(course.say, course.tracker, "mae" if number else "")
+            train(family, layout, course.precision, progress, stop, group)
+            if stop.reason is not None:
+                return
+            depths = course.prepared.family.depths
+            if not number:
+                course.say(
+                    f"measuring and exporting depth{'s' * (len(depths) > 1)} {', '.join(map(str, depths))}"
+                )
+            facts = card_facts(family, course.provenance)
+            job = assess_job(family, layout, facts, depths, references=not number)
+            found = _assess(job, group, layout, stop)
+            if found is None:
+                return
+            course.jobs.append(job)
+            course.found.append(found)
+    course.say(_scores(course.found[0].reports))
+
+
+def _assess(
+    job: AssessJob, group: PlacementGroup | None, layout: Layout, stop: StopRequest
+) -> Assessment | None:
+    """In this process if there is no Ray, else in the room of the stages; None if a signal came."""
+    if group is None:
+        return assess(job)
+    if layout.gpus < 1:  # others compute on the same device: what is timed now would be wrong
+        job = replace(job, evaluation=replace(job.evaluation, latency=False))
+    if not layout.gpus:
+        job = replace(job, threads=max(1, int(layout.cpus * len(layout.places) + layout.loader_cpus)))
+    return run_in_room(assess, group, layout, lambda: stop.reason is not None, job)
+
+
+def _scores(reports: tuple[DepthReport, ...]) -> str:
+    if any(report.knn_top1 is None for report in reports):
+        return f"measured and exported {len(reports)} depths"
+    listed = ", ".join(f"{100 * (report.knn_top1 or 0.0):.1f}" for report in reports)
+    return f"kNN top-1 by depth {listed} %"
+
+
+def _note_failure(course: _Course, error: Exception) -> None:
+    """Tell why in a line; of what is no error of ours keep the traceback in `failure.txt`."""
+    lines = str(error).strip().splitlines() or ["without a word"]
+    course.failed = " ".join(lines)
+    if not isinstance(error, TrainingError | DataError | OutputError | PlacementError):
+        course.failed = f"{type(error).__name__}: {lines[0]}"
+        text = "".join(traceback.format_exception(error))
+        (course.prepared.family.out / "failure.txt").write_text(text, encoding="utf-8")
+    course.say(f"failed: {course.failed}")
+    course.tracker.log_event(f"failed: {course.failed}")
+
+
+# -- when they have ended -----------------------------------------------------------------------------------------
+
+
+def _record(course: _Course) -> MemberResult:
+    """How one backbone ended, in its folder and in MLflow, as for a run of its own; what is still to be timed is."""
+    family, tracker = course.prepared.family, course.tracker
+    try:
+        if course.failed is None:
+            if course.to_be_timed:
+                course.found = [timed(job, part) for job, part in zip(course.jobs, course.found, strict=True)]
+            own, *baseline = course.found
+            record_depths(tracker, family, own)
+            if course.prepared.baseline is not None:
+                record_depths(tracker, course.prepared.baseline, baseline[0], series="mae")
+            record_summary(tracker, family, own, baseline[0] if baseline else None)
+            tracker.finish("FINISHED")
+            return _result(course.name, course.prepared)
+    except Exception as error:  # the others have their results all the same
+        _note_failure(course, error)
+    tracker.set_tags({"failed": course.failed or ""})
+    tracker.finish("FAILED")
+    named, size = family.settings.backbone.name, family.backbone.image_size
+    return MemberResult(course.name, named, size, failed=course.failed)
+
+
+def _result(name: str, prepared: Prepared) -> MemberResult:
+    """Of a backbone that came to its end, from what it left in its folder."""
+    family = prepared.family
+    rows: Any = read_rows(family.out)
+    return MemberResult(name, family.settings.backbone.name, family.backbone.image_size, rows)
+
+
+def _device(courses: list[_Course]) -> str:
+    """What latencies were measured on, if this process measured any."""
+    found = (report.device for course in courses for part in course.found for report in part.reports)
+    return next((device for device in found if device), "")
