@@ -23,6 +23,7 @@ from typing import Any
 import ray
 import torch
 from ray import tune
+from ray.exceptions import RayTaskError
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.util.placement_group import PlacementGroup
@@ -43,10 +44,13 @@ from orchestrator.search_results import (
     save_result,
     with_best,
 )
-from orchestrator.search_spaces import Choice, Range, Space, decoded, draw_settings, encoded
+from orchestrator.search_spaces import Choice, Range, Space, combinations, decoded, draw_settings, encoded
 from orchestrator.search_watch import SearchListener, SearchSpec, Watch
 from orchestrator.stages import FamilySpec
 from orchestrator.trials import DRIVER_CPUS, InfeasibleSettings, Scorer, TrialPlan, run_trial
+
+LEAST_SCORED = 8
+"""Images that are embedded at a time when memory is short; with fewer it would not help any more."""
 
 SCORING_SHARE = 0.1
 """Of the GPU of a trial's first stage: what the process that scores checkpoints takes of it in Ray's book-keeping."""
@@ -101,7 +105,7 @@ def _new_tuner(spec: SearchSpec, trainable: Any, watch: Watch) -> tune.Tuner:
 
         logging.getLogger("optuna").setLevel(logging.WARNING)  # importing it has set it to INFO
         points = [own]
-        samples = asked.trials
+        samples = int(min(asked.trials, combinations(spec.space)))
         algorithm = OptunaSearch(
             metric="score", mode="max", points_to_evaluate=[_words(spec.space, own)], seed=spec.settings.seed
         )
@@ -109,7 +113,11 @@ def _new_tuner(spec: SearchSpec, trainable: Any, watch: Watch) -> tune.Tuner:
         # Drawn here, without repetition: Tune's own draws may try one setting twice.
         points = draw_settings(spec.space, own, asked.trials, spec.settings.seed)
         samples = len(points)
-        algorithm = BasicVariantGenerator(points_to_evaluate=[_words(spec.space, point) for point in points])
+        # Tune's own limit, below, does not reach this generator.
+        algorithm = BasicVariantGenerator(
+            points_to_evaluate=[_words(spec.space, point) for point in points],
+            max_concurrent=plan.side_by_side,
+        )
     return tune.Tuner(
         trainable,
         param_space={key: _domain(values) for key, values in spec.space.items()},
@@ -182,7 +190,14 @@ class _ScoreActor:
         self._images = family_data.open()
 
     def score(self, spec: FamilySpec, checkpoint: Path, how: ObjectiveSpec, device: str) -> Score:
-        return score_checkpoint(spec, self._images, how, checkpoint, device)
+        """Fewer images at a time where the stage beside has left too little memory."""
+        try:
+            return score_checkpoint(spec, self._images, how, checkpoint, device)
+        except torch.cuda.OutOfMemoryError:
+            if how.batch_size <= LEAST_SCORED:
+                raise
+        torch.cuda.empty_cache()
+        return self.score(spec, checkpoint, replace(how, batch_size=how.batch_size // 4), device)
 
 
 def _beside_first_stage(family: Family, plan: TrialPlan, group: PlacementGroup) -> Scorer:
@@ -193,7 +208,16 @@ def _beside_first_stage(family: Family, plan: TrialPlan, group: PlacementGroup) 
         .options(num_cpus=0, num_gpus=share, scheduling_strategy=where, max_restarts=0)
         .remote(family.data)
     )
-    return lambda spec, checkpoint: ray.get(actor.score.remote(spec, checkpoint, plan.objective, plan.device))
+
+    def score(spec: FamilySpec, checkpoint: Path) -> Score:
+        try:
+            return ray.get(actor.score.remote(spec, checkpoint, plan.objective, plan.device))
+        except RayTaskError as error:  # its own words begin with where it was raised
+            if isinstance(error.cause, Exception):
+                raise error.cause from error
+            raise
+
+    return score
 
 
 def _cause(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import importlib.util
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,11 @@ from orchestrator.trials import TrialPlan, trial_epochs, trial_room, trial_setti
 MARGIN = 1.5
 """Trials share memory and caches, and a trial's own setting may be dearer than the recipe's (a lower mask ratio)."""
 
-MAY_CHANGE = ("resume", "concurrent", "trial_stages")
-"""Settings of a search that may be others when it is continued."""
+MAY_CHANGE = ("resume",)
+"""Settings of a search that may be others when it is continued; Tune's saved state holds the rest."""
+
+SCORED_BY = ("knn_k", "knn_temperature")
+"""Settings of the evaluation that a score depends on; trials scored otherwise cannot be ranked together."""
 
 
 def search_due(settings: Settings, out: Path) -> bool:
@@ -151,19 +155,24 @@ def _empty(family: Family, prepared: Prepared, space: Space) -> SearchResult:
         images=min(len(judged), most),
         epochs=trial_epochs(settings),
         own=own_values(settings, space),
-        asked=settings.search.model_dump(mode="json"),
+        asked=settings.search.model_dump(mode="json")
+        | {f"evaluation.{name}": getattr(settings.evaluation, name) for name in SCORED_BY},
         fingerprint=family.fingerprint,
     )
 
 
 def _check_same(before: SearchResult, now: SearchResult, out: Path) -> None:
     def fixed(asked: dict[str, Any]) -> dict[str, Any]:
-        return {f"search.{key}": value for key, value in asked.items() if key not in MAY_CHANGE}
+        return {
+            key if "." in key else f"search.{key}": value
+            for key, value in asked.items()
+            if key not in MAY_CHANGE
+        }
 
     old, new = fixed(before.asked), fixed(now.asked)
     told = [
         f"{key} is {new.get(key)}, was {old.get(key)}"
-        for key in sorted(old | new)
+        for key in sorted(old.keys() & new.keys())  # a record of an earlier version lacks some
         if old.get(key) != new.get(key)
     ]
     if told:
@@ -180,7 +189,8 @@ def _check_same(before: SearchResult, now: SearchResult, out: Path) -> None:
 def _trial_seconds(family: Family, prepared: Prepared, plan: TrialPlan, cluster: ClusterResources) -> float:
     """At most, of one trial: measured where its stages will live."""
     layout, settings = plan.layout, trial_settings(family.settings, {})
-    measured = run_beside_stages(pace, layout, family.spec, family.data, plan.device, layout.threads)
+    spec = replace(family.spec, optim=replace(family.spec.optim, precision=plan.precision))
+    measured = run_beside_stages(pace, layout, spec, family.data, plan.device, layout.threads)
     trial = make_family(settings, family.out, (prepared.source, prepared.splits))[0]
     places = len(layout.places)
     cores = cluster.cpus / plan.side_by_side

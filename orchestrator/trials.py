@@ -114,6 +114,13 @@ def trial_room(settings: Settings, cluster: ClusterResources) -> tuple[Layout, i
     beside = max(
         1, min(room // places, settings.search.trials, settings.search.concurrent or settings.search.trials)
     )
+    if (cpus := settings.placement.cpus_per_stage) is not None:
+        fitting = int(cluster.cpus / (places * cpus + DRIVER_CPUS))
+        beside = max(1, min(beside, fitting))
+        if (
+            fitting == 0
+        ):  # for want of the driver's small share; the stages of a trial then get a little less than asked
+            asked = with_changes(asked, {"placement.cpus_per_stage": None})
     share = ClusterResources(
         round(cluster.cpus / beside - DRIVER_CPUS, 4), cluster.gpus, max(1, -(-cluster.nodes // beside))
     )
@@ -200,6 +207,7 @@ class _ScoredTraining:
 
     def on_rewind(self, step: int) -> None:
         self.began = True
+        self._scoring_s = 0.0  # of a checkpoint that was scored before any epoch of this training
 
     def say(self, text: str) -> None: ...
 
