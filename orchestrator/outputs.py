@@ -36,7 +36,8 @@ def check_output(out: Path, settings: Settings, fingerprint: str) -> None:
             )
         return
     if not (out / SAVED_SETTINGS).exists():
-        raise OutputError(f"there is no run to resume in {out}; leave --resume out to start one there")
+        flag = "--resume" if settings.resume else "--search.resume"
+        raise OutputError(f"there is no run to resume in {out}; leave {flag} out to start one there")
     _check_same(out, settings, fingerprint)
 
 

@@ -43,7 +43,7 @@ from orchestrator.trials import TrialPlan, trial_epochs, trial_room, trial_setti
 MARGIN = 1.5
 """Trials share memory and caches, and a trial's own setting may be dearer than the recipe's (a lower mask ratio)."""
 
-MAY_CHANGE = ("resume",)
+MAY_CHANGE = ("resume", "trial_stages")
 """Settings of a search that may be others when it is continued; Tune's saved state holds the rest."""
 
 SCORED_BY = ("knn_k", "knn_temperature")

@@ -104,7 +104,8 @@ def test_a_search_is_continued_as_it_was_begun_or_not_at_all(tmp_path: Path) -> 
     argv = ["--out", str(tmp_path / "a"), "--resume"]
     assert "search.trials is 9, was 4" in problem(*argv, "--search.trials", "9")
     assert "optim.blr is 0.1, was 0.008" in problem(*argv, "--optim.blr", "0.1")
-    prepare(load_settings([*argv, "--search.concurrent", "1", "--search.trial_stages", "2"]))
+    assert "search.concurrent is 1, was None" in problem(*argv, "--search.concurrent", "1")
+    prepare(load_settings([*argv, "--search.trial_stages", "2"]))
     prepare(load_settings([*argv, "--search.trials", "0"]))  # leaves it, and trains the recipe
 
 
