@@ -40,6 +40,8 @@ Examples
       continue a run that was cut off, with the settings it was started with
   python pipelines/bim_pipeline.py --blocks '[2,2,2,2]' --mask.ratio '[0.6,0.65,0.7,0.75]'
       one value per block; values are YAML, and a shell wants brackets in quotes
+  python pipelines/bim_pipeline.py --backbones vit_small_patch16_224,swin_tiny_patch4_window7_224
+      two backbones side by side, compared in one table; --recipe digits_backbones is quickly tried
   python pipelines/bim_pipeline.py --baseline mae --seed 1
       also one ordinary MAE run with the same decoder and epochs, truncated at every depth
 

@@ -117,12 +117,12 @@ def test_another_backbone_does_not_inherit_the_arguments_of_the_recipe_s() -> No
         ),
         (
             ["--recipe"],
-            "--recipe needs a name or a file: digits_demo, sign_digits, vit_base_imagenet, or a YAML file",
+            "--recipe needs a name or a file: digits_backbones, digits_demo, sign_digits, vit_base_imagenet, or a YAML file",
         ),
         (
             ["--recipe", "digit_demo"],
             "no recipe and no file is called 'digit_demo'; did you mean 'digits_demo'? "
-            "(recipes: digits_demo, sign_digits, vit_base_imagenet)",
+            "(recipes: digits_backbones, digits_demo, sign_digits, vit_base_imagenet)",
         ),
         (
             ["--backbone.model_args.depth", "{a: 1}"],
