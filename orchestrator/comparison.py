@@ -136,7 +136,7 @@ def comparison_table(results: Sequence[MemberResult], tested: int = 0, device: s
         notes.append(("GFLOPs", "2 x multiply-accumulates, one image"))
         if cost == "latency_b1_ms":
             on = f" on {device}" if device else ""
-            notes.append(("ms", f"median time of a batch of 1 and of 64{on}, with nothing else running"))
+            notes.append(("ms", f"median time of a batch of 1 and of 64{on}"))
     text += [f"{result.name}  FAILED: {result.failed}" for result in results if result.failed is not None]
     if notes:
         text += ["", *note_lines(notes)]
