@@ -80,8 +80,8 @@ def sentence(done: Finished) -> str:
             id="timm name",
         ),
         pytest.param(
-            "--backbone.name convnext_tiny",
-            "backbone 'convnext_tiny' is timm's ConvNeXt, which cannot be cut into blocks; choose one of class",
+            "--backbone.name efficientnet_b0",
+            "backbone 'efficientnet_b0' is timm's EfficientNet, which cannot be cut into blocks: .*; choose a ViT such as",
             id="timm class",
         ),
         pytest.param(
@@ -94,7 +94,7 @@ def sentence(done: Finished) -> str:
         pytest.param(
             "--init_from nowhere", "init_from 'nowhere' is neither a timm name nor a folder nor a file", id="init_from"
         ),
-        pytest.param("--recipe digits", "no recipe and no file is called 'digits'.*'digits_demo'", id="recipe"),
+        pytest.param("--recipe digits_dem", "no recipe and no file is called 'digits_dem'.*'digits_demo'", id="recipe"),
         pytest.param("--resume", "resume needs out: the folder of the run to continue", id="resume of nothing"),
         pytest.param("--out gone --resume", "there is no run to resume in .*gone; leave --resume out", id="no run"),
         pytest.param(
