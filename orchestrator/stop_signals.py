@@ -23,7 +23,9 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def stop_on_signals(
-    stop: StopRequest, say: Callable[[str], None], meanwhile: str = "finishing the steps under way, then saving"
+    stop: StopRequest,
+    say: Callable[[str], None],
+    meanwhile: str = "finishing the steps under way, then saving",
 ) -> Iterator[None]:
     """Inside, the first signal sets `stop.reason` to its name; a second one raises Interrupted.
 

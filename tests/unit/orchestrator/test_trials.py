@@ -152,6 +152,8 @@ def test_a_folder_of_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
 
 
 def test_a_combination_that_the_settings_refuse_is_infeasible_and_no_failure(tmp_path: Path) -> None:
-    with pytest.raises(InfeasibleSettings, match=r"decoder\.throw_ratio 0\.5 of 16 tokens leaves the decoder 8"):
+    with pytest.raises(
+        InfeasibleSettings, match=r"decoder\.throw_ratio 0\.5 of 16 tokens leaves the decoder 8"
+    ):
         run_trial(plan(tmp_path), {"mask.ratio": 0.5, "decoder.throw_ratio": 0.5}, "a", scorer, Recorder())
     assert not (tmp_path / "a").exists()
