@@ -7,26 +7,24 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import psutil
 import ray
-from ray.exceptions import RayTaskError
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.placement import ClusterResources, Layout
-from orchestrator.ray_stages import PlacementGroup, cluster_resources, head_answers
+from orchestrator.ray_stages import PlacementGroup, answers, cluster_resources, head_answers, result_of
 
 Result = TypeVar("Result")
 
 LOCAL_STORE_SHARE = 0.15  # of the free memory; the window of batches and activations lies there
 LOCAL_STORE_MAX = 8 << 30
 LOCAL_STORE_MIN = 256 << 20
-KNOCK_S = 5.0
 
 
 class ClusterError(ValueError):
@@ -59,8 +57,12 @@ def ray_cluster(say: Callable[[str], None]) -> Iterator[ClusterResources]:
 def _connect(say: Callable[[str], None]) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if told := os.environ.get("RAY_ADDRESS"):
+        # Ray itself tries for many minutes, noisily.
+        named = told.removeprefix("ray://")
+        there = not re.search(r":\d+$", named) or answers(named)
         try:
-            _knock(told)
+            if not there:
+                raise ConnectionError
             ray.init(address=told, **quiet)
         except OSError:  # ConnectionError among them
             raise ClusterError(
@@ -76,24 +78,13 @@ def _connect(say: Callable[[str], None]) -> None:
     say(f"Ray on {machines}: {have.cpus:g} CPU, {have.gpus:g} GPU")
 
 
-def _knock(address: str) -> None:
-    """Raise OSError within seconds if nothing listens at HOST:PORT; Ray itself tries for many minutes, noisily."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
-
-
 def run_beside_stages(function: Callable[..., Result], layout: Layout, *args: object) -> Result:
     """Run `function(*args)` on a GPU of the cluster if the stages had one, else in this process. Returns what it returns."""
     if layout.gpus == 0:
         return function(*args)
     options = {"num_cpus": layout.cpus, "num_gpus": min(1.0, layout.gpus), "max_retries": 0}
-    try:
-        return ray.get(ray.remote(function).options(**options).remote(*args))
-    except RayTaskError as error:
-        if isinstance(error.cause, Exception):
-            raise error.cause from error
-        raise
+    found: Result = result_of(ray.remote(function).options(**options).remote(*args))
+    return found
 
 
 def run_in_room(
@@ -115,12 +106,8 @@ def run_in_room(
         if enough():
             ray.cancel(reference, force=True)
             return None
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, Exception):
-            raise error.cause from error
-        raise
+    found: Result = result_of(reference)
+    return found
 
 
 def give_room_back(group: PlacementGroup) -> None:

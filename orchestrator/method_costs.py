@@ -15,7 +15,6 @@ from typing import Any
 
 import timm.layers
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from orchestrator.activation_memory import counting_saved, saved_activations
 from orchestrator.block_trainer import BlockTrainer, Precision
@@ -27,6 +26,7 @@ from orchestrator.stages import (
     build_local_mim,
     plans_of_step,
 )
+from orchestrator.training_cost import forward_gflops
 
 MASK_RATIO = 0.75
 MAE_DECODER = DecoderSpec(8, 512)
@@ -107,16 +107,9 @@ def methods(backbone: str, layers: tuple[int, ...], cell: int = 8) -> list[Metho
 
 
 def forward_gmacs(spec: FamilySpec) -> float:
-    """Multiply-accumulates / 1e9 of the forward passes of one image through all blocks and decoders, on the meta device."""
+    """Multiply-accumulates / 1e9 of the forward passes of one image through all blocks and decoders."""
     backbone = backbone_of(spec)
-    size = backbone.image_size
-    plans = plans_of_step(spec, backbone, size, batch=1, step=0, micro=0)
-    x = images = torch.empty(1, 3, *size, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        for k in range(len(spec.blocks)):
-            module = build_local_mim(spec, k, backbone).to("meta")
-            x = module(x, images, plans[k].to("meta")).activations
-    return counter.get_total_flops() / 2e9
+    return forward_gflops(spec, backbone, backbone.image_size) / 2
 
 
 def step_seconds(

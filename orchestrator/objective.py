@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from models.backbones.backbone import Backbone
 from orchestrator.assess import trained_variant
@@ -24,7 +23,8 @@ from orchestrator.data.splits import Splits
 from orchestrator.evaluation import drawn, embedded, embedders_of, labelled
 from orchestrator.phases import Phase
 from orchestrator.probes import weighted_knn
-from orchestrator.stages import FamilySpec, backbone_of, build_local_mim, plans_of_step
+from orchestrator.stages import FamilySpec, backbone_of
+from orchestrator.training_cost import forward_gflops
 
 FIT_IMAGES = 20_000
 JUDGED_IMAGES = 5_000
@@ -138,24 +138,12 @@ def training_gflops(spec: FamilySpec, phases: Sequence[Phase], epochs: int) -> f
     """GFLOPs (2 x multiply-accumulates / 1e9) of the forward passes of one training image through all blocks and decoders.
 
     Averaged over the phases, each weighted by its epochs. Targets are not counted; the backward pass is about twice as
-    much again, whatever the settings. One grey image is really computed, since positions of other sizes than the
-    backbone's own depend on the values of its table; a fraction of a second.
+    much again, whatever the settings.
     """
     backbone = backbone_of(spec)
     ends = [*(phase.first_epoch for phase in phases[1:]), epochs]
     shares = [(end - phase.first_epoch) / epochs for phase, end in zip(phases, ends, strict=True)]
     return sum(
-        share * _forward_gflops(spec, backbone, phase.size)
+        share * forward_gflops(spec, backbone, phase.size)
         for phase, share in zip(phases, shares, strict=True)
     )
-
-
-def _forward_gflops(spec: FamilySpec, backbone: Backbone, size: tuple[int, int]) -> float:
-    plans = plans_of_step(spec, backbone, size, batch=1, step=0, micro=0)
-    x = torch.zeros(1, 3, *size)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        for k in range(len(spec.blocks)):
-            module = build_local_mim(spec, k, backbone).eval()
-            x = module.encoder(x, plans[k])
-            module.decoder(x, plans[k])
-    return float(counter.get_total_flops()) / 1e9

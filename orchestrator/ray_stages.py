@@ -30,6 +30,7 @@ from orchestrator.stages import FamilySpec, Order, Stage, StageReport, StepRepor
 from orchestrator.wire import Payload
 
 DRAIN_S = 600  # a stage that is still busy after this long is taken for hung
+KNOCK_S = 5.0
 POLL_S = 1  # between two looks whether there is room; Ray takes whole seconds
 PING_S = 300  # importing torch and timm on a loaded machine takes tens of seconds
 
@@ -324,11 +325,26 @@ def placed(
     return group
 
 
+def result_of(reference: Any) -> Any:
+    """What a remote call returned. Raises the error that it raised, whose own words do not begin with where."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, Exception):
+            raise error.cause from error
+        raise
+
+
 def head_answers() -> bool:
     """Whether the connected cluster's head is there; Ray's own calls wait a minute for it, then end this process."""
-    host, _, port = str(ray.get_runtime_context().gcs_address).rpartition(":")
+    return answers(str(ray.get_runtime_context().gcs_address))
+
+
+def answers(address: str) -> bool:
+    """Whether something listens at HOST:PORT, known within seconds."""
+    host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
     except OSError:
         return False
     return True

@@ -23,7 +23,6 @@ from typing import Any
 import ray
 import torch
 from ray import tune
-from ray.exceptions import RayTaskError
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.util.placement_group import PlacementGroup
@@ -36,6 +35,7 @@ from orchestrator.failures import TrainingError
 from orchestrator.family import Family
 from orchestrator.objective import ObjectiveSpec, Score, score_checkpoint
 from orchestrator.pretrain import StopRequest
+from orchestrator.ray_stages import result_of
 from orchestrator.search_results import (
     FOLDER,
     SearchResult,
@@ -208,16 +208,9 @@ def _beside_first_stage(family: Family, plan: TrialPlan, group: PlacementGroup) 
         .options(num_cpus=0, num_gpus=share, scheduling_strategy=where, max_restarts=0)
         .remote(family.data)
     )
-
-    def score(spec: FamilySpec, checkpoint: Path) -> Score:
-        try:
-            return ray.get(actor.score.remote(spec, checkpoint, plan.objective, plan.device))
-        except RayTaskError as error:  # its own words begin with where it was raised
-            if isinstance(error.cause, Exception):
-                raise error.cause from error
-            raise
-
-    return score
+    return lambda spec, checkpoint: result_of(
+        actor.score.remote(spec, checkpoint, plan.objective, plan.device)
+    )
 
 
 def _cause(error: BaseException) -> str:

@@ -42,6 +42,7 @@ BARE = (
     "orchestrator.progress",
     "orchestrator.schedules",
     "orchestrator.stages",
+    "orchestrator.training_cost",
     "orchestrator.wire",
 )
 """Modules that run where there is neither Ray nor MLflow nor pydantic: in a notebook, on a bare GPU image."""
