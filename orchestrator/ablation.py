@@ -21,18 +21,12 @@ import torch
 
 from orchestrator.assess import trained_variant
 from orchestrator.checkpoint import CheckpointStore, load_block_weights
-from orchestrator.config import (
-    Settings,
-    changes_weights,
-    end_to_end,
-    flat,
-    settings_from_mapping,
-    with_changes,
-)
+from orchestrator.config import changes_weights, end_to_end, flat, with_changes
 from orchestrator.evaluation import DepthReport, evaluate_variants
 from orchestrator.family import make_family
 from orchestrator.placement import ClusterResources
 from orchestrator.pretrain import EpochReport, StopRequest
+from orchestrator.settings import Settings, settings_from_mapping
 from orchestrator.training import layout_of, train
 
 TRUNCATED_MAE = "mae"

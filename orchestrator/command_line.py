@@ -14,17 +14,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config import (
-    Settings,
-    SettingsError,
-    all_settings,
-    overlaid,
-    setting_groups,
-    settings_from_mapping,
-    settings_to_mapping,
-)
+from orchestrator.config import overlaid, settings_to_mapping
 from orchestrator.recipes import DEFAULT_RECIPE, RecipeError, bundled_recipes, parse_value, read_recipe
 from orchestrator.setting_texts import SettingInfo, show, unknown
+from orchestrator.settings import Settings, SettingsError, all_settings, setting_groups, settings_from_mapping
 
 WIDTH = 100  # columns of --help
 SAVED_SETTINGS = "settings.yaml"  # written into every output directory, and read again by --resume

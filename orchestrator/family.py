@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from models.backbones.backbone import Backbone
-from orchestrator.config import Settings
 from orchestrator.data.sources import Source
 from orchestrator.data.spec import DataSpec
 from orchestrator.data.splits import Splits
 from orchestrator.phases import Phase, steps_until
 from orchestrator.resolve import data_spec, resolve
+from orchestrator.settings import Settings
 from orchestrator.stages import FamilySpec
 
 

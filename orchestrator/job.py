@@ -19,7 +19,7 @@ from orchestrator.assess import AssessJob, Assessment, EvaluationSpec, assess
 from orchestrator.block_trainer import Precision
 from orchestrator.checkpoint import CheckpointStore
 from orchestrator.command_line import SAVED_SETTINGS
-from orchestrator.config import Settings, SettingsError, end_to_end, flat, settings_to_yaml, with_changes
+from orchestrator.config import end_to_end, flat, settings_to_yaml, with_changes
 from orchestrator.data.errors import DataError
 from orchestrator.data.sources import Source
 from orchestrator.data.splits import Splits
@@ -42,6 +42,7 @@ from orchestrator.reporting import (
 )
 from orchestrator.search_job import check_search, run_search, search_due
 from orchestrator.search_results import finished_search, with_best
+from orchestrator.settings import Settings, SettingsError
 from orchestrator.stop_signals import Interrupted, interrupted_by_signals
 from orchestrator.tracking import Tracker, TrackingError
 from orchestrator.training import layout_of, precision_on, train

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config import BackboneEntry, Settings, SettingsError, all_settings, with_changes
+from orchestrator.config import with_changes
 from orchestrator.setting_texts import show, unknown
+from orchestrator.settings import BackboneEntry, Settings, SettingsError, all_settings
 
 OF_THE_RUN = (
     "name",

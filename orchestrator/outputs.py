@@ -7,9 +7,10 @@ from pathlib import Path
 
 from orchestrator.checkpoint import MANIFEST, CheckpointStore
 from orchestrator.command_line import SAVED_SETTINGS
-from orchestrator.config import Settings, SettingsError, differing_keys, flat, settings_from_mapping
+from orchestrator.config import differing_keys, flat
 from orchestrator.recipes import read_recipe
 from orchestrator.search_results import finished_search, with_best
+from orchestrator.settings import Settings, SettingsError, settings_from_mapping
 
 
 class OutputError(ValueError):

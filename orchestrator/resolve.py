@@ -15,9 +15,10 @@ from models.masking import visible_counts
 from models.sampling import kept_count
 from models.targets import TARGETS
 from orchestrator.block_trainer import OptimSpec, Precision
-from orchestrator.config import Settings, SettingsError, start_epoch
+from orchestrator.contradictions import start_epoch
 from orchestrator.data.spec import DataSpec
 from orchestrator.phases import PhaseSpec
+from orchestrator.settings import Settings, SettingsError
 from orchestrator.stages import DecoderSpec, FamilySpec, TargetSpec
 
 Check = Callable[[], object]

@@ -15,7 +15,7 @@ from typing import Any
 
 from orchestrator.block_trainer import Precision
 from orchestrator.checkpoint import CheckpointStore
-from orchestrator.config import Settings, SettingsError, settings_to_mapping
+from orchestrator.config import settings_to_mapping
 from orchestrator.family import Family, Prepared, make_family
 from orchestrator.launch import run_beside_stages
 from orchestrator.objective import FIT_IMAGES, JUDGED_IMAGES, RANK_IMAGES, ObjectiveSpec, metric_of
@@ -36,6 +36,7 @@ from orchestrator.search_results import (
 from orchestrator.search_spaces import Space, combinations, own_values, space_of
 from orchestrator.search_time import pace, start_seconds, trial_seconds
 from orchestrator.search_watch import SearchSpec
+from orchestrator.settings import Settings, SettingsError
 from orchestrator.stop_signals import stop_on_signals
 from orchestrator.tracking import Tracker
 from orchestrator.trials import TrialPlan, trial_epochs, trial_room, trial_settings

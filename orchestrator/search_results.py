@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.checkpoint import write_atomically
-from orchestrator.config import Settings, with_changes
+from orchestrator.config import with_changes
 from orchestrator.probes import standard_error
 from orchestrator.search_spaces import changes_text
+from orchestrator.settings import Settings
 
 FOLDER = "search"
 RECORD, TABLE, BEST = "trials.json", "trials.csv", "best.yaml"

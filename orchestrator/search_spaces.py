@@ -15,8 +15,9 @@ from typing import Any
 from models.backbones.backbone import Backbone
 from models.masking import visible_counts
 from models.sampling import kept_count
-from orchestrator.config import Settings, SettingsError, all_settings, settings_to_mapping, with_changes
+from orchestrator.config import settings_to_mapping, with_changes
 from orchestrator.setting_texts import show, unknown
+from orchestrator.settings import Settings, SettingsError, all_settings
 
 MASK_RATIOS = (0.5, 0.6, 0.75, 0.85, 0.9)
 RAMPS = ((0.6, 0.75), (0.75, 0.9))

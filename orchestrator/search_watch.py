@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from orchestrator.config import Settings
 from orchestrator.failures import TrainingError
 from orchestrator.placement import PlacementError
 from orchestrator.pretrain import StopRequest
 from orchestrator.search_results import Point, SearchResult, TrialRow, save_result
 from orchestrator.search_spaces import Space, decoded
+from orchestrator.settings import Settings
 from orchestrator.trials import TrialPlan
 
 ROOM_S = 120.0

@@ -1,6 +1,6 @@
 """Says in words what a setting may be and what is wrong with one, for --help and for errors.
 
-Pure functions over a setting's JSON schema and pydantic's list of errors, without pydantic. Serves `config.py`.
+Pure functions over a setting's JSON schema and pydantic's list of errors, without pydantic. Serves `settings.py`.
 """
 
 from __future__ import annotations

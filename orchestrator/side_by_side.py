@@ -23,7 +23,7 @@ from orchestrator.block_trainer import Precision
 from orchestrator.checkpoint import CheckpointStore
 from orchestrator.command_line import SAVED_SETTINGS
 from orchestrator.comparison import MemberResult, read_rows
-from orchestrator.config import Settings, settings_from_mapping, settings_to_yaml, with_changes
+from orchestrator.config import settings_to_yaml, with_changes
 from orchestrator.data.errors import DataError
 from orchestrator.data.sources import Source
 from orchestrator.data.splits import Splits
@@ -61,6 +61,7 @@ from orchestrator.reporting import (
     several_closing_lines,
     short_path,
 )
+from orchestrator.settings import Settings, settings_from_mapping
 from orchestrator.stop_signals import Interrupted, interrupted_by_signals, stop_on_signals
 from orchestrator.tracking import Tracker, TrackingError
 from orchestrator.training import check_precision, layout_of, precision_on, train

@@ -13,7 +13,7 @@ import torch
 
 from orchestrator.block_trainer import Precision
 from orchestrator.checkpoint import CheckpointStore, Manifest
-from orchestrator.config import Settings, settings_to_mapping
+from orchestrator.config import settings_to_mapping
 from orchestrator.data.errors import DataError
 from orchestrator.failures import RestartPolicy, TrainingError
 from orchestrator.family import Family
@@ -23,6 +23,7 @@ from orchestrator.placement import ClusterResources, Layout, PlacementError, con
 from orchestrator.pretrain import Listener, PretrainResult, RunPlan, StopRequest, pretrain
 from orchestrator.ray_stages import PlacementGroup, RayStages
 from orchestrator.schedules import CosineSchedule
+from orchestrator.settings import Settings
 from orchestrator.stages import FamilySpec, InProcessStages, Stages
 from orchestrator.stop_signals import stop_on_signals
 

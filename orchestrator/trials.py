@@ -15,7 +15,7 @@ from typing import Any
 
 from orchestrator.block_trainer import Precision
 from orchestrator.checkpoint import CheckpointStore
-from orchestrator.config import Settings, differing_keys, settings_from_mapping, with_changes
+from orchestrator.config import differing_keys, with_changes
 from orchestrator.data.errors import DataError
 from orchestrator.data.sources import Source
 from orchestrator.data.splits import Splits
@@ -25,6 +25,7 @@ from orchestrator.phases import Phase
 from orchestrator.placement import ClusterResources, Layout
 from orchestrator.pretrain import EpochReport, StopRequest
 from orchestrator.ray_stages import PlacementGroup
+from orchestrator.settings import Settings, settings_from_mapping
 from orchestrator.stages import FamilySpec
 from orchestrator.training import layout_of, train
 

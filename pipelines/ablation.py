@@ -10,7 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from orchestrator.command_line import load_settings
-from orchestrator.config import SettingsError
+from orchestrator.settings import SettingsError
 
 
 def main(argv: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from orchestrator.command_line import load_settings
-from orchestrator.config import Settings, SettingsError
+from orchestrator.settings import Settings, SettingsError
 
 
 def main(argv: Sequence[str]) -> int:

@@ -13,7 +13,7 @@ import ray
 from ray.util.placement_group import placement_group_table
 
 from orchestrator.command_line import load_settings
-from orchestrator.config import Settings, settings_to_mapping, with_changes
+from orchestrator.config import settings_to_mapping, with_changes
 from orchestrator.failures import TrainingError
 from orchestrator.family import make_family
 from orchestrator.objective import ObjectiveSpec, metric_of
@@ -23,6 +23,7 @@ from orchestrator.search import search
 from orchestrator.search_results import BEST, FOLDER, SearchResult, TrialRow, load_result
 from orchestrator.search_spaces import own_values, space_of
 from orchestrator.search_watch import SearchSpec
+from orchestrator.settings import Settings
 from orchestrator.trials import TrialPlan, trial_room
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -25,7 +25,7 @@ ALONE = {
         "orchestrator/tracking_depths.py",
         "orchestrator/tracking_trials.py",
     },
-    "pydantic": {"orchestrator/config.py"},
+    "pydantic": {"orchestrator/settings.py"},
 }
 """Package -> the only files that may import it."""
 

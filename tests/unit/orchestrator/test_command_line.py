@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.command_line import help_text, load_settings
-from orchestrator.config import SettingsError, all_settings, settings_to_yaml
+from orchestrator.config import settings_to_yaml
 from orchestrator.recipes import DEFAULT_RECIPE, bundled_recipes
+from orchestrator.settings import SettingsError, all_settings
 
 
 def problem(*argv: str) -> str:

@@ -9,18 +9,15 @@ import pytest
 
 from orchestrator.config import (
     MAY_DIFFER_ON_RESUME,
-    Settings,
-    SettingsError,
-    all_settings,
     differing_keys,
     end_to_end,
     flat,
-    settings_from_mapping,
     settings_to_mapping,
     settings_to_yaml,
     with_changes,
 )
 from orchestrator.recipes import bundled_recipes, read_recipe
+from orchestrator.settings import Settings, SettingsError, all_settings, settings_from_mapping
 
 SMALLEST: dict[str, Any] = {
     "name": "smallest",

@@ -6,15 +6,10 @@ from typing import Any
 import pytest
 
 from orchestrator.command_line import load_settings
-from orchestrator.config import (
-    Settings,
-    SettingsError,
-    settings_from_mapping,
-    settings_to_mapping,
-    with_changes,
-)
+from orchestrator.config import settings_to_mapping, with_changes
 from orchestrator.members import Problems, members
 from orchestrator.placement import ClusterResources, shares
+from orchestrator.settings import Settings, SettingsError, settings_from_mapping
 
 VIT, SWIN = "vit_small_patch16_224", "swin_tiny_patch4_window7_224"
 

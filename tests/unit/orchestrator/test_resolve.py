@@ -6,9 +6,9 @@ import pytest
 
 from models.backbones.backbone import Backbone
 from orchestrator.command_line import load_settings
-from orchestrator.config import Settings, SettingsError
 from orchestrator.phases import PhaseSpec
 from orchestrator.resolve import data_spec, resolve
+from orchestrator.settings import Settings, SettingsError
 from orchestrator.stages import DecoderSpec
 
 

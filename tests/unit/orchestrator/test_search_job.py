@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from orchestrator.command_line import load_settings
-from orchestrator.config import SettingsError
 from orchestrator.job import prepare
 from orchestrator.outputs import OutputError
 from orchestrator.search_job import search_due
@@ -22,6 +21,7 @@ from orchestrator.search_results import (
     load_result,
     save_result,
 )
+from orchestrator.settings import SettingsError
 
 
 def problem(*argv: str) -> str:

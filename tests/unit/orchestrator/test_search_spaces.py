@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.command_line import load_settings
-from orchestrator.config import Settings, SettingsError, with_changes
+from orchestrator.config import with_changes
 from orchestrator.resolve import resolve
 from orchestrator.search_spaces import (
     SPACES,
@@ -22,6 +22,7 @@ from orchestrator.search_spaces import (
     own_values,
     space_of,
 )
+from orchestrator.settings import Settings, SettingsError
 
 
 def settings(space: dict[str, Any] | None = None, *argv: str) -> Settings:

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from orchestrator.command_line import load_settings
-from orchestrator.config import Settings, SettingsError, settings_to_mapping
+from orchestrator.config import settings_to_mapping
 from orchestrator.data.sources import Source
 from orchestrator.data.splits import Splits
 from orchestrator.family import Family, make_family
 from orchestrator.objective import ObjectiveSpec, score_checkpoint
 from orchestrator.phases import PhaseSpec, phases_on
 from orchestrator.placement import ClusterResources, Layout, PlacementError
+from orchestrator.settings import Settings, SettingsError
 from orchestrator.trials import (
     DRIVER_CPUS,
     InfeasibleSettings,

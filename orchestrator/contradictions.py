@@ -1,0 +1,98 @@
+"""What two settings cannot both have: one sentence for each pair that cannot be honoured. Pure; serves `settings.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from orchestrator.setting_texts import show
+
+if TYPE_CHECKING:
+    from orchestrator.settings import Settings
+
+PER_BLOCK = (
+    "mask.ratio",
+    "decoder.depth",
+    "decoder.dim",
+    "decoder.num_heads",
+    "decoder.throw_ratio",
+    "target.name",
+    "target.cell",
+)
+"""Settings that take one value for all blocks or a list with one for each."""
+
+
+def contradictions(s: Settings) -> list[str]:
+    """What no single setting shows: one sentence for each pair that cannot be honoured."""
+    blocks = s.num_blocks
+    problems = [
+        f"{key} lists {given} values for {blocks} blocks: give one for each block, or one for all"
+        for key in PER_BLOCK
+        if (given := len(s.per_block(key))) != blocks
+    ]
+    ratios = s.per_block("mask.ratio")
+    if any(later < earlier for earlier, later in pairwise(ratios)):
+        problems.append(
+            f"mask.ratio must not decrease from block to block, not {show(list(ratios))}: "
+            "a later block sees only what the one before it kept"
+        )
+    if s.data.val_fraction + s.data.test_fraction >= 1:
+        problems.append(
+            f"data.val_fraction + data.test_fraction must be below 1, not {s.data.val_fraction:g} + "
+            f"{s.data.test_fraction:g}: no image would be left to train on"
+        )
+    low, high = s.data.crop_scale
+    if low > high:
+        problems.append(f"data.crop_scale must be [smallest, largest], not [{low:g}, {high:g}]")
+    if s.schedule.warmup_epochs >= s.schedule.epochs:
+        problems.append(
+            f"schedule.warmup_epochs must be below schedule.epochs ({s.schedule.epochs}), "
+            f"not {s.schedule.warmup_epochs:g}"
+        )
+    if s.schedule.resolution is not None:
+        problems += resolution_problems(s.schedule.resolution, s.schedule.epochs)
+    if s.search.resume and s.backbones is not None:
+        problems.append("search.resume is for one backbone; with backbones there is no search to continue")
+    if s.search.resume and s.out is None:
+        problems.append("search.resume needs out: the folder of the run whose search goes on (--out DIR)")
+    if s.search.trials and s.search.grace_epochs > (s.search.trial_epochs or s.schedule.epochs):
+        problems.append(
+            f"search.grace_epochs must be at most {s.search.trial_epochs or s.schedule.epochs}, the epochs of a trial, not "
+            f"{s.search.grace_epochs}"
+        )
+    if s.resume and s.out is None:
+        problems.append("resume needs out: the folder of the run to continue (--out DIR --resume)")
+    if s.placement.stages is not None and s.placement.stages > blocks:
+        problems.append(
+            f"placement.stages must be at most {blocks}, the number of blocks, not {s.placement.stages}"
+        )
+    return problems
+
+
+def resolution_problems(phases: Sequence[Sequence[float]], epochs: int) -> list[str]:
+    """What is wrong with a resolution schedule of a run of so many epochs, one sentence each."""
+    shown = show([list(phase) for phase in phases])
+    problems = [
+        f"schedule.resolution: {what} in {show(list(phase))} must be a whole number of at least 1"
+        for phase in phases
+        for what, value in zip(("pixels", "batch_size", "accumulate"), phase[1:], strict=False)
+        if isinstance(value, float) or value < 1
+    ]
+    if any((isinstance(phase[0], float) and not 0 <= phase[0] < 1) or phase[0] < 0 for phase in phases):
+        return [
+            *problems,
+            f"schedule.resolution must begin each phase with an epoch (0, 40) or a share of the run (0.5), not {shown}",
+        ]
+    starts = [start_epoch(phase[0], epochs) for phase in phases]
+    if starts[0] != 0 or any(later <= earlier for earlier, later in pairwise(starts)) or starts[-1] >= epochs:
+        problems.append(
+            f"schedule.resolution must begin with epoch 0 and go on with later ones, all before {epochs}, not {shown}, "
+            f"whose phases begin with epochs {show(starts)}"
+        )
+    return problems
+
+
+def start_epoch(start: float, epochs: int) -> int:
+    """The epoch with which a phase begins: a whole number is one, a fraction is a share of the run."""
+    return start if isinstance(start, int) else round(start * epochs)
