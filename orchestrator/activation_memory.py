@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.block_trainer import WIRE_DTYPES, Precision
-from orchestrator.stages import FamilySpec, backbone_of, build_local_mim, plans_of_step
+from orchestrator.family_spec import FamilySpec, backbone_of, build_local_mim, plans_of_step
 
 
 @dataclass

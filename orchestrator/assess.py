@@ -23,9 +23,9 @@ from orchestrator.data.spec import DataSpec
 from orchestrator.data.splits import Splits
 from orchestrator.evaluation import DepthReport, evaluate_variants, raw_pixels
 from orchestrator.export import export_decoder, export_variant, folder_name
+from orchestrator.family_spec import FamilySpec, backbone_of, build_local_mim, plans_of_step
 from orchestrator.model_card import CardFacts
 from orchestrator.pictures import save_reconstructions
-from orchestrator.stages import FamilySpec, backbone_of, build_local_mim, plans_of_step
 
 PICTURE_ROWS = 6
 

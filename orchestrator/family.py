@@ -12,10 +12,10 @@ from models.backbones.backbone import Backbone
 from orchestrator.data.sources import Source
 from orchestrator.data.spec import DataSpec
 from orchestrator.data.splits import Splits
+from orchestrator.family_spec import FamilySpec
 from orchestrator.phases import Phase, steps_until
 from orchestrator.resolve import data_spec, resolve
 from orchestrator.settings import Settings
-from orchestrator.stages import FamilySpec
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 
 from orchestrator.activation_memory import counting_saved, saved_activations
 from orchestrator.block_trainer import BlockTrainer, Precision
-from orchestrator.stages import (
+from orchestrator.family_spec import (
     DecoderSpec,
     FamilySpec,
     TargetSpec,

@@ -21,9 +21,9 @@ from orchestrator.checkpoint import load_block_weights
 from orchestrator.data.sources import Source
 from orchestrator.data.splits import Splits
 from orchestrator.evaluation import drawn, embedded, embedders_of, labelled
+from orchestrator.family_spec import FamilySpec, backbone_of
 from orchestrator.phases import Phase
 from orchestrator.probes import weighted_knn
-from orchestrator.stages import FamilySpec, backbone_of
 from orchestrator.training_cost import forward_gflops
 
 FIT_IMAGES = 20_000

@@ -25,8 +25,9 @@ from orchestrator.checkpoint import FileRecord
 from orchestrator.data.batches import TrainBatches
 from orchestrator.data.spec import DataSpec
 from orchestrator.failures import StageFailure
+from orchestrator.family_spec import FamilySpec
 from orchestrator.placement import ClusterResources, Layout, PlacementError
-from orchestrator.stages import FamilySpec, Order, Stage, StageReport, StepReport, place_of
+from orchestrator.stages import Order, Stage, StageReport, StepReport, place_of
 from orchestrator.wire import Payload
 
 DRAIN_S = 600  # a stage that is still busy after this long is taken for hung

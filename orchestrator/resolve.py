@@ -17,9 +17,9 @@ from models.targets import TARGETS
 from orchestrator.block_trainer import OptimSpec, Precision
 from orchestrator.contradictions import start_epoch
 from orchestrator.data.spec import DataSpec
+from orchestrator.family_spec import DecoderSpec, FamilySpec, TargetSpec
 from orchestrator.phases import PhaseSpec
 from orchestrator.settings import Settings, SettingsError
-from orchestrator.stages import DecoderSpec, FamilySpec, TargetSpec
 
 Check = Callable[[], object]
 

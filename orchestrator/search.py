@@ -33,6 +33,7 @@ from orchestrator.data.sources import Source
 from orchestrator.data.splits import Splits
 from orchestrator.failures import TrainingError
 from orchestrator.family import Family
+from orchestrator.family_spec import FamilySpec
 from orchestrator.objective import ObjectiveSpec, Score, score_checkpoint
 from orchestrator.pretrain import StopRequest
 from orchestrator.ray_stages import result_of
@@ -46,7 +47,6 @@ from orchestrator.search_results import (
 )
 from orchestrator.search_spaces import Choice, Range, Space, combinations, decoded, draw_settings, encoded
 from orchestrator.search_watch import SearchListener, SearchSpec, Watch
-from orchestrator.stages import FamilySpec
 from orchestrator.trials import DRIVER_CPUS, InfeasibleSettings, Scorer, TrialPlan, run_trial
 
 LEAST_SCORED = 8

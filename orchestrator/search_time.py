@@ -16,8 +16,9 @@ from orchestrator.assess import random_variants
 from orchestrator.data.batches import eval_images
 from orchestrator.data.spec import DataSpec
 from orchestrator.evaluation import embedders_of
+from orchestrator.family_spec import FamilySpec, backbone_of
 from orchestrator.phases import Phase
-from orchestrator.stages import FamilySpec, Order, Stage, backbone_of
+from orchestrator.stages import Order, Stage
 from orchestrator.wire import Payload
 
 IMPORT_S, LEAST_START_S = 4.0, 6.0

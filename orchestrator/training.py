@@ -17,6 +17,7 @@ from orchestrator.config import settings_to_mapping
 from orchestrator.data.errors import DataError
 from orchestrator.failures import RestartPolicy, TrainingError
 from orchestrator.family import Family
+from orchestrator.family_spec import FamilySpec
 from orchestrator.launch import run_beside_stages
 from orchestrator.outputs import OutputError
 from orchestrator.placement import ClusterResources, Layout, PlacementError, consecutive, plan_layout
@@ -24,7 +25,7 @@ from orchestrator.pretrain import Listener, PretrainResult, RunPlan, StopRequest
 from orchestrator.ray_stages import PlacementGroup, RayStages
 from orchestrator.schedules import CosineSchedule
 from orchestrator.settings import Settings
-from orchestrator.stages import FamilySpec, InProcessStages, Stages
+from orchestrator.stages import InProcessStages, Stages
 from orchestrator.stop_signals import stop_on_signals
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.backbones.backbone import Backbone
-from orchestrator.stages import FamilySpec, build_local_mim, plans_of_step
+from orchestrator.family_spec import FamilySpec, build_local_mim, plans_of_step
 
 
 def forward_gflops(spec: FamilySpec, backbone: Backbone, size: tuple[int, int]) -> float:

@@ -20,13 +20,13 @@ from orchestrator.data.errors import DataError
 from orchestrator.data.sources import Source
 from orchestrator.data.splits import Splits
 from orchestrator.family import Family, make_family
+from orchestrator.family_spec import FamilySpec
 from orchestrator.objective import ObjectiveSpec, Score, training_gflops
 from orchestrator.phases import Phase
 from orchestrator.placement import ClusterResources, Layout
 from orchestrator.pretrain import EpochReport, StopRequest
 from orchestrator.ray_stages import PlacementGroup
 from orchestrator.settings import Settings, settings_from_mapping
-from orchestrator.stages import FamilySpec
 from orchestrator.training import layout_of, train
 
 DRIVER_CPUS = 0.05

@@ -20,7 +20,7 @@ def memory(arguments: argparse.Namespace) -> None:
     """Peak activation memory of a block-wise training step against end-to-end K = 1: same model, decoder, batch."""
     from models.backbones import open_backbone
     from orchestrator.activation_memory import saved_activations
-    from orchestrator.stages import DecoderSpec, FamilySpec
+    from orchestrator.family_spec import DecoderSpec, FamilySpec
 
     name, batch, k = arguments.backbone, arguments.batch, arguments.blocks
     print(
@@ -125,9 +125,9 @@ def green(arguments: argparse.Namespace) -> None:
     """A hierarchical backbone on visible tokens only against the same model over all tokens, encoder and whole step."""
     import torch
 
+    from orchestrator.family_spec import DecoderSpec
     from orchestrator.method_costs import cost, encoder_cost
     from orchestrator.method_costs import family as one_family
-    from orchestrator.stages import DecoderSpec
 
     device, precision, name = torch.device(arguments.device), arguments.precision, arguments.backbone
     layers = (sum(block_layers(name, 1)),)

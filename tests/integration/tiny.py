@@ -14,11 +14,12 @@ from orchestrator.block_trainer import OptimSpec
 from orchestrator.checkpoint import CheckpointStore, Manifest, load_block_state, load_block_weights
 from orchestrator.data.spec import DataSpec
 from orchestrator.failures import RestartPolicy
+from orchestrator.family_spec import DecoderSpec, FamilySpec
 from orchestrator.phases import Phase, PhaseSpec, constant, phase_at
 from orchestrator.placement import Layout, consecutive
 from orchestrator.pretrain import EpochReport, PretrainResult, RunPlan, StopRequest, pretrain
 from orchestrator.schedules import CosineSchedule
-from orchestrator.stages import DecoderSpec, FamilySpec, InProcessStages, Stages
+from orchestrator.stages import InProcessStages, Stages
 
 STEPS_PER_EPOCH = 10
 

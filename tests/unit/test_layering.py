@@ -36,6 +36,7 @@ BARE = (
     "orchestrator.checkpoint",
     "orchestrator.evaluation",
     "orchestrator.failures",
+    "orchestrator.family_spec",
     "orchestrator.objective",
     "orchestrator.placement",
     "orchestrator.pretrain",

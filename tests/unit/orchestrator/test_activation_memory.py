@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from orchestrator.activation_memory import counting_saved, saved_activations
-from orchestrator.stages import DecoderSpec, FamilySpec
+from orchestrator.family_spec import DecoderSpec, FamilySpec
 
 
 def test_each_storage_is_counted_once_and_parameters_are_not() -> None:

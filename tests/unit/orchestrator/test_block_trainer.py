@@ -8,7 +8,7 @@ from models.masking import block_plans, random_order
 from models.seeding import generator
 from orchestrator.block_trainer import BlockTrainer, OptimSpec, decay_groups
 from orchestrator.failures import NonFiniteLoss
-from orchestrator.stages import DecoderSpec, FamilySpec, build_local_mim
+from orchestrator.family_spec import DecoderSpec, FamilySpec, build_local_mim
 
 SPEC = FamilySpec(
     backbone="vit_tiny_patch16_224",

@@ -4,6 +4,7 @@ import pytest
 import timm.layers
 import torch
 
+from orchestrator.family_spec import DecoderSpec
 from orchestrator.method_costs import (
     SMALL_DECODER,
     cost,
@@ -13,7 +14,6 @@ from orchestrator.method_costs import (
     forward_gmacs,
     methods,
 )
-from orchestrator.stages import DecoderSpec
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 

@@ -17,6 +17,7 @@ from orchestrator.checkpoint import save_block
 from orchestrator.data.sources import Source, open_source
 from orchestrator.data.splits import Splits
 from orchestrator.evaluation import evaluate_variants
+from orchestrator.family_spec import DecoderSpec, FamilySpec, backbone_of, build_local_mim
 from orchestrator.objective import (
     ObjectiveSpec,
     metric_of,
@@ -26,7 +27,6 @@ from orchestrator.objective import (
     training_gflops,
 )
 from orchestrator.phases import PhaseSpec, phases_on
-from orchestrator.stages import DecoderSpec, FamilySpec, backbone_of, build_local_mim
 
 SPEC = FamilySpec(
     backbone="vit_tiny_patch16_224",

@@ -6,10 +6,10 @@ import pytest
 
 from models.backbones.backbone import Backbone
 from orchestrator.command_line import load_settings
+from orchestrator.family_spec import DecoderSpec
 from orchestrator.phases import PhaseSpec
 from orchestrator.resolve import data_spec, resolve
 from orchestrator.settings import Settings, SettingsError
-from orchestrator.stages import DecoderSpec
 
 
 def problem(*argv: str) -> list[str]:

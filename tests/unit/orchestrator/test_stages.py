@@ -6,15 +6,8 @@ import torch
 
 from orchestrator.data.batches import Batch
 from orchestrator.failures import NonFiniteLoss, OutOfOrder, RestartPolicy, StageFailure
-from orchestrator.stages import (
-    DecoderSpec,
-    FamilySpec,
-    InProcessStages,
-    Order,
-    Stage,
-    backbone_of,
-    plans_of_step,
-)
+from orchestrator.family_spec import DecoderSpec, FamilySpec, backbone_of, plans_of_step
+from orchestrator.stages import InProcessStages, Order, Stage
 from orchestrator.wire import Payload
 
 SPEC = FamilySpec(
