@@ -1,58 +1,44 @@
 """Several backbones in one launch: each trained on stages of its own, as room comes free; compared in one table.
 
-Every backbone has a thread of this process for its training loop; its stages are actors in a placement group of its own, and
-in that room it is assessed by a process of its own when it is trained. MLflow is spoken to, signals are heard and what
-is timed on a CPU is timed by the main thread alone. One that fails does not stop the others. In one process
-(`placement.backend in_process`) they take turns.
+How they are trained at the same time is in `courses.py`. MLflow is spoken to and what is timed on a CPU is timed by the main
+thread alone. One that fails does not stop the others. In one process (`placement.backend in_process`) they take turns.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.assess import AssessJob, Assessment, assess, timed
-from orchestrator.block_trainer import Precision
+from orchestrator.assess import timed
 from orchestrator.checkpoint import CheckpointStore
 from orchestrator.command_line import SAVED_SETTINGS
 from orchestrator.comparison import MemberResult, read_rows
 from orchestrator.config import settings_to_yaml, with_changes
-from orchestrator.data.errors import DataError
+from orchestrator.courses import Course, note_failure, side_by_side
 from orchestrator.data.sources import Source
 from orchestrator.data.splits import Splits
-from orchestrator.evaluation import DepthReport
-from orchestrator.failures import TrainingError
 from orchestrator.family import Family, Prepared
 from orchestrator.job import (
     BAD_INPUT,
     Outcome,
     Say,
     absolute,
-    assess_job,
     cluster_of,
     keep_settings,
     open_tracker,
     prepare,
     resolved,
 )
-from orchestrator.launch import give_room_back, run_in_room
 from orchestrator.members import Problems, members
-from orchestrator.outputs import OutputError, check_output, make_output
+from orchestrator.outputs import check_output, make_output
 from orchestrator.placement import ClusterResources, Layout, PlacementError, shares
 from orchestrator.pretrain import StopRequest
-from orchestrator.progress import Progress
-from orchestrator.provenance import Provenance, collect
-from orchestrator.ray_stages import PlacementGroup, placed
+from orchestrator.provenance import collect
 from orchestrator.recipes import read_recipe
 from orchestrator.reporting import (
-    card_facts,
     data_record,
     opening_lines,
     record_comparison,
@@ -62,18 +48,9 @@ from orchestrator.reporting import (
     short_path,
 )
 from orchestrator.settings import Settings, settings_from_mapping
-from orchestrator.stop_signals import Interrupted, interrupted_by_signals, stop_on_signals
+from orchestrator.stop_signals import Interrupted, interrupted_by_signals
 from orchestrator.tracking import Tracker, TrackingError
-from orchestrator.training import check_precision, layout_of, precision_on, train
-
-PATIENCE_S = 120.0
-"""How long a backbone waits for room that no other one holds."""
-
-SAID_AFTER_S = 5.0
-"""How long it waits without a word; Ray takes a moment for room that is there."""
-
-UNWIND_S = 20.0
-"""How long the threads get to end when a second signal wants the end at once."""
+from orchestrator.training import check_precision, layout_of, precision_on
 
 
 @dataclass(frozen=True)
@@ -92,33 +69,6 @@ class PreparedSeveral:
     settings: Settings
     out: Path
     members: tuple[PreparedMember, ...]
-
-
-@dataclass
-class _Course:
-    """How one backbone fares. Its own thread writes, the main thread reads when that has ended."""
-
-    name: str
-    prepared: Prepared
-    plans: list[tuple[Family, Layout]]
-    precision: Precision
-    provenance: Provenance
-    tracker: Tracker
-    say: Say
-    jobs: list[AssessJob] = field(default_factory=list)
-    found: list[Assessment] = field(default_factory=list)
-    failed: str | None = None
-
-    @property
-    def measured(self) -> bool:
-        """Whether everything of it was trained and assessed."""
-        return len(self.found) == len(self.plans)
-
-    @property
-    def to_be_timed(self) -> bool:
-        """Whether its latencies wait until nothing else runs."""
-        wanted = self.prepared.family.settings.evaluation.latency
-        return wanted and not self.found[0].reports[0].device
 
 
 def prepare_several(settings: Settings) -> PreparedSeveral:
@@ -199,18 +149,18 @@ def _run(prepared: PreparedSeveral, say: Say) -> Outcome:
             tracker.log_provenance(provenance)
             prefixed = _prefixed(say, member.name.ljust(width))
             courses.append(
-                _Course(member.name, member.prepared, plans, precision, provenance, tracker, prefixed)
+                Course(member.name, member.prepared, plans, precision, provenance, tracker, prefixed)
             )
         for line in _opening(prepared, courses):
             say(line)
         stop = StopRequest()
         results = {m.name: _result(m.name, m.prepared) for m in prepared.members if m.finished}
 
-        def note(course: _Course) -> None:
+        def note(course: Course) -> None:
             if course.failed is not None or (course.measured and not course.to_be_timed):
                 results[course.name] = _record(course)
 
-        _side_by_side(courses, stop, say, note)
+        side_by_side(courses, stop, say, note)
         open_ones = [course for course in courses if course.name not in results]
         if open_ones and stop.reason is not None:
             for course in open_ones:
@@ -290,7 +240,7 @@ def _keep_comparison(prepared: PreparedSeveral, tracker: Tracker, cluster: Clust
     tracker.log_provenance(collect(data_record(prepared.members[0].prepared), facts))
 
 
-def _opening(prepared: PreparedSeveral, courses: list[_Course]) -> Iterator[str]:
+def _opening(prepared: PreparedSeveral, courses: list[Course]) -> Iterator[str]:
     """What is about to happen; what is the same for all backbones is said once."""
     if prepared.settings.search.trials:
         yield (
@@ -320,163 +270,10 @@ def _prefixed(say: Say, name: str) -> Say:
     return prefixed
 
 
-# -- while they train ---------------------------------------------------------------------------------------------
-
-
-class _Rooms:
-    """Who holds room on the cluster; without Ray there is one room for all, in turns."""
-
-    def __init__(self, stop: StopRequest) -> None:
-        self._stop = stop
-        self._turn, self._lock = threading.Lock(), threading.Lock()
-        self._held: list[PlacementGroup] = []
-
-    @contextmanager
-    def taken(self, course: _Course, family: Family, layout: Layout) -> Iterator[PlacementGroup | None]:
-        """Room for the stages of a layout, waited for as long as others hold some. Yields None without Ray."""
-        if family.settings.placement.backend != "ray":
-            with self._turn:
-                yield None
-            return
-        began, told = time.monotonic(), False
-
-        def others() -> bool:
-            nonlocal told
-            with self._lock:
-                held = bool(self._held)
-            if held and not told and time.monotonic() - began > SAID_AFTER_S:
-                told = True
-                course.say("waits until another backbone gives its room back")
-            return held
-
-        wait_s = max(PATIENCE_S, family.settings.placement.wait_s)
-        group = placed(layout, wait_s, others, lambda: self._stop.reason is not None)
-        if group is None:
-            raise _Stopped
-        with self._lock:
-            self._held.append(group)
-        try:
-            yield group
-        finally:
-            with self._lock:
-                self._held.remove(group)
-            give_room_back(group)
-
-    def clear(self) -> None:
-        """End everything that lives in any room."""
-        with self._lock:
-            held = list(self._held)
-        for group in held:
-            give_room_back(group)
-
-
-class _Stopped(Exception):
-    """A signal came while there was nothing to save."""
-
-
-def _side_by_side(
-    courses: list[_Course], stop: StopRequest, say: Say, note: Callable[[_Course], None]
-) -> None:
-    """Train and assess all of them at once; each is noted, by this thread, when it has come to an end of any kind."""
-    rooms = _Rooms(stop)
-    ended: queue.SimpleQueue[_Course] = queue.SimpleQueue()
-
-    def follow(course: _Course) -> None:
-        try:
-            _train_and_assess(course, rooms, stop)
-        except _Stopped:
-            pass
-        except Exception as error:  # one that fails does not stop the others, whatever it is
-            _note_failure(course, error)
-        finally:
-            ended.put(course)
-
-    threads = [
-        threading.Thread(target=follow, args=(course,), name=course.name, daemon=True) for course in courses
-    ]
-    with stop_on_signals(stop, say):
-        try:
-            for thread in threads:
-                thread.start()
-            left = len(courses)
-            while left:
-                try:
-                    course = ended.get(timeout=0.2)  # a signal is heard between two waits
-                except queue.Empty:
-                    continue
-                left -= 1
-                note(course)
-        except BaseException:
-            stop.reason = stop.reason or "SIGINT"
-            rooms.clear()
-            deadline = time.monotonic() + UNWIND_S
-            for thread in threads:
-                thread.join(max(0.0, deadline - time.monotonic()))
-            raise
-
-
-def _train_and_assess(course: _Course, rooms: _Rooms, stop: StopRequest) -> None:
-    for number, (family, layout) in enumerate(course.plans):
-        with rooms.taken(course, family, layout) as group:
-            if stop.reason is not None:
-                return
-            if number:
-                course.say("the baseline: one end-to-end MAE run (K = 1), to be truncated at each depth")
-            progress = Progress(course.say, course.tracker, "mae" if number else "")
-            train(family, layout, course.precision, progress, stop, group)
-            if stop.reason is not None:
-                return
-            depths = course.prepared.family.depths
-            if not number:
-                course.say(
-                    f"measuring and exporting depth{'s' * (len(depths) > 1)} {', '.join(map(str, depths))}"
-                )
-            facts = card_facts(family, course.provenance)
-            job = assess_job(family, layout, facts, depths, references=not number)
-            found = _assess(job, group, layout, stop)
-            if found is None:
-                return
-            course.jobs.append(job)
-            course.found.append(found)
-    course.say(_scores(course.found[0].reports))
-
-
-def _assess(
-    job: AssessJob, group: PlacementGroup | None, layout: Layout, stop: StopRequest
-) -> Assessment | None:
-    """In this process if there is no Ray, else in the room of the stages; None if a signal came."""
-    if group is None:
-        return assess(job)
-    if layout.gpus < 1:  # others compute on the same device: what is timed now would be wrong
-        job = replace(job, evaluation=replace(job.evaluation, latency=False))
-    if not layout.gpus:
-        job = replace(job, threads=max(1, int(layout.cpus * len(layout.places) + layout.loader_cpus)))
-    return run_in_room(assess, group, layout, lambda: stop.reason is not None, job)
-
-
-def _scores(reports: tuple[DepthReport, ...]) -> str:
-    if any(report.knn_top1 is None for report in reports):
-        return f"measured and exported {len(reports)} depths"
-    listed = ", ".join(f"{100 * (report.knn_top1 or 0.0):.1f}" for report in reports)
-    return f"kNN top-1 by depth {listed} %"
-
-
-def _note_failure(course: _Course, error: Exception) -> None:
-    """Tell why in a line; of what is no error of ours keep the traceback in `failure.txt`."""
-    lines = str(error).strip().splitlines() or ["without a word"]
-    course.failed = " ".join(lines)
-    if not isinstance(error, TrainingError | DataError | OutputError | PlacementError):
-        course.failed = f"{type(error).__name__}: {lines[0]}"
-        text = "".join(traceback.format_exception(error))
-        (course.prepared.family.out / "failure.txt").write_text(text, encoding="utf-8")
-    course.say(f"failed: {course.failed}")
-    course.tracker.log_event(f"failed: {course.failed}")
-
-
 # -- when they have ended -----------------------------------------------------------------------------------------
 
 
-def _record(course: _Course) -> MemberResult:
+def _record(course: Course) -> MemberResult:
     """How one backbone ended, in its folder and in MLflow, as for a run of its own; what is still to be timed is."""
     family, tracker = course.prepared.family, course.tracker
     try:
@@ -491,7 +288,7 @@ def _record(course: _Course) -> MemberResult:
             tracker.finish("FINISHED")
             return _result(course.name, course.prepared)
     except Exception as error:  # the others have their results all the same
-        _note_failure(course, error)
+        note_failure(course, error)
     tracker.set_tags({"failed": course.failed or ""})
     tracker.finish("FAILED")
     named, size = family.settings.backbone.name, family.backbone.image_size
@@ -505,7 +302,7 @@ def _result(name: str, prepared: Prepared) -> MemberResult:
     return MemberResult(name, family.settings.backbone.name, family.backbone.image_size, rows)
 
 
-def _device(courses: list[_Course]) -> str:
+def _device(courses: list[Course]) -> str:
     """What latencies were measured on, if this process measured any."""
     found = (report.device for course in courses for part in course.found for report in part.reports)
     return next((device for device in found if device), "")
