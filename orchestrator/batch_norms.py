@@ -42,8 +42,14 @@ def gather_statistics(
     wanted = {depth: model for depth, model in variants.items() if norms[depth]}
     if not wanted:
         return
-    shuffled = torch.randperm(len(train), generator=generator(seed, "batch norms")).numpy()
-    chosen = train[shuffled[:IMAGES]]  # in random order, so that a batch is not one class
+    gen = generator(seed, "batch norms")
+    chosen = np.sort(
+        train[torch.randperm(len(train), generator=gen)[:IMAGES].numpy()]
+    )  # files are read in order
+    images = torch.from_numpy(
+        np.concatenate([pixels for _, pixels in eval_images(source, chosen, size, batch_size)])
+    )
+    images = images[torch.randperm(len(images), generator=gen)]  # so that a batch is not one class
     kept = {norm: norm.momentum for found in norms.values() for norm in found}
     for depth, model in wanted.items():
         model.to(device).eval()
@@ -52,8 +58,8 @@ def gather_statistics(
             norm.momentum = None  # the plain mean over all batches
             norm.train()
     with torch.inference_mode():
-        for _, images in eval_images(source, chosen, size, batch_size):
-            x = normalize_images(torch.from_numpy(images).to(device), mean, std)
+        for batch in images.tensor_split(-(-len(images) // batch_size)):  # of equal weight
+            x = normalize_images(batch.to(device), mean, std)
             for model in wanted.values():
                 model(x)
     for norm, momentum in kept.items():

@@ -1,4 +1,4 @@
-"""What two settings cannot both have: one sentence for each pair that cannot be honoured. Pure; serves `settings.py`."""
+"""Settings that cannot be honoured together, or have no effect together: one sentence each. Pure; serves `settings.py`."""
 
 from __future__ import annotations
 
@@ -68,6 +68,34 @@ def contradictions(s: Settings) -> list[str]:
             f"placement.stages must be at most {blocks}, the number of blocks, not {s.placement.stages}"
         )
     return problems
+
+
+def without_effect(s: Settings) -> list[str]:
+    """Settings that differ from their default and change nothing beside the others, one sentence for each reason."""
+    ratios = set(s.per_block("mask.ratio"))
+    reasons = (
+        ("hog" not in s.per_block("target.name"), "no block's target is hog", ("target.cell", "target.bins")),
+        (
+            not any(s.per_block("decoder.throw_ratio")),
+            "decoder.throw_ratio is 0",
+            ("decoder.recovery", "decoder.sampler", "decoder.thrown_weight"),
+        ),
+        (s.decoder.recovery == "none", "thrown tokens are not recovered", ("decoder.thrown_weight",)),
+        (len(ratios) == 1, "mask.ratio is the same for all blocks", ("mask.score_newly_dropped",)),
+        (s.num_blocks == 1, "there is one block", ("boundary_noise",)),
+    )
+    said: dict[str, str] = {}
+    for holds, reason, keys in reasons:
+        for key in keys:
+            if holds and _changed(s, key):
+                said.setdefault(key, reason)
+    return [f"{key} has no effect: {reason}" for key, reason in said.items()]
+
+
+def _changed(s: Settings, key: str) -> bool:
+    *group, name = key.split(".")
+    holder = getattr(s, group[0]) if group else s
+    return bool(getattr(holder, name) != type(holder).model_fields[name].default)
 
 
 def resolution_problems(phases: Sequence[Sequence[float]], epochs: int) -> list[str]:

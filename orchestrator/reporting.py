@@ -16,12 +16,14 @@ from orchestrator.command_line import SAVED_SETTINGS
 from orchestrator.comparison import ALL_COLUMNS, MemberResult, comparison_rows, comparison_table
 from orchestrator.comparison_picture import comparison_figure
 from orchestrator.config import settings_to_mapping
+from orchestrator.contradictions import without_effect
 from orchestrator.family import Family, Prepared
 from orchestrator.model_card import CardFacts
 from orchestrator.pictures import accuracy_latency_figure, loss_curves_figure, pareto_figure
 from orchestrator.placement import Layout
 from orchestrator.provenance import DataRecord, Provenance
 from orchestrator.run_notes import DepthRecord, depth_rows, fenced, loading_note, results_table
+from orchestrator.schedules import peak_rate
 from orchestrator.search_results import (
     BEST,
     FOLDER,
@@ -81,8 +83,9 @@ def opening_lines(family: Family, prepared: Prepared, layout: Layout) -> list[st
         f"{settings.data.source}: {len(splits.train)} images to train on, {len(splits.val)} for validation, "
         f"{len(splits.test)} for the final scores",
         f"{settings.schedule.epochs} epochs of {_steps(family)} images, "
-        f"peak learning rate {settings.learning_rate:.3g}, seed {settings.seed}",
+        f"peak learning rate {_rates(family)}, seed {settings.seed}",
         f"block{'s' * (len(blocks) > 1)} {where} {place}",
+        *(f"note: {said}" for said in without_effect(settings)),
         f"output: {short_path(family.out)}",
     ]
 
@@ -96,6 +99,12 @@ def _steps(family: Family) -> str:
     """Steps of an epoch and images of a step, phase by phase: `19 steps of 64`."""
     counted = dict.fromkeys(f"{p.steps_per_epoch} steps of {p.images_per_step}" for p in family.phases)
     return ", then ".join(counted)
+
+
+def _rates(family: Family) -> str:
+    """Peak learning rates, phase by phase, as they follow the images of a step: `0.004, then 0.002`."""
+    found = dict.fromkeys(f"{peak_rate(family.settings.optim.blr, p):.3g}" for p in family.phases)
+    return ", then ".join(found)
 
 
 def _targets(family: Family) -> str:
@@ -117,6 +126,8 @@ def record_depths(tracker: Tracker, family: Family, found: Assessment, series: s
                 ("loss", f"block{block.index}/loss"),
                 ("loss_always_masked", f"block{block.index}/loss_always_masked"),
                 ("loss_newly_dropped", f"block{block.index}/loss_newly_dropped"),
+                ("loss_kept", f"block{block.index}/loss_kept"),
+                ("loss_thrown", f"block{block.index}/loss_thrown"),
                 ("grad_norm", f"block{block.index}/grad_norm"),
                 ("images_per_s", "images_per_s"),
             )

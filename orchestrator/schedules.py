@@ -8,9 +8,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from orchestrator.phases import Phase, phase_at
+from orchestrator.phases import Phase, PhaseSpec, phase_at
 
 REFERENCE_BATCH = 256  # images to which a base learning rate refers (MAE, PRETRAIN.md)
+
+
+def peak_rate(blr: float, phase: PhaseSpec) -> float:
+    """blr x effective batch / 256, the learning rate to which the warm-up of such a phase leads."""
+    return blr * phase.images_per_step / REFERENCE_BATCH
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class CosineSchedule:
     def __call__(self, step: int) -> float:
         """Learning rate of optimizer step `step`, counted from 0."""
         phase = phase_at(self.phases, step)
-        peak = self.blr * phase.images_per_step / REFERENCE_BATCH
+        peak = peak_rate(self.blr, phase)
         epoch, within = phase.epoch_of(step)
         # In steps of this phase, so that whole numbers stay exact.
         passed = epoch * phase.steps_per_epoch + within

@@ -360,16 +360,6 @@ class Settings(_Group):
         """How many blocks, however `blocks` was written."""
         return self.blocks if isinstance(self.blocks, int) else len(self.blocks)
 
-    @property
-    def effective_batch(self) -> int:
-        """Images per optimizer step."""
-        return self.data.batch_size * self.data.accumulate
-
-    @property
-    def learning_rate(self) -> float:
-        """Peak learning rate: blr x effective batch / 256 (MAE)."""
-        return self.optim.blr * self.effective_batch / 256
-
     def per_block(self, key: str) -> tuple[Any, ...]:
         """The value of `mask.ratio` or a `decoder` setting for every block; a single value holds for all."""
         group, name = key.split(".")

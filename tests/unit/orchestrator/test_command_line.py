@@ -6,7 +6,9 @@ import pytest
 
 from orchestrator.command_line import help_text, load_settings
 from orchestrator.config import settings_to_yaml
+from orchestrator.phases import PhaseSpec
 from orchestrator.recipes import DEFAULT_RECIPE, bundled_recipes
+from orchestrator.schedules import peak_rate
 from orchestrator.settings import SettingsError, all_settings
 
 
@@ -27,8 +29,9 @@ def test_every_bundled_recipe_loads_by_its_name(recipe: str) -> None:
 
 def test_the_imagenet_recipe_has_mae_s_batch_and_learning_rate() -> None:
     settings = load_settings(["--recipe=vit_base_imagenet"])
-    assert settings.effective_batch == 4096
-    assert settings.learning_rate == pytest.approx(2.4e-3)
+    phase = PhaseSpec(0, (224, 224), settings.data.batch_size, settings.data.accumulate)
+    assert phase.images_per_step == 4096
+    assert peak_rate(settings.optim.blr, phase) == pytest.approx(2.4e-3)
 
 
 def test_overrides_are_read_as_yaml_with_or_without_an_equals_sign() -> None:

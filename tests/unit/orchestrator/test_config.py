@@ -176,12 +176,6 @@ def test_settings_cannot_be_changed_in_place() -> None:
         settings().mask.ratio = 0.5
 
 
-def test_the_learning_rate_follows_the_effective_batch() -> None:
-    made = settings(data__batch_size=512, data__accumulate=8)
-    assert made.effective_batch == 4096
-    assert made.learning_rate == pytest.approx(1.5e-4 * 4096 / 256)
-
-
 def test_one_value_holds_for_every_block() -> None:
     made = settings(mask__ratio=[0.6, 0.7, 0.7, 0.8])
     assert made.per_block("mask.ratio") == (0.6, 0.7, 0.7, 0.8)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.phases import PhaseSpec, constant, phases_on
-from orchestrator.schedules import CosineSchedule
+from orchestrator.schedules import CosineSchedule, peak_rate
 
 
 def test_warms_up_linearly_then_falls_as_a_cosine_to_zero() -> None:
@@ -11,6 +11,10 @@ def test_warms_up_linearly_then_falls_as_a_cosine_to_zero() -> None:
     assert [lr(s) for s in range(5)] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
     assert lr(8) == pytest.approx(1.0)
     assert lr(12) == pytest.approx(0.0)
+
+
+def test_the_peak_follows_the_effective_batch() -> None:
+    assert peak_rate(1.5e-4, PhaseSpec(0, (8, 8), 512, micros=8)) == pytest.approx(1.5e-4 * 4096 / 256)
 
 
 def test_no_warm_up_starts_at_the_peak() -> None:
