@@ -196,5 +196,22 @@ def test_a_recipe_that_cannot_be_trained_ends_the_search_with_the_cause(
     assert nothing_runs()
 
 
+@pytest.mark.slow
+def test_optuna_draws_settings_and_goes_on_with_what_it_has_learnt(ray_cluster: None, tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="the extra 'optuna' is not installed")
+    space = "{optim.blr: {low: 0.001, high: 0.1, log: true}, decoder.throw_ratio: [0.0, 0.25, 0.5]}"
+    changes = {"search__searcher": "optuna", "search__trials": 3, "search__grace_epochs": 1}
+    settings = recipe(tmp_path, space, **changes)
+    before = run(settings, tmp_path, Listener(stop_at=(1, 1)))
+    assert [r.number for r in before.rows] == [0, 1]
+    result = run(settings, tmp_path, Listener())
+    own, *drawn = result.rows
+    assert own.changes == result.own == {"optim.blr": 0.008, "decoder.throw_ratio": 0.0}
+    assert len(drawn) == 2
+    assert all(0.001 <= r.changes["optim.blr"] <= 0.1 for r in drawn)
+    assert all(r.status in ("finished", "stopped early") and r.curve for r in drawn)
+    assert len({r.changes["optim.blr"] for r in result.rows}) == 3
+
+
 def test_ray_is_still_there(ray_cluster: None) -> None:
     assert ray.is_initialized()

@@ -58,11 +58,14 @@ def test_a_search_needs_ray(tmp_path: Path) -> None:
     prepare(load_settings(["--placement.backend", "in_process", "--search.trials", "0"]))
 
 
-def test_optuna_is_asked_for_only_where_it_is_installed(tmp_path: Path) -> None:
+def test_optuna_is_asked_for_only_where_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     argv = ["--search.searcher", "optuna", "--out", str(tmp_path / "a")]
-    if importlib.util.find_spec("optuna") is not None:
-        prepare(load_settings(argv))
-        return
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == "optuna" else find(name))
+    prepare(load_settings(argv))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "optuna" else find(name))
     assert "needs the package optuna: pip install '.[optuna]'; or set it to random" in problem(*argv)
 
 
