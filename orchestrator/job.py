@@ -26,7 +26,7 @@ from orchestrator.data.splits import Splits
 from orchestrator.family import Family, Prepared, make_family
 from orchestrator.launch import ClusterError, ray_cluster, run_beside_stages
 from orchestrator.model_card import CardFacts
-from orchestrator.outputs import OutputError, check_output, make_output
+from orchestrator.outputs import OutputError, check_output, new_output
 from orchestrator.placement import ClusterResources, Layout, PlacementError
 from orchestrator.pretrain import StopRequest
 from orchestrator.progress import Progress
@@ -123,13 +123,8 @@ def _run(prepared: Prepared, say: Say) -> Outcome:
         baseline_layout = None if baseline is None else layout_of(baseline.settings, cluster)
         precision = precision_on(settings, layout)
         provenance = collect(data_record(prepared), resolved(family, layout, precision, cluster))
-        made = make_output(family.out)
-        try:
+        with new_output(family.out):
             tracker = stack.enter_context(open_tracker(family))
-        except TrackingError:
-            for folder in made:
-                folder.rmdir()
-            raise
         # MLflow never changes a parameter, so those that are still to be found wait.
         keep_settings(family, tracker, without=tuple(settings.search.space) if searching else ())
         tracker.log_provenance(provenance)

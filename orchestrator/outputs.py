@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from orchestrator.checkpoint import MANIFEST, CheckpointStore
@@ -56,6 +58,23 @@ def make_output(out: Path) -> list[Path]:
             f"the output directory {out} cannot be made ({error.strerror}); choose another one with --out"
         ) from error
     return missing
+
+
+@contextmanager
+def new_output(out: Path) -> Iterator[None]:
+    """Make the output directory for what is opened inside; if that is refused with nothing written, it goes again.
+
+    Raises:
+        OutputError: the system refuses it.
+    """
+    made = make_output(out)
+    try:
+        yield
+    except Exception:
+        with suppress(OSError):  # not empty
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 def _check_same(out: Path, settings: Settings, fingerprint: str) -> None:

@@ -33,7 +33,7 @@ from orchestrator.job import (
     resolved,
 )
 from orchestrator.members import Problems, members
-from orchestrator.outputs import check_output, make_output
+from orchestrator.outputs import check_output, make_output, new_output
 from orchestrator.placement import ClusterResources, Layout, PlacementError, shares
 from orchestrator.pretrain import StopRequest
 from orchestrator.provenance import collect
@@ -49,7 +49,7 @@ from orchestrator.reporting import (
 )
 from orchestrator.settings import Settings, settings_from_mapping
 from orchestrator.stop_signals import Interrupted, interrupted_by_signals
-from orchestrator.tracking import Tracker, TrackingError
+from orchestrator.tracking import Tracker
 from orchestrator.training import check_precision, layout_of, precision_on
 
 
@@ -127,13 +127,8 @@ def _run(prepared: PreparedSeveral, say: Say) -> Outcome:
         ]
         for member, precision in zip(prepared.members, precisions, strict=True):
             check_precision(member.prepared.family.out, precision)
-        made = make_output(out)
-        try:
+        with new_output(out):
             comparison = stack.enter_context(_open_comparison(prepared))
-        except TrackingError:
-            for folder in made:
-                folder.rmdir()
-            raise
         _keep_comparison(prepared, comparison, cluster)
         courses = []
         for member, precision in zip(prepared.members, precisions, strict=True):

@@ -218,6 +218,11 @@ def split_layers(layers: int, blocks: int | Sequence[int]) -> tuple[int, ...]:
     return sizes
 
 
+def too_few_blocks(blocks: int, layers: int, depth: int) -> ValueError:
+    """What a backbone raises that is asked for a variant deeper than the blocks it was given."""
+    return ValueError(f"{blocks} blocks hold {layers} layers; a variant of depth {depth} needs more of them")
+
+
 def check_divisible(size: tuple[int, int], unit: int, what: str) -> None:
     """Raises ValueError if a side of `size` (height, width) is not a multiple of `unit`, which messages call `what`."""
     if any(side < unit or side % unit for side in size):

@@ -23,6 +23,7 @@ from models.backbones.backbone import (
     check_overrides,
     look_at,
     split_layers,
+    too_few_blocks,
 )
 from models.backbones.level_modules import PARTS, DenseBlock, LevelsOnly, PooledMap
 from models.backbones.levels import (
@@ -152,9 +153,7 @@ class DenseBackbone:
         needed = next(number for number, end in enumerate(self._ends, 1) if end >= count)
         if len(blocks) < needed:
             held = self.blocks[len(blocks) - 1].depth if blocks else 0
-            raise ValueError(
-                f"{len(blocks)} blocks hold {held} layers; a variant of depth {depth} needs more of them"
-            )
+            raise too_few_blocks(len(blocks), held, depth)
         with forked_rng("variant"):
             model: nn.Module
             if self._plain(depth):

@@ -22,6 +22,7 @@ from models.backbones.backbone import (
     check_divisible,
     check_overrides,
     look_at,
+    too_few_blocks,
 )
 from models.backbones.cuts import Span, cut, spans_between
 from models.backbones.dense import check_fit, image_size_of, resized
@@ -173,9 +174,7 @@ class Hierarchy(ABC):
         holder = self._block_at(depth)
         if len(blocks) <= holder.index:
             held = self.blocks[len(blocks) - 1].depth if blocks else 0
-            raise ValueError(
-                f"{len(blocks)} blocks hold {held} layers; a variant of depth {depth} needs more of them"
-            )
+            raise too_few_blocks(len(blocks), held, depth)
         with forked_rng("variant"):
             model: nn.Module = timm.create_model(self.name, pretrained=False, **args)
         trained = {key.removeprefix(PARTS): value for block in blocks for key, value in block.items()}

@@ -26,6 +26,7 @@ from models.backbones.backbone import (
     check_overrides,
     look_at,
     split_layers,
+    too_few_blocks,
 )
 from models.backbones.paint import PAINT, Paint, check_grid
 from models.backbones.positions import positions_on
@@ -242,9 +243,7 @@ class ViTBackbone:
             state |= {name: block[key] for key, name in names.items() if layer_of(name) < depth}
             covered = info.depth
         if covered < depth:
-            raise ValueError(
-                f"{len(blocks)} blocks hold {covered} layers; a variant of depth {depth} needs more of them"
-            )
+            raise too_few_blocks(len(blocks), covered, depth)
         grid = tuple(model.patch_embed.grid_size)
         state["pos_embed"] = positions_on(state["pos_embed"], self._prefix_rows, self.grid, grid)
         model.load_state_dict(state)

@@ -11,6 +11,8 @@ from orchestrator.recipes import DEFAULT_RECIPE, bundled_recipes
 from orchestrator.schedules import peak_rate
 from orchestrator.settings import SettingsError, all_settings
 
+RECIPES = "digits_backbones, digits_demo, sign_digits, sign_digits_hierarchies, vit_base_imagenet"
+
 
 def problem(*argv: str) -> str:
     with pytest.raises(SettingsError) as caught:
@@ -121,12 +123,11 @@ def test_another_backbone_does_not_inherit_the_arguments_of_the_recipe_s() -> No
         ),
         (
             ["--recipe"],
-            "--recipe needs a name or a file: digits_backbones, digits_demo, sign_digits, vit_base_imagenet, or a YAML file",
+            f"--recipe needs a name or a file: {RECIPES}, or a YAML file",
         ),
         (
             ["--recipe", "digit_demo"],
-            "no recipe and no file is called 'digit_demo'; did you mean 'digits_demo'? "
-            "(recipes: digits_backbones, digits_demo, sign_digits, vit_base_imagenet)",
+            f"no recipe and no file is called 'digit_demo'; did you mean 'digits_demo'? (recipes: {RECIPES})",
         ),
         (
             ["--backbone.model_args.depth", "{a: 1}"],
