@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 # MAE's standard deviation for the class, register and mask tokens.
 TOKEN_STD = 0.02
+
+
+def start_near_(head: nn.Linear, gain: float, bias: float) -> None:
+    """Bring the first predictions of a freshly initialised head near its target in place; see `targets.Target.start`."""
+    with torch.no_grad():
+        head.weight.mul_(gain)
+        head.bias.fill_(bias)
 
 
 def mae_init_(module: nn.Module) -> None:

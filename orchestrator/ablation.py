@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from orchestrator.assess import trained_variant
+from orchestrator.assess import encoder_weights, random_variants, trained_variant
 from orchestrator.checkpoint import CheckpointStore, load_block_weights
 from orchestrator.config import changes_weights, end_to_end, flat, with_changes
-from orchestrator.evaluation import DepthReport, evaluate_variants
-from orchestrator.family import make_family
+from orchestrator.data.sources import Source
+from orchestrator.data.splits import Splits
+from orchestrator.evaluation import DepthReport, Scores, evaluate_variants, raw_pixels
+from orchestrator.family import Family, make_family
 from orchestrator.placement import ClusterResources
 from orchestrator.pretrain import EpochReport, StopRequest
 from orchestrator.settings import Settings, settings_from_mapping
@@ -32,11 +35,14 @@ from orchestrator.training import layout_of, train
 TRUNCATED_MAE = "mae"
 """The reference: one end-to-end MAE run, truncated at each depth."""
 
+FRESH_NORM = "mae-fresh-norm"
+RANDOM, NO_NETWORK = "random", "no-network"
+
 PLAIN = "bim"
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     PLAIN: ("plain BIM: normalised pixels, one decoder layer per block", {}),
-    TRUNCATED_MAE: ("MAE (K = 1), truncated at each depth", {}),
+    TRUNCATED_MAE: ("MAE (K = 1), truncated at each depth, behind its own final norm", {}),
     "throw": ("PR-MIM, half of all tokens thrown and recovered", {"decoder.throw_ratio": 0.5}),
     "throw-light": (
         "the same, a recovered token weighing a quarter of a decoded one",
@@ -61,8 +67,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "deeper": ("decoders of 1, 1, 2, 2 layers by block", {"decoder.depth": [1, 1, 2, 2]}),
     "noise": ("noise of 0.25 deviations on what crosses a boundary", {"boundary_noise": 0.25}),
     "mae-hog": ("MAE (K = 1) with HOG, truncated", {"blocks": 1, "target.name": "hog", "target.cell": 8}),
+    RANDOM: ("the same depths before training", {}),
+    NO_NETWORK: ("raw pixels, no network", {}),
 }
 """Name -> what is changed, in words and as settings."""
+
+ROWS = {
+    **{name: words for name, (words, _) in CASES.items()},
+    FRESH_NORM: "the same MAE run, every depth behind a fresh final norm",
+}
+"""Name -> words, of all that is written down; the last are measured beside a case."""
+
+BESIDE = {TRUNCATED_MAE: (FRESH_NORM,)}
+"""Case -> what the same training is also measured as."""
 
 SCORES = ("knn_top1", "linear_top1")
 
@@ -111,10 +128,13 @@ def base_digest(base: Settings) -> str:
     return blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 
-def run_case(base: Settings, case: str, seed: int, changes: Mapping[str, Any] | None = None) -> CaseResult:
+def run_case(
+    base: Settings, case: str, seed: int, changes: Mapping[str, Any] | None = None
+) -> list[CaseResult]:
     """Train one case with one seed and measure all depths of the base's blocks on the test split.
 
-    changes: settings of a case that is not in `CASES`. Raises SettingsError, DataError, TrainingError.
+    changes: settings of a case that is not in `CASES`. Returns the case, and what is measured `BESIDE` it. Raises
+    SettingsError, DataError, TrainingError.
     """
     depths = make_family(base, Path())[0].depths
     alone = {
@@ -127,33 +147,74 @@ def run_case(base: Settings, case: str, seed: int, changes: Mapping[str, Any] | 
     settings = end_to_end(base) if case == TRUNCATED_MAE else base
     settings = with_changes(settings, {**(CASES[case][1] if changes is None else changes), **alone})
     torch.set_num_threads(1)
+    found: dict[str, Mapping[int, Scores | DepthReport]] = {}
+    seconds = 0.0
     with tempfile.TemporaryDirectory(prefix="ablation-") as folder:
         family, source, splits = make_family(settings, Path(folder))
-        began = time.perf_counter()
-        layout = layout_of(settings, ClusterResources(1.0, 0.0))
-        train(family, layout, "fp32", _Quiet(), StopRequest())
-        seconds = time.perf_counter() - began
-        checkpoint = CheckpointStore(family.out).directory(family.total_steps)
-        weights = [load_block_weights(checkpoint, k) for k in range(len(family.spec.blocks))]
-    variants = {depth: trained_variant(family.backbone, weights, depth) for depth in depths}
-    how, spec = settings.evaluation, family.spec
-    reports: list[DepthReport] = evaluate_variants(
+        if case == NO_NETWORK:
+            scores = raw_pixels(source, splits, family.backbone.image_size, **_how(settings))
+            found[case] = dict.fromkeys(depths, scores)
+        elif case == RANDOM:
+            variants = random_variants(family.spec, family.backbone, depths)
+            found[case] = _scores(family, settings, source, splits, variants)
+        else:
+            began = time.perf_counter()
+            weights = _trained(family, settings)
+            seconds = time.perf_counter() - began
+            variants = {depth: trained_variant(family.backbone, weights, depth) for depth in depths}
+            found[case] = _scores(family, settings, source, splits, variants)
+            if case == TRUNCATED_MAE:
+                encoders = [encoder_weights(block) for block in weights]
+                variants = {depth: family.backbone.variant(depth, encoders, None) for depth in depths}
+                found[FRESH_NORM] = _scores(family, settings, source, splits, variants)
+    return [
+        CaseResult(
+            name,
+            seed,
+            settings.schedule.epochs,
+            {score: {depth: one.metrics()[score] for depth, one in by_depth.items()} for score in SCORES},
+            by_depth[depths[0]].n_test,
+            seconds,
+            base_digest(base),
+        )
+        for name, by_depth in found.items()
+    ]
+
+
+def _trained(family: Family, settings: Settings) -> list[dict[str, Tensor]]:
+    """Weights of every block at the end of the run."""
+    train(family, layout_of(settings, ClusterResources(1.0, 0.0)), "fp32", _Quiet(), StopRequest())
+    checkpoint = CheckpointStore(family.out).directory(family.total_steps)
+    return [load_block_weights(checkpoint, k) for k in range(len(family.spec.blocks))]
+
+
+def _how(settings: Settings) -> dict[str, Any]:
+    """How accuracies are measured, in the words of `evaluation.py`."""
+    how = settings.evaluation
+    return {
+        "k": how.knn_k,
+        "temperature": how.knn_temperature,
+        "seed": settings.data.split_seed,
+        "batch_size": how.batch_size,
+    }
+
+
+def _scores(
+    family: Family, settings: Settings, source: Source, splits: Splits, variants: Mapping[int, nn.Module]
+) -> Mapping[int, Scores | DepthReport]:
+    """Test accuracies by depth."""
+    reports = evaluate_variants(
         variants,
         source,
         splits,
         family.backbone.image_size,
-        mean=spec.mean,
-        std=spec.std,
+        mean=family.spec.mean,
+        std=family.spec.std,
         device=torch.device("cpu"),
-        k=how.knn_k,
-        temperature=how.knn_temperature,
-        seed=settings.data.split_seed,
-        batch_size=how.batch_size,
         latency=False,
+        **_how(settings),
     )
-    scores = {name: {report.depth: report.metrics()[name] for report in reports} for name in SCORES}
-    digest = base_digest(base)
-    return CaseResult(case, seed, settings.schedule.epochs, scores, reports[0].n_test, seconds, digest)
+    return {report.depth: report for report in reports}
 
 
 def read_results(file: Path) -> list[CaseResult]:

@@ -168,8 +168,13 @@ def trained_variant(backbone: Backbone, weights: list[dict[str, Tensor]], depth:
     inside its one block keeps that run's final norm.
     """
     end = next(info.index for info in backbone.blocks if info.depth >= depth)
-    encoders = [_part(state, "encoder.") for state in weights]
+    encoders = [encoder_weights(state) for state in weights]
     return backbone.variant(depth, encoders, _part(weights[end], "decoder.norm."))
+
+
+def encoder_weights(block: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the weights of a trained block those of its encoder, as `Backbone.variant` takes them."""
+    return _part(block, "encoder.")
 
 
 def random_variants(spec: FamilySpec, backbone: Backbone, depths: tuple[int, ...]) -> dict[int, nn.Module]:

@@ -15,6 +15,7 @@ import torch
 from models.backbones import open_backbone
 from models.backbones.backbone import Backbone
 from models.decoders import LocalDecoder
+from models.initialisation import start_near_
 from models.light_decoder import LightDecoder
 from models.local_mim import LocalMIM
 from models.masking import MaskPlan, block_plans, partial_plan, random_order, visible_counts
@@ -98,6 +99,7 @@ def build_local_mim(spec: FamilySpec, index: int, backbone: Backbone | None = No
             decoder = LightDecoder(**sizes)
         else:
             decoder = LocalDecoder(**sizes, recovery=how.recovery if how.throw_ratio else "none")
+    start_near_(decoder.head, *target.start)
     return LocalMIM(encoder, decoder, target, spec.score_newly_dropped, how.thrown_weight)
 
 

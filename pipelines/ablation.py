@@ -15,7 +15,16 @@ from orchestrator.settings import SettingsError
 
 def main(argv: Sequence[str]) -> int:
     """Run what is missing, print the tables. Returns the exit status: 0 done, 1 a case failed, 2 bad input."""
-    from orchestrator.ablation import CASES, base_digest, read_results, run_case, table, write_result
+    from orchestrator.ablation import (
+        BESIDE,
+        CASES,
+        ROWS,
+        base_digest,
+        read_results,
+        run_case,
+        table,
+        write_result,
+    )
 
     listed = "".join(f"\n  {name:<12} {words}" for name, (words, _) in CASES.items())
     parser = argparse.ArgumentParser(
@@ -52,27 +61,33 @@ def main(argv: Sequence[str]) -> int:
 
     digest = base_digest(base)
     done = {(r.case, r.seed) for r in read_results(arguments.results) if r.base == digest}
-    missing = [(case, seed) for seed in seeds for case in cases if (case, seed) not in done]
+    missing = [
+        (case, seed)
+        for seed in seeds
+        for case in cases
+        if not done.issuperset((row, seed) for row in (case, *BESIDE.get(case, ())))
+    ]
     failed = 0
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         started = {pool.submit(run_case, base, case, seed): (case, seed) for case, seed in missing}
         for future in as_completed(started):
             case, seed = started[future]
             try:
-                result = future.result()
+                results = future.result()
             except Exception as error:
                 failed += 1
                 print(f"{case} with seed {seed} failed: {error}", file=sys.stderr, flush=True)
                 continue
-            write_result(arguments.results, result)
-            shown = "  ".join(
-                f"{score} " + " ".join(f"{100 * value:.1f}" for value in by.values())
-                for score, by in result.scores.items()
-            )
-            print(f"{case:<12} seed {seed}  {shown}  {result.train_s:.0f} s", flush=True)
+            for result in results:
+                write_result(arguments.results, result)
+                shown = "  ".join(
+                    f"{score} " + " ".join(f"{100 * value:.1f}" for value in by.values())
+                    for score, by in result.scores.items()
+                )
+                print(f"{result.case:<14} seed {seed}  {shown}  {result.train_s:.0f} s", flush=True)
     print()
     found = [result for result in read_results(arguments.results) if result.base == digest]
-    print("\n".join(table(found, {name: words for name, (words, _) in CASES.items()})))
+    print("\n".join(table(found, ROWS)))
     return 1 if failed else 0
 
 

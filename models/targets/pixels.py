@@ -20,6 +20,7 @@ class PixelTarget:
         self.unit = unit
         self.normalize = normalize
         self.out_dim = unit * unit * 3
+        self.start = (1.0, 0.0)
 
     def __call__(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W) normalised float -> (B, N, out_dim)."""

@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.ablation import CASES, CaseResult, base_digest, read_results, run_case, table, write_result
+from orchestrator.ablation import (
+    BESIDE,
+    CASES,
+    CaseResult,
+    base_digest,
+    read_results,
+    run_case,
+    table,
+    write_result,
+)
 from orchestrator.command_line import load_settings
 from orchestrator.config import end_to_end, with_changes
 from orchestrator.resolve import resolve
@@ -52,10 +61,13 @@ def test_a_case_is_trained_and_measured_at_the_depths_of_the_family() -> None:
             *["--backbone.model_args.embed_dim", "24", "--backbone.model_args.depth", "4"],
         ]
     )
-    for case in ("bim", "mae"):
-        found = run_case(base, case, seed=1)
-        assert (found.case, found.seed, found.epochs, found.n_test) == (case, 1, 1, 359)
-        assert list(found.scores["knn_top1"]) == [1, 2, 3, 4]
+    for case in ("bim", "mae", "random", "no-network"):
+        rows = run_case(base, case, seed=1)
+        assert [found.case for found in rows] == [case, *BESIDE.get(case, ())]
+        for found in rows:
+            assert (found.seed, found.epochs, found.n_test) == (1, 1, 359)
+            assert list(found.scores["knn_top1"]) == [1, 2, 3, 4]
+    assert len(set(found.scores["knn_top1"].values())) == 1
 
 
 def test_results_of_other_base_settings_are_told_apart() -> None:
