@@ -124,10 +124,12 @@ class Backbone(Protocol):
     norm_eps: float
     mask_per_batch_default: bool
 
-    def prepared(self, plans: Mapping[int, MaskPlan]) -> dict[int, MaskPlan]:
+    def prepared(self, plans: Mapping[int, MaskPlan], sweep: bool = False) -> dict[int, MaskPlan]:
         """The plans of one batch, by block, with what the blocks' encoders need worked out from them (`MaskPlan.layout`).
 
         On the CPU and of the plans alone, so that it can be done ahead of the step; a block does it itself otherwise.
+        sweep: choose the sizes of groups of windows by GreenMIM's full sweep (`window_groups.swept_size`), which costs the
+        host more and the step less; without effect where windows are not grouped.
         """
         ...
 

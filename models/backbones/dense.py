@@ -108,7 +108,7 @@ class DenseBackbone:
             for index, (start, end) in enumerate(zip(starts, self._ends, strict=True))
         )
 
-    def prepared(self, plans: Mapping[int, MaskPlan]) -> dict[int, MaskPlan]:
+    def prepared(self, plans: Mapping[int, MaskPlan], sweep: bool = False) -> dict[int, MaskPlan]:
         """See `Backbone.prepared`: the blocks need no more than the plans."""
         return dict(plans)
 

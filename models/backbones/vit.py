@@ -194,7 +194,7 @@ class ViTBackbone:
             for index, size in enumerate(sizes)
         )
 
-    def prepared(self, plans: Mapping[int, MaskPlan]) -> dict[int, MaskPlan]:
+    def prepared(self, plans: Mapping[int, MaskPlan], sweep: bool = False) -> dict[int, MaskPlan]:
         """See `Backbone.prepared`: the blocks need no more than the plans."""
         return dict(plans)
 
