@@ -6,7 +6,7 @@ imports neither ray, mlflow nor pydantic.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from orchestrator.block_trainer import WIRE_DTYPES, Precision
 from orchestrator.family_spec import FamilySpec, backbone_of, build_local_mim, plans_of_step
+
+# Images that are counted with, and twice as many. Not 1: tensors that one image makes contiguous are not copied.
+COUNTED = 2
 
 
 @dataclass
@@ -52,17 +55,35 @@ def saved_activations(
     Blocks are trained one after the other and each graph is freed before the next, so the peak of a family in one process
     is the largest of them, and every stage on a GPU of its own has its own blocks' largest. K = 1 gives one number: the
     end-to-end model. Each block's detached input (counted where it is saved) is what crosses the boundary.
+
+    What does not grow with the batch is left out: under bf16 and fp16 the cast copies of the weights, and the masks of
+    attention that all samples share.
     """
+    return growing(lambda images: saved_in_step(spec, images, seed, precision), batch)
+
+
+def growing(count: Callable[[int], Sequence[int]], batch: int) -> list[int]:
+    """The part of `count(images)`, numbers of bytes, that is proportional to the number of images, for `batch` of them."""
+    few, more = count(COUNTED), count(2 * COUNTED)
+    return [(larger - smaller) * batch // COUNTED for smaller, larger in zip(few, more, strict=True)]
+
+
+def saved_in_step(spec: FamilySpec, batch: int, seed: int = 0, precision: Precision = "fp32") -> list[int]:
+    """All bytes that `saved_activations` tells a part of, counted with `batch` images under autocast on the CPU."""
     backbone = backbone_of(spec)
     x = images = torch.rand(batch, 3, *backbone.image_size, generator=torch.Generator().manual_seed(seed))
     plans = plans_of_step(spec, backbone, backbone.image_size, batch, step=0, micro=0)
     found = []
     for k in range(len(spec.blocks)):
         module = build_local_mim(spec, k, backbone).train()
-        half = torch.autocast("cpu", WIRE_DTYPES[precision], enabled=precision != "fp32")
-        with counting_saved(iter(module.parameters())) as saved, half:
+        with counting_saved(iter(module.parameters())) as saved, autocast("cpu", precision):
             out = module(x, images, plans[k])
         found.append(saved.total)
         out.loss.backward()
         x = out.activations
     return found
+
+
+def autocast(device_type: str, precision: Precision) -> torch.autocast:
+    """The context of a forward pass in `precision`, as in `BlockTrainer`."""
+    return torch.autocast(device_type, WIRE_DTYPES[precision], enabled=precision != "fp32")

@@ -11,12 +11,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import timm.layers
 import torch
 
-from orchestrator.activation_memory import counting_saved, saved_activations
+from models.masking import MaskPlan, partial_plan
+from models.sampling import SAMPLERS
+from orchestrator.activation_memory import autocast, counting_saved, growing, saved_activations
 from orchestrator.block_trainer import BlockTrainer, Precision
 from orchestrator.family_spec import (
     DecoderSpec,
@@ -54,7 +57,7 @@ class Cost:
         gmacs: multiply-accumulates of the forward passes, 1e9.
         step_s: seconds of the fastest whole step of the batch: forward, backward, update, of all blocks in turn.
         fused, explicit: bytes of activations held for the backward pass, of the block that holds most, for the batch, in the
-            precision of the step; with fused and with explicit attention.
+            precision of the step; with fused and with explicit attention; see `saved_activations`.
         peak: bytes that the accelerator had allocated at most during a step; None on a CPU.
     """
 
@@ -117,6 +120,7 @@ def step_seconds(
 ) -> tuple[float, int | None]:
     """Seconds of the fastest of `steps` training steps of `batch` random images, all blocks one after the other.
 
+    Masks are planned outside the clock: a run does that on a thread of its own during the step before. See `plan_seconds`.
     Also the most bytes that were allocated on an accelerator meanwhile; None on a CPU.
     """
     backbone = backbone_of(spec)
@@ -129,8 +133,8 @@ def step_seconds(
     for step in range(steps + 1):  # the first one warms up
         if device.type == "cuda" and step == 1:
             torch.cuda.reset_peak_memory_stats(device)
-        started = _now(device)
         plans = plans_of_step(spec, backbone, backbone.image_size, batch, step, 0, device=device)
+        started = _now(device)
         x = images
         for k, trainer in enumerate(trainers):
             y, _ = trainer.train_step(x, images, plans[k], step=step, lr=1e-4)
@@ -141,11 +145,10 @@ def step_seconds(
 
 
 def cost(spec: FamilySpec, batch: int, device: torch.device, precision: Precision, steps: int) -> Cost:
-    """All figures of one method. Activations are counted on the CPU, with a batch of `batch` or 8."""
-    counted = min(batch, 8)
-    fused = max(saved_activations(spec, counted, precision=precision)) * batch // counted
+    """All figures of one method. Activations are counted on the CPU."""
+    fused = max(saved_activations(spec, batch, precision=precision))
     with explicit_attention():
-        explicit = max(saved_activations(spec, counted, precision=precision)) * batch // counted
+        explicit = max(saved_activations(spec, batch, precision=precision))
     seconds, peak = step_seconds(spec, batch, device, precision, steps)
     gc.collect()
     if device.type == "cuda":
@@ -157,27 +160,67 @@ def encoder_cost(
     spec: FamilySpec, batch: int, device: torch.device, precision: Precision, steps: int
 ) -> tuple[float, int, int | None]:
     """The encoder alone, of a family of one block: seconds of the fastest forward and backward pass, bytes of activations
-    held for the backward pass (float32, on the CPU), and the most bytes that were allocated on an accelerator."""
+    held for the backward pass (counted on the CPU, in that precision), and the most bytes that were allocated on an
+    accelerator. Masks are planned outside the clock, as in `step_seconds`."""
     backbone = backbone_of(spec)
-    block = backbone.build_block(0, spec.seed).train()
-    size, counted = backbone.image_size, min(batch, 8)
+    block, size = backbone.build_block(0, spec.seed).train(), backbone.image_size
     images = torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(0))
-    with counting_saved(iter(block.parameters())) as saved:
-        block(images[:counted], plans_of_step(spec, backbone, size, counted, 0, 0)[0])
+
+    def count(number: int) -> list[int]:
+        some = torch.rand(number, 3, *size, generator=torch.Generator().manual_seed(0))
+        plan = plans_of_step(spec, backbone, size, number, 0, 0)[0]
+        with counting_saved(iter(block.parameters())) as saved, autocast("cpu", precision):
+            block(some, plan)
+        return [saved.total]
+
+    (held,) = growing(count, batch)
     block, images, times = block.to(device), images.to(device), []
-    half = torch.bfloat16 if precision == "bf16" else torch.float32
     for step in range(steps + 1):  # the first one warms up
         if device.type == "cuda" and step == 1:
             torch.cuda.reset_peak_memory_stats(device)
-        started = _now(device)
         plan = plans_of_step(spec, backbone, size, batch, step, 0, device=device)[0]
-        with torch.autocast(device.type, half, enabled=precision == "bf16"):
+        started = _now(device)
+        with autocast(device.type, precision):
             tokens = block(images, plan)
         tokens.float().square().mean().backward()
         block.zero_grad(set_to_none=True)
         times.append(_now(device) - started)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return min(times[1:]), saved.total * batch // counted, peak
+    return min(times[1:]), held, peak
+
+
+def plan_seconds(spec: FamilySpec, batch: int, steps: int, sweep: bool = False) -> float:
+    """Seconds of the median of `steps` plans of all blocks for a batch on the CPU, which a run makes ahead of the step.
+
+    sweep: of grouping windows alone (`Backbone.prepared`), with the full sweep over the sizes of groups.
+    """
+    backbone = backbone_of(spec)
+    times = []
+    for step in range(steps):
+        started = time.perf_counter()
+        plans = plans_of_step(spec, backbone, backbone.image_size, batch, step, 0)
+        if sweep:
+            started = time.perf_counter()
+            backbone.prepared(plans, sweep=True)
+        times.append(time.perf_counter() - started)
+    return median(times)
+
+
+def sampler_seconds(spec: FamilySpec, batch: int, steps: int, throw_ratio: float) -> list[dict[str, float]]:
+    """For each block and each sampler by its name, the median seconds of choosing which of its tokens are decoded, for a
+    batch on the CPU. Raises ValueError if `throw_ratio` leaves a decoder no masked token."""
+    backbone = backbone_of(spec)
+    plans = plans_of_step(spec, backbone, backbone.image_size, batch, 0, 0)
+
+    def seconds(plan: MaskPlan, sampler: str) -> float:
+        times = []
+        for step in range(steps):
+            gen, started = torch.Generator().manual_seed(step), time.perf_counter()
+            partial_plan(plan, throw_ratio, sampler, gen)
+            times.append(time.perf_counter() - started)
+        return median(times)
+
+    return [{sampler: seconds(plan, sampler) for sampler in SAMPLERS} for plan in plans.values()]
 
 
 @contextmanager

@@ -58,7 +58,8 @@ def methods(arguments: argparse.Namespace) -> None:
     layers = block_layers(arguments.backbone, arguments.blocks)
     print(f"{arguments.backbone}, batch {arguments.batch}, {described(device)}, {precision}; MAE = 1")
     print(
-        f"act: activations held for the backward pass ({precision}, of the block with most), fused | explicit attention"
+        f"act: activations held for the backward pass ({precision}, of the block with most), fused | explicit attention; "
+        "what does not grow with the batch is left out"
     )
     head = f"{'method':<40}  {'GMACs':>6}  {'ratio':>5}  {'step':>5}  {'act, fused':>10}  {'explicit':>8}"
     print(head + ("  allocated" if device.type == "cuda" else "") + "  published")
@@ -123,10 +124,12 @@ def family(arguments: argparse.Namespace) -> None:
 
 def green(arguments: argparse.Namespace) -> None:
     """A hierarchical backbone on visible tokens only against the same model over all tokens, encoder and whole step."""
+    from dataclasses import replace
+
     import torch
 
     from orchestrator.family_spec import DecoderSpec
-    from orchestrator.method_costs import cost, encoder_cost
+    from orchestrator.method_costs import cost, encoder_cost, plan_seconds
     from orchestrator.method_costs import family as one_family
 
     device, precision, name = torch.device(arguments.device), arguments.precision, arguments.backbone
@@ -151,7 +154,44 @@ def green(arguments: argparse.Namespace) -> None:
         )
         if visible[2] is not None and full[2] is not None:
             line += f"  {visible[2] / full[2]:9.2f}"
-        print(line)
+        print(line, flush=True)
+    print(
+        "plan of a batch, on the CPU; a run makes it on a thread of its own during the step before, outside what is above"
+    )
+    print(f"{'':<41}  {'ms':>8}  of the step on visible tokens")
+    step_s = rows["whole step"][0][0]
+    for words, per_batch in (("one mask per batch", True), ("one mask per sample", False)):
+        spec = replace(one_family(name, layers, decoder, encode="visible"), mask_per_batch=per_batch)
+        for sweep in (False, True):
+            seconds = plan_seconds(spec, arguments.batch, arguments.steps, sweep)
+            label = words + (", full sweep of groups" if sweep else "")
+            print(f"{label:<41}  {1000 * seconds:8.1f}  {seconds / step_s:.3f}", flush=True)
+
+
+def samplers(arguments: argparse.Namespace) -> None:
+    """Time of choosing the tokens that each block's partial decoder decodes, by sampler; made ahead of the step."""
+    import torch
+
+    from models.backbones import open_backbone
+    from models.sampling import SAMPLERS
+    from orchestrator.method_costs import SMALL_DECODER, sampler_seconds
+    from orchestrator.method_costs import family as one_family
+
+    name, batch = arguments.backbone, arguments.batch
+    blocks = open_backbone(name, arguments.blocks).blocks
+    spec = one_family(name, tuple(info.layers for info in blocks), SMALL_DECODER)
+    found = sampler_seconds(spec, batch, arguments.steps, arguments.throw_ratio)
+    print(
+        f"{name}, {arguments.throw_ratio:g} of all tokens thrown, 75 % masked, batch {batch}, "
+        f"{described(torch.device('cpu'))}; ms a batch"
+    )
+    print(f"{'block':>5}  {'tokens':>8}" + "".join(f"  {sampler:>21}" for sampler in SAMPLERS))
+    for info, times in zip(blocks, found, strict=True):
+        grid = f"{info.grid[0]} x {info.grid[1]}"
+        print(
+            f"{info.index:5d}  {grid:>8}"
+            + "".join(f"  {1000 * times[sampler]:21.2f}" for sampler in SAMPLERS)
+        )
 
 
 def block_layers(name: str, blocks: int) -> tuple[int, ...]:
@@ -218,7 +258,7 @@ def main(argv: Sequence[str]) -> int:
         prog="python pipelines/benchmark.py", description=__doc__, allow_abbrev=False
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="memory|methods|family|green|pipeline|seeds"
+        dest="command", required=True, metavar="memory|methods|family|green|samplers|pipeline|seeds"
     )
 
     one = commands.add_parser("memory", help=memory.__doc__, description=memory.__doc__, allow_abbrev=False)
@@ -237,13 +277,24 @@ def main(argv: Sequence[str]) -> int:
         )
         costs.add_argument("--backbone", default=name, help="timm name (default: %(default)s)")
         costs.add_argument("--batch", type=int, default=8, help="images (default: %(default)s)")
-        costs.add_argument("--blocks", type=int, default=4, help="K (default: %(default)s)")
+        if run is not green:  # its encoder is one block
+            costs.add_argument("--blocks", type=int, default=4, help="K (default: %(default)s)")
         costs.add_argument("--steps", type=int, default=3, help="timed steps (default: %(default)s)")
         costs.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
         costs.add_argument(
             "--precision", default="fp32", choices=["fp32", "bf16"], help="(default: %(default)s)"
         )
         costs.set_defaults(run=run)
+
+    chosen = commands.add_parser(
+        "samplers", help=samplers.__doc__, description=samplers.__doc__, allow_abbrev=False
+    )
+    chosen.add_argument("--backbone", default=swin, help="timm name (default: %(default)s)")
+    chosen.add_argument("--batch", type=int, default=16, help="images (default: %(default)s)")
+    chosen.add_argument("--blocks", type=int, default=4, help="K (default: %(default)s)")
+    chosen.add_argument("--throw-ratio", type=float, default=0.5, help="(default: %(default)s)")
+    chosen.add_argument("--steps", type=int, default=5, help="plans timed (default: %(default)s)")
+    chosen.set_defaults(run=samplers)
 
     two = commands.add_parser(
         "pipeline", help=pipeline.__doc__, description=pipeline.__doc__, allow_abbrev=False

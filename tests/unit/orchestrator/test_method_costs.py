@@ -4,17 +4,22 @@ import pytest
 import timm.layers
 import torch
 
+from orchestrator.block_trainer import Precision
 from orchestrator.family_spec import DecoderSpec
 from orchestrator.method_costs import (
     SMALL_DECODER,
     cost,
     depth_runs,
+    encoder_cost,
     explicit_attention,
     family,
     forward_gmacs,
     methods,
+    plan_seconds,
+    sampler_seconds,
 )
 
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 
 
@@ -48,3 +53,28 @@ def test_explicit_attention_ends_where_it_should() -> None:
     with explicit_attention():
         assert not timm.layers.use_fused_attn()
     assert timm.layers.use_fused_attn() == before
+
+
+SWIN = {"img_size": 64, "depths": [1, 1, 2, 1], "embed_dim": 8, "num_heads": [1, 2, 2, 4], "window_size": 4}
+
+
+def test_activations_of_the_encoder_alone_are_counted_in_the_precision_asked_for() -> None:
+    spec = family("swin_tiny_patch4_window7_224", (5,), DecoderSpec(1, 32), model_args=SWIN)
+    held = {
+        (batch, precision): encoder_cost(spec, batch, torch.device("cpu"), precision, steps=1)[1]
+        for batch in (2, 6)
+        for precision in PRECISIONS
+    }
+    for precision in PRECISIONS:
+        assert held[6, precision] == 3 * held[2, precision] > 0
+    assert held[6, "bf16"] < held[6, "fp32"]
+
+
+def test_the_cost_of_plans_is_measured_apart_from_the_step() -> None:
+    spec = family("swin_tiny_patch4_window7_224", (1, 1, 2, 1), DecoderSpec(1, 32), model_args=SWIN)
+    assert plan_seconds(spec, 2, steps=2) > 0
+    assert plan_seconds(spec, 2, steps=2, sweep=True) > 0
+    found = sampler_seconds(spec, 2, steps=2, throw_ratio=0.25)
+    assert len(found) == 4
+    assert all(seconds > 0 for block in found for seconds in block.values())
+    assert {"furthest", "random", "cells"} <= set(found[0])
