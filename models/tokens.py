@@ -8,6 +8,7 @@ as in MAE.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,10 +16,15 @@ from torch import Tensor
 
 def normalize_images(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(B, C, H, W) uint8 in 0..255 -> float32, (images / 255 - mean) / std per channel, on the images' device."""
-    shape = (1, len(mean), 1, 1)
-    centre = torch.tensor(mean, dtype=torch.float32, device=images.device).view(shape)
-    spread = torch.tensor(std, dtype=torch.float32, device=images.device).view(shape)
+    centre, spread = (_per_channel(tuple(values), images.device) for values in (mean, std))
     return (images.to(torch.float32) / 255.0 - centre) / spread
+
+
+@cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(1, C, 1, 1) float32, made once: a copy to a GPU would wait for what runs there."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:

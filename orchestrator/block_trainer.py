@@ -97,31 +97,34 @@ class BlockTrainer:
         """
         with self._autocast():
             out = self.module(x, images, plan, targets)
-        metrics = {"loss": float(out.loss.detach())} | {name: float(v) for name, v in out.parts.items()}
-        if not torch.isfinite(out.loss.detach()):
-            raise NonFiniteLoss("loss", self.index, step, lr)
         self._scaler.scale(out.loss / micros).backward()
-        if micro == micros - 1:
-            norm = self._update(step, lr)
-            if math.isfinite(norm):  # with fp16 an overflow is no measurement
-                metrics["grad_norm"] = norm
+        measured = {"loss": out.loss.detach(), **out.parts}
+        updates = micro == micros - 1
+        if updates:
+            self._scaler.unscale_(self._optimizer)
+            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+            measured["grad_norm"] = nn.utils.get_total_norm(grads)
+        # Read all at once, when everything is under way: each reading waits for the device.
+        numbers = torch.stack([value.float() for value in measured.values()]).tolist()
+        metrics = dict(zip(measured, numbers, strict=True))
+        if not math.isfinite(metrics["loss"]):
+            raise NonFiniteLoss("loss", self.index, step, lr)
+        if updates:
+            if not math.isfinite(metrics["grad_norm"]):
+                if not self._scaler.is_enabled():
+                    raise NonFiniteLoss("gradient norm", self.index, step, lr)
+                del metrics["grad_norm"]  # with fp16 an overflow is no measurement
+            self._update(lr, measured["grad_norm"])
         return out.activations.to(WIRE_DTYPES[self._optim.precision]), metrics
 
-    def _update(self, step: int, lr: float) -> float:
+    def _update(self, lr: float, norm: Tensor) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._scaler.unscale_(self._optimizer)
-        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-        total = nn.utils.get_total_norm(grads)
-        norm = float(total)
-        if not math.isfinite(norm) and not self._scaler.is_enabled():
-            raise NonFiniteLoss("gradient norm", self.index, step, lr)
         if self._optim.clip_grad is not None:
-            nn.utils.clip_grads_with_norm_(self.module.parameters(), self._optim.clip_grad, total)
+            nn.utils.clip_grads_with_norm_(self.module.parameters(), self._optim.clip_grad, norm)
         self._scaler.step(self._optimizer)  # with fp16 an overflow skips this block's update alone
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
-        return norm
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self._optim.precision == "fp32":

@@ -132,5 +132,6 @@ def plans_of_step(
     found = {}
     for k, plan in backbone.prepared({k: plans[k] for k in wanted}).items():
         how, gen = spec.decoders[k], generator(spec.seed, "decode", step, micro, k)
-        found[k] = partial_plan(plan.to(device), how.throw_ratio, how.sampler, gen)
+        # Drawn on the CPU: many small steps, which on a GPU would queue among those of the training.
+        found[k] = partial_plan(plan, how.throw_ratio, how.sampler, gen).to(device)
     return found
