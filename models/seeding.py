@@ -1,9 +1,9 @@
 """Randomness as a function of names and numbers, so that resuming a run is arithmetic and no stage depends on
 another.
 
-Everything random in the project is drawn on the CPU from `generator(seed, ...)`, or inside `forked_rng(seed,
-...)` where a library draws from torch's own generator. No function here, or anywhere, sets a seed that
-outlives it.
+Everything random in the project is drawn on the CPU from `generator(seed, ...)`, or inside `forked_rng(seed, ...)` where a
+library draws from torch's own generator. The noise on a boundary alone, too much to carry over in every step, is drawn where
+the tokens are, and depends on the kind of device. No function here, or anywhere, sets a seed that outlives it.
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ def with_changes(settings: Settings, changes: Mapping[str, Any]) -> Settings:
 def end_to_end(settings: Settings) -> Settings:
     """The same run as ordinary MAE: one block, all masked tokens decoded, normalised pixels, one image size.
 
-    Of what is listed per block and is MAE's too (mask ratio, decoder), the deepest block's value.
+    Masked units are never computed, but in a backbone that can only paint them over (ConvNeXt, ResNet, PVTv2). Of what is
+    listed per block and is MAE's too (mask ratio, decoder), the deepest block's value.
     """
     last = {key: settings.per_block(key)[-1] for key in PER_BLOCK}
     ordinary = {
@@ -65,6 +66,7 @@ def end_to_end(settings: Settings) -> Settings:
         "baseline": "none",
         "placement.stages": None,
         "boundary_noise": 0.0,
+        "mask.encode": "auto",
         "decoder.throw_ratio": 0.0,
         "target.name": "pixels",
         "target.normalize": True,

@@ -290,7 +290,7 @@ def _scheduler(watch: Watch) -> ASHAScheduler:
         past=result.rows,
         time_attr="epoch",
         max_t=result.epochs,
-        grace_period=min(spec.settings.search.grace_epochs, result.epochs),
+        grace_period=spec.grace,
         reduction_factor=spec.settings.search.reduction_factor,
     )
 

@@ -35,7 +35,7 @@ from orchestrator.search_results import (
 )
 from orchestrator.search_spaces import Space, combinations, own_values, space_of
 from orchestrator.search_time import pace, start_seconds, trial_seconds
-from orchestrator.search_watch import SearchSpec
+from orchestrator.search_watch import SearchSpec, grace_of
 from orchestrator.settings import Settings, SettingsError
 from orchestrator.stop_signals import stop_on_signals
 from orchestrator.tracking import Tracker
@@ -127,7 +127,7 @@ def run_search(
     empty = _empty(family, prepared, space)
     trials = int(min(asked.trials, combinations(space)))
     at_most_s = MARGIN * math.ceil(trials / beside) * _trial_seconds(family, prepared, plan, cluster)
-    for line in opening(empty, min(asked.grace_epochs, empty.epochs), space, trials, beside, at_most_s):
+    for line in opening(empty, grace_of(settings, empty.epochs), space, trials, beside, at_most_s):
         say(line)
     with stop_on_signals(stop, say, meanwhile="ending the trials; the search can be continued"):
         result = search(

@@ -98,7 +98,8 @@ def opening(
             )
     return [
         *(part for line in lines for part in wrapped(line)),
-        f"  it takes about {duration(at_most_s)} at most; --search.trials 0 trains without it",
+        f"  it takes about {duration(at_most_s)} or less if nothing else runs here; "
+        "--search.trials 0 trains without it",
     ]
 
 

@@ -53,6 +53,7 @@ REFUSED = {
     "data.workers": "it changes no weight",
     "data.max_bad_fraction": "it changes no weight",
     "schedule.epochs": "every trial has the same budget, search.trial_epochs",
+    "optim.precision": "it is the device's, and the same for all trials",
     "checkpoint.": "it changes no weight",
     "evaluation.": "scores measured in other ways cannot be compared",
     "failures.": "it changes no weight",

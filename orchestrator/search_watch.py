@@ -39,6 +39,19 @@ class SearchSpec:
     plan: TrialPlan
     empty: SearchResult
 
+    @property
+    def grace(self) -> int:
+        """Epochs before the first trial may be stopped: at least those to the first score.
+
+        ASHA puts a score that comes late for an epoch into the place of an earlier one, beside scores of other epochs.
+        """
+        return grace_of(self.settings, self.empty.epochs)
+
+
+def grace_of(settings: Settings, epochs: int) -> int:
+    """See `SearchSpec.grace`; epochs: of a trial."""
+    return min(max(settings.search.grace_epochs, settings.search.every_epochs), epochs)
+
 
 class SearchListener(Protocol):
     """Who hears of the search; nothing it does may raise."""

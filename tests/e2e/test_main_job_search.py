@@ -55,7 +55,10 @@ def test_before_the_search_its_time_and_its_space_are_told(searched: tuple[Finis
         "search: 2 trials of 2 epochs, 2 side by side, ranked by kNN top-1 of 180 validation images" in text
     )
     assert "mask.ratio: 0.75 (the recipe's), 0.5" in text
-    assert re.search(r"it takes about .* at most; --search.trials 0 trains without it", text)
+    assert re.search(
+        r"it takes about .* or less if nothing else runs here; --search.trials 0 trains without it",
+        text,
+    )
 
 
 def test_the_search_is_continued_and_the_family_trained_with_its_best_setting(

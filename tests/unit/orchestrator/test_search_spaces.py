@@ -96,6 +96,7 @@ def test_a_recipe_lists_values_or_gives_a_range() -> None:
         ({"seed": [1, 2]}, "seed cannot be searched: a lucky seed is not a better setting"),
         ({"out": ["a"]}, "out cannot be searched"),
         ({"resume": [True]}, "resume cannot be searched"),
+        ({"optim.precision": ["fp32", "bf16"]}, "optim.precision cannot be searched: it is the device's"),
         ({"tracking.uri": ["a"]}, "tracking.uri cannot be searched"),
         ({"search.trials": [1]}, "search.trials cannot be searched: a search does not search itself"),
         ({"data.source": ["a"]}, "data.source cannot be searched: scores on other images cannot be compared"),

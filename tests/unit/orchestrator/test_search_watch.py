@@ -10,12 +10,13 @@ import pytest
 
 from orchestrator import search_watch
 from orchestrator.command_line import load_settings
+from orchestrator.config import with_changes
 from orchestrator.failures import TrainingError
 from orchestrator.objective import ObjectiveSpec
 from orchestrator.placement import Layout, PlacementError
 from orchestrator.pretrain import StopRequest
 from orchestrator.search_results import SearchResult, TrialRow, load_result
-from orchestrator.search_watch import SearchSpec, Watch
+from orchestrator.search_watch import SearchSpec, Watch, grace_of
 from orchestrator.trials import TrialPlan
 
 OWN = {"mask.ratio": 0.75}
@@ -156,3 +157,9 @@ def test_what_is_over_by_our_record_is_settled_and_failures_may_be_tried_again(s
     assert settled["b"] == {"infeasible": "so"}
     assert settled["a"]["epoch"] == 4
     assert "c" not in settled
+
+
+@pytest.mark.parametrize(("grace", "every", "soonest"), [(1, 1, 1), (1, 5, 5), (4, 2, 4), (9, 1, 6)], ids=str)
+def test_no_trial_is_stopped_before_its_first_score(grace: int, every: int, soonest: int) -> None:
+    changes = {"search.trials": 2, "search.grace_epochs": grace, "search.every_epochs": every}
+    assert grace_of(with_changes(load_settings([]), changes), epochs=6) == soonest
