@@ -206,9 +206,11 @@ def plan_seconds(spec: FamilySpec, batch: int, steps: int, sweep: bool = False) 
     return median(times)
 
 
-def sampler_seconds(spec: FamilySpec, batch: int, steps: int, throw_ratio: float) -> list[dict[str, float]]:
-    """For each block and each sampler by its name, the median seconds of choosing which of its tokens are decoded, for a
-    batch on the CPU. Raises ValueError if `throw_ratio` leaves a decoder no masked token."""
+def sampler_seconds(
+    spec: FamilySpec, batch: int, steps: int, throw_ratio: float
+) -> list[tuple[tuple[int, int], dict[str, float]]]:
+    """For each block (rows, columns) of its tokens, and by sampler the median seconds of choosing, for a batch on the CPU,
+    which of them are decoded. Raises ValueError if `throw_ratio` leaves a decoder no masked token."""
     backbone = backbone_of(spec)
     plans = plans_of_step(spec, backbone, backbone.image_size, batch, 0, 0)
 
@@ -220,7 +222,10 @@ def sampler_seconds(spec: FamilySpec, batch: int, steps: int, throw_ratio: float
             times.append(time.perf_counter() - started)
         return median(times)
 
-    return [{sampler: seconds(plan, sampler) for sampler in SAMPLERS} for plan in plans.values()]
+    return [
+        (plan.token_grid, {sampler: seconds(plan, sampler) for sampler in SAMPLERS})
+        for plan in plans.values()
+    ]
 
 
 @contextmanager

@@ -8,6 +8,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from orchestrator.family_spec import FamilySpec
 
 MEMORY_CASES = (  # decoder layers, decoder width
     (8, 512),
@@ -124,12 +128,10 @@ def family(arguments: argparse.Namespace) -> None:
 
 def green(arguments: argparse.Namespace) -> None:
     """A hierarchical backbone on visible tokens only against the same model over all tokens, encoder and whole step."""
-    from dataclasses import replace
-
     import torch
 
     from orchestrator.family_spec import DecoderSpec
-    from orchestrator.method_costs import cost, encoder_cost, plan_seconds
+    from orchestrator.method_costs import cost, encoder_cost
     from orchestrator.method_costs import family as one_family
 
     device, precision, name = torch.device(arguments.device), arguments.precision, arguments.backbone
@@ -155,43 +157,43 @@ def green(arguments: argparse.Namespace) -> None:
         if visible[2] is not None and full[2] is not None:
             line += f"  {visible[2] / full[2]:9.2f}"
         print(line, flush=True)
-    print(
-        "plan of a batch, on the CPU; a run makes it on a thread of its own during the step before, outside what is above"
-    )
-    print(f"{'':<41}  {'ms':>8}  of the step on visible tokens")
-    step_s = rows["whole step"][0][0]
-    for words, per_batch in (("one mask per batch", True), ("one mask per sample", False)):
-        spec = replace(one_family(name, layers, decoder, encode="visible"), mask_per_batch=per_batch)
-        for sweep in (False, True):
-            seconds = plan_seconds(spec, arguments.batch, arguments.steps, sweep)
-            label = words + (", full sweep of groups" if sweep else "")
-            print(f"{label:<41}  {1000 * seconds:8.1f}  {seconds / step_s:.3f}", flush=True)
+    spec = one_family(name, layers, decoder, encode="visible")
+    print_plans(spec, arguments.batch, arguments.steps, rows["whole step"][0][0])
 
 
-def samplers(arguments: argparse.Namespace) -> None:
-    """Time of choosing the tokens that each block's partial decoder decodes, by sampler; made ahead of the step."""
+def plans(arguments: argparse.Namespace) -> None:
+    """Time of planning a batch's masks: groups of windows, and by sampler the tokens that partial decoders decode."""
     import torch
 
-    from models.backbones import open_backbone
     from models.sampling import SAMPLERS
     from orchestrator.method_costs import SMALL_DECODER, sampler_seconds
     from orchestrator.method_costs import family as one_family
 
-    name, batch = arguments.backbone, arguments.batch
-    blocks = open_backbone(name, arguments.blocks).blocks
-    spec = one_family(name, tuple(info.layers for info in blocks), SMALL_DECODER)
-    found = sampler_seconds(spec, batch, arguments.steps, arguments.throw_ratio)
-    print(
-        f"{name}, {arguments.throw_ratio:g} of all tokens thrown, 75 % masked, batch {batch}, "
-        f"{described(torch.device('cpu'))}; ms a batch"
-    )
-    print(f"{'block':>5}  {'tokens':>8}" + "".join(f"  {sampler:>21}" for sampler in SAMPLERS))
-    for info, times in zip(blocks, found, strict=True):
-        grid = f"{info.grid[0]} x {info.grid[1]}"
-        print(
-            f"{info.index:5d}  {grid:>8}"
-            + "".join(f"  {1000 * times[sampler]:21.2f}" for sampler in SAMPLERS)
-        )
+    name, batch, steps = arguments.backbone, arguments.batch, arguments.steps
+    spec = one_family(name, block_layers(name, arguments.blocks), SMALL_DECODER)
+    print(f"{name}, 75 % masked, batch {batch}, {described(torch.device('cpu'))}")
+    print_plans(spec, batch, steps)
+    print(f"tokens of a partial decoder that throws {arguments.throw_ratio:g} of all, ms a batch")
+    print(f"{'block':>5}  {'tokens':>7}" + "".join(f"  {sampler:>21}" for sampler in SAMPLERS))
+    for block, (grid, times) in enumerate(sampler_seconds(spec, batch, steps, arguments.throw_ratio)):
+        listed = "".join(f"  {1000 * times[sampler]:21.2f}" for sampler in SAMPLERS)
+        print(f"{block:5d}  {f'{grid[0]} x {grid[1]}':>7}{listed}")
+
+
+def print_plans(spec: FamilySpec, batch: int, steps: int, step_s: float | None = None) -> None:
+    """Time of the plans of a batch, also as a share of a training step's seconds."""
+    from dataclasses import replace
+
+    from orchestrator.method_costs import plan_seconds
+
+    print("plan of a batch, on the CPU; a run makes it on a thread of its own during the step before")
+    print(f"{'':<33}  {'ms':>8}" + ("  of the step on visible tokens" if step_s else ""))
+    for words, per_batch in (("one mask per batch", True), ("one mask per sample", False)):
+        for sweep in (False, True):
+            masked = replace(spec, mask_per_batch=per_batch)
+            seconds = plan_seconds(masked, batch, steps, sweep)
+            share = f"  {seconds / step_s:29.4f}" if step_s else ""
+            print(f"{words + sweep * ', full sweep':<33}  {1000 * seconds:8.1f}{share}", flush=True)
 
 
 def block_layers(name: str, blocks: int) -> tuple[int, ...]:
@@ -258,7 +260,7 @@ def main(argv: Sequence[str]) -> int:
         prog="python pipelines/benchmark.py", description=__doc__, allow_abbrev=False
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="memory|methods|family|green|samplers|pipeline|seeds"
+        dest="command", required=True, metavar="memory|methods|family|green|plans|pipeline|seeds"
     )
 
     one = commands.add_parser("memory", help=memory.__doc__, description=memory.__doc__, allow_abbrev=False)
@@ -286,15 +288,13 @@ def main(argv: Sequence[str]) -> int:
         )
         costs.set_defaults(run=run)
 
-    chosen = commands.add_parser(
-        "samplers", help=samplers.__doc__, description=samplers.__doc__, allow_abbrev=False
-    )
-    chosen.add_argument("--backbone", default=swin, help="timm name (default: %(default)s)")
-    chosen.add_argument("--batch", type=int, default=16, help="images (default: %(default)s)")
-    chosen.add_argument("--blocks", type=int, default=4, help="K (default: %(default)s)")
-    chosen.add_argument("--throw-ratio", type=float, default=0.5, help="(default: %(default)s)")
-    chosen.add_argument("--steps", type=int, default=5, help="plans timed (default: %(default)s)")
-    chosen.set_defaults(run=samplers)
+    ahead = commands.add_parser("plans", help=plans.__doc__, description=plans.__doc__, allow_abbrev=False)
+    ahead.add_argument("--backbone", default=swin, help="timm name (default: %(default)s)")
+    ahead.add_argument("--batch", type=int, default=16, help="images (default: %(default)s)")
+    ahead.add_argument("--blocks", type=int, default=4, help="K (default: %(default)s)")
+    ahead.add_argument("--throw-ratio", type=float, default=0.5, help="(default: %(default)s)")
+    ahead.add_argument("--steps", type=int, default=5, help="plans timed (default: %(default)s)")
+    ahead.set_defaults(run=plans)
 
     two = commands.add_parser(
         "pipeline", help=pipeline.__doc__, description=pipeline.__doc__, allow_abbrev=False
