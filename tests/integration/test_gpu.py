@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from orchestrator.data.spec import DataSpec
+from orchestrator.family_spec import DecoderSpec, FamilySpec, TargetSpec
 from orchestrator.stages import InProcessStages, Order
 from orchestrator.wire import Inbox, pack
-from tests.integration.tiny import data, family, train
+from tests.integration.tiny import data, family, hierarchy, train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,12 +33,27 @@ def test_a_tensor_travels_from_device_to_device(dtype: torch.dtype) -> None:
     assert torch.equal(Inbox(torch.device("cuda")).unpack("x", pack(tensor)), tensor)
 
 
-def test_float32_losses_agree_with_the_cpu() -> None:
-    here = InProcessStages(family(), data().train_batches, ((0, 1, 2, 3),), threads=1)
-    there = on_gpu("fp32", ((0, 1), (2, 3)))
+def thrown_histograms() -> tuple[FamilySpec, DataSpec]:
+    throw = DecoderSpec(1, 32, 2, throw_ratio=0.25)
+    return family(decoders=(throw,) * 4, targets=(TargetSpec("hog", {"cell": 4}),) * 4), data()
+
+
+def painted() -> tuple[FamilySpec, DataSpec]:
+    return family(encode="all", mask_ratios=(0.75,) * 4), data()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [lambda: (family(), data()), thrown_histograms, painted, lambda: hierarchy()[:2]],
+    ids=["plain", "thrown tokens and HOG", "painted", "Twins that grows"],
+)
+def test_float32_losses_agree_with_the_cpu(case: Callable[[], tuple[FamilySpec, DataSpec]]) -> None:
+    spec, images = case()
+    here = InProcessStages(spec, images.train_batches, ((0, 1, 2, 3),), threads=1)
+    there = InProcessStages(spec, images.train_batches, ((0, 1), (2, 3)), device="cuda")
     for group in (here, there):
         group.restore(None, 0)
-    for step in range(5):
+    for step in range(6):
         a, b = (g.settle(g.submit(Order(step, 1e-3))) for g in (here, there))
         losses = [[s.blocks[k]["loss"] for s in r.stages for k in s.blocks] for r in (a, b)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.tiny import Ear, differing, in_process, state, train
+from orchestrator.stages import InProcessStages
+from tests.integration.tiny import Ear, data, differing, family, growing, hierarchy, in_process, state, train
 
 
 class CutOff(BaseException):
@@ -35,9 +36,6 @@ def test_cut_off_at_a_step_and_resumed(tmp_path: Path, unbroken: Path, step: int
 
 
 def test_accumulated_micro_batches_resume_too(tmp_path: Path) -> None:
-    from orchestrator.stages import InProcessStages
-    from tests.integration.tiny import data, family
-
     def stages() -> InProcessStages:
         return InProcessStages(family(), data(accumulate=2).train_batches, ((0, 1), (2, 3)), threads=1)
 
@@ -53,9 +51,6 @@ def test_accumulated_micro_batches_resume_too(tmp_path: Path) -> None:
 
 
 def test_a_run_of_growing_resolution_resumes_inside_any_phase(tmp_path: Path) -> None:
-    from orchestrator.stages import InProcessStages
-    from tests.integration.tiny import growing
-
     spec, images, phases = growing()
     assert [(p.first_step, p.steps_per_epoch) for p in phases] == [(0, 4), (4, 4), (12, 9)]
 
@@ -74,3 +69,21 @@ def test_a_run_of_growing_resolution_resumes_inside_any_phase(tmp_path: Path) ->
             train(stages(), out, steps=21, every=5, phases=phases, ear=Ear(at_step))
         train(stages(), out, steps=21, every=5, phases=phases)
         assert differing(state(tmp_path / "whole", 21), state(out, 21)) == []
+
+
+def test_a_hierarchy_of_growing_resolution_resumes_in_its_second_phase(tmp_path: Path) -> None:
+    spec, images, phases = hierarchy()
+    assert [(p.first_step, p.size) for p in phases] == [(0, (64, 64)), (4, (96, 96))]
+
+    def stages() -> InProcessStages:
+        return InProcessStages(spec, images.train_batches, ((0, 1), (2, 3)), threads=1)
+
+    def at_step(done: int) -> None:
+        if done == 6:
+            raise CutOff
+
+    train(stages(), tmp_path / "whole", steps=8, every=5, phases=phases)
+    with pytest.raises(CutOff):
+        train(stages(), tmp_path / "cut", steps=8, every=5, phases=phases, ear=Ear(at_step))
+    train(stages(), tmp_path / "cut", steps=8, every=5, phases=phases)
+    assert differing(state(tmp_path / "whole", 8), state(tmp_path / "cut", 8)) == []

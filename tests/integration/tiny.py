@@ -14,7 +14,7 @@ from orchestrator.block_trainer import OptimSpec
 from orchestrator.checkpoint import CheckpointStore, Manifest, load_block_state, load_block_weights
 from orchestrator.data.spec import DataSpec
 from orchestrator.failures import RestartPolicy
-from orchestrator.family_spec import DecoderSpec, FamilySpec
+from orchestrator.family_spec import DecoderSpec, FamilySpec, TargetSpec
 from orchestrator.phases import Phase, PhaseSpec, constant, phase_at
 from orchestrator.placement import Layout, consecutive
 from orchestrator.pretrain import EpochReport, PretrainResult, RunPlan, StopRequest, pretrain
@@ -55,6 +55,22 @@ def growing() -> tuple[FamilySpec, DataSpec, tuple[Phase, ...]]:
     spec = family(decoders=(throw,) * 4, boundary_noise=0.25)
     later = (PhaseSpec(1, (24, 24), 128, micros=2), PhaseSpec(3, (32, 32), 128))
     images = data(batch_size=256, later=later)
+    return spec, images, replace(images, workers=0).train_batches().phases
+
+
+def hierarchy() -> tuple[FamilySpec, DataSpec, tuple[Phase, ...]]:
+    """A Twins on visible tokens that grows after its first epoch, HOG cells per level, tokens of the fine grids thrown."""
+    args = {"img_size": 96, "embed_dims": [8, 16, 24, 32], "depths": [2, 2, 2, 2], "num_heads": [1, 1, 2, 2]}
+    spec = replace(
+        family(),
+        backbone="twins_svt_small",
+        model_args={**args, "wss": [4, 4, 2, 2]},
+        blocks=(2, 2, 2, 2),
+        mask_ratios=(0.5,) * 4,
+        decoders=tuple(DecoderSpec(1, 32, 2, throw_ratio=ratio) for ratio in (0.4, 0.3, 0.0, 0.0)),
+        targets=tuple(TargetSpec("hog", {"cell": cell}) for cell in (4, 8, 16, 32)),
+    )
+    images = data(size=(64, 64), batch_size=32, test_fraction=0.82, later=(PhaseSpec(1, (96, 96), 32),))
     return spec, images, replace(images, workers=0).train_batches().phases
 
 

@@ -24,12 +24,22 @@ def golden() -> dict[str, Tensor]:
     return load_file(GOLDEN)
 
 
+CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+    ],
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("name", ["32", "64", "photo"])
 @pytest.mark.parametrize(("normalize", "suffix"), [(True, "l2norm"), (False, "raw")])
 def test_every_value_of_every_cell_agrees(
-    golden: dict[str, Tensor], name: str, normalize: bool, suffix: str
+    golden: dict[str, Tensor], name: str, normalize: bool, suffix: str, device: str
 ) -> None:
-    found = HogTarget(16, normalize=normalize).cells(golden[f"image_{name}"])
+    found = HogTarget(16, normalize=normalize).cells(golden[f"image_{name}"].to(device)).cpu()
     expected = golden[f"hog_{name}_{suffix}"]
     # Sums of up to 64 magnitudes: their last bits depend on the order. The largest is about 421.
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if normalize else 1e-4)

@@ -15,7 +15,7 @@ from models.decoders import LocalDecoder
 from models.local_mim import LocalMIM, LocalStep
 from models.masking import MaskPlan, block_plans, partial_plan, random_order, visible_counts
 from models.seeding import forked_rng, generator
-from models.targets import PixelTarget
+from models.targets import HogTarget, PixelTarget, Target
 from models.tokens import gather_tokens, patchify
 
 VISIBLE = (9, 6, 4)
@@ -29,12 +29,16 @@ def family(tiny_backbone: Callable[..., ViTBackbone]) -> list[LocalMIM]:
     return build(tiny_backbone(3))
 
 
-def build(backbone: ViTBackbone, recovery: str = "none", **changes: Any) -> list[LocalMIM]:
-    blocks = []
+def build(
+    backbone: ViTBackbone, recovery: str = "none", target: Target | None = None, **changes: Any
+) -> list[LocalMIM]:
+    blocks, target = [], target or PixelTarget(8)
     for info in backbone.blocks:
         with forked_rng("decoder", info.index):
-            decoder = LocalDecoder(info.width, 16, 1, None, 192, info.num_prefix_tokens, recovery=recovery)
-        blocks.append(LocalMIM(backbone.build_block(info.index, seed=0), decoder, PixelTarget(8), **changes))
+            decoder = LocalDecoder(
+                info.width, 16, 1, None, target.out_dim, info.num_prefix_tokens, recovery=recovery
+            )
+        blocks.append(LocalMIM(backbone.build_block(info.index, seed=0), decoder, target, **changes))
     return blocks
 
 
@@ -137,17 +141,18 @@ def test_a_step_leaves_torchs_generator_alone(family: list[LocalMIM]) -> None:
 def errors_of(block: LocalMIM, step: LocalStep, plan: MaskPlan, tokens: Tensor) -> Tensor:
     """(B, M) squared errors of a block's predictions at `tokens`, which are the first of `plan.masked`."""
     return (
-        (block.decoder(step.activations, plan) - gather_tokens(PixelTarget(8)(IMAGES), tokens))
+        (block.decoder(step.activations, plan) - gather_tokens(block.targets(IMAGES), tokens))
         .square()
         .mean(-1)
     )
 
 
+@pytest.mark.parametrize("target", [PixelTarget(8), HogTarget(8, cell=4)], ids=["pixels", "hog"])
 @pytest.mark.parametrize("weight", [1.0, 0.25, 0.0, 3.0])
 def test_thrown_tokens_are_supervised_with_their_weight(
-    tiny_backbone: Callable[..., ViTBackbone], weight: float
+    tiny_backbone: Callable[..., ViTBackbone], weight: float, target: Target
 ) -> None:
-    family = build(tiny_backbone(3), recovery="aggregate", thrown_weight=weight)
+    family = build(tiny_backbone(3), "aggregate", target, thrown_weight=weight)
     for block, step, plan in zip(family, run(family, PARTIAL), PARTIAL, strict=True):
         kept, thrown = plan.decode.shape[1], plan.thrown.shape[1]
         assert (kept, thrown) == (11 - plan.visible, 5)

@@ -36,7 +36,10 @@ def test_cuts_lie_after_levels_and_inside_the_longest_after_an_even_layer(
 @pytest.mark.parametrize(
     ("blocks", "reason"),
     [
-        (7, r"blocks is 7, but 'swin' can be cut into 6 at most.* 2, 2, 6, 2 layers.* every second layer"),
+        (
+            7,
+            r"a number of blocks cuts 'swin' into 6 at most.* 2, 2, 6, 2 layers.* longest after every second layer",
+        ),
         (0, "at least 1"),
         ([2, 2, 3, 3, 2], r"end after 2, 4, 7, 10, 12 layers.* after 2, 4, 6, 8, 10, 12 layers"),
         ([1, 11], "after an even number of its layers"),
@@ -48,6 +51,14 @@ def test_cuts_lie_after_levels_and_inside_the_longest_after_an_even_layer(
 def test_other_cuts_are_refused_with_those_that_are_allowed(blocks: Any, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         cut("swin", SWIN_T, blocks)
+
+
+def test_a_list_may_cut_every_level_where_a_number_cuts_the_longest_only() -> None:
+    layers = (4, 4, 6, 2)
+    with pytest.raises(ValueError, match=r"into 6 at most.*; a list of sizes may cut every level"):
+        cut("swin", layers, 7)
+    assert cut("swin", layers, 6) == (4, 8, 10, 12, 14, 16)
+    assert cut("swin", layers, [2] * 8) == (2, 4, 6, 8, 10, 12, 14, 16)
 
 
 def test_layers_are_found_in_their_levels() -> None:

@@ -282,8 +282,13 @@ def test_plans_prepared_ahead_give_the_same_and_are_shared(family: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     levels = [plan.layout.levels for plan in prepared.values()]  # type: ignore[union-attr]
     assert [list(level) for level in levels] == [[0], [1], [2], [2], [3]]
-    if family == "swin":
-        assert levels[2][2] is levels[3][2]
+    shared = levels[2][2].groups, levels[3][2].groups  # two blocks of one level
+    assert list(shared[0]) == list(shared[1]) != []
+    assert all(shared[0][shift] is shared[1][shift] for shift in shared[0])
+    if family == "twins":  # the block that opens a level alone convolves there
+        assert levels[2][2].halo is not None
+        assert levels[3][2].halo is None
+    else:
         groups = levels[0][0].groups
         assert list(groups) == [(0, 0), (2, 2)]
         assert groups[0, 0].slots.shape[0] == 1  # one set of indices for the batch
@@ -347,6 +352,58 @@ def test_blocks_start_from_the_weights_of_a_file(family: str, shake: Shake, tmp_
         state = backbone.build_block(index, 0, str(tmp_path / "w.safetensors")).state_dict()
         for key, value in state.items():
             assert torch.equal(value, model.state_dict()[key.removeprefix("parts.")])
+
+
+# At 64 pixels the last levels' maps are 4 x 4 and 2 x 2, at 64 x 160 4 x 10 and 2 x 5: windows are clipped there.
+@pytest.mark.parametrize(("window", "size"), [(4, (64, 64)), (7, (64, 64)), (7, (64, 160))])
+def test_an_exported_variant_read_back_computes_the_same(
+    window: int, size: tuple[int, int], family: str, shake: Shake, tmp_path: Path
+) -> None:
+    windows = {"swin": {"window_size": window}, "twins": {"wss": [window] * 4}}
+    backbone = tiny(family, img_size=list(size), **windows[family])
+    first = built(backbone, shake)
+    file = str(tmp_path / "w.safetensors")
+    states = [block.state_dict() for block in first]
+    save_file(backbone.variant(10, states, None).state_dict(), file)  # type: ignore[arg-type]
+    backbone.check_init_from(file)
+    again = [backbone.build_block(index, 1, file).eval() for index in range(4)]
+    plans = plans_of(backbone, size, 2)
+    with torch.no_grad():
+        found, wanted = (chained(blocks, images_of(size), plans) for blocks in (again, first))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+# Swin's windows are clipped along each axis, Twins' are square ones: there the shorter side of 64 x 128 is padded too.
+PADDED = [
+    ("swin", 4, (64, 64), []),
+    ("swin", 4, (96, 96), [2]),
+    ("swin", 5, (96, 96), [0, 1, 2]),
+    ("swin", 4, (64, 128), []),
+    ("swin", 3, (96, 96), []),
+    ("twins", 4, (64, 64), []),
+    ("twins", 4, (64, 128), [3]),
+    ("twins", 5, (96, 96), [0, 1, 2]),
+    ("twins", 3, (96, 96), []),
+]
+
+
+@pytest.mark.parametrize(("family", "window", "size", "levels"), PADDED)
+def test_a_variant_differs_from_its_blocks_where_timm_pads_windows_and_nowhere_else(
+    family: str, window: int, size: tuple[int, int], levels: list[int], shake: Shake
+) -> None:
+    windows = {"swin": {"window_size": window}, "twins": {"wss": [window] * 4}}
+    backbone = tiny(family, img_size=list(size), **windows[family])
+    assert backbone.padded_levels(size) == levels
+    blocks = built(backbone, shake)
+    units = backbone.grid[0] * backbone.grid[1]
+    with torch.no_grad():
+        tokens = chained(blocks, images_of(size), plans_of(backbone, size, units))
+        states = [block.state_dict() for block in blocks]
+        norm = nn.LayerNorm(24 if family == "twins" else 64, eps=backbone.norm_eps)
+        expected = norm(tokens[-1]).mean(dim=1)
+        found = backbone.variant(10, states, norm.state_dict())(images_of(size))
+    difference = float((found - expected).norm() / expected.norm())
+    assert difference > 1e-3 if levels else difference < 1e-5
 
 
 @pytest.mark.parametrize("depths", [[2, 2, 6, 2], [2, 2, 2, 2]])

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from models.backbones import DenseBackbone, SwinBackbone, open_backbone
-from models.backbones.swin import inner_table
+from models.backbones import DenseBackbone, SwinBackbone, open_backbone, random_variant
+from models.backbones.dense import resized
+from models.backbones.swin import inner_table, with_inner_table
 from models.backbones.visible_block import VisibleBlock
 from models.masking import MaskPlan, block_plans, random_order, visible_counts
 from models.seeding import generator
@@ -83,6 +86,38 @@ def test_a_smaller_table_holds_the_same_differences() -> None:
     assert torch.equal(inner_table(table, (3, 4), (3, 4)), table)
 
 
+def test_a_smaller_table_is_put_back_where_it_came_from() -> None:
+    table, blank = torch.arange(1.0, 36).unsqueeze(1), torch.zeros(35, 1)
+    inner = inner_table(table, (3, 4), (2, 2))
+    assert torch.equal(with_inner_table(table, inner, (3, 4), (2, 2)), table)
+    found = with_inner_table(blank, inner, (3, 4), (2, 2))
+    assert torch.equal(inner_table(found, (3, 4), (2, 2)), inner)
+    assert int((found != 0).sum()) == len(inner) == 9
+    assert int(blank.count_nonzero()) == 0
+
+
+def test_tables_of_another_square_window_are_resampled_and_others_are_refused(tmp_path: Path) -> None:
+    key = "layers.0.blocks.0.attn.relative_position_bias_table"
+    file = str(tmp_path / "w.safetensors")
+
+    def save(window: Any) -> None:
+        model = random_variant(swin(1, window_size=window), 12, seed=0)
+        save_file(model.state_dict(), file)  # type: ignore[arg-type]
+
+    save(2)
+    backbone = swin(1, window_size=4)
+    backbone.check_init_from(file)
+    assert backbone.build_block(0, 0, file).state_dict()["parts." + key].shape == (49, 1)
+    save([[2, 4]] * 4)
+    for refused in (backbone.check_init_from, lambda name: backbone.build_block(0, 0, name)):
+        with pytest.raises(
+            ValueError, match=r"has 21 rows, the backbone needs 49; .* one square window to another only"
+        ):
+            refused(file)
+    with pytest.raises(ValueError, match="of 105 rows cannot be resampled to 169 rows"):
+        resized(torch.zeros(105, 2), (169, 2))
+
+
 def test_levels_may_have_windows_of_their_own_and_be_fewer() -> None:
     backbone = swin(2, depths=[2, 2], num_heads=[1, 1], window_size=[[4, 4], [8, 8]], img_size=64)
     assert (backbone.unit, backbone.grid) == (8, (8, 8))
@@ -98,7 +133,7 @@ def test_five_blocks_cut_the_third_level_on_an_even_layer() -> None:
     assert [info.layers for info in swin(5).blocks] == [2, 2, 4, 2, 2]
     assert [info.layers for info in swin([2, 2, 2, 4, 2]).blocks] == [2, 2, 2, 4, 2]
     with pytest.raises(
-        ValueError, match="blocks is 7, but 'swin_tiny_patch4_window7_224' can be cut into 6 at most"
+        ValueError, match=r"blocks is 7, .* cuts 'swin_tiny_patch4_window7_224' into 6 at most"
     ):
         swin(7)
     with pytest.raises(
