@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from orchestrator.assess import AssessJob, Assessment, assess
 from orchestrator.block_trainer import Precision
@@ -42,6 +43,9 @@ SAID_AFTER_S = 5.0
 
 UNWIND_S = 20.0
 """How long the threads get to end when a second signal wants the end at once."""
+
+OURS = (TrainingError, DataError, OutputError, PlacementError)
+"""Errors whose message is meant for the person who started the run."""
 
 
 @dataclass
@@ -209,11 +213,26 @@ def _scores(reports: tuple[DepthReport, ...]) -> str:
 
 def note_failure(course: Course, error: Exception) -> None:
     """Tell why in a line; of what is no error of ours keep the traceback in `failure.txt`."""
-    lines = str(error).strip().splitlines() or ["without a word"]
-    course.failed = " ".join(lines)
-    if not isinstance(error, TrainingError | DataError | OutputError | PlacementError):
-        course.failed = f"{type(error).__name__}: {lines[0]}"
-        text = "".join(traceback.format_exception(error))
-        (course.prepared.family.out / "failure.txt").write_text(text, encoding="utf-8")
+    course.failed = sentence(error)
+    kept = _traceback_file(course)
+    kept.unlink(missing_ok=True)
+    if not isinstance(error, OURS):
+        kept.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     course.say(f"failed: {course.failed}")
     course.tracker.log_event(f"failed: {course.failed}")
+
+
+def forget_failure(course: Course) -> None:
+    """Take away what an earlier process left of a failure that this one has got over; `events.log` keeps its line."""
+    _traceback_file(course).unlink(missing_ok=True)
+    course.tracker.remove_tag("failed")
+
+
+def sentence(error: Exception) -> str:
+    """An error in one line, for the reader; what is no error of ours begins with its kind."""
+    lines = str(error).strip().splitlines() or ["without a word"]
+    return " ".join(lines) if isinstance(error, OURS) else f"{type(error).__name__}: {lines[0]}"
+
+
+def _traceback_file(course: Course) -> Path:
+    return course.prepared.family.out / "failure.txt"

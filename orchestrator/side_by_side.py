@@ -1,7 +1,8 @@
 """Several backbones in one launch: each trained on stages of its own, as room comes free; compared in one table.
 
 How they are trained at the same time is in `courses.py`. MLflow is spoken to and what is timed on a CPU is timed by the main
-thread alone. One that fails does not stop the others. In one process (`placement.backend in_process`) they take turns.
+thread alone; what shared a GPU is timed on a GPU of the cluster, when all have ended. One that fails does not stop the
+others. In one process (`placement.backend in_process`) they take turns.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from orchestrator.checkpoint import CheckpointStore
 from orchestrator.command_line import SAVED_SETTINGS
 from orchestrator.comparison import MemberResult, read_rows
 from orchestrator.config import settings_to_yaml, with_changes
-from orchestrator.courses import Course, note_failure, side_by_side
+from orchestrator.courses import Course, forget_failure, note_failure, sentence, side_by_side
 from orchestrator.data.sources import Source
 from orchestrator.data.splits import Splits
 from orchestrator.family import Family, Prepared
@@ -32,6 +33,7 @@ from orchestrator.job import (
     prepare,
     resolved,
 )
+from orchestrator.launch import run_beside_stages
 from orchestrator.members import Problems, members
 from orchestrator.outputs import check_output, make_output, new_output
 from orchestrator.placement import ClusterResources, Layout, PlacementError, shares
@@ -274,12 +276,13 @@ def _record(course: Course) -> MemberResult:
     try:
         if course.failed is None:
             if course.to_be_timed:
-                course.found = [timed(job, part) for job, part in zip(course.jobs, course.found, strict=True)]
+                _time(course)
             own, *baseline = course.found
             record_depths(tracker, family, own)
             if course.prepared.baseline is not None:
                 record_depths(tracker, course.prepared.baseline, baseline[0], series="mae")
             record_summary(tracker, family, own, baseline[0] if baseline else None)
+            forget_failure(course)
             tracker.finish("FINISHED")
             return _result(course.name, course.prepared)
     except Exception as error:  # the others have their results all the same
@@ -288,6 +291,19 @@ def _record(course: Course) -> MemberResult:
     tracker.finish("FAILED")
     named, size = family.settings.backbone.name, family.backbone.image_size
     return MemberResult(course.name, named, size, failed=course.failed)
+
+
+def _time(course: Course) -> None:
+    """The latencies that waited until nothing else runs. What cannot be timed is left without, and said."""
+    for number, ((family, layout), job) in enumerate(zip(course.plans, course.jobs, strict=True)):
+        part = course.found[number]
+        on_ray = family.settings.placement.backend == "ray"
+        try:
+            course.found[number] = run_beside_stages(timed, layout, job, part) if on_ray else timed(job, part)
+        except Exception as error:  # a measurement must not cost what was trained
+            line = f"no latencies{' of the baseline' if number else ''}: {sentence(error)}"
+            course.say(line)
+            course.tracker.log_event(line)
 
 
 def _result(name: str, prepared: Prepared) -> MemberResult:

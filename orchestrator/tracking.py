@@ -220,6 +220,15 @@ class Tracker:
         pairs = [RunTag(key, str(value)) for key, value in tags.items()]
         self._debts.do("tags", lambda: self._client.log_batch(self.run_id, tags=pairs))
 
+    def remove_tag(self, key: str) -> None:
+        """Take a tag off the parent run, if it is there."""
+
+        def job() -> None:
+            if key in self._client.get_run(self.run_id).data.tags:
+                self._client.delete_tag(self.run_id, key)
+
+        self._debts.do("tags", job)
+
     def describe(self, markdown: str, pictures: Sequence[str] = ()) -> None:
         """The text at the head of the parent run's page, with links to the pages beside it.
 

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from mlflow import MlflowClient
+from mlflow.entities import Run
 
 from tests.e2e.command import (
     Finished,
@@ -185,8 +186,9 @@ def test_a_loss_that_is_not_finite_fails_one_and_the_other_finishes(
     assert "is not finite" in str(failed["cause"])
     client = MlflowClient(tracking_uri=store)
     for folder, status in (("", "FAILED"), ("vit", "FINISHED"), ("swin", "FAILED")):
-        run = json.loads((done.out / folder / "tracking.json").read_text())["run_id"]
-        assert client.get_run(run).info.status == status
+        run = client.get_run(json.loads((done.out / folder / "tracking.json").read_text())["run_id"])
+        assert run.info.status == status
+        assert ("is not finite" in run.data.tags.get("failed", "")) == (folder == "swin")
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +214,7 @@ def interrupted(
         stdout, stderr = process.communicate()
     second = Finished(process.returncode, before + stdout, stderr, out)
     store = f"sqlite:///{here}/mlflow.db"
+    (out / "swin" / "failure.txt").write_text("as an error leaves it that is none of ours")
     third = call(["--out", str(out), "--resume", *arguments(HERE, {"tracking.uri": store})], out)
     return first, second, third
 
@@ -276,6 +279,22 @@ def test_resuming_goes_on_with_the_one_that_failed_and_compares_both(
     assert "FAILED" not in third.stdout
     assert trained_depths(third.out) == [("vit", 2), ("vit", 4), ("swin", 1), ("swin", 2)]
     assert all(row["status"] == "finished" for row in rows(third.out))
+
+
+def test_nothing_says_any_more_that_a_backbone_failed_which_was_resumed_to_its_end(
+    interrupted: tuple[Finished, Finished, Finished],
+) -> None:
+    _, _, third = interrupted
+    assert not (third.out / "swin" / "failure.txt").exists()
+    client = MlflowClient(tracking_uri=f"sqlite:///{third.out.parents[1]}/mlflow.db")
+
+    def run_of(folder: Path) -> Run:
+        return client.get_run(json.loads((folder / "tracking.json").read_text())["run_id"])
+
+    swin, comparison = run_of(third.out / "swin"), run_of(third.out)
+    assert swin.info.status == comparison.info.status == "FINISHED"
+    assert "failed" not in swin.data.tags
+    assert comparison.data.tags["backbone.swin"] == "finished"
 
 
 def test_a_backbone_among_others_gets_the_weights_of_a_run_of_its_own(
