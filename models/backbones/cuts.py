@@ -47,8 +47,9 @@ def cut(name: str, layers: Sequence[int], blocks: int | Sequence[int]) -> tuple[
         pairs = (layers[longest] + 1) // 2
         if more + 1 > pairs:
             raise ValueError(
-                f"blocks is {blocks}, but '{name}' can be cut into {len(layers) + pairs - 1} at most: after its levels of "
-                f"{', '.join(map(str, layers))} layers, and inside the longest after every second layer"
+                f"blocks is {blocks}, but a number of blocks cuts '{name}' into {len(layers) + pairs - 1} at most: after "
+                f"its levels of {', '.join(map(str, layers))} layers, and inside the longest after every second layer; a "
+                "list of sizes may cut every level after an even number of its layers"
             )
         first = level_ends[longest] - layers[longest]
         inside = [first + 2 * end for end in accumulate(split_layers(pairs, more + 1))][:-1]
