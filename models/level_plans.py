@@ -68,39 +68,43 @@ def level_plans(
     plan: MaskPlan,
     needs: Sequence[LevelNeed],
     sweep: bool = False,
-    shared: MutableMapping[Any, LevelPlan] | None = None,
+    shared: MutableMapping[Any, WindowGroups] | None = None,
 ) -> BlockPlan:
     """What a block with these `needs` must know of the batch, on the CPU.
 
     If all samples keep the same units, one set of index tensors serves the batch; else every sample has its own, and the
-    host's work grows with the batch. sweep: see `window_groups.swept_size`. shared: answers given before in this batch, by
-    need and number of visible units, to be used again and added to.
+    host's work grows with the batch. sweep: see `window_groups.swept_size`. shared: groups made before for this batch and
+    `sweep`, by level, window and number of visible units, to be used again and added to.
     """
     shared = {} if shared is None else shared
     keep = plan.keep.cpu()
     if (keep == keep[:1]).all():
         keep = keep[:1]
-    levels = {}
-    for need in needs:
-        key = (need, plan.visible)
-        if key not in shared:
-            shared[key] = level_plan(keep, plan.grid, need, sweep)
-        levels[need.level] = shared[key]
-    return BlockPlan(levels)
+    return BlockPlan({need.level: level_plan(keep, plan.grid, need, sweep, shared) for need in needs})
 
 
-def level_plan(keep: Tensor, units: Pair, need: LevelNeed, sweep: bool = False) -> LevelPlan:
-    """keep: (P, V) visible units of the grid `units`, on the CPU, in the order of their tokens."""
+def level_plan(
+    keep: Tensor,
+    units: Pair,
+    need: LevelNeed,
+    sweep: bool = False,
+    shared: MutableMapping[Any, WindowGroups] | None = None,
+) -> LevelPlan:
+    """keep: (P, V) visible units of the grid `units`, on the CPU, in the order of their tokens. shared: as in
+    `level_plans`."""
+    shared = {} if shared is None else shared
     grid = (units[0] * need.scale, units[1] * need.scale)
     rows, columns = np.divmod(unit_tokens(keep, units, need.scale).numpy(), grid[1])
-    made: dict[tuple[Pair, Pair], WindowGroups] = {}
     groups = {}
     for shift in need.shifts:
         assert need.window is not None
         real = window_on(grid, need.window, shift)
-        if real not in made:
-            made[real] = window_groups(rows, columns, *real, table=need.window, width=need.width, sweep=sweep)
-        groups[shift] = made[real]
+        key = (need.level, *real, keep.shape[1])
+        if key not in shared:
+            shared[key] = window_groups(
+                rows, columns, *real, table=need.window, width=need.width, sweep=sweep
+            )
+        groups[shift] = shared[key]
     halo = halo_index(rows, columns, grid, need.scale) if need.halo else None
     return LevelPlan(groups, halo)
 
