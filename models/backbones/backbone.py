@@ -151,6 +151,14 @@ class Backbone(Protocol):
         """(rows, columns) of mask units of an image of `size`. Raises ValueError as `check_size`."""
         ...
 
+    def padded_levels(self, size: tuple[int, int]) -> list[int]:
+        """Numbers of the levels, from 0, in which a variant for images of `size` (height, width) computes something else
+        than the blocks: timm pads their maps to whole windows with keys that pretraining never saw.
+
+        Empty where windows divide the maps, or there are none. Raises ValueError as `check_size`.
+        """
+        ...
+
     def check_init_from(self, init_from: str) -> None:
         """Raises ValueError if `init_from` cannot be read or does not fit this backbone. Reads no more than
         it must.

@@ -25,14 +25,14 @@ from models.backbones.backbone import (
     too_few_blocks,
 )
 from models.backbones.cuts import Span, cut, spans_between
-from models.backbones.dense import check_fit, image_size_of, resized
+from models.backbones.dense import check_fit, image_size_of
 from models.backbones.level_modules import PARTS
 from models.backbones.visible_block import VisibleBlock
 from models.backbones.weights import Weights, open_weights
-from models.level_plans import LevelNeed, LevelPlan, level_plans
+from models.level_plans import LevelNeed, level_plans
 from models.masking import MaskPlan
 from models.seeding import forked_rng
-from models.window_groups import Pair
+from models.window_groups import Pair, WindowGroups
 
 # Every sensible mask unit divides it, so that timm builds the model and the user's own size can be checked against the unit.
 SIZE_TO_LOOK_AT = 40320
@@ -124,6 +124,10 @@ class Hierarchy(ABC):
         """Module paths in timm's model of what the span runs."""
 
     @abstractmethod
+    def windows_at(self, size: Pair) -> list[Pair | None]:
+        """The window (height, width) that each level of a variant for images of `size` has; None: there are none."""
+
+    @abstractmethod
     def sizes_of_levels(self, layers: Sequence[int], grid: Pair) -> dict[str, Any]:
         """timm's keywords for a model of the first levels with that many layers each; grid: of level 0's tokens."""
 
@@ -131,9 +135,17 @@ class Hierarchy(ABC):
         """The blocks' tensors by timm's names as `model`, a variant, takes them: its windows may be smaller."""
         return trained
 
+    def received(self, given: dict[str, Tensor], drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of weights, by timm's names, as a block takes them: the inverse of `fitted`. drawn: its own."""
+        return given
+
+    def clipped(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Of a block's tensors, the shapes that differ in a variant of the backbone's image size, by timm's names."""
+        return {}
+
     def prepared(self, plans: Mapping[int, MaskPlan], sweep: bool = False) -> dict[int, MaskPlan]:
-        """See `Backbone.prepared`: with groups of windows and neighbours. sweep: see `window_groups`."""
-        shared: dict[Any, LevelPlan] = {}
+        """See `Backbone.prepared`: with groups of windows, made once for all blocks of a level, and neighbours."""
+        shared: dict[Any, WindowGroups] = {}
         return {
             index: replace(plan, layout=level_plans(plan, self._needs[index], sweep, shared))
             for index, plan in plans.items()
@@ -147,8 +159,9 @@ class Hierarchy(ABC):
         if init_from is not None:
             weights = open_weights(init_from)
             shapes = self._check_fit(weights, block)
-            tensors = weights.take(shapes)
-            block.load_state_dict({PARTS + key: resized(tensors[key], shapes[key]) for key in shapes})
+            drawn = {key.removeprefix(PARTS): value for key, value in block.state_dict().items()}
+            tensors = self.received(weights.take(shapes), drawn)
+            block.load_state_dict({PARTS + key: value for key, value in tensors.items()})
         return block
 
     def check_init_from(self, init_from: str) -> None:
@@ -216,6 +229,15 @@ class Hierarchy(ABC):
         self.check_size(size)
         return size[0] // self.unit, size[1] // self.unit
 
+    def padded_levels(self, size: Pair) -> list[int]:
+        """See `Backbone.padded_levels`."""
+        self.check_size(size)
+        return [
+            number
+            for number, (level, window) in enumerate(zip(self.levels, self.windows_at(size), strict=True))
+            if window and any(side // level.stride % width for side, width in zip(size, window, strict=True))
+        ]
+
     def reopen(self, folder: Path, depth: int) -> nn.Module:
         """See `Backbone.reopen`."""
         model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
@@ -255,7 +277,7 @@ class Hierarchy(ABC):
             if span.end == self.levels[span.level].layers and span.level + 1 < len(self.levels)
             for path in self.paths(Span(span.level, span.end, span.end + 1))
         ]
-        check_fit(weights, shapes, roots, left_out="norm.")
+        check_fit(weights, shapes, roots, left_out="norm.", also=self.clipped(shapes))
         return shapes
 
     def _block_at(self, depth: int) -> BlockInfo:

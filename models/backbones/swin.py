@@ -7,19 +7,20 @@ a grid has the part of them that is used there. Painted images are `dense.py`'s.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from models.backbones.cuts import Span
-from models.backbones.dense import BIAS_TABLE
+from models.backbones.dense import BIAS_TABLE, resized
 from models.backbones.hierarchy import Hierarchy, LevelInfo
 from models.backbones.visible_block import VisibleBlock
 from models.level_plans import LevelNeed, LevelPlan
 from models.masking import MaskPlan
 from models.visible import linear_convolution, merge_patches, visible_patches, window_attention
-from models.window_groups import Pair
+from models.window_groups import Pair, table_rows, window_on
 
 
 class SwinBlock(VisibleBlock):
@@ -67,16 +68,19 @@ class SwinBackbone(Hierarchy):
 
     def need(self, span: Span, scale: int) -> LevelNeed:
         """See `Hierarchy.need`."""
-        level = self.levels[span.level]
-        assert level.window is not None
-        shifts = dict.fromkeys(shift_of(layer, level.window) for layer in range(span.start, span.end))
-        return LevelNeed(span.level, scale, level.width, level.window, tuple(shifts))
+        window = self._nominal(span.level)
+        shifts = dict.fromkeys(shift_of(layer, window) for layer in range(span.start, span.end))
+        return LevelNeed(span.level, scale, self.levels[span.level].width, window, tuple(shifts))
 
     def paths(self, span: Span) -> list[str]:
         """See `Hierarchy.paths`."""
         opening = [f"layers.{span.level}.downsample" if span.level else "patch_embed"]
         layers = [f"layers.{span.level}.blocks.{layer}" for layer in range(span.start, span.end)]
         return (opening if span.start == 0 else []) + layers
+
+    def windows_at(self, size: Pair) -> list[Pair | None]:
+        """See `Hierarchy.windows_at`."""
+        return [self._window_at(level, size) for level in range(len(self.levels))]
 
     def sizes_of_levels(self, layers: Sequence[int], grid: Pair) -> dict[str, Any]:
         """See `Hierarchy.sizes_of_levels`. Windows are nominal: timm makes those that are larger than a map smaller."""
@@ -88,18 +92,63 @@ class SwinBackbone(Hierarchy):
         found = dict(trained)
         for number, stage in enumerate(model.layers):  # type: ignore[arg-type]
             for layer, module in enumerate(stage.blocks):
-                key, nominal = f"layers.{number}.blocks.{layer}.attn.{BIAS_TABLE}", self.levels[number].window
-                assert nominal is not None
-                found[key] = inner_table(trained[key], nominal, tuple(module.window_size))
+                key = f"layers.{number}.blocks.{layer}.attn.{BIAS_TABLE}"
+                found[key] = inner_table(trained[key], self._nominal(number), tuple(module.window_size))
         return found
+
+    def received(self, given: dict[str, Tensor], drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `Hierarchy.received`: a table of the window that fits the level's map goes into the middle of the nominal one,
+        whose other rows stay as drawn; one of another window is resampled."""
+        found = dict(given)
+        for key, (nominal, smaller) in self._tables(given).items():
+            table = given[key]
+            if nominal != smaller and len(table) == table_rows(smaller):
+                found[key] = with_inner_table(drawn[key], table, nominal, smaller)
+            else:
+                found[key] = resized(table, tuple(drawn[key].shape))
+        return found
+
+    def clipped(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """See `Hierarchy.clipped`: tables of windows that are larger than the map."""
+        return {
+            key: (table_rows(smaller), *shapes[key][1:]) for key, (_, smaller) in self._tables(shapes).items()
+        }
+
+    def _tables(self, keys: Iterable[str]) -> dict[str, tuple[Pair, Pair]]:
+        """Those of timm's names that are tables -> the nominal window of their level, and the one that fits its map."""
+        levels = {key: int(key.split(".")[1]) for key in keys if key.endswith(BIAS_TABLE)}
+        return {
+            key: (self._nominal(level), self._window_at(level, self.image_size))
+            for key, level in levels.items()
+        }
+
+    def _nominal(self, level: int) -> Pair:
+        window = self.levels[level].window
+        assert window is not None
+        return window
+
+    def _window_at(self, level: int, size: Pair) -> Pair:
+        stride = self.levels[level].stride
+        return window_on((size[0] // stride, size[1] // stride), self._nominal(level), (0, 0))[0]
 
 
 def inner_table(table: Tensor, window: Pair, smaller: Pair) -> Tensor:
     """((2 h - 1) (2 w - 1), heads) of an h x w window -> the same of a smaller window: differences keep their rows."""
+    return table[inner_rows(window, smaller)]
+
+
+def with_inner_table(table: Tensor, inner: Tensor, window: Pair, smaller: Pair) -> Tensor:
+    """A copy of `table`, of `window`, in which the differences of places in a smaller window have the rows of `inner`: the
+    inverse of `inner_table`."""
+    return table.index_copy(0, inner_rows(window, smaller), inner.to(table))
+
+
+def inner_rows(window: Pair, smaller: Pair) -> Tensor:
+    """The rows of the table of `window`, ((2 h - 1) (2 w - 1),) in order, whose differences occur in a smaller window."""
     height, width = (2 * side - 1 for side in window)
     down, across = (outer - inner for outer, inner in zip(window, smaller, strict=True))
-    whole = table.unflatten(0, (height, width))
-    return whole[down : height - down, across : width - across].flatten(0, 1)
+    rows = torch.arange(height * width).unflatten(0, (height, width))
+    return rows[down : height - down, across : width - across].flatten()
 
 
 def shift_of(layer: int, window: Pair) -> Pair:

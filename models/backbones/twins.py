@@ -121,9 +121,15 @@ class TwinsBackbone(Hierarchy):
             "embed_dims": [level.width for level in levels],
         }
         if levels[0].window is not None:
-            sides = [max(grid) * levels[0].stride // level.stride for level in levels]
-            sizes["wss"] = [
-                max(SMALLEST_WINDOW, min(level.window[0], side)) if level.window else 1
-                for level, side in zip(levels, sides, strict=True)
-            ]
+            stride = levels[0].stride
+            windows = self.windows_at((grid[0] * stride, grid[1] * stride))[: len(levels)]
+            sizes["wss"] = [window[0] if window else 1 for window in windows]
         return sizes
+
+    def windows_at(self, size: Pair) -> list[Pair | None]:
+        """See `Hierarchy.windows_at`: square ones."""
+        sides = [
+            level.window and max(SMALLEST_WINDOW, min(level.window[0], max(size) // level.stride))
+            for level in self.levels
+        ]
+        return [(side, side) if side else None for side in sides]

@@ -272,6 +272,11 @@ class ViTBackbone:
         self.check_size(size)
         return size[0] // self.unit, size[1] // self.unit
 
+    def padded_levels(self, size: tuple[int, int]) -> list[int]:
+        """See `Backbone.padded_levels`: there are no windows."""
+        self.check_size(size)
+        return []
+
     def reopen(self, folder: Path, depth: int) -> nn.Module:
         """See `Backbone.reopen`."""
         model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
