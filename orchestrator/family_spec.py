@@ -67,6 +67,8 @@ class FamilySpec:
     """What an encoder block computes: "visible" tokens or "all"; see `models.backbones.open_backbone`."""
     mask_per_batch: bool | None = None
     """Whether the samples of a micro-batch share one mask; None: as the backbone family does (Swin and Twins: yes)."""
+    sweep_groups: bool = False
+    """Whether every size of window groups is tried (Swin and Twins), see `models.window_groups`."""
     boundary_noise: float = 0.0
     """Noise on what enters a later block, in standard deviations of it."""
     score_newly_dropped: bool = True
@@ -130,7 +132,7 @@ def plans_of_step(
     plans = block_plans(order, grid, visible_counts(units, spec.mask_ratios), scales)
     wanted = range(len(plans)) if blocks is None else blocks
     found = {}
-    for k, plan in backbone.prepared({k: plans[k] for k in wanted}).items():
+    for k, plan in backbone.prepared({k: plans[k] for k in wanted}, spec.sweep_groups).items():
         how, gen = spec.decoders[k], generator(spec.seed, "decode", step, micro, k)
         # Drawn on the CPU: many small steps, which on a GPU would queue among those of the training.
         found[k] = partial_plan(plan, how.throw_ratio, how.sampler, gen).to(device)

@@ -85,8 +85,20 @@ def opening_lines(family: Family, prepared: Prepared, layout: Layout) -> list[st
         f"{settings.schedule.epochs} epochs of {_steps(family)} images, "
         f"peak learning rate {_rates(family)}, seed {settings.seed}",
         f"block{'s' * (len(blocks) > 1)} {where} {place}",
-        *(f"note: {said}" for said in without_effect(settings)),
+        *(f"note: {said}" for said in [*without_effect(settings), *_padding(family)]),
         f"output: {short_path(family.out)}",
+    ]
+
+
+def _padding(family: Family) -> list[str]:
+    """What a variant computes otherwise than the blocks that were trained, if it does."""
+    size = family.backbone.image_size
+    padded = ", ".join(str(level + 1) for level in family.backbone.padded_levels(size))
+    if not padded:
+        return []
+    return [
+        f"at {size[0]} x {size[1]} px the windows of level {padded} do not divide the grid; timm pads them with tokens that "
+        "training never sees (README, Pyramids)"
     ]
 
 

@@ -59,6 +59,7 @@ def resolve(settings: Settings, auto_precision: Precision = "fp32") -> tuple[Fam
         targets=targets,
         encode=backbone.encode,
         mask_per_batch=settings.mask.per_batch,
+        sweep_groups=settings.mask.sweep_groups,
         boundary_noise=settings.boundary_noise,
         score_newly_dropped=settings.mask.score_newly_dropped,
         seed=settings.seed,

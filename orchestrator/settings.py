@@ -143,7 +143,12 @@ class MaskSettings(_Group):
     )
     per_batch: bool | None = Field(
         default=None,
-        description="one mask for all images of a batch; null: for Swin and Twins, whose windows then group alike",
+        description="one mask for all images of a batch; null: for Swin and Twins, where one per image costs the host much "
+        "time (docs/costs.md)",
+    )
+    sweep_groups: bool = Field(
+        default=False,
+        description="Swin and Twins: try every size of window groups, in place of the published rule; dearer for the host",
     )
     score_newly_dropped: bool = Field(default=True, description="later blocks also predict what block 0 saw")
 

@@ -106,7 +106,8 @@ def test_another_backbone_does_not_inherit_the_arguments_of_the_recipe_s() -> No
         (["--rec", "x"], "unknown setting 'rec'; --help lists all settings"),
         (
             ["--mask", "0.6"],
-            "'mask' is a group of settings, not one: mask.ratio, mask.encode, mask.per_batch, mask.score_newly_dropped",
+            "'mask' is a group of settings, not one: mask.ratio, mask.encode, mask.per_batch, mask.sweep_groups, "
+            "mask.score_newly_dropped",
         ),
         (["--schedule.epochs", "1e2"], "schedule.epochs must be a whole number of at least 1, not 1e2"),
         (["--seed", "-1"], "seed must be a whole number of at least 0, not -1"),

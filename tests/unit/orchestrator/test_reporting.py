@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from orchestrator.command_line import load_settings
+from orchestrator.job import prepare
+from orchestrator.placement import ClusterResources
+from orchestrator.reporting import opening_lines
+from orchestrator.training import layout_of
+
+
+def opening(*argv: str, out: Path) -> list[str]:
+    settings = load_settings(
+        [*argv, "--placement.backend", "in_process", "--search.trials", "0", "--out", str(out)]
+    )
+    prepared = prepare(settings)
+    return opening_lines(prepared.family, prepared, layout_of(settings, ClusterResources(1, 0)))
+
+
+def test_the_peak_rate_of_every_phase_is_told(tmp_path: Path) -> None:
+    lines = opening("--schedule.resolution", "[[0, 24], [0.5, 32, 32]]", out=tmp_path)
+    assert (
+        "80 epochs of 19 steps of 64, then 39 steps of 32 images, peak learning rate 0.002, then 0.001"
+        in lines[2]
+    )
+    assert not [line for line in lines if line.startswith("note:")]
+
+
+def test_settings_without_effect_and_padded_windows_are_told(tmp_path: Path) -> None:
+    args = "{img_size: 64, patch_size: 2, window_size: 5, embed_dim: 24, depths: [2, 2], num_heads: [2, 4]}"
+    swin = ["--backbone.name", "swin_tiny_patch4_window7_224", "--backbone.model_args", args, "--blocks", "2"]
+    lines = opening(*swin, "--target.bins", "8", out=tmp_path)
+    notes = [line for line in lines if line.startswith("note:")]
+    assert notes[0] == "note: target.bins has no effect: no block's target is hog"
+    assert notes[1].startswith("note: at 64 x 64 px the windows of level 1, 2 do not divide the grid")
