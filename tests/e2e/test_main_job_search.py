@@ -13,6 +13,8 @@ from orchestrator.command_line import load_settings
 from orchestrator.config import with_changes
 from tests.e2e.command import TINY, Finished, arguments, call, read_until, shell, started
 
+pytestmark = pytest.mark.slow
+
 SEARCH = {
     "placement.backend": "ray",
     "search.trials": "2",

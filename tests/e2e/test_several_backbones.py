@@ -28,6 +28,8 @@ from tests.e2e.command import (
     tree,
 )
 
+pytestmark = pytest.mark.slow
+
 VIT = {
     "name": "vit_tiny_patch16_224",
     "called": "vit",

@@ -26,7 +26,7 @@ from orchestrator.search_watch import SearchSpec
 from orchestrator.settings import Settings
 from orchestrator.trials import TrialPlan, trial_room
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 ARGS = "{img_size: 16, patch_size: 4, embed_dim: 32, depth: 4, num_heads: 2}"
 EPOCHS = 4
@@ -196,7 +196,6 @@ def test_a_recipe_that_cannot_be_trained_ends_the_search_with_the_cause(
     assert nothing_runs()
 
 
-@pytest.mark.slow
 def test_optuna_draws_settings_and_goes_on_with_what_it_has_learnt(ray_cluster: None, tmp_path: Path) -> None:
     pytest.importorskip("optuna", reason="the extra 'optuna' is not installed")
     space = "{optim.blr: {low: 0.001, high: 0.1, log: true}, decoder.throw_ratio: [0.0, 0.25, 0.5]}"

@@ -24,7 +24,7 @@ from orchestrator.training import layout_of
 from tests.e2e.command import image_folder
 from tests.integration.conftest import MODEL_ARGS
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 WAITS = "waits until another backbone gives its room back"
 
