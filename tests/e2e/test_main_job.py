@@ -156,6 +156,7 @@ def test_mlflow_has_a_parent_run_a_child_and_a_registered_version_per_depth(defa
 # -- other data, other starts -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_baseline_is_trained_beside_and_cut_to_every_depth(tmp_path: Path, store: str) -> None:
     source = image_folder(tmp_path / "images", "{label}/{number}.png", 120)
     done = main_job(
@@ -274,7 +275,13 @@ def test_a_loss_that_is_not_finite_names_block_step_and_learning_rate(
     assert parent_run(store, done.out).info.status == "FAILED"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, id="Ctrl-C"),
+    ],
+)
 def test_a_signal_ends_a_run_on_ray_with_a_checkpoint_and_resuming_changes_no_bit(
     tmp_path: Path, unbroken: Finished, unlabelled: Path, number: signal.Signals
 ) -> None:
@@ -307,6 +314,7 @@ def test_a_signal_ends_a_run_on_ray_with_a_checkpoint_and_resuming_changes_no_bi
     assert parent_run(store, tmp_path / "runs" / "a").info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_killed_leaves_no_process_and_its_run_can_be_resumed(
     tmp_path: Path, unbroken: Finished, unlabelled: Path, store: str
 ) -> None:

@@ -57,6 +57,7 @@ def test_placement_does_not_change_the_weights(tmp_path: Path) -> None:
     assert differing(state(tmp_path / "here", 20), state(tmp_path / "ray", 20)) == []
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_request_on_ray_resumes_to_the_same_weights(tmp_path: Path, unbroken: Path) -> None:
     stop = StopRequest()
 
@@ -76,6 +77,7 @@ def test_a_run_stopped_by_request_on_ray_resumes_to_the_same_weights(tmp_path: P
     assert differing(state(unbroken, 200), state(tmp_path, 200)) == []
 
 
+@pytest.mark.slow
 def test_twenty_kills_at_random_steps_and_in_a_save_leave_the_weights_unchanged(
     tmp_path: Path, unbroken: Path
 ) -> None:
@@ -127,6 +129,7 @@ def test_twenty_kills_at_random_steps_and_in_a_save_leave_the_weights_unchanged(
     assert differing(state(unbroken, 200), state(tmp_path, 200)) == []
 
 
+@pytest.mark.slow
 def test_a_killed_data_worker_costs_one_rewind(tmp_path: Path, unbroken: Path) -> None:
     stages = RayStages(family(), data(workers=1), layout(), shared=tmp_path)
     killed: list[int] = []

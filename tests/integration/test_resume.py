@@ -50,6 +50,7 @@ def test_accumulated_micro_batches_resume_too(tmp_path: Path) -> None:
     assert differing(state(tmp_path / "whole", 20), state(tmp_path / "cut", 20)) == []
 
 
+@pytest.mark.slow
 def test_a_run_of_growing_resolution_resumes_inside_any_phase(tmp_path: Path) -> None:
     spec, images, phases = growing()
     assert [(p.first_step, p.steps_per_epoch) for p in phases] == [(0, 4), (4, 4), (12, 9)]
