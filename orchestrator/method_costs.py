@@ -189,19 +189,13 @@ def encoder_cost(
     return min(times[1:]), held, peak
 
 
-def plan_seconds(spec: FamilySpec, batch: int, steps: int, sweep: bool = False) -> float:
-    """Seconds of the median of `steps` plans of all blocks for a batch on the CPU, which a run makes ahead of the step.
-
-    sweep: of grouping windows alone (`Backbone.prepared`), with the full sweep over the sizes of groups.
-    """
+def plan_seconds(spec: FamilySpec, batch: int, steps: int) -> float:
+    """Seconds of the median of `steps` plans of all blocks for a batch on the CPU, which a run makes ahead of the step."""
     backbone = backbone_of(spec)
     times = []
     for step in range(steps):
         started = time.perf_counter()
-        plans = plans_of_step(spec, backbone, backbone.image_size, batch, step, 0)
-        if sweep:
-            started = time.perf_counter()
-            backbone.prepared(plans, sweep=True)
+        plans_of_step(spec, backbone, backbone.image_size, batch, step, 0)
         times.append(time.perf_counter() - started)
     return median(times)
 

@@ -190,8 +190,7 @@ def print_plans(spec: FamilySpec, batch: int, steps: int, step_s: float | None =
     print(f"{'':<33}  {'ms':>8}" + ("  of the step on visible tokens" if step_s else ""))
     for words, per_batch in (("one mask per batch", True), ("one mask per sample", False)):
         for sweep in (False, True):
-            masked = replace(spec, mask_per_batch=per_batch)
-            seconds = plan_seconds(masked, batch, steps, sweep)
+            seconds = plan_seconds(replace(spec, mask_per_batch=per_batch, sweep_groups=sweep), batch, steps)
             share = f"  {seconds / step_s:29.4f}" if step_s else ""
             print(f"{words + sweep * ', full sweep':<33}  {1000 * seconds:8.1f}{share}", flush=True)
 

@@ -25,8 +25,9 @@ from models.backbones.backbone import (
     too_few_blocks,
 )
 from models.backbones.cuts import Span, cut, spans_between
-from models.backbones.dense import check_fit, image_size_of
+from models.backbones.dense import image_size_of
 from models.backbones.level_modules import PARTS
+from models.backbones.pyramid_weights import check_fit
 from models.backbones.visible_block import VisibleBlock
 from models.backbones.weights import Weights, open_weights
 from models.level_plans import LevelNeed, level_plans

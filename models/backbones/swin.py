@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones.cuts import Span
-from models.backbones.dense import BIAS_TABLE, resized
 from models.backbones.hierarchy import Hierarchy, LevelInfo
+from models.backbones.pyramid_weights import BIAS_TABLE, resized
 from models.backbones.visible_block import VisibleBlock
 from models.level_plans import LevelNeed, LevelPlan
 from models.masking import MaskPlan

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,8 @@ from orchestrator.provenance import DataRecord, collect
 from orchestrator.run_notes import DepthRecord
 from orchestrator.tracking import Tracker, TrackingError
 
+pytestmark = pytest.mark.usefixtures("home")
+
 ARGS = {
     "img_size": 32,
     "patch_size": 8,
@@ -32,23 +33,6 @@ ARGS = {
     "num_classes": 0,
     "global_pool": "avg",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A working directory with one store for all tests: making one costs seconds."""
-    folder = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-        patch.setenv("DO_NOT_TRACK", "1")
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.chdir(folder)
-        yield folder
-
-
-@pytest.fixture
-def client(home: Path) -> MlflowClient:
-    return MlflowClient(tracking_uri=f"sqlite:///{home}/mlflow.db")
 
 
 def open_tracker(

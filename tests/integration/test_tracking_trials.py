@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,22 +12,7 @@ from mlflow.entities import Run
 from orchestrator.search_results import Point, TrialRow
 from orchestrator.tracking import Tracker
 
-
-@pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A working directory with one store for all tests."""
-    folder = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-        patch.setenv("DO_NOT_TRACK", "1")
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.chdir(folder)
-        yield folder
-
-
-@pytest.fixture
-def client(home: Path) -> MlflowClient:
-    return MlflowClient(tracking_uri=f"sqlite:///{home}/mlflow.db")
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def open_tracker(out: Path) -> Tracker:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import timm.layers
 import torch
@@ -73,7 +75,7 @@ def test_activations_of_the_encoder_alone_are_counted_in_the_precision_asked_for
 def test_the_cost_of_plans_is_measured_apart_from_the_step() -> None:
     spec = family("swin_tiny_patch4_window7_224", (1, 1, 2, 1), DecoderSpec(1, 32), model_args=SWIN)
     assert plan_seconds(spec, 2, steps=2) > 0
-    assert plan_seconds(spec, 2, steps=2, sweep=True) > 0
+    assert plan_seconds(replace(spec, sweep_groups=True), 2, steps=2) > 0
     found = sampler_seconds(spec, 2, steps=2, throw_ratio=0.25)
     assert [grid for grid, _ in found] == [(16, 16), (8, 8), (4, 4), (2, 2)]
     for _, times in found:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from models.backbones import DenseBackbone, SwinBackbone, open_backbone, random_variant
-from models.backbones.dense import resized
+from models.backbones.pyramid_weights import resized
 from models.backbones.swin import inner_table, with_inner_table
 from models.backbones.visible_block import VisibleBlock
 from models.masking import MaskPlan, block_plans, random_order, visible_counts
