@@ -6,13 +6,14 @@ nearest key. Serves the scripts in pipelines/.
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from orchestrator.config import overlaid, settings_to_mapping
 from orchestrator.recipes import DEFAULT_RECIPE, RecipeError, bundled_recipes, parse_value, read_recipe
@@ -58,11 +59,9 @@ def load_settings(argv: Sequence[str]) -> Settings:
         SettingsError: all that is wrong with the arguments, the recipe or the settings, one sentence a line.
     """
     if {"--help", "-h"} & set(argv):
-        print(help_text())
-        sys.exit(0)
+        _print_and_exit(help_text())
     if "--version" in argv:
-        print(version_text())
-        sys.exit(0)
+        _print_and_exit(version_text())
     arguments = _split(argv)
     _resumed_recipe(arguments)
     problems = arguments.problems
@@ -96,6 +95,15 @@ def load_settings(argv: Sequence[str]) -> Settings:
     if problems:
         raise SettingsError("\n".join(problems))
     return settings
+
+
+def _print_and_exit(text: str) -> NoReturn:
+    """Print and exit (0), quietly where the reader has closed the pipe, as `--help | head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the flush at exit would tell it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
 
 
 def _split(argv: Sequence[str]) -> _Arguments:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -184,6 +187,22 @@ def test_help_prints_and_leaves_with_status_0(argv: list[str], capsys: pytest.Ca
         load_settings(argv)
     assert left.value.code == 0
     assert capsys.readouterr().out == help_text() + "\n"
+
+
+def test_help_into_a_closed_pipe_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [
+        sys.executable,
+        "-c",
+        "from orchestrator.command_line import load_settings; load_settings(['--help'])",
+    ]
+    try:
+        status = subprocess.run(command, stdout=writer, check=False).returncode
+    finally:
+        os.close(writer)
+    assert status == 0
+    assert capfd.readouterr().err == ""
 
 
 def test_version_prints_and_leaves_with_status_0(capsys: pytest.CaptureFixture[str]) -> None:
