@@ -27,6 +27,7 @@ from orchestrator.data.sources import Source
 from orchestrator.data.splits import Splits
 from orchestrator.evaluation import DepthReport, Scores, evaluate_variants, raw_pixels
 from orchestrator.family import Family, make_family
+from orchestrator.objective import SCORED_BY
 from orchestrator.placement import ClusterResources
 from orchestrator.pretrain import EpochReport, StopRequest
 from orchestrator.settings import Settings, settings_from_mapping
@@ -115,7 +116,7 @@ class _Quiet:
 
 
 def base_digest(base: Settings) -> str:
-    """Eight characters that stand for every setting of the base that changes a trained weight, the seed left out.
+    """Eight characters for every setting of the base that changes a trained weight or how it is scored, the seed left out.
 
     Of the images the name of their folder counts, not where it lies. What stands at its default is left out, so that a
     setting that a later version adds changes no digest.
@@ -124,7 +125,12 @@ def base_digest(base: Settings) -> str:
     values = flat(with_changes(base, {"seed": 0, "data.source": source}))
     bare = {"name": "x", "backbone": {"name": "x"}, "data": {"source": "x", "batch_size": 1}}
     default = flat(settings_from_mapping(bare | {"schedule": {"epochs": 1}}))
-    told = {key: v for key, v in values.items() if changes_weights(key) and v != default.get(key)}
+    scored = {f"evaluation.{name}" for name in SCORED_BY}
+    told = {
+        key: v
+        for key, v in values.items()
+        if (changes_weights(key) or key in scored) and v != default.get(key)
+    }
     return blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 

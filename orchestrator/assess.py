@@ -22,7 +22,7 @@ from orchestrator.data.sources import Source
 from orchestrator.data.spec import DataSpec
 from orchestrator.data.splits import Splits
 from orchestrator.evaluation import DepthReport, evaluate_variants, raw_pixels
-from orchestrator.export import export_decoder, export_variant, folder_name
+from orchestrator.export import export_decoder, export_variant, folder_name, rewrite_card
 from orchestrator.family_spec import FamilySpec, backbone_of, build_local_mim, plans_of_step
 from orchestrator.model_card import CardFacts
 from orchestrator.pictures import save_reconstructions
@@ -138,7 +138,11 @@ def timed(job: AssessJob, found: Assessment) -> Assessment:
         )
         for report in found.reports
     )
-    _export(job, backbone, variants, reports, found.random, found.raw)
+    for (
+        depth,
+        folder,
+    ) in found.folders.items():  # the weights there have what was gathered of the images since
+        rewrite_card(backbone, depth, Path(folder), job.card, reports, found.random, found.raw)
     return replace(found, reports=reports)
 
 
@@ -240,19 +244,22 @@ def _reconstructions(
         module.to(device).eval()
         x = module.encoder(x, plan)
         found = module.decoder(x, plan)
-        masked = plan.masked[:, : found.shape[1]]  # without recovery a decoder says nothing of thrown tokens
+        count = found.shape[
+            1
+        ]  # without recovery a decoder says nothing of thrown tokens, the last of the masked
+        masked, thrown = plan.masked[:, :count], plan.masked[:, count:]
         wanted = module.target(images)
         predicted = module.target.to_image(_all_tokens(found, masked, wanted), images)
         path = Path(job.out) / "pictures" / f"reconstruction_depth{info.depth:02d}.png"
-        mask = masked.cpu().numpy()
         save_reconstructions(
             path,
             original=_visible_range(images, job.spec),
             predicted=_visible_range(predicted, job.spec),
-            masked=mask,
+            masked=masked.cpu().numpy(),
             grid=plan.token_grid,
             wanted=None if is_pixels[k] else _visible_range(module.target.to_image(wanted, images), job.spec),
-            title=f"depth {info.depth}: {mask.shape[1]} of {math.prod(plan.token_grid)} patches predicted",
+            title=f"depth {info.depth}: {count} of {math.prod(plan.token_grid)} patches predicted",
+            thrown=thrown.cpu().numpy(),
         )
         paths[info.depth] = str(path)
     return paths

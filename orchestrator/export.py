@@ -73,6 +73,22 @@ def export_variant(
     return out_dir
 
 
+def rewrite_card(
+    backbone: Backbone,
+    depth: int,
+    out_dir: Path,
+    card: CardFacts,
+    reports: Sequence[DepthReport],
+    random_reports: Sequence[DepthReport],
+    raw: Mapping[str, float],
+) -> None:
+    """The card of a folder that `export_variant` wrote, with other measurements; its weights stay as they are."""
+    text = render_card(backbone, depth, card, backbone.image_size, reports, random_reports, raw)
+    fresh = Path(out_dir) / ".README.md"
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(Path(out_dir) / "README.md")
+
+
 def export_decoder(
     state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> Path:

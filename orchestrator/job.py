@@ -180,11 +180,17 @@ def resolved(
 
 def keep_settings(family: Family, tracker: Tracker, without: tuple[str, ...] = ()) -> None:
     """Write the settings into the output directory, from where --resume takes them, and into MLflow."""
+    text = write_settings(family)
+    shown = {key: value for key, value in flat(family.settings).items() if key not in without}
+    tracker.log_settings(shown, text)
+
+
+def write_settings(family: Family) -> str:
+    """Write the settings into the output directory, which is there. Returns the text."""
     settings = with_changes(family.settings, {"resume": False, "search.resume": False})
     text = settings_to_yaml(settings)
     (family.out / SAVED_SETTINGS).write_text(text, encoding="utf-8")
-    shown = {key: value for key, value in flat(family.settings).items() if key not in without}
-    tracker.log_settings(shown, text)
+    return text
 
 
 def open_tracker(family: Family, run_name: str | None = None, parent_run_id: str | None = None) -> Tracker:

@@ -22,7 +22,6 @@ OF_THE_RUN = (
     "baseline",
     "backbone",
     "backbones",
-    "blocks",
     "data.source",
     "data.image_column",
     "data.label_column",
@@ -139,7 +138,9 @@ def _other_settings(entry: BackboneEntry) -> dict[str, Any]:
             problems.append(
                 f"settings: {key} is the same for all backbones of a run; set it for the run, or for a run of its own"
             )
-        elif key.startswith("backbone"):
+        elif key == "blocks":
+            problems.append("settings: 'blocks' belongs beside settings")
+        elif key.startswith("backbone."):
             problems.append(f"settings: {show(key)} belongs beside settings, as name or model_args")
         elif key not in all_settings():
             problems.append(f"settings: {unknown(key, list(all_settings()))}")

@@ -17,6 +17,8 @@ from typing import Any
 import timm.layers
 import torch
 
+from models.backbones import open_backbone
+from models.backbones.backbone import OWNED_ARGS
 from models.masking import MaskPlan, partial_plan
 from models.sampling import SAMPLERS
 from orchestrator.activation_memory import autocast, counting_saved, growing, saved_activations
@@ -86,11 +88,17 @@ def family(
     )
 
 
-def methods(backbone: str, layers: tuple[int, ...], cell: int = 8) -> list[Method]:
-    """The methods of papers.md on one backbone, ordinary MAE first. layers: of the family's blocks."""
-    whole = (sum(layers),)
+def methods(backbone: str, layers: tuple[int, ...]) -> list[Method]:
+    """The methods of papers.md on one backbone, ordinary MAE first. layers: of the family's blocks.
+
+    The small size is 128, or the next below that holds whole mask units; HOG's cells are 8 pixels, or the next below that
+    divide a unit.
+    """
+    whole, unit = (sum(layers),), open_backbone(backbone, layers, {}).unit
+    size = max(unit, 128 // unit * unit)
+    cell = next(cell for cell in range(8, 0, -1) if unit % cell == 0)
     thrown, small_thrown = replace(MAE_DECODER, throw_ratio=0.5), replace(SMALL_DECODER, throw_ratio=0.5)
-    hog, low = TargetSpec("hog", {"cell": cell}), {"img_size": 128}
+    hog, low = TargetSpec("hog", {"cell": cell}), {"img_size": size}
     k = f"K={len(layers)}"
     return [
         Method("MAE", family(backbone, whole, MAE_DECODER), "1"),
@@ -98,12 +106,12 @@ def methods(backbone: str, layers: tuple[int, ...], cell: int = 8) -> list[Metho
         Method(f"BIM {k}", family(backbone, layers, MAE_DECODER)),
         Method(f"BIM {k} + PR-MIM 0.5", family(backbone, layers, thrown)),
         Method(
-            "FastMIM 128, HOG",
+            f"FastMIM {size}, HOG",
             family(backbone, whole, SMALL_DECODER, hog, model_args=low, encode="all"),
             "time of an epoch 0.59, memory 0.34",
         ),
         Method(
-            f"BIM {k} + PR-MIM 0.5, HOG, 128, 1x256",
+            f"BIM {k} + PR-MIM 0.5, HOG, {size}, 1x256",
             family(backbone, layers, small_thrown, hog, model_args=low),
         ),
     ]
@@ -222,6 +230,21 @@ def sampler_seconds(
     ]
 
 
+def light_decoders(spec: FamilySpec) -> FamilySpec:
+    """The same family with decoders that cost less where there are many tokens: on grids of more than 28 x 28 a width of 64
+    and 0.65 of all tokens thrown, on more than 14 x 14 a width of 128 and half of them, thrown ones not recovered and drawn
+    at random."""
+    found = []
+    for info, decoder in zip(backbone_of(spec).blocks, spec.decoders, strict=True):
+        tokens = info.grid[0] * info.grid[1]
+        for least, dim, throw in ((28 * 28, 64, 0.65), (14 * 14, 128, 0.5)):
+            if tokens > least:
+                decoder = replace(decoder, dim=dim, throw_ratio=throw, recovery="none", sampler="random")
+                break
+        found.append(decoder)
+    return replace(spec, decoders=tuple(found))
+
+
 @contextmanager
 def explicit_attention() -> Iterator[None]:
     """Inside, timm builds attention that keeps its N x N weights, as before fused kernels."""
@@ -235,8 +258,12 @@ def explicit_attention() -> Iterator[None]:
 
 def depth_runs(backbone: str, layers: tuple[int, ...], decoder: DecoderSpec) -> list[FamilySpec]:
     """What a family replaces: an ordinary end-to-end run for each of its depths."""
-    depths = [sum(layers[: k + 1]) for k in range(len(layers))]
-    return [family(backbone, (depth,), decoder, model_args={"depth": depth}) for depth in depths]
+    whole = open_backbone(backbone, layers, {})
+    found = []
+    for info in whole.blocks:
+        args = {key: v for key, v in whole.variant_args(info.depth).items() if key not in OWNED_ARGS}
+        found.append(family(backbone, (info.depth,), decoder, model_args=args))
+    return found
 
 
 def _now(device: torch.device) -> float:

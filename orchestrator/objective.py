@@ -26,6 +26,9 @@ from orchestrator.phases import Phase
 from orchestrator.probes import weighted_knn
 from orchestrator.training_cost import forward_gflops
 
+SCORED_BY = ("knn_k", "knn_temperature")
+"""Settings of the evaluation that a score depends on; what was scored otherwise cannot be compared."""
+
 FIT_IMAGES = 20_000
 JUDGED_IMAGES = 5_000
 """Labelled images of the train and the validation split that a score takes, drawn from the seed where there are more."""

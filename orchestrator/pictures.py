@@ -69,15 +69,18 @@ def reconstruction_figure(
     grid: tuple[int, int],
     title: str = "",
     wanted: np.ndarray | None = None,
+    thrown: np.ndarray | None = None,
 ) -> Figure:
     """One row per image: masked | reconstructed | original. The visible part is shown as it is, not as it was predicted.
 
-    original, predicted: (B, H, W, 3), un-normalised; what lies outside 0..1 is clipped. masked: (B, M) mask units.
+    original, predicted: (B, H, W, 3), un-normalised; what lies outside 0..1 is clipped. masked: (B, M) tokens that are
+    predicted; thrown: (B, T) those that are masked too and of which nothing is predicted: they stay grey.
     wanted: where no pixels are predicted, a picture of the true target: masked | predicted | target | original.
     """
-    columns = {"masked": hide_masked(original, masked, grid)}
+    seen = original if thrown is None or not thrown.size else hide_masked(original, thrown, grid)
+    columns = {"masked": hide_masked(seen, masked, grid)}
     if wanted is None:
-        columns["reconstructed"] = fill_masked(original, predicted, masked, grid)
+        columns["reconstructed"] = fill_masked(seen, predicted, masked, grid)
     else:
         columns |= {"predicted": hide_visible(predicted, masked, grid), "target": wanted}
     columns["original"] = original
@@ -121,9 +124,10 @@ def save_reconstructions(
     grid: tuple[int, int],
     title: str = "",
     wanted: np.ndarray | None = None,
+    thrown: np.ndarray | None = None,
 ) -> Path:
     """`reconstruction_figure` as a PNG file."""
-    return write_png(reconstruction_figure(original, predicted, masked, grid, title, wanted), path)
+    return write_png(reconstruction_figure(original, predicted, masked, grid, title, wanted, thrown), path)
 
 
 def accuracy_latency_figure(

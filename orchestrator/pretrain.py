@@ -64,7 +64,10 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class EpochReport:
-    """One epoch, for a person: mean loss per block, images/s, share of the time lost waiting for data, seconds to go."""
+    """One epoch, for a person: mean loss per block, images/s, share of the time lost waiting for data, seconds to go.
+
+    plan_wait: share lost waiting for plans of masks, at the stage that waited longest.
+    """
 
     epoch: int
     epochs: int
@@ -72,6 +75,7 @@ class EpochReport:
     images_per_s: float
     data_wait: float
     eta_s: float
+    plan_wait: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -270,10 +274,11 @@ class _Loop:
         values = {"data/wait_s": report.data_wait_s, "data/load_s": report.load_s}
         for number, stage in enumerate(report.stages):
             values[f"stage{number}/busy_share"] = stage.busy_s / max(1e-9, stage.busy_s + stage.idle_s)
+            values[f"stage{number}/plan_wait_s"] = stage.plan_wait_s
             for block, metrics in stage.blocks.items():
                 values |= {f"block{block}/{name}": value for name, value in metrics.items()}
         self._logged.add(values)
-        self._epoch.add({k: v for k, v in values.items() if k.endswith("/loss") or k == "data/wait_s"})
+        self._epoch.add({k: v for k, v in values.items() if k.endswith(("/loss", "wait_s"))})
         for name, reason in report.bad_images:
             if name not in self.bad_images:
                 self.bad_images[name] = reason
@@ -300,10 +305,14 @@ class _Loop:
             means, seconds = self._epoch.take(), max(1e-9, now - self._epoch_clock)
             steps = max(1, self._epoch_images // phase.images_per_step)
             losses = {int(k[5:-5]): v for k, v in means.items() if k.endswith("/loss")}
-            wait = min(1.0, means.get("data/wait_s", 0.0) * phase.micros * steps / seconds)
+            plan_wait = max((v for k, v in means.items() if k.endswith("/plan_wait_s")), default=0.0)
+            wait, plan_wait = (
+                min(1.0, mean * phase.micros * steps / seconds)
+                for mean in (means.get("data/wait_s", 0.0), plan_wait)
+            )
             rate = self._epoch_images / seconds
             eta = self._images_left(done) / self.images_per_s()
-            self._listener.on_epoch(EpochReport(epoch + 1, plan.epochs, losses, rate, wait, eta))
+            self._listener.on_epoch(EpochReport(epoch + 1, plan.epochs, losses, rate, wait, eta, plan_wait))
             self._epoch_clock, self._epoch_images = now, 0
 
     def _images_left(self, done: int) -> float:

@@ -10,6 +10,9 @@ from typing import Protocol
 
 from orchestrator.pretrain import EpochReport
 
+WORTH_A_WORD = 0.02
+"""Share of an epoch's time from which on waiting for plans of masks is told."""
+
 
 class MetricSink(Protocol):
     """Where numbers and events are kept; `orchestrator.tracking.Tracker` is one. Must not raise."""
@@ -55,13 +58,17 @@ class Progress:
 
 
 def epoch_line(report: EpochReport) -> str:
-    """`epoch 12/60  loss by block 0.731 0.702 0.698 0.695  1240 img/s  data wait 2 %  to go 1 min 12 s`"""
+    """`epoch 12/60  loss by block 0.731 0.702 0.698 0.695  1240 img/s  data wait 2 %  to go 1 min 12 s`
+
+    The wait for plans of masks is there where it is worth a word.
+    """
     width = len(str(report.epochs))
     losses = " ".join(f"{report.losses[k]:.3f}" for k in sorted(report.losses))
     name = "loss by block" if len(report.losses) > 1 else "loss"
+    plan = f"  mask wait {report.plan_wait:.0%}" if report.plan_wait >= WORTH_A_WORD else ""
     return (
         f"epoch {report.epoch:{width}d}/{report.epochs}  {name} {losses}  {report.images_per_s:.0f} img/s  "
-        f"data wait {report.data_wait:.0%}  to go {duration(report.eta_s)}"
+        f"data wait {report.data_wait:.0%}{plan}  to go {duration(report.eta_s)}"
     )
 
 

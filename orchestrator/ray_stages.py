@@ -187,7 +187,7 @@ class RayStages:
         (bad, load_s), *reports = self._collect(when, pending.note, pending.reports)
         stages: tuple[StageReport, ...] = tuple(reports)
         # One stage may wait for another; that none of them works at all is for want of data.
-        return StepReport(pending.order, stages, bad, load_s, min(stage.idle_s for stage in stages))
+        return StepReport(pending.order, stages, bad, load_s, min(s.idle_s - s.plan_wait_s for s in stages))
 
     def abandon(self, pending: Sequence[Pending]) -> None:
         """Wait for every outstanding task, failed ones included; kill what is still busy after `DRAIN_S`."""

@@ -37,6 +37,10 @@ from orchestrator.search_results import (
 )
 from orchestrator.summary import params_text, render_table, summary_rows, write_summary
 from orchestrator.tracking import Tracker
+from orchestrator.training_cost import block_gflops
+
+DEAR = 2.0
+"""Cost of all decoders over that of all encoders from which on it is told."""
 
 
 def data_record(prepared: Prepared) -> DataRecord:
@@ -85,7 +89,10 @@ def opening_lines(family: Family, prepared: Prepared, layout: Layout) -> list[st
         f"{settings.schedule.epochs} epochs of {_steps(family)} images, "
         f"peak learning rate {_rates(family)}, seed {settings.seed}",
         f"block{'s' * (len(blocks) > 1)} {where} {place}",
-        *(f"note: {said}" for said in [*without_effect(settings), *_padding(family)]),
+        *(
+            f"note: {said}"
+            for said in [*without_effect(settings), *_padding(family), *_dear_decoders(family)]
+        ),
         f"output: {short_path(family.out)}",
     ]
 
@@ -99,6 +106,24 @@ def _padding(family: Family) -> list[str]:
     return [
         f"at {size[0]} x {size[1]} px the windows of level {padded} do not divide the grid; timm pads them with tokens that "
         "training never sees (README, Pyramids)"
+    ]
+
+
+def _dear_decoders(family: Family) -> list[str]:
+    """That most of the work is in the decoders of fine grids, where it is: what visible tokens save would be lost there."""
+    blocks = family.backbone.blocks
+    if len({block.stride for block in blocks}) == 1:
+        return []
+    size = family.backbone.image_size
+    costs = block_gflops(family.spec, family.backbone, size)
+    encoders, decoders = (sum(parts) for parts in zip(*costs, strict=True))
+    if decoders < DEAR * encoders:
+        return []
+    k = max(range(len(costs)), key=lambda k: costs[k][1])
+    rows, columns = (side // blocks[k].stride for side in size)
+    return [
+        f"the decoders cost {decoders / encoders:.1f} times the encoders, most of it in block {k}, on {rows} x {columns} "
+        "tokens; lower decoder.dim or raise decoder.throw_ratio there (README, Pyramids)"
     ]
 
 

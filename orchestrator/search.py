@@ -58,6 +58,9 @@ SCORING_SHARE = 0.1
 STATE_S = "5"
 """Seconds between two of Tune's own saved states: what a killed search may have to do again."""
 
+RETRIES = 1
+"""Times that a trial which failed or died is tried again, from its last checkpoint."""
+
 TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # which prints even when it is told not to
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # result files and TensorBoard for every trial
@@ -101,12 +104,12 @@ def _new_tuner(spec: SearchSpec, trainable: Any, watch: Watch) -> tune.Tuner:
     own = spec.empty.own
     algorithm: Any
     if asked.searcher == "optuna":
-        from ray.tune.search.optuna import OptunaSearch
+        from orchestrator.optuna_searcher import PatientOptuna
 
         logging.getLogger("optuna").setLevel(logging.WARNING)  # importing it has set it to INFO
         points = [own]
         samples = int(min(asked.trials, combinations(spec.space)))
-        algorithm = OptunaSearch(
+        algorithm = PatientOptuna(
             metric="score", mode="max", points_to_evaluate=[_words(spec.space, own)], seed=spec.settings.seed
         )
     else:
@@ -132,6 +135,7 @@ def _new_tuner(spec: SearchSpec, trainable: Any, watch: Watch) -> tune.Tuner:
             name="tune",
             storage_path=str(Path(plan.folder).parent),
             callbacks=[_Callback()],
+            failure_config=tune.FailureConfig(max_failures=RETRIES),
             verbose=0,
         ),
     )
@@ -242,6 +246,9 @@ class _Callback(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         _now().on_complete(trial)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        _now().on_retry(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         _now().on_error(trial)

@@ -18,7 +18,7 @@ from orchestrator.checkpoint import CheckpointStore
 from orchestrator.config import settings_to_mapping
 from orchestrator.family import Family, Prepared, make_family
 from orchestrator.launch import run_beside_stages
-from orchestrator.objective import FIT_IMAGES, JUDGED_IMAGES, RANK_IMAGES, ObjectiveSpec, metric_of
+from orchestrator.objective import FIT_IMAGES, JUDGED_IMAGES, RANK_IMAGES, SCORED_BY, ObjectiveSpec, metric_of
 from orchestrator.outputs import OutputError
 from orchestrator.placement import ClusterResources
 from orchestrator.pretrain import StopRequest
@@ -46,9 +46,6 @@ MARGIN = 1.5
 
 MAY_CHANGE = ("resume", "trial_stages")
 """Settings of a search that may be others when it is continued; Tune's saved state holds the rest."""
-
-SCORED_BY = ("knn_k", "knn_temperature")
-"""Settings of the evaluation that a score depends on; trials scored otherwise cannot be ranked together."""
 
 
 def search_due(settings: Settings, out: Path) -> bool:

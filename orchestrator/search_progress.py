@@ -56,6 +56,9 @@ class SearchProgress:
         )
         self._sink.log_trial(row, result.metric)
 
+    def on_retry(self, result: SearchResult, row: TrialRow) -> None:
+        self._tell(row, f"trial {row.number}  failed and is tried once more: {row.why}", result)
+
     def on_end(self, result: SearchResult, row: TrialRow) -> None:
         if row.status == "stopped early":
             self._tell(row, f"trial {row.number}  stopped {row.why}", result)

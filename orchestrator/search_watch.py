@@ -60,6 +60,8 @@ class SearchListener(Protocol):
 
     def on_score(self, result: SearchResult, row: TrialRow) -> None: ...
 
+    def on_retry(self, result: SearchResult, row: TrialRow) -> None: ...
+
     def on_end(self, result: SearchResult, row: TrialRow) -> None: ...
 
 
@@ -151,17 +153,19 @@ class Watch:
             row = replace(row, status="stopped early", why=why)
         self._over(trial, row)
 
+    def on_retry(self, trial: Any) -> None:
+        """It failed or died, and begins again from its last checkpoint."""
+        self._listener.on_retry(self.result, self._keep(_failed(self._row(trial))))
+
     def on_error(self, trial: Any) -> None:
-        row = self._row(trial)
-        why = row.why if row.status == "failed" else "its process died, perhaps for want of memory"
-        self._over(trial, replace(row, status="failed", why=why))
+        self._over(trial, _failed(self._row(trial)))
 
     def _over(self, trial: Any, row: TrialRow) -> None:
         self._listener.on_end(self.result, self._keep(row))
         shutil.rmtree(Path(self.spec.plan.folder) / trial.trial_id, ignore_errors=True)
         if row.number == 0 and row.status != "finished":
             self.error = TrainingError(
-                f"trial 0 of the search, the recipe's own setting, has {row.status}: {row.why}"
+                f"trial 0 of the search, the recipe's own setting, could not be trained ({row.status}): {row.why}"
             )
 
     def _row(self, trial: Any) -> TrialRow:
@@ -175,3 +179,9 @@ class Watch:
         self.result = self.result.with_row(row)
         save_result(self._out, self.result)
         return row
+
+
+def _failed(row: TrialRow) -> TrialRow:
+    """A trial that ended with an error; one that could not say which has lost its process."""
+    why = row.why if row.status == "failed" else "its process died, perhaps for want of memory"
+    return replace(row, status="failed", why=why)

@@ -143,8 +143,8 @@ class MaskSettings(_Group):
     )
     per_batch: bool | None = Field(
         default=None,
-        description="one mask for all images of a batch; null: for Swin and Twins, where one per image costs the host much "
-        "time (docs/costs.md)",
+        description="one mask for all images of a batch; null: for Swin and Twins on visible tokens, where one per image "
+        "costs the host much time (docs/costs.md)",
     )
     sweep_groups: bool = Field(
         default=False,

@@ -21,6 +21,7 @@ from orchestrator.config import settings_to_yaml, with_changes
 from orchestrator.courses import Course, forget_failure, note_failure, sentence, side_by_side
 from orchestrator.data.sources import Source
 from orchestrator.data.splits import Splits
+from orchestrator.evaluation import MAX_IMAGES
 from orchestrator.family import Family, Prepared
 from orchestrator.job import (
     BAD_INPUT,
@@ -32,6 +33,7 @@ from orchestrator.job import (
     open_tracker,
     prepare,
     resolved,
+    write_settings,
 )
 from orchestrator.launch import run_beside_stages
 from orchestrator.members import Problems, members
@@ -123,25 +125,23 @@ def _run(prepared: PreparedSeveral, say: Say) -> Outcome:
     with ExitStack() as stack:
         cluster = cluster_of(settings, stack, say)
         stack.enter_context(interrupted_by_signals())
-        layouts = _layouts(prepared, cluster)
-        precisions = [
-            precision_on(m.prepared.family.settings, layouts[m.name][0][1]) for m in prepared.members
-        ]
-        for member, precision in zip(prepared.members, precisions, strict=True):
+        waiting = [member for member in prepared.members if not member.finished]
+        layouts = _layouts(waiting, settings.placement.gpus_per_stage, cluster)
+        precisions = [precision_on(m.prepared.family.settings, layouts[m.name][0][1]) for m in waiting]
+        for member, precision in zip(waiting, precisions, strict=True):
             check_precision(member.prepared.family.out, precision)
         with new_output(out):
             comparison = stack.enter_context(_open_comparison(prepared))
         _keep_comparison(prepared, comparison, cluster)
         courses = []
-        for member, precision in zip(prepared.members, precisions, strict=True):
-            if member.finished:
-                continue
+        for member, precision in zip(waiting, precisions, strict=True):
             family, plans = member.prepared.family, layouts[member.name]
-            make_output(family.out)
-            title = f"{out.name}/{member.name}"
-            tracker = stack.enter_context(open_tracker(family, title, comparison.run_id))
             facts = resolved(family, plans[0][1], precision, cluster)
             provenance = collect(data_record(member.prepared), facts)
+            make_output(family.out)
+            write_settings(family)  # before anything else: by this file --resume knows that it was begun
+            title = f"{out.name}/{member.name}"
+            tracker = stack.enter_context(open_tracker(family, title, comparison.run_id))
             keep_settings(family, tracker)
             tracker.log_provenance(provenance)
             prefixed = _prefixed(say, member.name.ljust(width))
@@ -170,7 +170,7 @@ def _run(prepared: PreparedSeveral, say: Say) -> Outcome:
             results[course.name] = _record(course)
         ordered = [results[member.name] for member in prepared.members]
         runs = {member.name: Tracker.recorded_run(out / member.name) for member in prepared.members}
-        tested = len(prepared.members[0].prepared.splits.test)
+        tested = _tested(prepared, courses)
         table = record_comparison(comparison, ordered, runs, tested, _device(courses))
         failed = tuple(f"{result.name} failed: {result.failed}" for result in ordered if result.failed)
         closing = several_closing_lines(out, ordered, comparison.ui_hint())
@@ -181,17 +181,19 @@ def _run(prepared: PreparedSeveral, say: Say) -> Outcome:
 # -- before the start ---------------------------------------------------------------------------------------------
 
 
-def _layouts(prepared: PreparedSeveral, cluster: ClusterResources) -> dict[str, list[tuple[Family, Layout]]]:
+def _layouts(
+    waiting: list[PreparedMember], asked: float | None, cluster: ClusterResources
+) -> dict[str, list[tuple[Family, Layout]]]:
     """For every backbone the family, and its baseline if there is one, each with the layout that it is trained on.
 
     Each is planned on its share of the cluster; what was asked for and is more is planned on all of it, and waits for that.
+    waiting: those that are still to be trained. asked: `placement.gpus_per_stage`.
     """
-    families = [member.prepared.family for member in prepared.members]
-    asked = prepared.settings.placement.gpus_per_stage
+    families = [member.prepared.family for member in waiting]
     parts = shares([family.settings.num_blocks for family in families], cluster, asked)
     found: dict[str, list[tuple[Family, Layout]]] = {}
     problems = Problems(PlacementError)
-    for member, part in zip(prepared.members, parts, strict=True):
+    for member, part in zip(waiting, parts, strict=True):
         alone = [f for f in (member.prepared.family, member.prepared.baseline) if f is not None]
         with problems.of(member.name):
             found[member.name] = [
@@ -311,6 +313,12 @@ def _result(name: str, prepared: Prepared) -> MemberResult:
     family = prepared.family
     rows: Any = read_rows(family.out)
     return MemberResult(name, family.settings.backbone.name, family.backbone.image_size, rows)
+
+
+def _tested(prepared: PreparedSeveral, courses: list[Course]) -> int:
+    """Test images that the accuracies were counted on: as reported now, or as an earlier process must have."""
+    found = [report.n_test for course in courses for part in course.found for report in part.reports]
+    return max(found, default=0) or min(len(prepared.members[0].prepared.splits.test), MAX_IMAGES)
 
 
 def _device(courses: list[Course]) -> str:

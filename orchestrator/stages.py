@@ -54,13 +54,15 @@ class Order:
 class StageReport:
     """What a stage says of one micro-batch.
 
-    `blocks` maps a block's number to its metrics; `busy_s` and `idle_s` are seconds of work and of waiting before it.
+    `blocks` maps a block's number to its metrics; `busy_s` and `idle_s` are seconds of work and of waiting, for what
+    comes in and for the plan of the masks; `plan_wait_s` are those for the plan.
     """
 
     blocks: dict[int, dict[str, float]]
     files: tuple[FileRecord, ...]
     busy_s: float
     idle_s: float
+    plan_wait_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,9 @@ class Stage:
         idle = 0.0 if self._idle_since is None else started - self._idle_since
         pixels = normalize_images(self._inbox.unpack("images", images), self._spec.mean, self._spec.std)
         x = pixels if incoming is None else self._inbox.unpack("tokens", incoming).float()
+        asked = time.perf_counter()
         plans = self._plans(pixels.shape, order)
+        plan_wait = time.perf_counter() - asked
         metrics: dict[int, dict[str, float]] = {}
         shared: dict[int, Tensor] = {}
         for k, trainer in zip(self._blocks, self._trainers, strict=True):
@@ -162,7 +166,9 @@ class Stage:
         outgoing = None if last else pack(y)
         ended = time.perf_counter()
         self._idle_since = ended
-        return outgoing, StageReport(metrics, tuple(files), ended - started, idle)
+        return outgoing, StageReport(
+            metrics, tuple(files), ended - started - plan_wait, idle + plan_wait, plan_wait
+        )
 
     def _plans(self, shape: torch.Size, order: Order) -> dict[int, MaskPlan]:
         """The plans of this micro-batch, made while the one before was trained on, and those of the next one begun.

@@ -16,6 +16,7 @@ import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
@@ -291,6 +292,8 @@ class Tracker:
         delivered = courier.close(patience)
         arrived = False
         if delivered:
+            for row in [row for row in self._trial_rows.values() if row.status == "running"]:
+                self._debts.do(f"the end of trial {row.number}", partial(self._trials.cut_off, row))
             self._debts.do("the end of the run", lambda: self._client.set_terminated(self.run_id, status))
             arrived = self._debts.settle()
         if not arrived:

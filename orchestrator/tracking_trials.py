@@ -17,6 +17,8 @@ from orchestrator.tracking_depths import NOTE, last_steps, origin
 if TYPE_CHECKING:
     from orchestrator.search_results import TrialRow
 
+CUT_OFF = "cut off; --resume goes on with it"
+
 END = {"finished": "FINISHED", "stopped early": "KILLED", "infeasible": "KILLED", "failed": "FAILED"}
 """Status of a trial -> how MLflow's own status says it."""
 
@@ -38,6 +40,8 @@ class TrialRuns:
         run_id: str = run.info.run_id
         known, there, now = run.data.params, last_steps(client, run), int(1000 * time.time())
         params = [Param(key, json.dumps(value)) for key, value in row.changes.items() if key not in known]
+        if row.status == "running" and run.info.status != "RUNNING":  # tried again, or gone on with
+            client.update_run(run_id, "RUNNING")
         metrics = []
         for point in row.curve:
             values = {"search/score": point.score}
@@ -51,13 +55,19 @@ class TrialRuns:
         if row.images_per_s is not None:
             metrics.append(Metric("search/images_per_s", row.images_per_s, now, row.epoch))
         tags = {"status": row.status, "why": row.why, "score_is": metric}
-        if row.why:
-            tags[NOTE] = f"{row.status}: {row.why}"
+        tags[NOTE] = f"{row.status}: {row.why}" if row.why else row.status
         client.log_batch(
             run_id, metrics=metrics, params=params, tags=[RunTag(k, v[:5000]) for k, v in tags.items()]
         )
         if row.status in END:
             client.set_terminated(run_id, END[row.status])
+
+    def cut_off(self, row: TrialRow) -> None:
+        """End the run of a trial that was under way when the search was."""
+        run_id = self._run(row).info.run_id
+        tags = [RunTag("status", "cut off"), RunTag("why", CUT_OFF), RunTag(NOTE, CUT_OFF)]
+        self._client.log_batch(run_id, tags=tags)
+        self._client.set_terminated(run_id, "KILLED")
 
     def _run(self, row: TrialRow) -> Run:
         client, parent = self._client, self._parent.info

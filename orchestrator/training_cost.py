@@ -14,16 +14,25 @@ from orchestrator.family_spec import FamilySpec, build_local_mim, plans_of_step
 
 
 def forward_gflops(spec: FamilySpec, backbone: Backbone, size: tuple[int, int]) -> float:
-    """GFLOPs (2 x multiply-accumulates / 1e9) for one image of `size` (height, width).
+    """GFLOPs (2 x multiply-accumulates / 1e9) for one image of `size` (height, width); see `block_gflops`."""
+    return sum(encoder + decoder for encoder, decoder in block_gflops(spec, backbone, size))
+
+
+def block_gflops(spec: FamilySpec, backbone: Backbone, size: tuple[int, int]) -> list[tuple[float, float]]:
+    """(encoder, decoder) of every block, GFLOPs for one image of `size` (height, width).
 
     One grey image is really computed, since positions of other sizes than the backbone's own depend on the values of its
     table; a fraction of a second.
     """
     plans = plans_of_step(spec, backbone, size, batch=1, step=0, micro=0)
     x = torch.zeros(1, 3, *size)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    found = []
+    with torch.no_grad():
         for k in range(len(spec.blocks)):
             module = build_local_mim(spec, k, backbone).eval()
-            x = module.encoder(x, plans[k])
-            module.decoder(x, plans[k])
-    return float(counter.get_total_flops()) / 1e9
+            with FlopCounterMode(display=False) as encoder:
+                x = module.encoder(x, plans[k])
+            with FlopCounterMode(display=False) as decoder:
+                module.decoder(x, plans[k])
+            found.append((encoder.get_total_flops() / 1e9, decoder.get_total_flops() / 1e9))
+    return found

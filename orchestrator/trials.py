@@ -26,6 +26,7 @@ from orchestrator.phases import Phase
 from orchestrator.placement import ClusterResources, Layout
 from orchestrator.pretrain import EpochReport, StopRequest
 from orchestrator.ray_stages import PlacementGroup
+from orchestrator.resolve import data_spec, resolve
 from orchestrator.settings import Settings, settings_from_mapping
 from orchestrator.training import layout_of, train
 
@@ -144,15 +145,17 @@ def run_trial(
         report: takes {"epoch": 4, "score": 0.8, "depths": {2: 0.7, ...}, "gflops": ..., "images_per_s": ...}.
 
     Raises:
-        InfeasibleSettings: the settings contradict each other.
+        InfeasibleSettings: the settings contradict each other, or the images do not fill one step of such batches.
+        DataError: the images cannot be read, or have changed since the search began.
         Exception: whatever ended the training.
     """
     recipe = settings_from_mapping(plan.settings)
     out = Path(plan.folder) / name
+    opened = data_spec(recipe, resolve(recipe)[1]).open()  # no trial has other images
     try:
         settings = trial_settings(recipe, changes)
-        family, source, splits = make_family(settings, out)
-    except (ValueError, DataError) as error:  # SettingsError among them
+        family, source, splits = make_family(settings, out, opened)
+    except ValueError as error:  # SettingsError among them, and too few images for one step
         raise InfeasibleSettings(str(error).splitlines()[0]) from error
     if family.fingerprint != plan.fingerprint:
         raise DataError("the images behind data.source have changed since the search began")

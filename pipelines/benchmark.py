@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from orchestrator.family_spec import FamilySpec
 
 MEMORY_CASES = (  # decoder layers, decoder width
@@ -130,6 +132,7 @@ def green(arguments: argparse.Namespace) -> None:
     """A hierarchical backbone on visible tokens only against the same model over all tokens, encoder and whole step."""
     import torch
 
+    from models.backbones import open_backbone
     from orchestrator.family_spec import DecoderSpec
     from orchestrator.method_costs import cost, encoder_cost
     from orchestrator.method_costs import family as one_family
@@ -137,28 +140,59 @@ def green(arguments: argparse.Namespace) -> None:
     device, precision, name = torch.device(arguments.device), arguments.precision, arguments.backbone
     layers = (sum(block_layers(name, 1)),)
     decoder = DecoderSpec(1, 512)
+    encodes = ["visible", "all"]
+    try:
+        open_backbone(name, 1, encode="all")
+    except ValueError as error:
+        print(f"without the column of all tokens: {error}")
+        encodes.remove("all")
     print(
         f"{name}, 75 % masked, 1x512 decoder on the last level, batch {arguments.batch}, {described(device)}, {precision}"
     )
     print("published (GreenMIM, abstract): 2.7 times faster, 70 % less GPU memory")
     rows: dict[str, list[tuple[float, int, int | None]]] = {"encoder alone": [], "whole step": []}
-    for encode in ("visible", "all"):
+    for encode in encodes:
         spec = one_family(name, layers, decoder, encode=encode)
         rows["encoder alone"].append(encoder_cost(spec, arguments.batch, device, precision, arguments.steps))
         found = cost(spec, arguments.batch, device, precision, arguments.steps)
         rows["whole step"].append((found.step_s, found.fused, found.peak))
     head = f"{'':<14}  {'visible, ms':>11}  {'all, ms':>9}  {'faster':>6}  {'activations held':>16}"
     print(head + ("  allocated" if device.type == "cuda" else ""))
-    for words, (visible, full) in rows.items():
-        line = (
-            f"{words:<14}  {1000 * visible[0]:11.0f}  {1000 * full[0]:9.0f}  {full[0] / visible[0]:5.2f}x  "
-            f"{visible[1] / full[1]:16.2f}"
-        )
-        if visible[2] is not None and full[2] is not None:
-            line += f"  {visible[2] / full[2]:9.2f}"
+    for words, (visible, *full) in rows.items():
+        line = f"{words:<14}  {1000 * visible[0]:11.0f}"
+        for other in full:
+            line += f"  {1000 * other[0]:9.0f}  {other[0] / visible[0]:5.2f}x  {visible[1] / other[1]:16.2f}"
+            if visible[2] is not None and other[2] is not None:
+                line += f"  {visible[2] / other[2]:9.2f}"
         print(line, flush=True)
+    print_families(arguments, device, rows["whole step"][0][0])
     spec = one_family(name, layers, decoder, encode="visible")
     print_plans(spec, arguments.batch, arguments.steps, rows["whole step"][0][0])
+
+
+def print_families(arguments: argparse.Namespace, device: torch.device, step_s: float) -> None:
+    """A step of a family of several blocks on visible tokens, with equal decoders and with lighter ones on the finer grids.
+
+    step_s: seconds of a step of one block, of which the times are told as a multiple.
+    """
+    from orchestrator.family_spec import DecoderSpec, backbone_of
+    from orchestrator.method_costs import family as one_family
+    from orchestrator.method_costs import light_decoders, step_seconds
+    from orchestrator.training_cost import block_gflops
+
+    layers = block_layers(arguments.backbone, arguments.blocks)
+    equal = one_family(arguments.backbone, layers, DecoderSpec(1, 256), encode="visible")
+    k = f"{len(layers)} blocks"
+    print(f"{'whole step of a family':<40}  {'of one block':>12}  GMACs of encoders, decoders")
+    for words, spec in (
+        (f"{k}, 1x256 decoders", equal),
+        (f"{k}, lighter ones on finer grids", light_decoders(equal)),
+    ):
+        seconds, _ = step_seconds(spec, arguments.batch, device, arguments.precision, arguments.steps)
+        backbone = backbone_of(spec)
+        parts = zip(*block_gflops(spec, backbone, backbone.image_size), strict=True)
+        encoders, decoders = (sum(part) / 2 for part in parts)
+        print(f"{words:<40}  {seconds / step_s:11.2f}x  {encoders:17.2f}, {decoders:8.2f}", flush=True)
 
 
 def plans(arguments: argparse.Namespace) -> None:
@@ -278,8 +312,7 @@ def main(argv: Sequence[str]) -> int:
         )
         costs.add_argument("--backbone", default=name, help="timm name (default: %(default)s)")
         costs.add_argument("--batch", type=int, default=8, help="images (default: %(default)s)")
-        if run is not green:  # its encoder is one block
-            costs.add_argument("--blocks", type=int, default=4, help="K (default: %(default)s)")
+        costs.add_argument("--blocks", type=int, default=4, help="K (default: %(default)s)")
         costs.add_argument("--steps", type=int, default=3, help="timed steps (default: %(default)s)")
         costs.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
         costs.add_argument(

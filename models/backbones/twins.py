@@ -120,7 +120,7 @@ class TwinsBackbone(Hierarchy):
             "depths": list(layers),
             "embed_dims": [level.width for level in levels],
         }
-        if levels[0].window is not None:
+        if any(level.window is not None for level in levels):
             stride = levels[0].stride
             windows = self.windows_at((grid[0] * stride, grid[1] * stride))[: len(levels)]
             sizes["wss"] = [window[0] if window else 1 for window in windows]

@@ -58,6 +58,9 @@ class Listener:
         if (row.number, row.epoch) == self.stop_at:
             self.stop.reason = "SIGINT"
 
+    def on_retry(self, result: SearchResult, row: TrialRow) -> None:
+        self.happened.append(f"{row.number} is tried again after {row.epoch}: {row.why}")
+
     def on_end(self, result: SearchResult, row: TrialRow) -> None:
         self.happened.append(f"{row.number} {row.status}")
 
@@ -144,6 +147,8 @@ def test_a_trial_that_fails_is_told_with_its_cause_and_does_not_end_the_search(s
     failed = row(searched, optim__blr=1e30)
     assert failed.status == "failed"
     assert "is not finite at step" in failed.why
+    again = [line for line in searched.happened if line.startswith(f"{failed.number} is tried again")]
+    assert again == [f"{failed.number} is tried again after 0: {failed.why}"]  # once
 
 
 def test_a_weak_trial_is_stopped_early(searched: Searched) -> None:
@@ -190,7 +195,8 @@ def test_a_recipe_that_cannot_be_trained_ends_the_search_with_the_cause(
 ) -> None:
     settings = recipe(tmp_path, "{mask.ratio: [0.5]}", optim__blr=1e30, search__trials=1)
     with pytest.raises(
-        TrainingError, match="trial 0 of the search, the recipe's own setting, has failed: the loss of"
+        TrainingError,
+        match=r"trial 0 of the search, the recipe's own setting, could not be trained \(failed\): the loss of",
     ):
         run(settings, tmp_path, Listener())
     assert nothing_runs()
@@ -210,6 +216,22 @@ def test_optuna_draws_settings_and_goes_on_with_what_it_has_learnt(ray_cluster: 
     assert all(0.001 <= r.changes["optim.blr"] <= 0.1 for r in drawn)
     assert all(r.status in ("finished", "stopped early") and r.curve for r in drawn)
     assert len({r.changes["optim.blr"] for r in result.rows}) == 3
+
+
+def test_optuna_goes_on_after_infeasible_and_failed_trials(ray_cluster: None, tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="the extra 'optuna' is not installed")
+    space = "{decoder.throw_ratio: [0.9], optim.blr: [1.0e30]}"
+    changes = {
+        "search__searcher": "optuna",
+        "search__trials": 4,
+        "search__grace_epochs": 1,
+        "search__trial_epochs": 1,
+    }
+    result = run(recipe(tmp_path, space, **changes), tmp_path, Listener())
+    assert result.finished
+    assert result.best.number == 0
+    assert {"infeasible", "failed"} & {r.status for r in result.rows}
+    assert all(r.status in ("finished", "infeasible", "failed", "stopped early") for r in result.rows)
 
 
 def test_ray_is_still_there(ray_cluster: None) -> None:

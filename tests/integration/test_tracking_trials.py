@@ -74,6 +74,26 @@ def test_how_a_trial_ended_is_told_in_mlflows_words_too(
     assert trials(client, tracker)["3"].info.status == theirs
 
 
+def test_a_trial_that_the_end_of_the_search_cut_off_does_not_go_on_running(
+    tmp_path: Path, client: MlflowClient
+) -> None:
+    with open_tracker(tmp_path / "out") as tracker:
+        tracker.log_trial(at(replace(ROW, status="running"), 2), "knn_top1")
+        tracker.finish("KILLED")
+    (run,) = trials(client, tracker).values()
+    assert run.info.status == "KILLED"
+    assert run.data.tags["why"] == "cut off; --resume goes on with it"
+    with Tracker.open(
+        None, "bim", "a run", tmp_path / "out", Tracker.recorded_run(tmp_path / "out")
+    ) as tracker:
+        tracker.log_trial(at(replace(ROW, status="running"), 2, 4), "knn_top1")
+        (run,) = trials(client, tracker).values()
+        assert (run.info.status, run.data.tags["status"], run.data.tags["why"]) == ("RUNNING", "running", "")
+        tracker.log_trial(at(replace(ROW, status="finished", why="all"), 2, 4), "knn_top1")
+    (run,) = trials(client, tracker).values()
+    assert run.info.status == "FINISHED"
+
+
 def test_what_a_store_that_was_away_missed_of_a_trial_comes_at_the_end_and_once(
     tmp_path: Path, home: Path, client: MlflowClient, caplog: pytest.LogCaptureFixture
 ) -> None:

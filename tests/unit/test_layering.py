@@ -19,7 +19,12 @@ LAYERS = ("models", "orchestrator", "pipelines")
 MODELS_MAY_IMPORT = {"torch", "timm", "torchvision", "safetensors", "numpy", "models"}
 
 ALONE = {
-    "ray": {"orchestrator/ray_stages.py", "orchestrator/launch.py", "orchestrator/search.py"},
+    "ray": {
+        "orchestrator/ray_stages.py",
+        "orchestrator/launch.py",
+        "orchestrator/search.py",
+        "orchestrator/optuna_searcher.py",
+    },
     "mlflow": {
         "orchestrator/tracking.py",
         "orchestrator/tracking_depths.py",

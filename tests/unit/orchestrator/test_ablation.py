@@ -78,3 +78,5 @@ def test_results_of_other_base_settings_are_told_apart() -> None:
     other = load_settings(["--recipe", "sign_digits", "--optim.blr", "2e-3"])
     assert base_digest(base) == base_digest(same)
     assert base_digest(base) != base_digest(other)
+    scored_otherwise = with_changes(base, {"evaluation.knn_k": 5})
+    assert base_digest(base) != base_digest(scored_otherwise)

@@ -110,6 +110,7 @@ def test_what_is_wrong_with_all_backbones_is_told_once_and_the_rest_by_name() ->
             "settings: data.source is the same for all backbones",
         ),
         ({"name": VIT, "settings": {"backbone.name": "x"}}, "belongs beside settings, as name or model_args"),
+        ({"name": VIT, "settings": {"blocks": 3}}, f"{VIT}: settings: 'blocks' belongs beside settings"),
         ({"name": VIT, "settings": {"optim.blr": -1}}, f"{VIT}: optim.blr must be a number above 0, not -1"),
     ],
 )

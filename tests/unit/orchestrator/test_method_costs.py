@@ -7,7 +7,7 @@ import timm.layers
 import torch
 
 from orchestrator.block_trainer import Precision
-from orchestrator.family_spec import DecoderSpec
+from orchestrator.family_spec import DecoderSpec, backbone_of
 from orchestrator.method_costs import (
     SMALL_DECODER,
     cost,
@@ -16,10 +16,12 @@ from orchestrator.method_costs import (
     explicit_attention,
     family,
     forward_gmacs,
+    light_decoders,
     methods,
     plan_seconds,
     sampler_seconds,
 )
+from orchestrator.training_cost import block_gflops
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
@@ -81,3 +83,30 @@ def test_the_cost_of_plans_is_measured_apart_from_the_step() -> None:
     for _, times in found:
         assert {"furthest", "random", "cells"} <= set(times)
         assert min(times.values()) > 0
+
+
+def test_sizes_and_cells_fit_other_patches() -> None:
+    small = [
+        m.spec for m in methods("vit_small_patch14_dinov2", (3, 3, 3, 3)) if m.spec.targets[0].name == "hog"
+    ]
+    assert [spec.model_args["img_size"] for spec in small] == [126, 126]
+    assert [spec.targets[0].args["cell"] for spec in small] == [7, 7]
+
+
+def test_light_decoders_take_the_weight_from_the_fine_grids() -> None:
+    equal = family("swin_tiny_patch4_window7_224", (2, 2, 6, 2), SMALL_DECODER)
+    light = light_decoders(equal)
+    assert [decoder.dim for decoder in light.decoders] == [64, 128, 256, 256]
+    backbone = backbone_of(equal)
+    costs = [
+        [decoder for _, decoder in block_gflops(spec, backbone, backbone.image_size)]
+        for spec in (equal, light)
+    ]
+    assert costs[1][0] < 0.1 * costs[0][0]
+    assert costs[1][2:] == costs[0][2:]
+
+
+def test_separate_runs_of_a_pyramids_depths_are_shorter_pyramids() -> None:
+    runs = depth_runs("swin_tiny_patch4_window7_224", (2, 2, 6, 2), SMALL_DECODER)
+    assert [list(run.model_args["depths"]) for run in runs] == [[2], [2, 2], [2, 2, 6], [2, 2, 6, 2]]
+    assert [backbone_of(run).blocks[-1].depth for run in runs] == [2, 4, 10, 12]

@@ -93,6 +93,20 @@ def test_the_picture_shows_masked_reconstructed_and_original_side_by_side(tmp_pa
     assert 2 * unit <= grey < 2 * unit + 200  # the edges of letters are grey too
 
 
+def test_what_is_masked_and_not_predicted_stays_grey_in_both_pictures(tmp_path: Path) -> None:
+    original, predicted = np.zeros((1, 8, 8, 3)), np.zeros((1, 8, 8, 3))
+    original[..., 0], predicted[..., 2] = 1.0, 1.0
+    path = save_reconstructions(
+        tmp_path / "r.png", original, predicted, np.array([[0]]), (2, 2), thrown=np.array([[1, 2]])
+    )
+    pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+    red, blue, grey = (
+        int((pixels == color).all(axis=1).sum()) for color in ((255, 0, 0), (0, 0, 255), (127, 127, 127))
+    )
+    assert red == (1 + 1 + 4) * blue
+    assert (3 + 2) * blue <= grey < (3 + 2) * blue + 200  # the edges of letters are grey too
+
+
 def test_columns_are_named_and_the_title_stands_above_them() -> None:
     images = np.zeros((1, 8, 8, 3))
     figure = reconstruction_figure(images, images, np.array([[0]]), (2, 2), "depth 4: 1 of 4 patches masked")

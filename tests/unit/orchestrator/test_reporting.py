@@ -33,3 +33,15 @@ def test_settings_without_effect_and_padded_windows_are_told(tmp_path: Path) -> 
     notes = [line for line in lines if line.startswith("note:")]
     assert notes[0] == "note: target.bins has no effect: no block's target is hog"
     assert notes[1].startswith("note: at 64 x 64 px the windows of level 1, 2 do not divide the grid")
+
+
+def test_decoders_that_cost_more_than_the_encoders_are_told(tmp_path: Path) -> None:
+    args = "{img_size: 128, window_size: 4, embed_dim: 24, depths: [2, 2], num_heads: [1, 2]}"
+    swin = ["--backbone.name", "swin_tiny_patch4_window7_224", "--backbone.model_args", args, "--blocks", "2"]
+    (note,) = [
+        line for line in opening(*swin, "--decoder.dim", "64", out=tmp_path) if line.startswith("note:")
+    ]
+    assert note.startswith("note: the decoders cost ")
+    assert "times the encoders, most of it in block 0, on 32 x 32 tokens; lower decoder.dim" in note
+    light = ["--decoder.dim", "[8, 16]", "--decoder.num_heads", "1", "--decoder.throw_ratio", "[0.65, 0.5]"]
+    assert not [line for line in opening(*swin, *light, out=tmp_path) if line.startswith("note:")]

@@ -42,6 +42,9 @@ class Heard:
     def on_score(self, result: SearchResult, row: TrialRow) -> None:
         self.events.append((f"score {row.epoch}", row.number, row.status))
 
+    def on_retry(self, result: SearchResult, row: TrialRow) -> None:
+        self.events.append((f"again: {row.why}", row.number, row.status))
+
     def on_end(self, result: SearchResult, row: TrialRow) -> None:
         self.events.append(("end", row.number, row.status))
 
@@ -107,6 +110,23 @@ def test_infeasible_and_failed_trials_keep_their_reason_and_do_not_end_the_searc
         ("failed", "its process died, perhaps for want of memory"),
     ]
     assert scene.watch.error is None
+
+
+def test_a_trial_that_died_is_told_and_begins_again(scene: Scene) -> None:
+    trial = Trial("a", {"mask.ratio": "0.75"})
+    scene.watch.on_start(trial)
+    scene.watch.on_result(trial, scored(2))
+    scene.watch.on_retry(trial)
+    scene.watch.on_start(trial)
+    scene.watch.on_result(trial, scored(4))
+    scene.watch.on_complete(trial)
+    died = "again: its process died, perhaps for want of memory"
+    assert scene.heard.events == [
+        ("begin", 0, "running"), ("score 2", 0, "running"), (died, 0, "failed"),
+        ("begin", 0, "running"), ("score 4", 0, "running"), ("end", 0, "finished"),
+    ]  # fmt: skip
+    assert scene.watch.error is None
+    assert scene.watch.result.rows[0].why == "trained for all 4 epochs"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -151,3 +153,17 @@ def test_a_step_that_raised_is_worth_a_restart_until_they_are_used_up() -> None:
     assert RestartPolicy(2).restarts(failure, 0)
     assert RestartPolicy(2).restarts(failure, 1)
     assert not RestartPolicy(2).restarts(failure, 2)
+
+
+def test_waiting_for_a_plan_is_told_and_is_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*what: object) -> object:
+        time.sleep(0.5)
+        return plans_of_step(*what)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("orchestrator.stages.plans_of_step", slow)
+    stage = Stage(SPEC, (0,))
+    stage.restore(None, 0)
+    _, report = stage.train_step(Order(0, 1e-3), Payload("uint8", IMAGES), None)
+    assert report.plan_wait_s >= 0.5
+    assert report.idle_s >= report.plan_wait_s
+    assert report.busy_s < 0.5

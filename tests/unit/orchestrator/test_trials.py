@@ -9,6 +9,7 @@ import pytest
 
 from orchestrator.command_line import load_settings
 from orchestrator.config import settings_to_mapping
+from orchestrator.data.errors import DataError
 from orchestrator.data.sources import Source
 from orchestrator.data.splits import Splits
 from orchestrator.family import Family, make_family
@@ -158,3 +159,15 @@ def test_a_combination_that_the_settings_refuse_is_infeasible_and_no_failure(tmp
     ):
         run_trial(plan(tmp_path), {"mask.ratio": 0.5, "decoder.throw_ratio": 0.5}, "a", scorer, Recorder())
     assert not (tmp_path / "a").exists()
+
+
+def test_images_that_cannot_be_read_are_a_failure_and_no_infeasible_setting(tmp_path: Path) -> None:
+    made = plan(tmp_path)
+    made.settings["data"]["source"] = str(tmp_path / "gone")
+    with pytest.raises(DataError, match="gone"):
+        run_trial(made, {"mask.ratio": 0.5}, "a", scorer, Recorder())
+
+
+def test_a_batch_larger_than_the_images_is_infeasible(tmp_path: Path) -> None:
+    with pytest.raises(InfeasibleSettings, match="fewer than one step"):
+        run_trial(plan(tmp_path), {"data.batch_size": 100_000}, "a", scorer, Recorder())

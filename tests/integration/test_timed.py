@@ -1,0 +1,48 @@
+"""What is timed later keeps the weights that were measured; a ResNet, whose batch norms are gathered anew before that."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from orchestrator.ablation import _Quiet as Quiet
+from orchestrator.assess import assess, timed
+from orchestrator.command_line import load_settings
+from orchestrator.config import with_changes
+from orchestrator.family import make_family
+from orchestrator.job import assess_job
+from orchestrator.model_card import CardFacts
+from orchestrator.placement import ClusterResources
+from orchestrator.pretrain import StopRequest
+from orchestrator.training import layout_of, train
+
+RESNET = {"img_size": 64, "layers": [1, 1, 1, 1], "channels": [4, 8, 12, 16]}
+
+
+def test_timing_adds_latencies_to_the_cards_and_leaves_the_weights(tmp_path: Path) -> None:
+    changes = {
+        "backbone": {"name": "resnet50", "model_args": RESNET},
+        "mask.encode": "all",
+        "decoder.dim": 16,
+        "decoder.num_heads": 1,
+        "data.test_fraction": 0.7,
+        "schedule.epochs": 1,
+        "schedule.warmup_epochs": 0,
+        "search.trials": 0,
+        "placement.backend": "in_process",
+    }
+    settings = with_changes(load_settings([]), changes)
+    family, _, _ = make_family(settings, tmp_path)
+    layout = layout_of(settings, ClusterResources(2.0, 0.0))
+    train(family, layout, "fp32", Quiet(), StopRequest())
+    job = assess_job(family, layout, CardFacts("resnet", 0), family.depths, references=False)
+    found = assess(replace(job, evaluation=replace(job.evaluation, latency=False)))
+    before = {depth: load_file(Path(folder) / "model.safetensors") for depth, folder in found.folders.items()}
+    now = timed(job, found)
+    assert all(report.latency_ms_b1 for report in now.reports)
+    for depth, folder in now.folders.items():
+        after = load_file(Path(folder) / "model.safetensors")
+        assert all(after[name].equal(value) for name, value in before[depth].items())
+        assert "CPU" in (Path(folder) / "README.md").read_text()
