@@ -221,12 +221,7 @@ def test_optuna_draws_settings_and_goes_on_with_what_it_has_learnt(ray_cluster: 
 def test_optuna_goes_on_after_infeasible_and_failed_trials(ray_cluster: None, tmp_path: Path) -> None:
     pytest.importorskip("optuna", reason="the extra 'optuna' is not installed")
     space = "{decoder.throw_ratio: [0.9], optim.blr: [1.0e30]}"
-    changes = {
-        "search__searcher": "optuna",
-        "search__trials": 4,
-        "search__grace_epochs": 1,
-        "search__trial_epochs": 1,
-    }
+    changes = {"search__searcher": "optuna", "search__trials": 4, "search__grace_epochs": 1}
     result = run(recipe(tmp_path, space, **changes), tmp_path, Listener())
     assert result.finished
     assert result.best.number == 0
