@@ -64,6 +64,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"schedule.resolution": [[0, 32], [0.5, 48], [0.75, 64]]},
     ),
     "ratios-up": ("mask ratio 0.6, 0.65, 0.7, 0.75 by block", {"mask.ratio": [0.6, 0.65, 0.7, 0.75]}),
+    "ratio-flat": ("mask ratio 0.675 in every block, the mean of those", {"mask.ratio": 0.675}),
+    "mae-flat": ("MAE (K = 1) with mask ratio 0.675, truncated", {"blocks": 1, "mask.ratio": 0.675}),
     "ratios-high": ("mask ratio 0.75, 0.8, 0.85, 0.9 by block", {"mask.ratio": [0.75, 0.8, 0.85, 0.9]}),
     "deeper": ("decoders of 1, 1, 2, 2 layers by block", {"decoder.depth": [1, 1, 2, 2]}),
     "noise": ("noise of 0.25 deviations on what crosses a boundary", {"boundary_noise": 0.25}),
