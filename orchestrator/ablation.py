@@ -69,7 +69,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ratios-high": ("mask ratio 0.75, 0.8, 0.85, 0.9 by block", {"mask.ratio": [0.75, 0.8, 0.85, 0.9]}),
     "deeper": ("decoders of 1, 1, 2, 2 layers by block", {"decoder.depth": [1, 1, 2, 2]}),
     "noise": ("noise of 0.25 deviations on what crosses a boundary", {"boundary_noise": 0.25}),
-    "mae-hog": ("MAE (K = 1) with HOG, truncated", {"blocks": 1, "target.name": "hog", "target.cell": 8}),
+    "mae-hog": (
+        "MAE (K = 1) with HOG, truncated",
+        {"blocks": 1, "mask.ratio": 0.75, "target.name": "hog", "target.cell": 8},
+    ),
     RANDOM: ("the same depths before training", {}),
     NO_NETWORK: ("raw pixels, no network", {}),
 }
