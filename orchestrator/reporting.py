@@ -24,6 +24,7 @@ from orchestrator.placement import Layout
 from orchestrator.provenance import DataRecord, Provenance
 from orchestrator.run_notes import DepthRecord, depth_rows, fenced, loading_note, results_table
 from orchestrator.schedules import peak_rate
+from orchestrator.search_progress import wrapped
 from orchestrator.search_results import (
     BEST,
     FOLDER,
@@ -90,8 +91,9 @@ def opening_lines(family: Family, prepared: Prepared, layout: Layout) -> list[st
         f"peak learning rate {_rates(family)}, seed {settings.seed}",
         f"block{'s' * (len(blocks) > 1)} {where} {place}",
         *(
-            f"note: {said}"
+            line
             for said in [*without_effect(settings), *_padding(family), *_dear_decoders(family)]
+            for line in wrapped(f"note: {said}")
         ),
         f"output: {short_path(family.out)}",
     ]

@@ -17,20 +17,26 @@ def opening(*argv: str, out: Path) -> list[str]:
     return opening_lines(prepared.family, prepared, layout_of(settings, ClusterResources(1, 0)))
 
 
+def notes_of(lines: list[str]) -> list[str]:
+    """The notes among them, each as one line again."""
+    assert max(len(line) for line in lines) <= 125
+    return [part for part in "\n".join(lines).replace("\n    ", " ").split("\n") if part.startswith("note: ")]
+
+
 def test_the_peak_rate_of_every_phase_is_told(tmp_path: Path) -> None:
     lines = opening("--schedule.resolution", "[[0, 24], [0.5, 32, 32]]", out=tmp_path)
     assert (
         "80 epochs of 19 steps of 64, then 39 steps of 32 images, peak learning rate 0.002, then 0.001"
         in lines[2]
     )
-    assert not [line for line in lines if line.startswith("note:")]
+    assert not notes_of(lines)
 
 
 def test_settings_without_effect_and_padded_windows_are_told(tmp_path: Path) -> None:
     args = "{img_size: 64, patch_size: 2, window_size: 5, embed_dim: 24, depths: [2, 2], num_heads: [2, 4]}"
     swin = ["--backbone.name", "swin_tiny_patch4_window7_224", "--backbone.model_args", args, "--blocks", "2"]
     lines = opening(*swin, "--target.bins", "8", out=tmp_path)
-    notes = [line for line in lines if line.startswith("note:")]
+    notes = notes_of(lines)
     assert notes[0] == "note: target.bins has no effect: no block's target is hog"
     assert notes[1].startswith("note: at 64 x 64 px the windows of level 1, 2 do not divide the grid")
 
@@ -38,10 +44,8 @@ def test_settings_without_effect_and_padded_windows_are_told(tmp_path: Path) -> 
 def test_decoders_that_cost_more_than_the_encoders_are_told(tmp_path: Path) -> None:
     args = "{img_size: 128, window_size: 4, embed_dim: 24, depths: [2, 2], num_heads: [1, 2]}"
     swin = ["--backbone.name", "swin_tiny_patch4_window7_224", "--backbone.model_args", args, "--blocks", "2"]
-    (note,) = [
-        line for line in opening(*swin, "--decoder.dim", "64", out=tmp_path) if line.startswith("note:")
-    ]
+    (note,) = notes_of(opening(*swin, "--decoder.dim", "64", out=tmp_path))
     assert note.startswith("note: the decoders cost ")
     assert "times the encoders, most of it in block 0, on 32 x 32 tokens; lower decoder.dim" in note
     light = ["--decoder.dim", "[8, 16]", "--decoder.num_heads", "1", "--decoder.throw_ratio", "[0.65, 0.5]"]
-    assert not [line for line in opening(*swin, *light, out=tmp_path) if line.startswith("note:")]
+    assert not notes_of(opening(*swin, *light, out=tmp_path))
