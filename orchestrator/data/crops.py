@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2.functional import resize_image
+from torch.nn import functional as F
 
 _ATTEMPTS = 10
 DRAWS = 2 * _ATTEMPTS + 3  # uniform numbers that one crop takes: (area, ratio) per attempt, top, left, flip
@@ -39,7 +38,7 @@ class RandomCrop:
         """image: (3, H, W) uint8, draws: DRAWS numbers in [0, 1) -> (3, h, w) uint8."""
         top, left, height, width = crop_box(image.shape[1], image.shape[2], self.scale, self.ratio, draws)
         cropped = image[:, top : top + height, left : left + width]
-        resized = resize_image(cropped, list(self.size), InterpolationMode.BICUBIC, antialias=True)
+        resized = resize(cropped, self.size)
         return resized.flip(2) if self.flip and draws[-1] < 0.5 else resized
 
 
@@ -77,4 +76,14 @@ def centre_view(image: Tensor, size: tuple[int, int]) -> Tensor:
     """
     top, left, height, width = _centred_box(image.shape[1], image.shape[2], size[1] / size[0])
     cropped = image[:, top : top + height, left : left + width]
-    return resize_image(cropped, list(size), InterpolationMode.BICUBIC, antialias=True)
+    return resize(cropped, size)
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """(3, H, W) uint8 -> (3, h, w) uint8, bicubic with antialiasing: what torchvision's `resize` gives, bit by bit.
+
+    Not called from there, since importing torchvision takes every loader process longer than importing torch.
+    """
+    if image.shape[1:] == size:
+        return image
+    return F.interpolate(image[None], size, mode="bicubic", align_corners=False, antialias=True)[0]

@@ -6,7 +6,9 @@ Colour profiles are not applied; of an animation or a stack of pages the first c
 
 from __future__ import annotations
 
+import functools
 import io
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,13 +16,6 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from orchestrator.data.errors import BadImage
-
-try:
-    from torchvision.io import ImageReadMode, decode_jpeg
-except (
-    ImportError
-):  # torchvision 0.29 announces that its decoders will go; Pillow gives the same pixels, more slowly
-    decode_jpeg = None
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb (2 x 1 GiB / 4 / 3), kept if a user lifts Pillow's
 # No others are tried: some of Pillow's readers start programs (EPS), and data from the internet is not to be trusted
@@ -64,12 +59,25 @@ def image_to_rgb(image: Image.Image) -> Tensor:
 
 def _decode_jpeg(data: bytes) -> Tensor | None:
     """(3, H, W), or None where Pillow shall decide (it names the damage, and knows rare codings)."""
-    if decode_jpeg is None:
-        return None
+    decode = _torchvisions_decoder()
+    return None if decode is None else decode(data)
+
+
+@functools.cache
+def _torchvisions_decoder() -> Callable[[bytes], Tensor | None] | None:
+    """Imported at the first JPEG: it takes longer than importing torch, and a loader process may never meet one."""
     try:
-        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-    except RuntimeError:
-        return None
+        from torchvision.io import ImageReadMode, decode_jpeg
+    except ImportError:
+        return None  # torchvision 0.29 announces that its decoders will go; Pillow gives the same pixels, more slowly
+
+    def decode(data: bytes) -> Tensor | None:
+        try:
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+        except RuntimeError:
+            return None
+
+    return decode
 
 
 def _rgb_array(image: Image.Image) -> np.ndarray:

@@ -275,13 +275,8 @@ def test_a_loss_that_is_not_finite_names_block_step_and_learning_rate(
     assert parent_run(store, done.out).info.status == "FAILED"
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, id="Ctrl-C"),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_a_signal_ends_a_run_on_ray_with_a_checkpoint_and_resuming_changes_no_bit(
     tmp_path: Path, unbroken: Finished, unlabelled: Path, number: signal.Signals
 ) -> None:

@@ -189,6 +189,7 @@ def test_what_a_step_raises_in_an_actor_is_what_the_user_sees(tmp_path: Path) ->
         stages.close()
 
 
+@pytest.mark.slow
 def test_growing_resolution_and_thrown_tokens_give_bitwise_equal_weights_on_ray(tmp_path: Path) -> None:
     spec, images, phases = growing()
     here = InProcessStages(spec, images.train_batches, consecutive(4, 4), threads=1)
