@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from models.tokens import patchify, unpatchify
@@ -47,5 +48,7 @@ class PixelTarget:
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     """(B, N, V) -> mean and standard deviation (unbiased variance plus MAE's eps) of each patch, each (B, N, 1)."""
-    variance = patches.var(dim=-1, keepdim=True, unbiased=True)
-    return patches.mean(dim=-1, keepdim=True), (variance + VARIANCE_EPS).sqrt()
+    mean = patches.mean(dim=-1, keepdim=True)
+    # Tensor.var takes several times as long over a short last dimension on a CPU: a tenth of a small model's step.
+    squares = torch.linalg.vector_norm(patches - mean, dim=-1, keepdim=True).square()
+    return mean, (squares / (patches.shape[-1] - 1) + VARIANCE_EPS).sqrt()
