@@ -28,8 +28,7 @@ def kept_count(tokens: int, visible_tokens: int, throw_ratio: float) -> int:
     decoded = int(tokens * (1.0 - throw_ratio) + 1e-9) if 0.0 <= throw_ratio < 1.0 else 0
     if decoded > visible_tokens:
         return decoded - visible_tokens
-    # Rounded down to four digits, so that the number can be copied into the setting.
-    most = math.floor((1.0 - (visible_tokens + 1) / tokens) * 1e4 + 1e-6) / 1e4
+    most = most_thrown(tokens, visible_tokens)
     if not 0.0 <= throw_ratio < 1.0:
         raise ValueError(
             f"decoder.throw_ratio is {throw_ratio}; it is a share of all tokens, from 0 to at most {most:g} here"
@@ -38,6 +37,11 @@ def kept_count(tokens: int, visible_tokens: int, throw_ratio: float) -> int:
         f"decoder.throw_ratio {throw_ratio} of {tokens} tokens leaves the decoder {decoded}, of which {visible_tokens} are "
         f"visible, so that no masked one is decoded; the most is {most:g} at this mask.ratio"
     )
+
+
+def most_thrown(tokens: int, visible_tokens: int) -> float:
+    """The largest throw ratio that leaves one masked token to decode, rounded down to four digits: it can be copied."""
+    return math.floor((1.0 - (visible_tokens + 1) / tokens) * 1e4 + 1e-6) / 1e4
 
 
 def furthest(masked: Tensor, visible: Tensor, grid: tuple[int, int], kept: int, rank: Tensor) -> Tensor:

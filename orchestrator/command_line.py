@@ -149,10 +149,13 @@ def _resumed_recipe(arguments: _Arguments) -> None:
 
 
 def _info_of(key: str) -> SettingInfo | None:
-    """The setting that a dotted key sets: itself, or the open mapping that it is an entry of."""
+    """The setting that a dotted key sets: itself, or the open mapping that it is an entry of.
+
+    An entry may have dots of its own: `search.space.optim.blr` is the entry optim.blr of search.space.
+    """
     infos = all_settings()
-    parent = infos.get(key.rpartition(".")[0])
-    return infos.get(key) or (parent if parent is not None and parent.is_open else None)
+    parents = (info for name, info in infos.items() if info.is_open and key.startswith(f"{name}."))
+    return infos.get(key) or next(parents, None)
 
 
 def _not_a_setting(key: str) -> str:

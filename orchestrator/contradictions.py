@@ -20,7 +20,7 @@ PER_BLOCK = (
     "target.name",
     "target.cell",
 )
-"""Settings that take one value for all blocks or a list with one for each."""
+"""Settings that take one value for all blocks or a list with one for each (`mask.ratio`: or its two ends)."""
 
 
 def contradictions(s: Settings) -> list[str]:
@@ -28,6 +28,7 @@ def contradictions(s: Settings) -> list[str]:
     blocks = s.num_blocks
     problems = [
         f"{key} lists {given} values for {blocks} blocks: give one for each block, or one for all"
+        + ", or those of the first and the last block" * (key == "mask.ratio")
         for key in PER_BLOCK
         if (given := len(s.per_block(key))) != blocks
     ]
@@ -56,10 +57,10 @@ def contradictions(s: Settings) -> list[str]:
         problems.append("search.resume is for one backbone; with backbones there is no search to continue")
     if s.search.resume and s.out is None:
         problems.append("search.resume needs out: the folder of the run whose search goes on (--out DIR)")
-    if s.search.trials and s.search.grace_epochs > (s.search.trial_epochs or s.schedule.epochs):
+    trial_epochs = s.search.trial_epochs or s.schedule.epochs
+    if s.search.trials and s.search.grace_epochs is not None and s.search.grace_epochs > trial_epochs:
         problems.append(
-            f"search.grace_epochs must be at most {s.search.trial_epochs or s.schedule.epochs}, the epochs of a trial, not "
-            f"{s.search.grace_epochs}"
+            f"search.grace_epochs must be at most {trial_epochs}, the epochs of a trial, not {s.search.grace_epochs}"
         )
     if s.resume and s.out is None:
         problems.append("resume needs out: the folder of the run to continue (--out DIR --resume)")
@@ -90,6 +91,13 @@ def without_effect(s: Settings) -> list[str]:
             if holds and _changed(s, key):
                 said.setdefault(key, reason)
     return [f"{key} has no effect: {reason}" for key, reason in said.items()]
+
+
+def ratios_between(first: float, last: float, blocks: int) -> tuple[float, ...]:
+    """Mask ratios of so many blocks, in even steps from the first to the last; a single block has the last."""
+    if blocks == 1:
+        return (last,)
+    return tuple(round(first + (last - first) * k / (blocks - 1), 4) for k in range(blocks))
 
 
 def _changed(s: Settings, key: str) -> bool:

@@ -181,13 +181,20 @@ def resolved(
 def keep_settings(family: Family, tracker: Tracker, without: tuple[str, ...] = ()) -> None:
     """Write the settings into the output directory, from where --resume takes them, and into MLflow."""
     text = write_settings(family)
+    if finished_search(family.out) is not None:
+        without = (*without, "search.trials")  # MLflow has what was asked for
     shown = {key: value for key, value in flat(family.settings).items() if key not in without}
     tracker.log_settings(shown, text)
 
 
 def write_settings(family: Family) -> str:
-    """Write the settings into the output directory, which is there. Returns the text."""
+    """Write the settings into the output directory, which is there. Returns the text.
+
+    Once its search has ended, a run has what it found, and those who start from its settings need not search again.
+    """
     settings = with_changes(family.settings, {"resume": False, "search.resume": False})
+    if finished_search(family.out) is not None:
+        settings = with_changes(settings, {"search.trials": 0})
     text = settings_to_yaml(settings)
     (family.out / SAVED_SETTINGS).write_text(text, encoding="utf-8")
     return text

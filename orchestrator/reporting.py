@@ -123,9 +123,12 @@ def _dear_decoders(family: Family) -> list[str]:
         return []
     k = max(range(len(costs)), key=lambda k: costs[k][1])
     rows, columns = (side // blocks[k].stride for side in size)
+    advice = "lower decoder.dim or raise decoder.throw_ratio there (README, Pyramids)"
+    if family.backbone.encode == "all":  # its decoders add no mask tokens that they could throw
+        advice = "lower decoder.dim there, or take fewer blocks (README, Pyramids)"
     return [
         f"the decoders cost {decoders / encoders:.1f} times the encoders, most of it in block {k}, on {rows} x {columns} "
-        "tokens; lower decoder.dim or raise decoder.throw_ratio there (README, Pyramids)"
+        f"tokens; {advice}"
     ]
 
 

@@ -12,7 +12,7 @@ from models.backbones import open_backbone
 from models.backbones.backbone import Backbone
 from models.decoders import decoder_heads
 from models.masking import visible_counts
-from models.sampling import kept_count
+from models.sampling import kept_count, most_thrown
 from models.targets import TARGETS
 from orchestrator.block_trainer import OptimSpec, Precision
 from orchestrator.contradictions import start_epoch
@@ -54,7 +54,7 @@ def resolve(settings: Settings, auto_precision: Precision = "fp32") -> tuple[Fam
         backbone=backbone.name,
         model_args=dict(backbone.model_args),
         blocks=tuple(block.layers for block in backbone.blocks),
-        mask_ratios=settings.per_block("mask.ratio"),
+        mask_ratios=_mask_ratios(settings, backbone),
         decoders=decoders,
         targets=targets,
         encode=backbone.encode,
@@ -74,6 +74,13 @@ def resolve(settings: Settings, auto_precision: Precision = "fp32") -> tuple[Fam
         ),
     )
     return spec, backbone
+
+
+def _mask_ratios(settings: Settings, backbone: Backbone) -> tuple[float, ...]:
+    """The mask ratio of every block. Where all tokens are encoded, block 0 paints for all: of two ends the last holds."""
+    ratios, given = settings.per_block("mask.ratio"), settings.mask.ratio
+    two_ends = isinstance(given, tuple) and len(given) == 2
+    return ratios[-1:] * len(ratios) if two_ends and backbone.encode == "all" else ratios
 
 
 def _decoders(settings: Settings) -> tuple[DecoderSpec, ...]:
@@ -104,7 +111,7 @@ def _checks(
     targets: tuple[TargetSpec, ...],
 ) -> Iterator[Check]:
     """What must not raise a ValueError, the cause before its consequences."""
-    ratios = settings.per_block("mask.ratio")
+    ratios = _mask_ratios(settings, backbone)
     sizes = dict.fromkeys(
         [backbone.image_size, *(phase.size for phase in resolution_phases(settings, backbone))]
     )
@@ -129,9 +136,18 @@ def _checks(
 def _check_thrown(
     backbone: Backbone, decoders: tuple[DecoderSpec, ...], units: int, ratios: tuple[float, ...]
 ) -> None:
+    """Raises ValueError of the block that bears the least, where several cannot bear what they are told to throw."""
+    refused: list[tuple[float, int, str]] = []
     for info, decoder, visible in zip(backbone.blocks, decoders, visible_counts(units, ratios), strict=True):
         per_unit = (backbone.unit // info.stride) ** 2
-        kept_count(units * per_unit, visible * per_unit, decoder.throw_ratio)
+        try:
+            kept_count(units * per_unit, visible * per_unit, decoder.throw_ratio)
+        except ValueError as error:
+            refused.append((most_thrown(units * per_unit, visible * per_unit), info.index, str(error)))
+    if refused:
+        _, index, said = min(refused)
+        alike = len(refused) == len(decoders) and len({most for most, _, _ in refused}) == 1
+        raise ValueError(said if alike else f"block {index}: {said}")
 
 
 def _check_cells(targets: tuple[TargetSpec, ...], size: tuple[int, int]) -> None:

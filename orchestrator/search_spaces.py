@@ -16,6 +16,7 @@ from models.backbones.backbone import Backbone
 from models.masking import visible_counts
 from models.sampling import kept_count
 from orchestrator.config import settings_to_mapping, with_changes
+from orchestrator.contradictions import ratios_between
 from orchestrator.setting_texts import show, unknown
 from orchestrator.settings import Settings, SettingsError, all_settings
 
@@ -104,11 +105,7 @@ Space = dict[str, Choice | Range]
 def mask_ratios(settings: Settings, backbone: Backbone) -> list[Any]:
     """Ratios that leave each block at least two visible units, and two that rise from block to block."""
     units, blocks = backbone.grid[0] * backbone.grid[1], settings.num_blocks
-    ramps = [
-        [round(first + (last - first) * k / (blocks - 1), 3) for k in range(blocks)]
-        for first, last in RAMPS
-        if blocks > 1 and not _all_encoded(backbone)
-    ]
+    ramps = [list(ends) for ends in RAMPS if blocks > 1 and not _all_encoded(backbone)]
     return [ratio for ratio in (*MASK_RATIOS, *ramps) if min(_visible(units, ratio, blocks), default=0) >= 2]
 
 
@@ -134,8 +131,12 @@ def resolutions(settings: Settings, backbone: Backbone) -> list[Any]:
     if backbone.image_size != (side, side):  # a schedule names one number of pixels
         return [None]
     ratios = _mask_values(settings, backbone)
+    kinds = zip(settings.per_block("target.name"), settings.per_block("target.cell"), strict=True)
+    cells = {cell for name, cell in kinds if name == "hog"}
 
     def fits(pixels: int) -> bool:
+        if any(pixels % cell for cell in cells):
+            return False
         try:
             backbone.check_size((pixels, pixels))
             rows, columns = backbone.grid_at((pixels, pixels))
@@ -237,7 +238,8 @@ def changes_text(changes: Mapping[str, Any], own: Mapping[str, Any]) -> str:
 
 def _one(settings: Settings, backbone: Backbone, key: str, given: Any) -> Choice | Range:
     known = all_settings()
-    if key not in known and key.rpartition(".")[0] not in known:
+    parent = known.get(key.rpartition(".")[0])
+    if key not in known and not (parent is not None and parent.is_open):
         raise SettingsError(f"search.space: {unknown(key, list(known))}")
     for refused, why in REFUSED.items():
         if key == refused or (refused.endswith(".") and key.startswith(refused)):
@@ -315,7 +317,11 @@ def _mask_values(settings: Settings, backbone: Backbone) -> Sequence[Any]:
 def _visible(units: int, ratio: Any, blocks: int) -> tuple[int, ...]:
     """Visible units of every block; () if a ratio leaves a block none, or nothing to predict."""
     try:
-        return visible_counts(units, ratio if isinstance(ratio, list) else [ratio] * blocks)
+        if not isinstance(ratio, list):
+            ratio = [ratio] * blocks
+        elif len(ratio) == 2:
+            ratio = ratios_between(ratio[0], ratio[1], blocks)
+        return visible_counts(units, ratio)
     except (ValueError, TypeError):
         return ()
 

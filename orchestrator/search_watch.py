@@ -5,6 +5,7 @@ Tune's trials are known here by their `trial_id` and `config` alone; no Ray. Ser
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -49,8 +50,14 @@ class SearchSpec:
 
 
 def grace_of(settings: Settings, epochs: int) -> int:
-    """See `SearchSpec.grace`; epochs: of a trial."""
-    return min(max(settings.search.grace_epochs, settings.search.every_epochs), epochs)
+    """See `SearchSpec.grace`; epochs: of a trial.
+
+    Half of them where the settings are silent, and the warm-up: masked modelling is worse than random features at first.
+    """
+    given = settings.search.grace_epochs
+    if given is None:
+        given = max(math.ceil(epochs / 2), math.ceil(settings.schedule.warmup_epochs))
+    return min(max(given, settings.search.every_epochs), epochs)
 
 
 class SearchListener(Protocol):

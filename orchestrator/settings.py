@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from orchestrator.contradictions import contradictions
+from orchestrator.contradictions import contradictions, ratios_between
 from orchestrator.setting_texts import SettingInfo, explain, group_titles, setting_infos, show
 
 
@@ -58,6 +58,23 @@ Phases = Annotated[tuple[Phase, ...], BeforeValidator(_tuple_if_list), Field(min
 Betas = Annotated[tuple[HeldOut, HeldOut], BeforeValidator(_tuple_if_list)]
 SearchValues = list[Any] | dict[str, bool | int | float] | None
 ModelArg = bool | int | float | str | list[bool | int | float | str] | None
+
+
+def _search_space(value: object) -> object:
+    """Raises ValueError for single values, in words that name the key."""
+    if isinstance(value, dict):
+        problems = [
+            f"search.space: {key} must be a list of values to try, or {{low: a, high: b}}, not {show(tried)}; "
+            f"to set it without a search give --{key} {show(tried)}"
+            for key, tried in value.items()
+            if not (tried is None or isinstance(tried, list | dict))
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+    return value
+
+
+SearchSpace = Annotated[dict[str, SearchValues], BeforeValidator(_search_space)]
 
 
 class _Group(BaseModel):
@@ -132,9 +149,10 @@ BackboneEntries = Annotated[
 
 class MaskSettings(_Group):
     ratio: Share | Shares = Field(
-        default=0.75,
-        description="share of mask units hidden; a list must not decrease",
-        examples=[0.75, [0.75, 0.8, 0.85, 0.9]],
+        default=(0.6, 0.75),
+        description="share of mask units hidden: one for all blocks, [of the first, of the last] with even steps between, "
+        "or one for each block; must not decrease",
+        examples=[0.75, [0.6, 0.75]],
     )
     encode: Literal["auto", "visible", "all"] = Field(
         default="auto",
@@ -276,7 +294,7 @@ class SearchSettings(_Group):
         default=0, description="settings that Ray Tune tries before the run; 0: no search"
     )
     resume: bool = Field(default=False, description="continue the search in --out that was cut off")
-    space: dict[str, SearchValues] = Field(
+    space: SearchSpace = Field(
         default_factory=lambda: dict[str, SearchValues].fromkeys(
             ("mask.ratio", "decoder.throw_ratio", "schedule.resolution")
         ),
@@ -286,7 +304,10 @@ class SearchSettings(_Group):
     trial_epochs: Count | None = Field(
         default=None, description="of a trial that is not stopped early, at most the run's; null: the run's"
     )
-    grace_epochs: Count = Field(default=1, description="epochs before a trial may be stopped (ASHA)")
+    grace_epochs: Count | None = Field(
+        default=None,
+        description="epochs before a trial may be stopped (ASHA); null: half of its epochs, and its warm-up",
+    )
     every_epochs: Count = Field(default=1, description="epochs from one score of a trial to the next")
     reduction_factor: Annotated[int, Field(ge=2)] = Field(
         default=2, description="ASHA goes on with the best 1 / this share"
@@ -366,10 +387,17 @@ class Settings(_Group):
         return self.blocks if isinstance(self.blocks, int) else len(self.blocks)
 
     def per_block(self, key: str) -> tuple[Any, ...]:
-        """The value of `mask.ratio` or a `decoder` setting for every block; a single value holds for all."""
+        """The value of `mask.ratio` or a `decoder` setting for every block; a single value holds for all.
+
+        Two values of `mask.ratio` are those of the first and the last block; a single block takes the last.
+        """
         group, name = key.split(".")
         value = getattr(getattr(self, group), name)
-        return value if isinstance(value, tuple) else (value,) * self.num_blocks
+        if not isinstance(value, tuple):
+            return (value,) * self.num_blocks
+        if key == "mask.ratio" and len(value) == 2:
+            return ratios_between(value[0], value[1], self.num_blocks)
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -39,13 +39,19 @@ def problem(**changes: Any) -> str:
     return str(caught.value)
 
 
-def test_a_file_with_only_what_is_required_gets_the_defaults_of_mae() -> None:
+def test_a_file_with_only_what_is_required_gets_the_defaults_of_mae_and_growing_mask_ratios() -> None:
     made = settings()
     assert made.optim.blr == 1.5e-4
     assert made.optim.betas == (0.9, 0.95)
-    assert made.mask.ratio == 0.75
+    assert made.mask.ratio == (0.6, 0.75)
     assert made.data.crop_scale == (0.2, 1.0)
     assert made.num_blocks == 4
+
+
+def test_two_mask_ratios_are_those_of_the_first_and_the_last_block() -> None:
+    assert settings(mask__ratio=[0.6, 0.75]).per_block("mask.ratio") == (0.6, 0.65, 0.7, 0.75)
+    assert settings(blocks=2, mask__ratio=[0.6, 0.75]).per_block("mask.ratio") == (0.6, 0.75)
+    assert settings(blocks=1, mask__ratio=[0.6, 0.75]).per_block("mask.ratio") == (0.75,)
 
 
 def test_what_is_missing_is_asked_for_by_its_dotted_name_and_meaning() -> None:
@@ -69,7 +75,7 @@ def test_a_group_whose_lines_are_all_commented_out_counts_as_not_given() -> None
     [
         (
             {"mask__ratio": 1.5},
-            "mask.ratio must be a number above 0 and below 1 or a list of them (e.g. 0.75 or [0.75, 0.8, 0.85, 0.9]), "
+            "mask.ratio must be a number above 0 and below 1 or a list of them (e.g. 0.75 or [0.6, 0.75]), "
             "not 1.5",
         ),
         (
@@ -120,8 +126,9 @@ def test_a_wrong_value_is_named_with_its_key_and_what_is_allowed(
     ("changes", "message"),
     [
         (
-            {"mask__ratio": [0.6, 0.7]},
-            "mask.ratio lists 2 values for 4 blocks: give one for each block, or one for all",
+            {"mask__ratio": [0.6, 0.7, 0.8]},
+            "mask.ratio lists 3 values for 4 blocks: give one for each block, or one for all, or those of the first and the "
+            "last block",
         ),
         (
             {"blocks": [3, 3], "decoder__dim": [64, 64, 64]},

@@ -95,6 +95,23 @@ def test_a_throw_ratio_must_leave_a_token_to_decode() -> None:
     assert "0.6875" in line  # of 16 tokens 4 are visible, so 11 can be thrown
 
 
+def test_of_several_blocks_the_one_that_bears_the_least_is_named() -> None:
+    swin = ["--backbone.name", "swin_tiny_patch4_window7_224", "--backbone.model_args.img_size", "128"]
+    (line,) = problem(*swin, "--decoder.throw_ratio", "0.74")
+    assert line.startswith("block 3: decoder.throw_ratio 0.74")
+    assert "the most is 0.6875" in line
+    resolve(load_settings([*swin, "--decoder.throw_ratio", "0.6875"]))
+    (line,) = problem("--decoder.throw_ratio", "[0, 0.75, 0.7, 0]")
+    assert line.startswith("block 1: decoder.throw_ratio 0.75")
+
+
+def test_of_two_mask_ratios_the_last_holds_for_all_blocks_where_all_tokens_are_encoded() -> None:
+    both = ["--mask.ratio", "[0.6, 0.75]"]
+    assert resolve(load_settings([*both, "--mask.encode", "all"]))[0].mask_ratios == (0.75,) * 4
+    assert resolve(load_settings(both))[0].mask_ratios == (0.6, 0.65, 0.7, 0.75)
+    assert "must be the same" in problem("--mask.ratio", "[0.6, 0.6, 0.7, 0.75]", "--mask.encode", "all")[0]
+
+
 def test_every_block_has_its_own_target_and_throw_ratio() -> None:
     spec, _ = resolve(
         load_settings(

@@ -49,7 +49,7 @@ def values(found: Choice | Range) -> tuple[Any, ...]:
 def test_our_own_candidates_begin_with_the_recipes_value_and_fit_the_backbone() -> None:
     found = space()
     assert list(found) == list(SPACES)
-    assert values(found["mask.ratio"]) == (0.75, 0.5, 0.6, 0.85, [0.6, 0.65, 0.7, 0.75])
+    assert values(found["mask.ratio"]) == (0.75, 0.5, 0.6, 0.85, [0.6, 0.75])
     assert values(found["decoder.throw_ratio"]) == (0.0, 0.25, 0.5)
     assert values(found["schedule.resolution"]) == (None, [[0, 24], [0.5, 32]])
     large = space(None, "--recipe", "vit_base_imagenet")
@@ -59,6 +59,16 @@ def test_our_own_candidates_begin_with_the_recipes_value_and_fit_the_backbone() 
         [[0, 160], [0.5, 224]],
         [[0, 112], [0.25, 160], [0.5, 224]],
     )
+
+
+def test_sizes_that_cells_of_hog_do_not_divide_are_not_tried() -> None:
+    ladder = ["--recipe", "vit_base_imagenet", "--target.name", "hog", "--target.cell", "[4, 8, 16, 32]"]
+    assert values(space(None, *ladder)["schedule.resolution"]) == (None, [[0, 160], [0.5, 224]])
+
+
+def test_an_entry_of_what_is_no_mapping_is_unknown() -> None:
+    assert problem({"mask.ratio.foo": [1]}).startswith("search.space: unknown setting 'mask.ratio.foo'")
+    assert problem({"optim.betas.0": [0.9]}).startswith("search.space: unknown setting 'optim.betas.0'")
 
 
 @pytest.mark.parametrize("key", SPACES)

@@ -183,3 +183,11 @@ def test_what_is_over_by_our_record_is_settled_and_failures_may_be_tried_again(s
 def test_no_trial_is_stopped_before_its_first_score(grace: int, every: int, soonest: int) -> None:
     changes = {"search.trials": 2, "search.grace_epochs": grace, "search.every_epochs": every}
     assert grace_of(with_changes(load_settings([]), changes), epochs=6) == soonest
+
+
+@pytest.mark.parametrize(("epochs", "warmup", "soonest"), [(6, 2, 3), (7, 0.5, 4), (6, 4.5, 5), (1, 0, 1)])
+def test_where_nothing_is_said_a_trial_has_half_of_its_epochs_and_its_warm_up(
+    epochs: int, warmup: float, soonest: int
+) -> None:
+    changes = {"search.trials": 2, "search.grace_epochs": None, "schedule.warmup_epochs": warmup}
+    assert grace_of(with_changes(load_settings([]), {**changes, "search.every_epochs": 1}), epochs) == soonest
