@@ -22,6 +22,7 @@ from orchestrator.model_card import CardFacts
 from orchestrator.pictures import accuracy_latency_figure, loss_curves_figure, pareto_figure
 from orchestrator.placement import Layout
 from orchestrator.provenance import DataRecord, Provenance
+from orchestrator.recipes import DEFAULT_RECIPE
 from orchestrator.run_notes import DepthRecord, depth_rows, fenced, loading_note, results_table
 from orchestrator.schedules import peak_rate
 from orchestrator.search_progress import wrapped
@@ -36,6 +37,7 @@ from orchestrator.search_results import (
     counted,
     note_rows,
 )
+from orchestrator.settings import Settings
 from orchestrator.summary import params_text, render_table, summary_rows, write_summary
 from orchestrator.tracking import Tracker
 from orchestrator.training_cost import block_gflops
@@ -92,10 +94,25 @@ def opening_lines(family: Family, prepared: Prepared, layout: Layout) -> list[st
         f"block{'s' * (len(blocks) > 1)} {where} {place}",
         *(
             line
-            for said in [*without_effect(settings), *_padding(family), *_dear_decoders(family)]
+            for said in [
+                *_meant_for_digits(settings),
+                *without_effect(settings),
+                *_padding(family),
+                *_dear_decoders(family),
+            ]
             for line in wrapped(f"note: {said}")
         ),
         f"output: {short_path(family.out)}",
+    ]
+
+
+def _meant_for_digits(settings: Settings) -> list[str]:
+    """That the demo's settings are used for other images, where they are: whoever names no recipe has them."""
+    if settings.name != DEFAULT_RECIPE or settings.data.source == "digits":
+        return []
+    return [
+        f"learning rate, crops, epochs and search are those of the recipe {DEFAULT_RECIPE}, which is meant for scans of "
+        "32 px; --recipe vit_base_imagenet or sign_digits is nearer to photographs"
     ]
 
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from PIL import Image
+
 from orchestrator.command_line import load_settings
 from orchestrator.job import prepare
 from orchestrator.placement import ClusterResources
@@ -49,3 +51,22 @@ def test_decoders_that_cost_more_than_the_encoders_are_told(tmp_path: Path) -> N
     assert "times the encoders, most of it in block 0, on 32 x 32 tokens; lower decoder.dim" in note
     light = ["--decoder.dim", "[8, 16]", "--decoder.num_heads", "1", "--decoder.throw_ratio", "[0.65, 0.5]"]
     assert not notes_of(opening(*swin, *light, out=tmp_path))
+
+
+def test_where_decoders_throw_nothing_other_ways_to_make_them_cheaper_are_told(tmp_path: Path) -> None:
+    resnet = ["--backbone.name", "resnet18", "--backbone.model_args", "{}", "--mask.ratio", "[0.6, 0.75]"]
+    (note,) = notes_of(opening(*resnet, "--decoder.dim", "256", "--decoder.num_heads", "8", out=tmp_path))
+    assert "lower decoder.dim there, or take fewer blocks" in note
+
+
+def test_the_demos_settings_are_told_where_other_images_are_trained_on(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(120):
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(folder / f"{number:03d}.png")
+    source = ["--data.source", str(folder)]
+    (note,) = notes_of(opening(*source, "--data.batch_size", "8", out=tmp_path / "run"))
+    assert "those of the recipe digits_demo, which is meant for scans of 32 px" in note
+    assert not notes_of(opening(*source, "--data.batch_size", "8", "--name", "mine", out=tmp_path / "run"))
