@@ -13,18 +13,20 @@ from pathlib import Path
 from orchestrator.summary import (
     COLUMNS,
     NOTHING,
+    SCORE_TITLES,
     Column,
     Row,
     note_lines,
     params_text,
+    score_text,
     table_lines,
     three_digits,
 )
 
 ALL_COLUMNS = ("backbone", "status", *COLUMNS, "on_front", "cause")
 
-SCORE = "knn_top1"
-"""What the front is about, against `cost_of`."""
+SCORES = {"knn_top1": "kNN", "rankme": "RankMe"}
+"""What the front can be about, against `cost_of`, and what it is called; the first that was measured counts."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,25 @@ def cost_of(results: Sequence[MemberResult]) -> str:
     return "latency_b1_ms" if rows and all(row["latency_b1_ms"] is not None for row in rows) else "gflops"
 
 
-def front(results: Sequence[MemberResult], score: str = SCORE) -> list[tuple[str, object]]:
-    """(name, depth) of the variants than which none is both no dearer and better; the cheapest first."""
-    cost = cost_of(results)
+def score_of(results: Sequence[MemberResult]) -> str | None:
+    """The column that the depths are compared by: kNN where there are labels, else RankMe; None if neither was measured."""
+    rows = [row for result in results for row in result.trained]
+    return next((score for score in SCORES if any(row.get(score) is not None for row in rows)), None)
+
+
+def front(results: Sequence[MemberResult], score: str | None = None) -> list[tuple[str, object]]:
+    """(name, depth) of the variants than which none is both no dearer and better; the cheapest first.
+
+    score: the column that counts; that of `score_of` if it is not given.
+    """
+    cost, score = cost_of(results), score or score_of(results)
+    if score is None:
+        return []
     points = sorted(
         (_number(row[cost]), -_number(row[score]), result.name, row["depth"])
         for result in results
         for row in result.trained
-        if row[score] is not None
+        if row.get(score) is not None
     )
     found: list[tuple[str, object]] = []
     best = float("inf")
@@ -117,6 +130,7 @@ def comparison_table(results: Sequence[MemberResult], tested: int = 0, device: s
     lines = [(result, row) for result in results for row in result.trained]
     notes: list[tuple[str, str]] = []
     text: list[str] = []
+    score = score_of(results)
     if lines:
         best, cost = set(front(results)), cost_of(results)
         table = table_lines(*_columns(lines, best))
@@ -126,12 +140,16 @@ def comparison_table(results: Sequence[MemberResult], tested: int = 0, device: s
                 text.append(result.title)
                 text += [body.pop(0) for _ in result.trained]
         named = {"latency_b1_ms": "ms b1", "gflops": "GFLOPs"}[cost]
-        if best:
-            notes.append(("*", f"nothing else here has as good a kNN at as low a cost ({named})"))
+        if score is not None:
+            notes.append(("*", f"nothing else here has as good a {SCORES[score]} at as low a cost ({named})"))
+        if score == "knn_top1":
             notes.append(("±", f"one standard error on {tested:,} test images"))
+        if score == "rankme":
+            what = "effective rank of the embeddings, at most their width; more is better"
+            notes.append(("RankMe", f"{what}, but compare different widths with caution"))
         if any(result.row("mae", row["depth"]) for result, row in lines):
             notes.append(("MAE", "the end-to-end baseline, cut to the same depth"))
-        if best and any(result.row("random", row["depth"]) for result, row in lines):
+        if score is not None and any(result.row("random", row["depth"]) for result, row in lines):
             notes.append(("random", "the same depth before training"))
         notes.append(("GFLOPs", "2 x multiply-accumulates, one image"))
         if cost == "latency_b1_ms":
@@ -140,7 +158,7 @@ def comparison_table(results: Sequence[MemberResult], tested: int = 0, device: s
     text += [f"{result.name}  FAILED: {result.failed}" for result in results if result.failed is not None]
     if notes:
         text += ["", *note_lines(notes)]
-    if lines and not best:
+    if lines and score != "knn_top1":
         text.append("No accuracy: the data has no labels.")
     return "\n".join(text)
 
@@ -162,20 +180,19 @@ def _columns(
         costs.append(Column(title, cells))
     scores = []
     kinds = {"trained": "trained", "MAE": "mae", "random": "random"}
-    for title, key in (("kNN top-1 %", "knn_top1"), ("linear top-1 %", "linear_top1")):
+    for title, key in SCORE_TITLES:
         for kind, weights in kinds.items():
-            cells = tuple(_accuracy(result.row(weights, row["depth"]), key) for result, row in lines)
+            cells = tuple(_score(result.row(weights, row["depth"]), key) for result, row in lines)
             if any(cell != NOTHING for cell in cells):
                 scores.append(Column(kind, cells, title))
                 title = ""  # over the first column of the group only
     return costs, scores
 
 
-def _accuracy(row: Row | None, key: str) -> str:
-    if row is None or row[key] is None:
-        return NOTHING
-    per_cent = f"{100 * _number(row[key]):.1f}".replace("100.0", "100")
-    return f"{per_cent}±{100 * _number(row[f'{key}_se']):.1f}"
+def _score(row: Row | None, key: str) -> str:
+    values = {} if row is None else row
+    measured = {name: _number(values[name]) for name in (key, f"{key}_se") if values.get(name) is not None}
+    return score_text(measured, key)
 
 
 def _number(value: str | float | None) -> float:

@@ -1,4 +1,4 @@
-"""The picture of a run with several backbones: accuracy of every depth against its cost, one series for each backbone.
+"""The picture of a run with several backbones: worth of every depth against its cost, one series for each backbone.
 
 A Matplotlib figure without global state, as those of `pictures.py`.
 """
@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from matplotlib.ticker import MaxNLocator
-
-from orchestrator.comparison import cost_of, front
-from orchestrator.pictures import COSTS, PANELS, cost_axis, figure_of
+from orchestrator.comparison import cost_of, front, score_of
+from orchestrator.pictures import COSTS, PANELS, cost_axis, figure_of_panels, scale_of, score_axis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,33 +21,34 @@ MARKERS = "osD^vPX"
 
 
 def comparison_figure(results: Sequence[MemberResult], device: str = "") -> Figure | None:
-    """Nearest neighbours left, linear probe right; numbers at the points are depths. None if nothing has an accuracy.
+    """Nearest neighbours left, linear probe right; numbers at the points are depths. Without labels one panel of RankMe.
 
-    Bars are one standard error. The dashed steps are the front: what lies on them is not beaten by anything as cheap.
+    None if no backbone has a score. Bars are one standard error. The dashed steps are the front: what lies on them is not
+    beaten by anything as cheap.
     device: what the latencies were measured on.
     """
+    compared = score_of(results)
     shown = [
         result
         for result in results
-        if result.trained and all(row["knn_top1"] is not None for row in result.trained)
+        if result.trained and all(row.get(compared or "") is not None for row in result.trained)
     ]
-    if not shown:
+    if compared is None or not shown:
         return None
     cost = cost_of(shown)
-    figure = figure_of(9.6, 5.0)
-    lines = -(-len(shown) // 3)
-    figure.subplots_adjust(left=0.07, right=0.985, top=0.89 - 0.05 * lines, bottom=0.13, wspace=0.13)
-    panels = figure.subplots(1, 2)
-    for axes, key, title in zip(panels, ("knn_top1", "linear_top1"), PANELS, strict=True):
+    columns = 1 + len(PANELS[compared])
+    lines = -(-len(shown) // columns)
+    figure, panels = figure_of_panels(compared, 5.0, top=0.89 - 0.05 * lines, bottom=0.13)
+    for key, axes in panels.items():
         at: dict[tuple[str, object], tuple[float, float]] = {}
         for number, result in enumerate(shown):
             x = [float(row[cost] or 0.0) for row in result.trained]
-            y = [100 * float(row[key] or 0.0) for row in result.trained]
-            errors = [100 * float(row[f"{key}_se"] or 0.0) for row in result.trained]
+            y = [scale_of(key) * float(row[key] or 0.0) for row in result.trained]
+            errors = [100 * float(row.get(f"{key}_se") or 0.0) for row in result.trained]
             axes.errorbar(
                 x,
                 y,
-                yerr=errors,
+                yerr=None if key == "rankme" else errors,
                 label=result.name,
                 color=COLORS[number % len(COLORS)],
                 marker=MARKERS[number % len(MARKERS)],
@@ -71,19 +70,15 @@ def comparison_figure(results: Sequence[MemberResult], device: str = "") -> Figu
             zorder=0,
             label="front",
         )
-        axes.set_title(title, fontsize=10, pad=8)
         axes.grid(color="0.93", linewidth=0.8)
-        axes.set_axisbelow(True)
         axes.margins(x=0.08, y=0.1)
-        axes.yaxis.set_major_locator(MaxNLocator(9, steps=[1, 2, 5, 10]))
-        axes.set_ylim(top=min(axes.get_ylim()[1], 101.0))
+        score_axis(axes, key)
         cost_axis(axes, [place[0] for place in at.values()])
-    panels[0].set_ylabel("top-1 accuracy on test images, %")
-    handles, names = panels[0].get_legend_handles_labels()
+    handles, names = panels[compared].get_legend_handles_labels()
     drawn = dict(zip(names, handles, strict=True))
     order = [*(result.name for result in shown), "front"]
     figure.legend(
-        [drawn[name] for name in order], order, loc="upper center", ncols=3, frameon=False, fontsize=9
+        [drawn[name] for name in order], order, loc="upper center", ncols=columns, frameon=False, fontsize=9
     )
     on = f" ({device})" if device and cost == "latency_b1_ms" else ""
     figure.supxlabel(COSTS[cost] + on, fontsize=10, y=0.02)

@@ -32,6 +32,7 @@ from orchestrator.provenance import Provenance
 from orchestrator.ray_stages import PlacementGroup, placed
 from orchestrator.reporting import card_facts
 from orchestrator.stop_signals import stop_on_signals
+from orchestrator.summary import rank_text
 from orchestrator.tracking import Tracker
 from orchestrator.training import train
 
@@ -205,10 +206,13 @@ def _assess(
 
 
 def _scores(reports: tuple[DepthReport, ...]) -> str:
-    if any(report.knn_top1 is None for report in reports):
-        return f"measured and exported {len(reports)} depths"
-    listed = ", ".join(f"{100 * (report.knn_top1 or 0.0):.1f}" for report in reports)
-    return f"kNN top-1 by depth {listed} %"
+    accuracies = [100 * report.knn_top1 for report in reports if report.knn_top1 is not None]
+    if len(accuracies) == len(reports):
+        return f"kNN top-1 by depth {', '.join(f'{accuracy:.1f}' for accuracy in accuracies)} %"
+    ranks = [rank_text(report.rankme) for report in reports if report.rankme is not None]
+    if len(ranks) == len(reports):
+        return f"RankMe by depth {', '.join(ranks)}"
+    return f"measured and exported {len(reports)} depths"
 
 
 def note_failure(course: Course, error: Exception) -> None:

@@ -1,7 +1,8 @@
 """How good and how dear each depth variant is, by one protocol for every model that is compared.
 
 One embedding everywhere: the mean of the patch tokens after the final norm, all tokens visible, float32. Nearest
-neighbours and linear probe are fitted on the train split and scored on the test split, which nothing else has seen.
+neighbours and linear probe are fitted on the train split and scored on the test split, which nothing else has seen; without
+labels RankMe of the train split takes their place.
 Returns records and logs nothing; knows neither Ray nor MLflow. Random initialisation and truncations of another run
 are measured by giving their models to the same function.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +25,13 @@ from orchestrator.cost import device_name, gflops, latencies_ms, latency_ms, num
 from orchestrator.data.batches import eval_images
 from orchestrator.data.sources import Source
 from orchestrator.data.splits import Splits
-from orchestrator.probes import Scores, linear_probe, score, standard_error, weighted_knn
+from orchestrator.probes import Scores, linear_probe, rankme, score, standard_error, weighted_knn
 
 MAX_IMAGES = 50_000
 """Images taken of a split, drawn from the seed where there are more: decoding a million to judge a run takes hours."""
+
+RANK_IMAGES = 8_192
+"""The same for RankMe, of the train split: at least 2,048 or all there are."""
 
 RAW_SIDE = 64
 """Raw pixels of larger images are averaged over cells until no side is longer: 64 x 64 x 3 is 12,288 features."""
@@ -47,6 +52,9 @@ class DepthReport:
         knn_top1, probe_top1: test accuracies in 0..1; None if the data has no labels.
         knn_se, probe_se: their standard errors.
         n_test: images they were counted on.
+        rankme: effective rank of the embeddings of `n_ranked` training images, 1..width (arXiv 2210.02885); only without
+            labels.
+        n_ranked: images it was counted on.
         image_size: (height, width) of the images.
         device: what the latencies were measured on.
     """
@@ -63,6 +71,8 @@ class DepthReport:
     n_test: int = 0
     image_size: tuple[int, int] | None = None
     device: str = ""
+    rankme: float | None = None
+    n_ranked: int = 0
 
     def metrics(self) -> dict[str, float]:
         """What was measured, by the names under which it is logged and sorted."""
@@ -71,6 +81,7 @@ class DepthReport:
             "knn_top1_se": self.knn_se,
             "linear_top1": self.probe_top1,
             "linear_top1_se": self.probe_se,
+            "rankme": self.rankme,
             "params": float(self.params),
             "gflops": self.gflops,
             "latency_b1_ms": self.latency_ms_b1,
@@ -97,16 +108,20 @@ def evaluate_variants(
 
     variants: depth -> model whose `forward_features` and `forward_head` give the embedding (`embed`). They are left on
     `device` in evaluation mode, batch norms with statistics of whole training images (`batch_norms`). size: (height, width).
-    Without labels everything but the accuracies is measured.
-    Raises ValueError if a split has no readable image.
+    Without labels RankMe is measured in place of the accuracies.
+    Raises ValueError if a split has no readable image, or embeddings are not finite.
     """
     gather_statistics(variants, source, splits.train, size, mean, std, device, seed, batch_size)
     embedders = embedders_of(variants, mean, std, device)
-    scores: dict[int, Scores] = {}
+    worth: dict[int, dict[str, Any]]
     if source.labels is not None:
         scores = _scores(
             embedders, source, splits, size, device, k, temperature, seed, batch_size, MAX_IMAGES
         )
+        worth = {depth: asdict(found) for depth, found in scores.items()}
+    else:
+        ranks, ranked = ranks_of(embedders, source, splits.train, size, device, seed, batch_size)
+        worth = {depth: {"rankme": rank, "n_ranked": ranked} for depth, rank in ranks.items()}
     times = {batch: latencies_ms(variants, size, batch, device) if latency else {} for batch in (1, 64)}
     return [
         DepthReport(
@@ -115,7 +130,7 @@ def evaluate_variants(
             gflops=gflops(model, size),
             latency_ms_b1=times[1].get(depth),
             latency_ms_b64=times[64].get(depth),
-            **(asdict(scores[depth]) if scores else {}),
+            **worth[depth],
             image_size=size,
             device=device_name(device) if latency else "",
         )
@@ -211,6 +226,23 @@ def _scores(
     }
 
 
+def ranks_of(
+    embedders: Mapping[int, Embedder],
+    source: Source,
+    train: np.ndarray,
+    size: tuple[int, int],
+    device: torch.device,
+    seed: int,
+    batch_size: int,
+) -> tuple[dict[int, float], int]:
+    """RankMe of every embedding by name, and the number of images, at most `RANK_IMAGES` of `train`, that it is of.
+
+    Raises ValueError if none of them can be read, or an embedding is not finite.
+    """
+    features, numbers = embedded(embedders, source, drawn(train, RANK_IMAGES, seed), size, batch_size)
+    return {name: rankme(x.to(device)) for name, x in features.items()}, len(numbers)
+
+
 def labelled(
     embedders: Mapping[int, Embedder],
     source: Source,
@@ -263,6 +295,8 @@ __all__ = [
     "latency_ms",
     "linear_probe",
     "num_params",
+    "rankme",
+    "ranks_of",
     "raw_pixels",
     "standard_error",
     "weighted_knn",

@@ -15,7 +15,7 @@ import yaml
 from models.backbones.backbone import Backbone
 from orchestrator.evaluation import MAX_IMAGES, DepthReport
 from orchestrator.provenance import CodeState, DataRecord
-from orchestrator.summary import accuracy_text, params_text, three_digits
+from orchestrator.summary import params_text, score_text, three_digits
 
 TRAINING_KEYS = ("backbone", "blocks", "mask", "decoder", "target", "data", "schedule", "optim")
 """Settings that make the weights what they are; where they ran and were recorded is left out."""
@@ -174,12 +174,15 @@ def _evaluation(
     timed = any(report.latency_ms_b1 is not None for report in reports)
     heads = ["layers", "parameters", "GFLOPs"]
     heads += ["ms, batch 1", "ms, batch 64"] if timed else []
-    heads += ["kNN top-1, %", "linear top-1, %"] if scored else []
+    scores = {"knn_top1": "kNN top-1, %", "linear_top1": "linear top-1, %"} if scored else {}
+    ranked = max((report.n_ranked for report in reports), default=0)
+    scores |= {"rankme": "RankMe"} if ranked else {}
+    heads += scores.values()
     lines = ["| " + " | ".join(heads) + " |", "|" + " ---: |" * len(heads)]
 
     def row(label: str, costs: Sequence[str], values: Mapping[str, float], bold: bool = False) -> str:
-        cells = [label, *costs] + [""] * (len(heads) - 1 - len(costs) - 2 * scored)
-        cells += [accuracy_text(values, key) for key in ("knn_top1", "linear_top1")] if scored else []
+        cells = [label, *costs] + [""] * (len(heads) - 1 - len(costs) - len(scores))
+        cells += [score_text(values, key) for key in scores]
         return "| " + " | ".join(f"**{cell}**" if bold and cell else cell for cell in cells) + " |"
 
     for report in reports:
@@ -187,13 +190,13 @@ def _evaluation(
         times = (report.latency_ms_b1, report.latency_ms_b64)
         costs += [three_digits(time) if time is not None else "-" for time in times] if timed else []
         lines.append(row(str(report.depth), costs, report.metrics(), bold=report.depth == depth))
-    if scored:
+    if scores:
         lines += [row(f"{report.depth}, untrained", [], report.metrics()) for report in random_reports]
         lines += [row("raw pixels", [], raw)] if raw else []
-    return "\n".join(lines) + "\n\n" + _how_measured(reports, scored, timed)
+    return "\n".join(lines) + "\n\n" + _how_measured(reports, scored, timed, ranked)
 
 
-def _how_measured(reports: Sequence[DepthReport], scored: bool, timed: bool) -> str:
+def _how_measured(reports: Sequence[DepthReport], scored: bool, timed: bool, ranked: int) -> str:
     text = "GFLOPs are 2 x multiply-accumulates of one image"
     size = next((report.image_size for report in reports if report.image_size), None)
     text += f" of {size[0]} x {size[1]} pixels." if size else "."
@@ -205,6 +208,11 @@ def _how_measured(reports: Sequence[DepthReport], scored: bool, timed: bool) -> 
             f" Accuracies are on {max(report.n_test for report in reports):,} test images, ± one standard error: weighted "
             "nearest neighbours by cosine, and logistic regression on frozen, standardised embeddings, both fitted on the "
             f"labels of the training images (at most {MAX_IMAGES:,} of them)."
+        )
+    if ranked:
+        text += (
+            f" RankMe (arXiv 2210.02885) is the effective rank of the embeddings of {ranked:,} training images: more is "
+            "better, at most the width of the embedding. The images have no labels, so there is no accuracy."
         )
     return text
 

@@ -20,7 +20,7 @@ from orchestrator.batch_norms import gather_statistics
 from orchestrator.checkpoint import load_block_weights
 from orchestrator.data.sources import Source
 from orchestrator.data.splits import Splits
-from orchestrator.evaluation import drawn, embedded, embedders_of, labelled
+from orchestrator.evaluation import drawn, embedders_of, labelled, ranks_of
 from orchestrator.family_spec import FamilySpec, backbone_of
 from orchestrator.phases import Phase
 from orchestrator.probes import weighted_knn
@@ -32,12 +32,6 @@ SCORED_BY = ("knn_k", "knn_temperature")
 FIT_IMAGES = 20_000
 JUDGED_IMAGES = 5_000
 """Labelled images of the train and the validation split that a score takes, drawn from the seed where there are more."""
-
-RANK_IMAGES = 8_192
-"""The same for RankMe, which needs no labels: at least 2,048 or all there are (design.md section 5)."""
-
-RANK_EPSILON = 1e-7
-"""RankMe's, for float32."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +101,8 @@ def score_weights(
     gather_statistics(variants, source, splits.train, size, spec.mean, spec.std, place, how.seed, batch)
     embedders = embedders_of(variants, spec.mean, spec.std, place)
     if metric_of(source, splits) == "rankme":
-        features, numbers = embedded(
-            embedders, source, drawn(splits.train, RANK_IMAGES, how.seed), size, batch
-        )
-        ranks = {depth: rankme(x.to(place)) for depth, x in features.items()}
-        return Score("rankme", ranks, len(numbers))
+        ranks, ranked = ranks_of(embedders, source, splits.train, size, place, how.seed, batch)
+        return Score("rankme", ranks, ranked)
     fit, fit_y = labelled(embedders, source, drawn(splits.train, FIT_IMAGES, how.seed), size, batch)
     val, val_y = labelled(embedders, source, drawn(splits.val, JUDGED_IMAGES, how.seed), size, batch)
     fit_y, val_y = fit_y.to(place), val_y.to(place)
@@ -122,19 +113,6 @@ def score_weights(
         for depth in variants
     }
     return Score("knn_top1", accuracies, len(val_y))
-
-
-def rankme(embeddings: Tensor) -> float:
-    """Effective rank of embeddings (n, D): exp of the entropy of their singular values, normalised to sum 1.
-
-    RankMe (arXiv 2210.02885, equations 1 and 2): p_k = s_k / |s|_1 + eps, exp(-sum_k p_k log p_k). Between 1 (all on one
-    line) and min(n, D). Raises ValueError if an embedding is not finite.
-    """
-    if not torch.isfinite(embeddings).all():
-        raise ValueError("embeddings are not finite, so they cannot be scored")
-    values = torch.linalg.svdvals(embeddings.float())
-    p = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny) + RANK_EPSILON
-    return float(torch.exp(-(p * p.log()).sum()))
 
 
 def training_gflops(spec: FamilySpec, phases: Sequence[Phase], epochs: int) -> float:

@@ -39,7 +39,16 @@ SERIES: dict[str, dict[str, Any]] = {
 }
 RAW_COLOR = "#009E73"
 TRIALS = {"finished": "#0072B2", "stopped early": "#D55E00"}
-PANELS = ("Nearest neighbours", "Linear probe")
+PANELS = {
+    "knn_top1": {"knn_top1": "Nearest neighbours", "linear_top1": "Linear probe"},
+    "rankme": {"rankme": "RankMe"},
+}
+"""By what variants are compared -> the scores that are drawn, with the titles of their panels."""
+
+WORTH = {
+    "knn_top1": "top-1 accuracy on test images, %",
+    "rankme": "effective rank of the embeddings",
+}
 COSTS = {"latency_b1_ms": "latency of one image, ms", "gflops": "GFLOPs per image"}
 DIGIT = 11
 """Width in pixels of a digit of a label."""
@@ -136,22 +145,22 @@ def accuracy_latency_figure(
     raw: Mapping[str, float] | None = None,
     baseline_reports: Sequence[DepthReport] = (),
 ) -> Figure | None:
-    """Accuracy of every depth against its latency, nearest neighbours left, linear probe right; None without labels.
+    """Accuracy of every depth against its latency, nearest neighbours left, linear probe right.
 
-    Bars are one standard error. All series of one depth stand at the latency measured for the trained variant, since they
-    are the same network. Where no latency was measured the arithmetic per image takes its place.
+    Without labels one panel of RankMe; None if that was not measured either. Bars are one standard error. All series of
+    one depth stand at the latency measured for the trained variant, since they are the same network. Where no latency was
+    measured the arithmetic per image takes its place.
     raw: accuracies of raw pixels by the names of `Scores.metrics`.
     """
-    if not reports or any(report.knn_top1 is None for report in reports):
-        return None
     costs = {report.depth: report.metrics() for report in reports}
+    compared = next((score for score in PANELS if all(score in cost for cost in costs.values())), None)
+    if not reports or compared is None:
+        return None
     by = "latency_b1_ms" if all("latency_b1_ms" in cost for cost in costs.values()) else "gflops"
     x = {depth: cost[by] for depth, cost in costs.items()}
     series = dict(zip(SERIES, (reports, baseline_reports, random_reports), strict=True))
-    figure = figure_of(9.6, 4.6)
-    figure.subplots_adjust(left=0.07, right=0.985, top=0.815, bottom=0.14, wspace=0.13)
-    panels = figure.subplots(1, 2)
-    for axes, key, title in zip(panels, ("knn_top1", "linear_top1"), PANELS, strict=True):
+    figure, panels = figure_of_panels(compared, 4.6, top=0.815, bottom=0.14)
+    for key, axes in panels.items():
         for name, group in series.items():
             shown = sorted((report for report in group if report.depth in x), key=lambda report: report.depth)
             if not shown:
@@ -159,8 +168,8 @@ def accuracy_latency_figure(
             found = [report.metrics() for report in shown]
             axes.errorbar(
                 [x[report.depth] for report in shown],
-                [100 * values[key] for values in found],
-                yerr=[100 * values[f"{key}_se"] for values in found],
+                [scale_of(key) * values[key] for values in found],
+                yerr=None if key == "rankme" else [100 * values[f"{key}_se"] for values in found],
                 label=name,
                 capsize=2.5,
                 markersize=5,
@@ -168,18 +177,14 @@ def accuracy_latency_figure(
                 elinewidth=1.0,
                 **SERIES[name],
             )
-        if raw:
+        if raw and key in raw:
             axes.axhline(100 * raw[key], color=RAW_COLOR, linestyle=":", linewidth=1.5, label="raw pixels")
-        axes.set_title(title, fontsize=10, pad=8)
         axes.grid(axis="y", color="0.9", linewidth=0.8)
-        axes.set_axisbelow(True)
         axes.margins(x=0.06, y=0.08)
-        axes.yaxis.set_major_locator(MaxNLocator(9, steps=[1, 2, 5, 10]))
-        axes.set_ylim(top=min(axes.get_ylim()[1], 101.0))
+        score_axis(axes, key)
         cost_axis(axes, list(x.values()))
         _depth_axis(figure, axes, x)
-    panels[0].set_ylabel("top-1 accuracy on test images, %")
-    drawn = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
+    drawn = dict(zip(*reversed(panels[compared].get_legend_handles_labels()), strict=True))
     names = [name for name in (*SERIES, "raw pixels") if name in drawn]
     handles = [drawn[name] for name in names]
     figure.legend(handles, names, loc="upper center", ncols=4, frameon=False, fontsize=9)
@@ -234,7 +239,7 @@ def pareto_figure(result: SearchResult, metric: str) -> Figure | None:
     figure = figure_of(7.2, 4.6)
     figure.subplots_adjust(left=0.11, right=0.975, top=0.87, bottom=0.125)
     axes = figure.subplots()
-    per_cent = 100.0 if result.metric == "knn_top1" else 1.0
+    per_cent = scale_of(result.metric)
     front = [(row.gflops, per_cent * (row.score or 0.0)) for row in result.front]
     if front:
         axes.plot(
@@ -298,6 +303,37 @@ def figure_of(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
+
+
+def figure_of_panels(
+    compared: str, height: float, top: float, bottom: float
+) -> tuple[Figure, dict[str, Axes]]:
+    """An empty figure with the panels of `PANELS[compared]`, by score: two side by side or one, with titles and label.
+
+    height: in inches. top, bottom: edges of the panels, as shares of it.
+    """
+    titles = PANELS[compared]
+    width, left = (9.6, 0.07) if len(titles) > 1 else (6.4, 0.115)
+    figure = figure_of(width, height)
+    figure.subplots_adjust(left=left, right=0.985, top=top, bottom=bottom, wspace=0.13)
+    panels = dict(zip(titles, figure.subplots(1, len(titles), squeeze=False)[0], strict=True))
+    for key, axes in panels.items():
+        axes.set_title(titles[key], fontsize=10, pad=8)
+        axes.set_axisbelow(True)
+    panels[compared].set_ylabel(WORTH[compared])
+    return figure, panels
+
+
+def scale_of(score: str) -> float:
+    """By what a score is multiplied to be shown: accuracies in per cent, RankMe as it is."""
+    return 1.0 if score == "rankme" else 100.0
+
+
+def score_axis(axes: Axes, score: str) -> None:
+    """Plain numbers; an accuracy does not go beyond 100 %."""
+    axes.yaxis.set_major_locator(MaxNLocator(9, steps=[1, 2, 5, 10]))
+    if score != "rankme":
+        axes.set_ylim(top=min(axes.get_ylim()[1], 101.0))
 
 
 def _is_masked(masked: np.ndarray, grid: tuple[int, int], size: tuple[int, ...]) -> np.ndarray:

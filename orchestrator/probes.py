@@ -1,4 +1,4 @@
-"""Scores of frozen embeddings: weighted nearest neighbours and a linear probe.
+"""Scores of frozen embeddings: weighted nearest neighbours, a linear probe, and RankMe where there are no labels.
 
 Plain functions of feature matrices and integer labels; they know no model and no data set. They serve the
 evaluation of depth variants and whoever ranks configurations by what stays comparable between them.
@@ -30,6 +30,10 @@ PROBE_ITERATIONS = 200
 
 PRECONDITION_WIDTH = 2048
 """Widest features whose covariance is factored; wider ones (raw pixels) separate the classes without it."""
+
+
+RANK_EPSILON = 1e-7
+"""RankMe's, for float32."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,19 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
     l2, weight = chosen
     weight = _fit(train_x, train_y, _covariance(train_x), weight, l2)
     return Probe(_accuracy(_logits(test_x, weight), test_y), l2)
+
+
+def rankme(embeddings: Tensor) -> float:
+    """Effective rank of embeddings (n, D): exp of the entropy of their singular values, normalised to sum 1.
+
+    RankMe (arXiv 2210.02885, equations 1 and 2): p_k = s_k / |s|_1 + eps, exp(-sum_k p_k log p_k). Between 1 (all on one
+    line) and min(n, D). Raises ValueError if an embedding is not finite.
+    """
+    if not torch.isfinite(embeddings).all():
+        raise ValueError("embeddings are not finite, so they cannot be scored")
+    values = torch.linalg.svdvals(embeddings.float())
+    p = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny) + RANK_EPSILON
+    return float(torch.exp(-(p * p.log()).sum()))
 
 
 def _check(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> None:

@@ -243,8 +243,9 @@ def record_summary(
     figure = accuracy_latency_figure(found.reports, found.random, found.raw, baseline)
     pictures = ["loss_by_block"]
     if figure is not None:
-        pictures.insert(0, "accuracy_against_latency")
-        tracker.log_picture(figure, "accuracy_against_latency")
+        worth = "accuracy" if found.reports[0].knn_top1 is not None else "rankme"
+        pictures.insert(0, f"{worth}_against_latency")
+        tracker.log_picture(figure, f"{worth}_against_latency")
     curves = {b.index: tracker.history(f"block{b.index}/loss") for b in family.backbone.blocks}
     tracker.log_picture(loss_curves_figure(curves), "loss_by_block")
     settings = family.settings
@@ -305,10 +306,10 @@ def record_comparison(
 
 
 def _mean_scores(found: Assessment) -> dict[str, float]:
-    """Accuracies averaged over the depths: one number per run to sort the runs by."""
+    """Accuracies, or RankMe without labels, averaged over the depths: one number per run to sort the runs by."""
     return {
         f"mean_{key}": statistics.mean(report.metrics()[key] for report in found.reports)
-        for key in ("knn_top1", "linear_top1")
+        for key in ("knn_top1", "linear_top1", "rankme")
         if all(key in report.metrics() for report in found.reports)
     }
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
+from orchestrator.summary import rank_text
+
 CURVE_POINTS = 500
 """Points of a curve on a child run; the parent run keeps them all."""
 
@@ -29,7 +31,7 @@ class DepthRecord:
     folder: Path
     """Its timm folder: model.safetensors, config.json, README.md."""
     metrics: Mapping[str, float]
-    """Evaluation, by the names of `DepthReport.metrics()`: knn_top1, linear_top1, params, gflops, latency_b1_ms, ..."""
+    """Evaluation, by the names of `DepthReport.metrics()`: knn_top1, linear_top1, rankme, params, gflops, ..."""
     params: Mapping[str, object] = field(default_factory=dict)
     """The few settings that make this variant; the rest is on the parent run."""
     curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
@@ -69,7 +71,7 @@ def rounded(value: float) -> float:
 def headline(record: DepthRecord) -> str:
     """One variant in a line: what it is worth and what it costs."""
     m = record.metrics
-    parts = [f"{name} {_with_error(m[key], m.get(f'{key}_se'))}" for key, name in ACCURACIES if key in m]
+    parts = [f"{name} {text}" for name, text in _worth(m).items()]
     if "params" in m:
         parts.append(f"{m['params'] / 1e6:.2f} M parameters")
     if "gflops" in m:
@@ -80,14 +82,11 @@ def headline(record: DepthRecord) -> str:
 
 
 def depth_rows(records: Sequence[DepthRecord]) -> list[dict[str, str]]:
-    """The results of some variants as rows for people: accuracies with their standard errors, sizes in millions."""
+    """The results of some variants as rows for people: accuracies with standard errors or RankMe, sizes in millions."""
     rows = []
     for record in records:
         m = record.metrics
-        row = {"model": record.title}
-        for key, name in ACCURACIES:
-            if key in m:
-                row[name] = _with_error(m[key], m.get(f"{key}_se"))
+        row = {"model": record.title, **_worth(m)}
         if "params" in m:
             row["parameters"] = f"{m['params'] / 1e6:.2f} M"
         if "gflops" in m:
@@ -152,7 +151,8 @@ def runs_view(now: int) -> str:
     MLflow's own page of models can be sorted by date only. now: milliseconds since 1970.
     """
     metrics = [
-        f"metrics.`{name}`" for name in ("knn_top1", "linear_top1", "latency_b1_ms", "params", "gflops")
+        f"metrics.`{name}`"
+        for name in ("knn_top1", "linear_top1", "rankme", "latency_b1_ms", "params", "gflops")
     ]
     first = ["attributes.`Run Name`", "runDateAndNestInfo", "duration"]
     state = {
@@ -165,6 +165,16 @@ def runs_view(now: int) -> str:
     }
     view = {"name": "Depth variants", "createdAt": now, "updatedAt": now, "state": json.dumps(state)}
     return json.dumps(view)
+
+
+def _worth(metrics: Mapping[str, float]) -> dict[str, str]:
+    """What was measured of the scores, by their names in words."""
+    named = {
+        name: _with_error(metrics[key], metrics.get(f"{key}_se"))
+        for key, name in ACCURACIES
+        if key in metrics
+    }
+    return named | ({"RankMe": rank_text(metrics["rankme"])} if "rankme" in metrics else {})
 
 
 def _with_error(value: float, error: float | None) -> str:

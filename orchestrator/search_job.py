@@ -16,9 +16,10 @@ from typing import Any
 from orchestrator.block_trainer import Precision
 from orchestrator.checkpoint import CheckpointStore
 from orchestrator.config import settings_to_mapping
+from orchestrator.evaluation import RANK_IMAGES
 from orchestrator.family import Family, Prepared, make_family
 from orchestrator.launch import run_beside_stages
-from orchestrator.objective import FIT_IMAGES, JUDGED_IMAGES, RANK_IMAGES, SCORED_BY, ObjectiveSpec, metric_of
+from orchestrator.objective import FIT_IMAGES, JUDGED_IMAGES, SCORED_BY, ObjectiveSpec, metric_of
 from orchestrator.outputs import OutputError
 from orchestrator.placement import ClusterResources
 from orchestrator.pretrain import StopRequest

@@ -31,7 +31,9 @@ COLUMNS = (
     "knn_top1_se",
     "linear_top1",
     "linear_top1_se",
+    "rankme",
 )
+SCORE_TITLES = (("kNN top-1 %", "knn_top1"), ("linear top-1 %", "linear_top1"), ("RankMe", "rankme"))
 NOTHING = "-"
 GAP = "  "
 
@@ -69,7 +71,7 @@ def render_table(
     raw: Mapping[str, float] | None = None,
     baseline_reports: Sequence[DepthReport] = (),
 ) -> str:
-    """The table as plain text of at most 100 columns, with a note under it on what the figures are.
+    """The table as plain text of at most 100 columns, with notes of at most 125 under it on what the figures are.
 
     Arguments as in `summary_rows`. A column of which nothing was measured is left out.
     """
@@ -91,10 +93,10 @@ def render_table(
         cells = tuple(form(costs[depth][key]) if key in costs[depth] else NOTHING for depth in depths)
         cost_columns.append(Column(title, cells))
     score_columns = []
-    for title, key in (("kNN top-1 %", "knn_top1"), ("linear top-1 %", "linear_top1")):
-        pixels = accuracy_text(raw, key) if raw else ""
+    for title, key in SCORE_TITLES:
+        pixels = score_text(raw, key) if raw else ""
         for kind, group in by_depth.items():
-            cells = tuple(accuracy_text(group.get(depth, {}), key) for depth in depths)
+            cells = tuple(score_text(group.get(depth, {}), key) for depth in depths)
             heading = (kind, title) if len(by_depth) > 1 else (title, "")
             score_columns.append(Column(heading[0], cells, heading[1], pixels))
             title = pixels = ""  # over and under the first column of the group only
@@ -187,6 +189,18 @@ def accuracy_text(values: Mapping[str, float], key: str) -> str:
     return f"{per_cent}±{100 * values[key + '_se']:.1f}"
 
 
+def rank_text(rank: float) -> str:
+    """`31.3`, an effective rank."""
+    return f"{rank:.1f}"
+
+
+def score_text(values: Mapping[str, float], key: str) -> str:
+    """An accuracy as `accuracy_text` or RankMe as `rank_text` gives it; `-` if it was not measured."""
+    if key == "rankme" and key in values:
+        return rank_text(values[key])
+    return accuracy_text(values, key)
+
+
 @dataclass(frozen=True)
 class Column:
     """One column of the text: `group` stands over it and the ones that follow, `pixels` is its cell for raw pixels."""
@@ -241,6 +255,11 @@ def _notes(
     tested = next((report.n_test for report in reports if report.n_test), 0)
     if tested:
         notes.append(("±", f"one standard error on {tested:,} test images"))
+    ranked = next((report.n_ranked for report in reports if report.n_ranked), 0)
+    if ranked:
+        what = f"effective rank of the embeddings of {ranked:,} training images"
+        notes.append(("RankMe", f"{what}; more is better, at most the embedding's width"))
+    if tested or ranked:
         if "MAE" in by_depth:
             notes.append(("MAE", "the end-to-end baseline, cut to the same depth"))
         if "random" in by_depth:

@@ -33,7 +33,7 @@ from orchestrator.run_notes import (
 )
 
 NOTE = "mlflow.note.content"  # the tag that MLflow's pages show as a description
-SCORES = ("knn_top1", "linear_top1")  # shown as tags of a registered version
+SCORES = {"knn_top1": ".3f", "linear_top1": ".3f", "rankme": ".1f"}  # shown as tags of a registered version
 BATCH = 1000  # metrics that MLflow takes in one request
 
 
@@ -153,7 +153,8 @@ class DepthRuns:
         versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
         version = next((v for v in versions if v.source == source), None)
         if version is None:
-            scores = {key: f"{record.metrics[key]:.3f}" for key in SCORES if key in record.metrics}
+            measured = record.metrics
+            scores = {key: format(measured[key], form) for key, form in SCORES.items() if key in measured}
             tags = {"depth": str(record.depth), **scores}
             text = headline(record)
             with _default_store(client.tracking_uri):

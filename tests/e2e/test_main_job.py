@@ -223,7 +223,7 @@ def test_a_damaged_image_is_skipped_counted_and_named(
     assert parent_run(store, stopped.out).info.status == "FAILED"
 
 
-def test_a_folder_without_labels_gives_everything_but_accuracies(unbroken: Finished, store: str) -> None:
+def test_a_folder_without_labels_gives_ranks_in_place_of_accuracies(unbroken: Finished, store: str) -> None:
     assert unbroken.status == 0, unbroken.stderr
     assert unbroken.stderr == ""
     assert "No accuracy: the data has no labels." in unbroken.stdout
@@ -231,8 +231,11 @@ def test_a_folder_without_labels_gives_everything_but_accuracies(unbroken: Finis
     rows = json.loads((unbroken.out / "summary.json").read_text())
     assert [row["depth"] for row in rows if row["weights"] == "trained"] == list(DEPTHS)
     assert all(row["knn_top1"] is None and row["params"] > 0 and row["gflops"] > 0 for row in rows)
+    assert all(1 <= row["rankme"] <= 32.1 for row in rows)
+    assert "RankMe  effective rank of the embeddings of 42 training images" in unbroken.stdout
     assert len(list((unbroken.out / "variants").iterdir())) == len(DEPTHS)
     assert len(list((unbroken.out / "pictures").glob("reconstruction_*.png"))) == len(DEPTHS)
+    assert (unbroken.out / "pictures" / "rankme_against_latency.png").exists()
     assert len(child_runs(store, parent_run(store, unbroken.out))) == len(DEPTHS)
 
 

@@ -12,12 +12,20 @@ from orchestrator.comparison import (
     cost_of,
     front,
     read_rows,
+    score_of,
 )
 from orchestrator.comparison_picture import comparison_figure
 from orchestrator.summary import COLUMNS, Row, write_summary
 
 
-def row(weights: str, depth: int, ms: float | None, knn: float | None, gflops: float = 1.0) -> Row:
+def row(
+    weights: str,
+    depth: int,
+    ms: float | None,
+    knn: float | None,
+    gflops: float = 1.0,
+    rank: float | None = None,
+) -> Row:
     values: Row = dict.fromkeys(COLUMNS)
     scores: Row = {} if knn is None else dict.fromkeys(("knn_top1", "linear_top1"), knn)
     scores |= {} if knn is None else dict.fromkeys(("knn_top1_se", "linear_top1_se"), 0.02)
@@ -27,6 +35,7 @@ def row(weights: str, depth: int, ms: float | None, knn: float | None, gflops: f
         "params": 2_000_000,
         "gflops": gflops,
         "latency_b1_ms": ms,
+        "rankme": rank,
     }
     return values | own | scores
 
@@ -71,7 +80,66 @@ def test_the_table_has_every_backbone_below_its_name_and_says_who_failed() -> No
     assert lines[-1].endswith("on CPU, 2 threads")
 
 
-def test_a_table_without_labels_has_costs_alone() -> None:
+UNLABELLED = [
+    MemberResult(
+        "vit",
+        "vit_tiny_patch16_224",
+        (32, 32),
+        (
+            row("trained", 2, 1.0, None, rank=31.26),
+            row("trained", 4, 3.0, None, rank=29.0),
+            row("random", 2, None, None, rank=7.0),
+        ),
+    ),
+    MemberResult("swin", "swin", (32, 32), (row("trained", 4, 2.0, None, rank=64.04),)),
+]
+
+
+def test_without_labels_the_rank_decides_who_is_on_the_front() -> None:
+    assert score_of(UNLABELLED) == "rankme"
+    assert score_of([VIT, SWIN]) == "knn_top1"
+    assert front(UNLABELLED) == [("vit", 2), ("swin", 4)]
+    assert [r["on_front"] for r in comparison_rows(UNLABELLED)] == [1, 0, None, 1]
+    lines = comparison_table(UNLABELLED, 0, "CPU, 2 threads").splitlines()
+    assert max(map(len, lines)) <= 125
+    assert lines[0].strip() == "RankMe"
+    assert lines[1].split() == ["depth", "params", "GFLOPs", "ms", "b1", "trained", "random"]
+    assert lines[3].split() == ["*", "2", "2.00", "M", "1.00", "1.00", "31.3", "7.0"]
+    assert lines[4].split()[-2:] == ["29.0", "-"]
+    assert "*       nothing else here has as good a RankMe at as low a cost (ms b1)" in lines
+    assert "random  the same depth before training" in lines
+    assert not any(line.startswith("±") for line in lines)
+    assert any(line.startswith("RankMe  effective rank") and "different widths" in line for line in lines)
+    assert lines[-1] == "No accuracy: the data has no labels."
+
+
+def test_without_labels_the_picture_is_one_panel_of_ranks() -> None:
+    figure = comparison_figure([*UNLABELLED, BROKEN])
+    assert figure is not None
+    (axes,) = figure.axes
+    assert (axes.get_title(), axes.get_ylabel()) == (
+        "RankMe",
+        "effective rank of the embeddings",
+    )
+    assert list(axes.containers[0].lines[0].get_ydata()) == [31.26, 29.0]  # type: ignore[attr-defined]
+
+
+def test_rows_of_before_there_was_a_rank_are_still_compared() -> None:
+    old = [{key: value for key, value in found.items() if key != "rankme"} for found in VIT.rows]
+    before = MemberResult("vit_tiny_patch16_224", "vit_tiny_patch16_224", (32, 32), tuple(old))
+    assert comparison_rows([before, SWIN]) == comparison_rows([VIT, SWIN])
+    assert comparison_table([before, SWIN], 359) == comparison_table([VIT, SWIN], 359)
+    assert comparison_figure([before]) is not None
+    unscored = [row | dict.fromkeys(("knn_top1", "linear_top1")) for row in old]
+    bare = MemberResult("old", "old", (32, 32), tuple(unscored))
+    assert front([bare, *UNLABELLED]) == front(UNLABELLED)
+    assert "31.3" in comparison_table([bare, *UNLABELLED])
+    figure = comparison_figure([bare, *UNLABELLED])
+    assert figure is not None
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["vit", "swin", "front"]
+
+
+def test_a_table_without_any_score_has_costs_alone() -> None:
     bare = MemberResult("a", "a", (16, 16), (row("trained", 2, 1.0, None),))
     text = comparison_table([bare])
     assert "top-1" not in text

@@ -15,7 +15,7 @@ from models.tokens import normalize_images
 from orchestrator import evaluation
 from orchestrator.data.errors import BadImage
 from orchestrator.data.splits import Splits
-from orchestrator.evaluation import DepthReport, embed, evaluate_variants, raw_pixels
+from orchestrator.evaluation import DepthReport, embed, evaluate_variants, rankme, raw_pixels
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 CPU = torch.device("cpu")
@@ -116,17 +116,37 @@ def test_every_depth_is_measured_and_each_image_decoded_once() -> None:
     }
 
 
-def test_without_labels_the_costs_are_still_measured_and_no_image_is_read(
+def test_without_labels_the_costs_and_the_rank_of_the_training_images_are_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("orchestrator.cost.MEASURE_S", 0.01)
     monkeypatch.setattr("orchestrator.cost.WARM_UP_S", 0.0)
-    source = Blobs(labelled=False)
-    (report,) = evaluate_variants({1: vit(1)}, source, SPLITS, (16, 16), MEAN, STD, CPU)
-    assert (report.knn_top1, report.probe_top1, report.knn_se, report.probe_se) == (None, None, None, None)
-    assert source.loads == 0
-    assert set(report.metrics()) == {"params", "gflops", "latency_b1_ms", "latency_b64_ms"}
-    assert "thread" in report.device
+    source, variants = Blobs(labelled=False, bad=(3,)), {1: vit(1), 2: vit(2)}
+    one, two = evaluate_variants(variants, source, SPLITS, (16, 16), MEAN, STD, CPU, batch_size=32)
+    assert (one.knn_top1, one.probe_top1, one.knn_se, one.probe_se) == (None, None, None, None)
+    assert source.loads == len(SPLITS.train)  # each once for all depths
+    assert set(one.metrics()) == {"rankme", "params", "gflops", "latency_b1_ms", "latency_b64_ms"}
+    assert "thread" in one.device
+    images = np.stack([source.load(index).numpy() for index in SPLITS.train.tolist() if index != 3])
+    for report in (one, two):
+        embeddings = embed(variants[report.depth], [images], MEAN, STD, CPU)
+        assert report.rankme == pytest.approx(rankme(embeddings), rel=1e-4)
+        assert 1 < (report.rankme or 0) < 32
+        assert (report.n_ranked, report.n_test) == (79, 0)
+
+
+def test_the_rank_is_of_a_part_of_many_images_drawn_from_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "RANK_IMAGES", 40)
+
+    def measured(seed: int) -> DepthReport:
+        (report,) = evaluate_variants(
+            {1: vit(1)}, Blobs(labelled=False), SPLITS, (16, 16), MEAN, STD, CPU, seed=seed, latency=False
+        )
+        return report
+
+    assert measured(0).n_ranked == 40
+    assert measured(0) == measured(0)
+    assert measured(0).rankme != measured(1).rankme
 
 
 def test_the_score_comes_from_the_test_split_alone() -> None:
@@ -212,4 +232,9 @@ def test_a_report_names_its_metrics_as_they_are_logged() -> None:
         "gflops": 0.5,
         "latency_b1_ms": 1.25,
         "latency_b64_ms": 20.0,
+    }
+    assert DepthReport(3, 1000, 0.5, rankme=12.5, n_ranked=64).metrics() == {
+        "rankme": 12.5,
+        "params": 1000.0,
+        "gflops": 0.5,
     }

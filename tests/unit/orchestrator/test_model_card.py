@@ -32,11 +32,12 @@ def backbone() -> Backbone:
     return open_backbone("vit_tiny_patch16_224", 2, ARGS)
 
 
-def report(depth: int, knn: float | None = 0.9) -> DepthReport:
+def report(depth: int, knn: float | None = 0.9, rank: float | None = None) -> DepthReport:
     error = None if knn is None else 0.015
     return DepthReport(
-        depth, 230_000, 0.0123, 0.81, 10.2, knn, knn, error, error, 359, SIZE, "CPU, 2 threads"
-    )
+        depth, 230_000, 0.0123, 0.81, 10.2, knn, knn, error, error, 359, SIZE, "CPU, 2 threads", rank,
+        0 if rank is None else 1258,
+    )  # fmt: skip
 
 
 def header(card: str) -> dict[str, Any]:
@@ -91,11 +92,27 @@ def test_the_table_shows_the_family_with_this_depth_in_bold(backbone: Backbone) 
     assert any("gave a model of 2 layers" in line for line in lines)
 
 
-def test_without_labels_the_card_claims_no_accuracy(backbone: Backbone) -> None:
+def test_without_labels_the_card_claims_no_accuracy_and_tells_the_rank(backbone: Backbone) -> None:
     card = render_card(backbone, 2, FACTS, SIZE, [report(2, None), report(4, None)])
     assert "metrics" not in header(card)
     assert "kNN" not in card
+    assert "RankMe" not in card
     assert "GFLOPs" in card
+
+    ranked = [report(2, None, 12.34), report(4, None, 20.0)]
+    card = render_card(backbone, 2, FACTS, SIZE, ranked, [report(2, None, 5.0)])
+    assert "metrics" not in header(card)
+    assert "kNN" not in card
+    assert [line for line in card.splitlines() if line.startswith("|")] == [
+        "| layers | parameters | GFLOPs | ms, batch 1 | ms, batch 64 | RankMe |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| **2** | **0.230 M** | **0.0123** | **0.810** | **10.2** | **12.3** |",
+        "| 4 | 0.230 M | 0.0123 | 0.810 | 10.2 | 20.0 |",
+        "| 2, untrained |  |  |  |  | 5.0 |",
+    ]
+    assert (
+        "RankMe (arXiv 2210.02885) is the effective rank of the embeddings of 1,258 training images" in card
+    )
 
 
 def test_how_it_was_trained_is_said_for_blocks_and_for_one_run_end_to_end(backbone: Backbone) -> None:

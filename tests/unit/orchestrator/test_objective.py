@@ -1,8 +1,7 @@
-"""What trials are ranked by: the evaluation's kNN on another split, RankMe by hand, and the arithmetic of a step."""
+"""What trials are ranked by: the evaluation's kNN on another split, RankMe without labels, and the arithmetic of a step."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from orchestrator.family_spec import DecoderSpec, FamilySpec, backbone_of, build
 from orchestrator.objective import (
     ObjectiveSpec,
     metric_of,
-    rankme,
     score_checkpoint,
     score_weights,
     training_gflops,
@@ -85,26 +83,6 @@ def test_without_labels_or_a_validation_split_the_rank_of_the_training_images_co
     assert score.metric == "rankme"
     assert score.images == 200
     assert all(1 < rank < 32 for rank in score.by_depth.values())
-
-
-def test_rankme_is_the_number_of_directions_that_are_used_alike() -> None:
-    orthonormal = torch.linalg.qr(torch.randn(64, 16, generator=torch.Generator().manual_seed(0)))[0]
-    assert rankme(orthonormal) == pytest.approx(16, rel=1e-4)
-    assert rankme(3.0 * orthonormal) == pytest.approx(16, rel=1e-4)  # whatever the scale
-    assert rankme(torch.ones(64, 16)) == pytest.approx(1, abs=1e-4)
-    assert rankme(torch.cat([orthonormal, orthonormal])) == pytest.approx(16, rel=1e-4)
-
-
-def test_rankme_follows_the_papers_formula() -> None:
-    values = torch.tensor([4.0, 2.0, 1.0, 1.0])
-    p = [0.5, 0.25, 0.125, 0.125]
-    entropy = -sum(q * math.log(q) for q in p)
-    assert rankme(torch.diag(values)) == pytest.approx(math.exp(entropy), rel=1e-4)
-
-
-def test_embeddings_that_are_not_finite_are_refused() -> None:
-    with pytest.raises(ValueError, match="not finite"):
-        rankme(torch.full((4, 4), float("nan")))
 
 
 def test_the_cost_of_a_training_image_falls_with_the_mask_the_throw_ratio_and_the_size() -> None:

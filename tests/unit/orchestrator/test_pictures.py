@@ -30,7 +30,9 @@ from orchestrator.search_results import Point, SearchResult, TrialRow
 RAW = {"knn_top1": 0.98, "knn_top1_se": 0.007, "linear_top1": 0.966, "linear_top1_se": 0.01}
 
 
-def report(depth: int, accuracy: float | None = 0.9, latency: float | None = 1.0) -> DepthReport:
+def report(
+    depth: int, accuracy: float | None = 0.9, latency: float | None = 1.0, rank: float | None = None
+) -> DepthReport:
     error = None if accuracy is None else 0.015
     return DepthReport(
         depth,
@@ -45,6 +47,7 @@ def report(depth: int, accuracy: float | None = 0.9, latency: float | None = 1.0
         360,
         (32, 32),
         "CPU, 2 threads",
+        rank,
     )
 
 
@@ -169,7 +172,28 @@ def test_without_latency_the_arithmetic_takes_its_place() -> None:
     assert figure.get_supxlabel() == "GFLOPs per image"
 
 
-def test_without_labels_there_is_no_picture_of_accuracy() -> None:
+def test_without_labels_the_picture_is_one_panel_of_ranks() -> None:
+    trained = [report(2, None, 1.5, rank=31.0), report(4, None, 3.0, rank=120.0)]
+    random = [report(2, None, None, rank=7.0), report(4, None, None, rank=8.0)]
+    figure = accuracy_latency_figure(trained, random, {}, trained)
+    assert figure is not None
+    (axes,) = figure.axes
+    assert axes.get_title() == "RankMe"
+    assert axes.get_ylabel() == "effective rank of the embeddings"
+    assert depth_labels(axes) == ["2", "4"]
+    assert axes.get_ylim()[1] > 120
+    assert legend(figure) == ["trained", "MAE cut to the depth", "random initialisation"]
+    bars = axes.containers[0]
+    assert list(bars.lines[0].get_ydata()) == [31.0, 120.0]  # type: ignore[attr-defined]
+    assert bars.lines[2] == ()  # type: ignore[attr-defined]
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
+    assert box.y0 > axes.title.get_window_extent().y1
+
+
+def test_without_labels_and_ranks_there_is_no_picture_of_accuracy() -> None:
     assert accuracy_latency_figure([report(2, None)]) is None
     assert accuracy_latency_figure([]) is None
 

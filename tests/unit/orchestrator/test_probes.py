@@ -1,4 +1,4 @@
-"""Nearest neighbours and linear probe against what they are by definition."""
+"""Nearest neighbours, linear probe and RankMe against what they are by definition."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from orchestrator import probes
-from orchestrator.probes import linear_probe, score, standard_error, weighted_knn
+from orchestrator.probes import linear_probe, rankme, score, standard_error, weighted_knn
 
 
 def clusters(
@@ -169,6 +169,26 @@ def test_embeddings_that_are_not_finite_are_refused() -> None:
     x[3, 4] = float("nan")
     with pytest.raises(ValueError, match="training part are not finite"):
         score(x, y, *test)
+
+
+def test_rankme_is_the_number_of_directions_that_are_used_alike() -> None:
+    orthonormal = torch.linalg.qr(torch.randn(64, 16, generator=torch.Generator().manual_seed(0)))[0]
+    assert rankme(orthonormal) == pytest.approx(16, rel=1e-4)
+    assert rankme(3.0 * orthonormal) == pytest.approx(16, rel=1e-4)  # whatever the scale
+    assert rankme(torch.ones(64, 16)) == pytest.approx(1, abs=1e-4)
+    assert rankme(torch.cat([orthonormal, orthonormal])) == pytest.approx(16, rel=1e-4)
+
+
+def test_rankme_follows_the_papers_formula() -> None:
+    values = torch.tensor([4.0, 2.0, 1.0, 1.0])
+    p = [0.5, 0.25, 0.125, 0.125]
+    entropy = -sum(q * math.log(q) for q in p)
+    assert rankme(torch.diag(values)) == pytest.approx(math.exp(entropy), rel=1e-4)
+
+
+def test_a_rank_of_embeddings_that_are_not_finite_is_refused() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        rankme(torch.full((4, 4), float("nan")))
 
 
 def test_nearly_dependent_features_can_still_be_factored() -> None:

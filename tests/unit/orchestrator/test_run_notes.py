@@ -39,6 +39,12 @@ def test_a_headline_says_worth_before_cost() -> None:
     )
 
 
+def test_without_labels_the_rank_says_what_a_variant_is_worth() -> None:
+    ranked = record(6, {"rankme": 31.26, "params": 1e6})
+    assert headline(ranked) == "RankMe 31.3, 1.00 M parameters"
+    assert depth_rows([ranked]) == [{"model": "depth 6", "RankMe": "31.3", "parameters": "1.00 M"}]
+
+
 def test_a_headline_leaves_out_what_was_not_measured() -> None:
     assert headline(record(6, {"params": 1e6})) == "1.00 M parameters"
 
@@ -104,4 +110,4 @@ def test_equal_weights_have_equal_digests(tmp_path: Path) -> None:
 def test_the_saved_view_is_json_within_json() -> None:
     view = json.loads(runs_view(1_700_000_000_000))
     assert view["name"] == "Depth variants"
-    assert "metrics.`knn_top1`" in json.loads(view["state"])["selectedColumns"]
+    assert {"metrics.`knn_top1`", "metrics.`rankme`"} <= set(json.loads(view["state"])["selectedColumns"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator import side_by_side
+from orchestrator import courses, side_by_side
 from orchestrator.assess import AssessJob, Assessment
 from orchestrator.command_line import load_settings
 from orchestrator.courses import Course, note_failure
@@ -38,6 +38,8 @@ class Recorder:
     tags: dict[str, object] = field(default_factory=dict)
     events: list[str] = field(default_factory=list)
     depths: list[tuple[str, int]] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    pictures: list[str] = field(default_factory=list)
     status: str = "RUNNING"
     store_to_name: None = None
 
@@ -59,11 +61,13 @@ class Recorder:
     def history(self, name: str) -> list[tuple[int, float]]:
         return []
 
-    def log_metrics(self, step: int, values: dict[str, float]) -> None: ...
+    def log_metrics(self, step: int, values: dict[str, float]) -> None:
+        self.metrics |= values
 
     def log_file(self, path: Path) -> None: ...
 
-    def log_picture(self, figure: object, name: str) -> None: ...
+    def log_picture(self, figure: object, name: str) -> None:
+        self.pictures.append(name)
 
     def describe(self, markdown: str, pictures: list[str]) -> None: ...
 
@@ -157,6 +161,24 @@ def test_what_cannot_be_timed_is_finished_without_latencies(
     assert tracker.depths == [("", 2), ("", 4), ("mae", 2), ("mae", 4)]
     assert [row["depth"] for row in result.trained] == [2, 4]
     assert latencies(course) == [1.0, 1.0]
+
+
+def test_without_labels_ranks_are_told_averaged_and_pictured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(side_by_side, "timed", with_latencies)
+    course = trained(tmp_path / "run")
+    unranked = course.found[0].reports
+    assert courses._scores(unranked) == "measured and exported 2 depths"
+    reports = tuple(replace(report, rankme=10.0 * report.depth, n_ranked=42) for report in unranked)
+    assert courses._scores(reports) == "RankMe by depth 20.0, 40.0"
+    course.found[0] = replace(course.found[0], reports=reports)
+    result = side_by_side._record(course)
+    tracker: Any = course.tracker
+    assert tracker.metrics == {"mean_rankme": 30.0}
+    assert tracker.pictures == ["rankme_against_latency", "loss_by_block"]
+    assert [row["rankme"] for row in result.trained] == [20.0, 40.0]
+    assert "of 42 training images" in (course.prepared.family.out / "summary.txt").read_text()
 
 
 def test_a_failure_leaves_its_traceback_and_its_tag_until_the_backbone_is_finished(

@@ -24,7 +24,9 @@ from orchestrator.summary import (
 RAW = {"knn_top1": 0.98, "knn_top1_se": 0.0074, "linear_top1": 0.966, "linear_top1_se": 0.0096}
 
 
-def report(depth: int, knn: float | None, linear: float | None, timed: bool = True) -> DepthReport:
+def report(
+    depth: int, knn: float | None, linear: float | None, timed: bool = True, rank: float | None = None
+) -> DepthReport:
     return DepthReport(
         depth=depth,
         params=115_000 * depth,
@@ -38,6 +40,8 @@ def report(depth: int, knn: float | None, linear: float | None, timed: bool = Tr
         n_test=0 if knn is None else 360,
         image_size=(32, 32),
         device="CPU, 2 threads" if timed else "",
+        rankme=rank,
+        n_ranked=0 if rank is None else 1234,
     )
 
 
@@ -73,9 +77,33 @@ def test_the_baseline_stands_beside_the_trained_depths() -> None:
     assert "MAE     the end-to-end baseline, cut to the same depth" in lines
 
 
-def test_without_labels_only_costs_are_shown_and_it_is_said_why() -> None:
+def test_without_labels_the_rank_takes_the_place_of_accuracies_and_it_is_said_why() -> None:
+    trained = [report(2, None, None, rank=31.26), report(4, None, None, rank=104.0)]
+    random = [report(2, None, None, timed=False, rank=7.0), report(4, None, None, timed=False, rank=8.04)]
+    assert render_table(trained, random) == (
+        "                                       RankMe\n"
+        "depth   params  GFLOPs  ms b1  ms b64  trained  random\n"
+        "    2  0.230 M  0.0246   1.62    20.4     31.3     7.0\n"
+        "    4  0.460 M  0.0492   3.24    40.8    104.0     8.0\n"
+        "\n"
+        "RankMe  effective rank of the embeddings of 1,234 training images; more is better, at most the embedding's width\n"
+        "random  the same depth before training\n"
+        "GFLOPs  2 x multiply-accumulates, one image of 32 x 32 pixels\n"
+        "ms      median time of a batch of 1 and of 64 on CPU, 2 threads\n"
+        "No accuracy: the data has no labels."
+    )
+    alone = render_table(trained).splitlines()
+    assert alone[0] == "depth   params  GFLOPs  ms b1  ms b64  RankMe"
+    with_mae = render_table(trained, random, baseline_reports=random).splitlines()
+    assert with_mae[1].endswith("trained  MAE  random")
+    assert "MAE     the end-to-end baseline, cut to the same depth" in with_mae
+    assert [row["rankme"] for row in summary_rows(trained, random)] == [31.26, 104.0, 7.0, 8.04]
+
+
+def test_without_any_score_only_costs_are_shown() -> None:
     table = render_table([report(2, None, None)])
     assert table.splitlines()[0] == "depth   params  GFLOPs  ms b1  ms b64"
+    assert "RankMe" not in table
     assert table.endswith("No accuracy: the data has no labels.")
 
 
