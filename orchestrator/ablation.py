@@ -89,6 +89,9 @@ BESIDE = {TRUNCATED_MAE: (FRESH_NORM,)}
 
 SCORES = ("knn_top1", "linear_top1")
 
+FORMER_DEFAULTS = {"mask.ratio": 0.75}
+"""Of settings whose default has changed since results were first written: digests tell them as they did then."""
+
 
 @dataclass(frozen=True)
 class CaseResult:
@@ -123,13 +126,13 @@ class _Quiet:
 def base_digest(base: Settings) -> str:
     """Eight characters for every setting of the base that changes a trained weight or how it is scored, the seed left out.
 
-    Of the images the name of their folder counts, not where it lies. What stands at its default is left out, so that a
-    setting that a later version adds changes no digest.
+    Of the images the name of their folder counts, not where it lies. What stands at its (former) default is left out, so that
+    a setting that a later version adds changes no digest.
     """
     source = Path(base.data.source).name
     values = flat(with_changes(base, {"seed": 0, "data.source": source}))
     bare = {"name": "x", "backbone": {"name": "x"}, "data": {"source": "x", "batch_size": 1}}
-    default = flat(settings_from_mapping(bare | {"schedule": {"epochs": 1}}))
+    default = flat(settings_from_mapping(bare | {"schedule": {"epochs": 1}})) | FORMER_DEFAULTS
     scored = {f"evaluation.{name}" for name in SCORED_BY}
     told = {
         key: v
