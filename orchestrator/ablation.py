@@ -126,8 +126,8 @@ class _Quiet:
 def base_digest(base: Settings) -> str:
     """Eight characters for every setting of the base that changes a trained weight or how it is scored, the seed left out.
 
-    Of the images the name of their folder counts, not where it lies. What stands at its (former) default is left out, so that
-    a setting that a later version adds changes no digest.
+    Of the images the name of their folder counts, not where it lies. What stands at its (former) default is left out, so
+    that a setting that a later version adds changes no digest.
     """
     source = Path(base.data.source).name
     values = flat(with_changes(base, {"seed": 0, "data.source": source}))
