@@ -163,6 +163,7 @@ def test_data_that_cannot_be_opened_is_told_before_any_step_and_not_tried_again(
     assert ear.said == []
 
 
+@pytest.mark.slow
 def test_a_stage_that_keeps_dying_ends_the_run_with_one_sentence(tmp_path: Path) -> None:
     stages = ray_stages(tmp_path)
 

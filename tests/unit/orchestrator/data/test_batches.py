@@ -199,7 +199,7 @@ def test_evaluation_of_nothing_yields_nothing():
     assert list(eval_images(DigitsSource(), np.array([], dtype=np.int64), (8, 8), 4)) == []
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_later_phase_changes_size_and_batch_from_its_epoch_on(workers: int):
     source = DigitsSource()
     later = (PhaseSpec(2, (8, 8), 2, micros=2),)
