@@ -112,7 +112,7 @@ def test_the_second_starts_when_the_first_has_given_its_room_back_and_both_finis
     assert scene.ended == [first.name, second.name]
     assert sum(text == WAITS for _, text in scene.said) == 1
     assert scene.when(second.name, WAITS) < scene.when(first.name, "measuring")
-    assert scene.when(first.name, "measured and exported") < scene.when(second.name, "epoch 1/2")
+    assert scene.when(first.name, "RankMe by depth") < scene.when(second.name, "epoch 1/2")
     for course in (first, second):
         assert course.measured
         assert [report.depth for report in course.found[0].reports] == [2, 4]
