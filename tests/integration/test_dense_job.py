@@ -12,6 +12,8 @@ import torch
 from orchestrator.command_line import load_settings
 from orchestrator.job import prepare, run_job
 
+pytestmark = pytest.mark.slow
+
 ARGUMENTS = """
 --backbone.name convnext_atto --backbone.model_args {img_size: 96, depths: [1,1,2,1], dims: [8,16,24,32]}
 --mask.ratio 0.5 --target.name hog --target.cell [4,8,16,32] --decoder.dim 32

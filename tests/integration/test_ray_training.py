@@ -47,6 +47,7 @@ def test_ray_and_in_process_stages_give_bitwise_equal_weights_after_50_steps(tmp
     assert differing(state(tmp_path / "here", 50), state(tmp_path / "ray", 50)) == []
 
 
+@pytest.mark.slow
 def test_placement_does_not_change_the_weights(tmp_path: Path) -> None:
     train(in_process(), tmp_path / "here", steps=20)
     stages = ray_stages(tmp_path / "ray", stages=2)

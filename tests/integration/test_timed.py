@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 from orchestrator.ablation import _Quiet as Quiet
@@ -21,6 +22,7 @@ from orchestrator.training import layout_of, train
 RESNET = {"img_size": 64, "layers": [1, 1, 1, 1], "channels": [4, 8, 12, 16]}
 
 
+@pytest.mark.slow
 def test_timing_adds_latencies_to_the_cards_and_leaves_the_weights(tmp_path: Path) -> None:
     changes = {
         "backbone": {"name": "resnet50", "model_args": RESNET},

@@ -54,6 +54,7 @@ def test_every_case_can_be_built_from_the_recipe(case: str) -> None:
     resolve(with_changes(base, CASES[case][1]))
 
 
+@pytest.mark.slow
 def test_a_case_is_trained_and_measured_at_the_depths_of_the_family() -> None:
     base = load_settings(
         [
