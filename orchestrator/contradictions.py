@@ -93,11 +93,15 @@ def without_effect(s: Settings) -> list[str]:
     return [f"{key} has no effect: {reason}" for key, reason in said.items()]
 
 
-def ratios_between(first: float, last: float, blocks: int) -> tuple[float, ...]:
-    """Mask ratios of so many blocks, in even steps from the first to the last; a single block has the last."""
-    if blocks == 1:
-        return (last,)
-    return tuple(round(first + (last - first) * k / (blocks - 1), 4) for k in range(blocks))
+def ratios_by_block(ratio: float | Sequence[float], blocks: int) -> tuple[float, ...]:
+    """What `mask.ratio` means: one number holds for all blocks, two are the first block's and the last one's, with even
+    steps between (a single block has the last), others are listed."""
+    if not isinstance(ratio, Sequence):
+        return (ratio,) * blocks
+    if len(ratio) != 2:
+        return tuple(ratio)
+    first, last = ratio
+    return tuple(round(last + (first - last) * k / max(blocks - 1, 1), 4) for k in reversed(range(blocks)))
 
 
 def _changed(s: Settings, key: str) -> bool:

@@ -16,7 +16,7 @@ from models.backbones.backbone import Backbone
 from models.masking import visible_counts
 from models.sampling import kept_count
 from orchestrator.config import settings_to_mapping, with_changes
-from orchestrator.contradictions import ratios_between
+from orchestrator.contradictions import ratios_by_block
 from orchestrator.setting_texts import show, unknown
 from orchestrator.settings import Settings, SettingsError, all_settings
 
@@ -317,11 +317,7 @@ def _mask_values(settings: Settings, backbone: Backbone) -> Sequence[Any]:
 def _visible(units: int, ratio: Any, blocks: int) -> tuple[int, ...]:
     """Visible units of every block; () if a ratio leaves a block none, or nothing to predict."""
     try:
-        if not isinstance(ratio, list):
-            ratio = [ratio] * blocks
-        elif len(ratio) == 2:
-            ratio = ratios_between(ratio[0], ratio[1], blocks)
-        return visible_counts(units, ratio)
+        return visible_counts(units, ratios_by_block(ratio, blocks))
     except (ValueError, TypeError):
         return ()
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from orchestrator.contradictions import contradictions, ratios_between
+from orchestrator.contradictions import contradictions, ratios_by_block
 from orchestrator.setting_texts import SettingInfo, explain, group_titles, setting_infos, show
 
 
@@ -151,7 +151,7 @@ class MaskSettings(_Group):
     ratio: Share | Shares = Field(
         default=(0.6, 0.75),
         description="share of mask units hidden: one for all blocks, [of the first, of the last] with even steps between, "
-        "or one for each block; must not decrease",
+        "or one for each block; must not decrease. Where all tokens are encoded, of two the last holds for all",
         examples=[0.75, [0.6, 0.75]],
     )
     encode: Literal["auto", "visible", "all"] = Field(
@@ -387,17 +387,12 @@ class Settings(_Group):
         return self.blocks if isinstance(self.blocks, int) else len(self.blocks)
 
     def per_block(self, key: str) -> tuple[Any, ...]:
-        """The value of `mask.ratio` or a `decoder` setting for every block; a single value holds for all.
-
-        Two values of `mask.ratio` are those of the first and the last block; a single block takes the last.
-        """
+        """The value of `mask.ratio` (see `ratios_by_block`) or of another setting for every block; one holds for all."""
         group, name = key.split(".")
         value = getattr(getattr(self, group), name)
-        if not isinstance(value, tuple):
-            return (value,) * self.num_blocks
-        if key == "mask.ratio" and len(value) == 2:
-            return ratios_between(value[0], value[1], self.num_blocks)
-        return value
+        if key == "mask.ratio":
+            return ratios_by_block(value, self.num_blocks)
+        return value if isinstance(value, tuple) else (value,) * self.num_blocks
 
     @model_validator(mode="before")
     @classmethod
