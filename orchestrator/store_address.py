@@ -7,11 +7,15 @@ known in seconds, before anything starts. Knows no MLflow; serves `tracking.py`.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import logging
 import os
 import re
 import socket
 import sqlite3
+import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +23,9 @@ from urllib.parse import unquote, urlsplit
 
 SECONDS = 5.0
 """How long a store may take to answer at the start."""
+
+TURN_SECONDS = 60.0
+"""How long a process waits for another one that opens the same SQLite store; MLflow makes its tables in about 5 s."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,35 @@ class StoreAddress:
                 engine.connect().close()
             finally:
                 engine.dispose()
+
+
+@contextlib.contextmanager
+def in_turn(address: StoreAddress) -> Iterator[None]:
+    """Within the block no other process of this machine is in such a block of the same SQLite store.
+
+    Several runs started at once in a new folder find no database, each makes MLflow's tables, and all but one fail
+    ("table alembic_version already exists"). Stores on servers have been made by their server: nobody waits for them.
+    """
+    file = address.sqlite_file
+    if file is None:
+        yield
+        return
+    # Not the database itself: where locks of files are emulated (NFS), this one would be SQLite's own.
+    name = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]
+    lock = os.open(
+        Path(tempfile.gettempdir()) / f"mlflow-store-{os.getuid()}-{name}.lock", os.O_RDWR | os.O_CREAT, 0o600
+    )
+    try:
+        until = time.monotonic() + TURN_SECONDS
+        while time.monotonic() < until:  # a process that hangs does not stop the others for good
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+        yield
+    finally:
+        os.close(lock)  # and with it goes the lock
 
 
 @contextlib.contextmanager

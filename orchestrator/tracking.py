@@ -30,7 +30,7 @@ from orchestrator.delivery import Courier, Debts
 from orchestrator.metric_log import MetricLog, Point
 from orchestrator.provenance import Provenance
 from orchestrator.run_notes import VIEW, DepthRecord, pages, picture, runs_view
-from orchestrator.store_address import SECONDS, StoreAddress, gist, http_patience, no_tracebacks
+from orchestrator.store_address import SECONDS, StoreAddress, gist, http_patience, in_turn, no_tracebacks
 from orchestrator.tracking_depths import NOTE, DepthRuns, origin
 from orchestrator.tracking_trials import TrialRuns
 
@@ -113,7 +113,7 @@ class Tracker:
             )
         address = StoreAddress(uri or mlflow.get_tracking_uri())
         try:
-            with http_patience(retries=0, seconds=int(SECONDS)), no_tracebacks():
+            with http_patience(retries=0, seconds=int(SECONDS)), no_tracebacks(), in_turn(address):
                 address.probe()
                 client = MlflowClient(tracking_uri=address.uri)
                 if resume_run_id is None:
@@ -342,7 +342,12 @@ def _experiment(client: MlflowClient, name: str, address: StoreAddress) -> str:
     if found is None:
         # The kind tells MLflow's pages to show runs and models rather than traces of language models.
         kind = {"mlflow.experimentKind": "custom_model_development"}
-        found = client.get_experiment(client.create_experiment(name, address.artifact_folder(name), kind))
+        try:
+            found = client.get_experiment(client.create_experiment(name, address.artifact_folder(name), kind))
+        except MlflowException as error:
+            found = client.get_experiment_by_name(name)  # another run may have made it since
+            if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
+                raise
     if found.lifecycle_stage != "active":
         raise TrackingError(
             f"the experiment {name!r} of the MLflow store {address} was deleted; choose another --tracking.experiment, "

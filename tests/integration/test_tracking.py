@@ -361,6 +361,48 @@ def test_a_model_name_that_the_registry_would_refuse_is_refused_at_the_start(tmp
         open_tracker(tmp_path / "out", model_name="a/b")
 
 
+@pytest.mark.slow
+def test_runs_started_at_once_in_a_new_folder_share_one_new_store(tmp_path: Path) -> None:
+    program = """
+import sys
+from pathlib import Path
+from orchestrator.tracking import Tracker
+out = Path(sys.argv[1])
+out.mkdir()
+print("ready", flush=True)
+sys.stdin.readline()
+Tracker.open(None, "bim", out.name, out).finish()
+"""
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, name],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("one", "two", "three")
+    ]
+    for run in runs:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "ready\n"
+    for run in runs:
+        assert run.stdin is not None
+        run.stdin.write("\n")
+        run.stdin.flush()
+    ends = [(*run.communicate(timeout=120), run.returncode) for run in runs]
+    assert [end[2] for end in ends] == [0, 0, 0], ends
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("bim")
+    assert {run.info.run_name for run in client.search_runs([experiment.experiment_id])} == {
+        "one",
+        "two",
+        "three",
+    }
+
+
 def test_a_deleted_experiment_says_how_to_bring_it_back(
     tmp_path: Path, home: Path, client: MlflowClient
 ) -> None:

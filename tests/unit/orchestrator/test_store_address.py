@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import sqlite3
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from orchestrator.store_address import StoreAddress, gist, http_patience
+from orchestrator.store_address import StoreAddress, gist, http_patience, in_turn
 
 
 def test_passwords_are_never_shown() -> None:
@@ -97,3 +98,42 @@ def test_patience_is_given_back_and_the_users_own_is_kept(monkeypatch: pytest.Mo
 )
 def test_the_gist_of_an_error_is_short(text: str, expected: str) -> None:
     assert gist(ValueError(text)) == expected
+
+
+def test_one_process_at_a_time_opens_a_sqlite_store(tmp_path: Path) -> None:
+    inside, most = 0, 0
+
+    def use() -> None:
+        nonlocal inside, most
+        with in_turn(StoreAddress(f"sqlite:///{tmp_path}/x.db")):
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.05)
+            inside -= 1
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nobody_waits_for_another_store_a_server_or_a_process_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = time.monotonic()
+    with (
+        in_turn(StoreAddress(f"sqlite:///{tmp_path}/a.db")),
+        in_turn(StoreAddress(f"sqlite:///{tmp_path}/b.db")),
+    ):
+        assert time.monotonic() - started < 1
+    with in_turn(StoreAddress("http://localhost:5000")), in_turn(StoreAddress("http://localhost:5000")):
+        assert time.monotonic() - started < 1
+    monkeypatch.setattr("orchestrator.store_address.TURN_SECONDS", 0.2)
+    with (
+        in_turn(StoreAddress(f"sqlite:///{tmp_path}/a.db")),
+        in_turn(StoreAddress(f"sqlite:///{tmp_path}/a.db")),
+    ):
+        assert 0.2 < time.monotonic() - started < 2
