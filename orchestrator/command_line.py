@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -34,7 +34,8 @@ Examples
       continue a run that was cut off, with the settings it was started with
   python pipelines/bim_pipeline.py --blocks '[2,2,2,2]' --mask.ratio '[0.6,0.65,0.7,0.75]'
       one value per block; values are YAML, and a shell wants brackets in quotes
-  python pipelines/bim_pipeline.py --backbones vit_small_patch16_224,swin_tiny_patch4_window7_224
+  python pipelines/bim_pipeline.py --recipe vit_base_imagenet --data.source DIR \\
+      --backbones vit_small_patch16_224,swin_tiny_patch4_window7_224
       two backbones side by side, compared in one table; --recipe digits_backbones is quickly tried
   python pipelines/bim_pipeline.py --baseline mae --seed 1
       also one ordinary MAE run with the same decoder and epochs, truncated at every depth
@@ -90,11 +91,30 @@ def load_settings(argv: Sequence[str]) -> Settings:
     file = None if recipe in bundled_recipes() else recipe
     try:
         settings = settings_from_mapping(values, file=file, typed=typed)
+        problems += _of_no_backbone(settings, typed, recipe)
     except SettingsError as error:
         problems.append(str(error))
     if problems:
         raise SettingsError("\n".join(problems))
     return settings
+
+
+def _of_no_backbone(settings: Settings, typed: Mapping[str, str], recipe: str) -> list[str]:
+    """What was typed of the single backbone where several are trained, none of which it would reach."""
+    keys = [f"--{key}" for key in typed if key.startswith("backbone.")]
+    if settings.backbones is None or not keys:
+        return []
+    listed = ", ".join(keys)
+    if "backbones" in typed:
+        return [
+            f"{listed}: with --backbones each backbone has its own model_args: "
+            "--backbones '[{name: TIMM_NAME, model_args: {img_size: 128}}, ...]'"
+        ]
+    names = ", ".join(entry.name for entry in settings.backbones)
+    return [
+        f"{listed}: {recipe} trains several backbones ({names}); add --backbones null to train a single one, or name "
+        "them all with --backbones"
+    ]
 
 
 def _print_and_exit(text: str) -> NoReturn:
@@ -167,9 +187,9 @@ def _not_a_setting(key: str) -> str:
 
 
 def _value(key: str, text: str | None, info: SettingInfo) -> Any:
-    if text is None:
-        if info.is_flag:
-            return True
+    if text is None and info.is_flag:
+        return True
+    if text is None or not text.strip():  # an empty variable of a shell is no "null"
         raise SettingsError(f"--{key} needs a value: {info.allowed}")
     if info.is_text:
         return None if info.nullable and text == "null" else text

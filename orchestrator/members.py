@@ -112,15 +112,11 @@ class _Attempt:
 
 def _own_settings(settings: Settings, entry: BackboneEntry, name: str, out: Path) -> Settings:
     own = _other_settings(entry)
-    same = entry.name == settings.backbone.name
-    model_args = entry.model_args
-    if model_args is None:
-        model_args = dict(settings.backbone.model_args) if same else {}
     changes: dict[str, Any] = {
         "name": f"{settings.name}-{name}",
         "out": str(out),
         "backbones": None,
-        "backbone": {"name": entry.name, "model_args": model_args},
+        "backbone": {"name": entry.name, "model_args": entry.model_args or {}},
         "search.trials": 0,
     }
     if settings.tracking.model_name is not None:

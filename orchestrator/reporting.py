@@ -45,6 +45,9 @@ from orchestrator.training_cost import block_gflops
 DEAR = 2.0
 """Cost of all decoders over that of all encoders from which on it is told."""
 
+DIGITS_PX = 64
+"""The largest image, in pixels, to which the scanned digits are worth enlarging; they have 8 x 8."""
+
 
 def data_record(prepared: Prepared) -> DataRecord:
     """The images of a run, for its provenance and its model cards."""
@@ -95,7 +98,7 @@ def opening_lines(family: Family, prepared: Prepared, layout: Layout) -> list[st
         *(
             line
             for said in [
-                *_meant_for_digits(settings),
+                *_meant_for_digits(settings, family),
                 *without_effect(settings),
                 *_padding(family),
                 *_dear_decoders(family),
@@ -106,10 +109,17 @@ def opening_lines(family: Family, prepared: Prepared, layout: Layout) -> list[st
     ]
 
 
-def _meant_for_digits(settings: Settings) -> list[str]:
-    """That the demo's settings are used for other images, where they are: whoever names no recipe has them."""
-    if settings.name != DEFAULT_RECIPE or settings.data.source == "digits":
+def _meant_for_digits(settings: Settings, family: Family) -> list[str]:
+    """That the demo's settings are used for other images or sizes, where they are: whoever names no recipe has them."""
+    if settings.name != DEFAULT_RECIPE and not settings.name.startswith(
+        f"{DEFAULT_RECIPE}-"
+    ):  # one of several
         return []
+    if settings.data.source == "digits":
+        width = max(family.backbone.image_size)
+        return [
+            f"the images are the demo's digits, scans of 8 x 8 pixels, enlarged to {width} px; --data.source gives others"
+        ] * (width > DIGITS_PX)
     return [
         f"learning rate, crops, epochs and search are those of the recipe {DEFAULT_RECIPE}, which is meant for scans of "
         "32 px; --recipe vit_base_imagenet or sign_digits is nearer to photographs"

@@ -57,7 +57,8 @@ Phase = Annotated[tuple[int | float, ...], BeforeValidator(_tuple_if_list), Fiel
 Phases = Annotated[tuple[Phase, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
 Betas = Annotated[tuple[HeldOut, HeldOut], BeforeValidator(_tuple_if_list)]
 SearchValues = list[Any] | dict[str, bool | int | float] | None
-ModelArg = bool | int | float | str | list[bool | int | float | str] | None
+_Plain = bool | int | float | str
+ModelArg = _Plain | list[_Plain | list[_Plain]] | None  # timm's window_size: [[4, 4], [8, 8]]
 
 
 def _search_space(value: object) -> object:
@@ -104,7 +105,7 @@ class BackboneEntry(_Group):
     name: Text = Field(description="timm name")
     model_args: dict[str, ModelArg] | None = Field(
         default=None,
-        description="timm keywords; null: those of backbone if the name is the same, else none",
+        description="timm keywords; null: timm's own values",
         examples=[{"img_size": 128, "depth": 8}],
     )
     blocks: Count | Counts | None = Field(
@@ -398,10 +399,11 @@ class Settings(_Group):
     @classmethod
     def _first_of_several(cls, values: Any) -> Any:
         """With several backbones no single one has to be named."""
-        if isinstance(values, dict) and values.get("backbones") and values.get("backbone") is None:
+        single = values.get("backbone") or {} if isinstance(values, dict) else None
+        if isinstance(single, dict) and values.get("backbones") and "name" not in single:
             entries = _backbone_entries(values["backbones"])
             if isinstance(entries, tuple) and entries:
-                return values | {"backbone": {"name": entries[0].name}}
+                return values | {"backbone": single | {"name": entries[0].name}}
         return values
 
     @model_validator(mode="after")

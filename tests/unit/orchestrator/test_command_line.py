@@ -118,7 +118,25 @@ def test_another_backbone_does_not_inherit_the_arguments_of_the_recipe_s() -> No
         (["--seed", "[1,"], "seed must be a whole number of at least 0, not '[1,'"),
         (["--seed"], "--seed needs a value: a whole number of at least 0"),
         (["--out", "--seed", "1"], "--out needs a value: a path or null"),
-        (["--out="], "out must be a path or null, not ''"),
+        (["--out="], "--out needs a value: a path or null"),
+        (
+            ["--backbones", ""],
+            "--backbones needs a value: timm names joined by commas, or a list of names and mappings or null "
+            "(e.g. 'vit_small_patch16_224,swin_tiny_patch4_window7_224')",
+        ),
+        (
+            ["--backbones", "vit_small_patch16_224,twins_svt_small", "--backbone.model_args.img_size", "128"],
+            "--backbone.model_args.img_size: with --backbones each backbone has its own model_args: "
+            "--backbones '[{name: TIMM_NAME, model_args: {img_size: 128}}, ...]'",
+        ),
+        *(
+            (
+                ["--recipe", "digits_backbones", f"--{key}", "64"],
+                f"--{key}: digits_backbones trains several backbones (vit_tiny_patch16_224, swin_tiny_patch4_window7_224); "
+                "add --backbones null to train a single one, or name them all with --backbones",
+            )
+            for key in ("backbone.name", "backbone.model_args.img_size")
+        ),
         (["--resume", "maybe"], "resume must be true or false, not 'maybe'"),
         (["--baseline", "hog"], "baseline must be none or mae, not 'hog'"),
         (
@@ -141,6 +159,21 @@ def test_another_backbone_does_not_inherit_the_arguments_of_the_recipe_s() -> No
 )
 def test_a_wrong_argument_is_answered_in_one_sentence(argv: list[str], message: str) -> None:
     assert problem(*argv) == message
+
+
+def test_a_recipe_of_several_backbones_trains_a_single_one_when_it_is_told_so() -> None:
+    settings = load_settings(
+        ["--recipe", "digits_backbones", "--backbones", "null", "--backbone.name", "vit_small_patch16_224"]
+    )
+    assert settings.backbones is None
+    assert settings.backbone.name == "vit_small_patch16_224"
+
+
+def test_an_argument_of_a_backbone_may_be_a_list_of_lists() -> None:
+    sizes = load_settings(["--backbone.model_args.window_size", "[[4,4],[8,8]]"]).backbone.model_args[
+        "window_size"
+    ]
+    assert sizes == [[4, 4], [8, 8]]
 
 
 def test_several_wrong_arguments_are_all_named() -> None:
@@ -224,7 +257,8 @@ def test_help_has_every_setting_and_recipe_in_a_hundred_columns() -> None:
 def test_the_examples_of_the_help_are_accepted() -> None:
     import shlex
 
-    commands = [line for line in help_text().splitlines() if line.startswith("  python pipelines/")]
+    text = help_text().replace("\\\n", "")
+    commands = [line for line in text.splitlines() if line.startswith("  python pipelines/")]
     assert len(commands) >= 4
     for command in commands:
         load_settings(shlex.split(command)[2:])

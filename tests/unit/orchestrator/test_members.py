@@ -36,9 +36,12 @@ def test_names_joined_by_commas_are_backbones_with_timm_s_own_arguments() -> Non
     assert swin.settings.backbones is None
 
 
-def test_the_backbone_of_the_recipe_keeps_its_arguments_under_its_own_name() -> None:
-    own, _ = members(settings(["vit_tiny_patch16_224", VIT]))
-    assert own.settings.backbone.model_args["depth"] == 8
+def test_a_name_alone_is_timm_s_own_also_where_the_recipe_narrows_that_backbone() -> None:
+    run = settings(["vit_tiny_patch16_224", VIT])
+    assert run.backbone.name == "vit_tiny_patch16_224"
+    assert run.backbone.model_args["depth"] == 8
+    own, _ = members(run)
+    assert own.settings.backbone.model_args == {}
 
 
 def test_a_backbone_has_blocks_and_settings_of_its_own_and_the_rest_is_the_run_s() -> None:

@@ -47,16 +47,18 @@ def test_settings_without_effect_and_padded_windows_are_told(tmp_path: Path) -> 
 def test_decoders_that_cost_more_than_the_encoders_are_told(tmp_path: Path) -> None:
     args = "{img_size: 128, window_size: 4, embed_dim: 24, depths: [2, 2], num_heads: [1, 2]}"
     swin = ["--backbone.name", "swin_tiny_patch4_window7_224", "--backbone.model_args", args, "--blocks", "2"]
-    (note,) = notes_of(opening(*swin, "--decoder.dim", "64", out=tmp_path))
+    own = ["--name", "mine"]  # not the demo, of whose images there is another note
+    (note,) = notes_of(opening(*swin, *own, "--decoder.dim", "64", out=tmp_path))
     assert note.startswith("note: the decoders cost ")
     assert "times the encoders, most of it in block 0, on 32 x 32 tokens; lower decoder.dim" in note
     light = ["--decoder.dim", "[8, 16]", "--decoder.num_heads", "1", "--decoder.throw_ratio", "[0.65, 0.5]"]
-    assert not notes_of(opening(*swin, *light, out=tmp_path))
+    assert not notes_of(opening(*swin, *own, *light, out=tmp_path))
 
 
 def test_where_decoders_throw_nothing_other_ways_to_make_them_cheaper_are_told(tmp_path: Path) -> None:
     resnet = ["--backbone.name", "resnet18", "--backbone.model_args", "{}", "--mask.ratio", "[0.6, 0.75]"]
-    (note,) = notes_of(opening(*resnet, "--decoder.dim", "256", "--decoder.num_heads", "8", out=tmp_path))
+    wide = ["--decoder.dim", "256", "--decoder.num_heads", "8"]
+    (note,) = notes_of(opening(*resnet, *wide, "--name", "mine", out=tmp_path))
     assert "lower decoder.dim there, or take fewer blocks" in note
 
 
@@ -71,3 +73,11 @@ def test_the_demos_settings_are_told_where_other_images_are_trained_on(
     (note,) = notes_of(opening(*source, "--data.batch_size", "8", out=tmp_path / "run"))
     assert "those of the recipe digits_demo, which is meant for scans of 32 px" in note
     assert not notes_of(opening(*source, "--data.batch_size", "8", "--name", "mine", out=tmp_path / "run"))
+
+
+def test_the_demos_images_are_told_where_they_are_enlarged_beyond_reason(tmp_path: Path) -> None:
+    vit = ["--backbone.name", "vit_tiny_patch16_224", "--backbone.model_args", "{depth: 4}"]
+    note, *_ = notes_of(opening(*vit, out=tmp_path))
+    assert note == (
+        "note: the images are the demo's digits, scans of 8 x 8 pixels, enlarged to 224 px; --data.source gives others"
+    )
