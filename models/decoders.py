@@ -88,8 +88,9 @@ class LocalDecoder(nn.Module):
         nothing has to be put back in place.
         """
         positions = self.positions(plan.token_grid)
-        prefix = plan.order.new_full((x.shape[0], self.num_prefix_tokens), positions.shape[0] - 1)
-        places = torch.cat([prefix, plan.keep_tokens, plan.decode], dim=1)
+        places = plan.once(torch.cat([plan.keep_tokens, plan.decode], dim=1))
+        prefix = places.new_full((places.shape[0], self.num_prefix_tokens), positions.shape[0] - 1)
+        places = torch.cat([prefix, places], dim=1)
         visible = self.embed(self.norm(x))
         masks = self.mask_token.expand(x.shape[0], plan.decode.shape[1], -1)
         decoded: Tensor = self.layers(torch.cat([visible, masks], dim=1) + positions[places])
@@ -107,7 +108,7 @@ class LocalDecoder(nn.Module):
             decoded[:, self.num_prefix_tokens :], places, plan.thrown, plan.token_grid
         )
         content = means.where(has_neighbour.unsqueeze(-1), self.mask_token).to(decoded.dtype)
-        return content + self.positions(plan.token_grid)[plan.thrown]
+        return content + self.positions(plan.token_grid)[plan.once(plan.thrown)]
 
     def forward(self, x: Tensor, plan: MaskPlan) -> Tensor:
         """x: (B, P + Nv, in_dim) -> predictions (B, Nd + Nt, out_dim) for `plan.masked`, in its order; without recovery

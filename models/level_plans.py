@@ -78,7 +78,7 @@ def level_plans(
     """
     shared = {} if shared is None else shared
     keep = plan.keep.cpu()
-    if (keep == keep[:1]).all():
+    if plan.shared or (keep == keep[:1]).all():
         keep = keep[:1]
     return BlockPlan({need.level: level_plan(keep, plan.grid, need, sweep, shared) for need in needs})
 

@@ -40,6 +40,7 @@ class MaskPlan:
     decode: (B, Nd), masked *tokens* on `token_grid` that the decoder really decodes, numbered row by row.
     thrown: (B, Nt), masked tokens that are recovered without the decoder's layers; Nd + Nt = (U - visible) * scale^2.
     scale: tokens per side of a unit.
+    shared: whether all samples have the same indices, as with one mask per batch: then row 0 is all there is to know.
     layout: what the block's encoder needs beside, if it was worked out ahead; None: the encoder does it, if it needs it.
     """
 
@@ -50,6 +51,7 @@ class MaskPlan:
     decode: Tensor
     thrown: Tensor
     scale: int = 1
+    shared: bool = False
     layout: Layout | None = None
 
     @property
@@ -71,6 +73,10 @@ class MaskPlan:
     def masked(self) -> Tensor:
         """(B, Nd + Nt): all masked tokens, those decoded first, then those thrown."""
         return torch.cat([self.decode, self.thrown], dim=1)
+
+    def once(self, indices: Tensor) -> Tensor:
+        """(B, M) indices of this plan -> (1, M) where all samples share them, else as they are: for what broadcasts."""
+        return indices[:1] if self.shared else indices
 
     def newly_dropped(self, tokens: Tensor) -> Tensor:
         """(B, M) tokens -> (B, M) bool, True where the family's first block still saw the token's unit.
@@ -153,12 +159,16 @@ def token_units(tokens: Tensor, grid: tuple[int, int], scale: int) -> Tensor:
 
 
 def block_plans(
-    order: Tensor, grid: tuple[int, int], visible: Sequence[int], scales: Sequence[int] | None = None
+    order: Tensor,
+    grid: tuple[int, int],
+    visible: Sequence[int],
+    scales: Sequence[int] | None = None,
+    shared: bool = False,
 ) -> tuple[MaskPlan, ...]:
     """One plan per block over the same `order` (B, U): block b sees the first visible[b] units and decodes
     the tokens of all others.
 
-    scales: tokens per side of a unit in each block's output; None: 1 everywhere.
+    scales: tokens per side of a unit in each block's output; None: 1 everywhere. shared: all rows of `order` are equal.
     Raises ValueError if the grid does not hold U units, if the counts are not nested, or if the scales do not go with
     them.
     """
@@ -187,13 +197,15 @@ def block_plans(
             decode=unit_tokens(order[:, count:], grid, scale),
             thrown=order[:, units:],
             scale=scale,
+            shared=shared,
         )
         for count, scale in zip(visible, scales, strict=True)
     )
 
 
 def partial_plan(plan: MaskPlan, throw_ratio: float, sampler: str, gen: torch.Generator) -> MaskPlan:
-    """The same plan with its masked tokens divided anew into decoded and thrown ones (PR-MIM, papers.md 2.3).
+    """The same plan with its masked tokens divided anew into decoded and thrown ones (PR-MIM, papers.md 2.3), for every
+    sample by itself, or once where all samples share their indices.
 
     throw_ratio: share of *all* tokens of the block that are thrown; 0 gives the plan back and draws nothing.
     sampler: a name in `sampling.SAMPLERS`. gen: a CPU generator, whatever the plan's device.
@@ -204,8 +216,10 @@ def partial_plan(plan: MaskPlan, throw_ratio: float, sampler: str, gen: torch.Ge
     if throw_ratio == 0:
         return plan
     tokens = plan.token_grid[0] * plan.token_grid[1]
-    masked, visible = plan.masked, plan.keep_tokens
+    masked, visible = plan.once(plan.masked), plan.once(plan.keep_tokens)
     kept = kept_count(tokens, visible.shape[1], throw_ratio)
     rank = random_order(masked.shape[0], tokens, gen).to(masked.device)
     decode = SAMPLERS[sampler](masked, visible, plan.token_grid, kept, rank)
-    return replace(plan, decode=decode, thrown=not_kept(masked, decode, tokens))
+    thrown = not_kept(masked, decode, tokens)
+    batch = plan.order.shape[0]
+    return replace(plan, decode=decode.expand(batch, -1), thrown=thrown.expand(batch, -1))

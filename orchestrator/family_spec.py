@@ -129,7 +129,7 @@ def plans_of_step(
     shared = backbone.mask_per_batch_default if spec.mask_per_batch is None else spec.mask_per_batch
     order = random_order(batch, units, generator(spec.seed, "mask", step, micro), shared)
     scales = [backbone.unit // info.stride for info in backbone.blocks]
-    plans = block_plans(order, grid, visible_counts(units, spec.mask_ratios), scales)
+    plans = block_plans(order, grid, visible_counts(units, spec.mask_ratios), scales, shared)
     wanted = range(len(plans)) if blocks is None else blocks
     found = {}
     for k, plan in backbone.prepared({k: plans[k] for k in wanted}, spec.sweep_groups).items():

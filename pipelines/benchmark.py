@@ -171,10 +171,13 @@ def green(arguments: argparse.Namespace) -> None:
 
 
 def print_families(arguments: argparse.Namespace, device: torch.device, step_s: float) -> None:
-    """A step of a family of several blocks on visible tokens, with equal decoders and with lighter ones on the finer grids.
+    """A step of a family of several blocks on visible tokens, with equal decoders and with lighter ones on the finer grids;
+    before them a step of one block where every sample has a mask of its own.
 
-    step_s: seconds of a step of one block, of which the times are told as a multiple.
+    step_s: seconds of a step of one block and one mask, of which the times are told as a multiple.
     """
+    from dataclasses import replace
+
     from orchestrator.family_spec import DecoderSpec, backbone_of
     from orchestrator.method_costs import family as one_family
     from orchestrator.method_costs import light_decoders, step_seconds
@@ -182,9 +185,11 @@ def print_families(arguments: argparse.Namespace, device: torch.device, step_s: 
 
     layers = block_layers(arguments.backbone, arguments.blocks)
     equal = one_family(arguments.backbone, layers, DecoderSpec(1, 256), encode="visible")
+    single = one_family(arguments.backbone, (sum(layers),), DecoderSpec(1, 512), encode="visible")
     k = f"{len(layers)} blocks"
-    print(f"{'whole step of a family':<40}  {'of one block':>12}  GMACs of encoders, decoders")
+    print(f"{'one step of':<40}  {'of one block':>12}  GMACs of encoders, decoders")
     for words, spec in (
+        ("1 block, one mask per sample", replace(single, mask_per_batch=False)),
         (f"{k}, 1x256 decoders", equal),
         (f"{k}, lighter ones on finer grids", light_decoders(equal)),
     ):
@@ -197,6 +202,8 @@ def print_families(arguments: argparse.Namespace, device: torch.device, step_s: 
 
 def plans(arguments: argparse.Namespace) -> None:
     """Time of planning a batch's masks: groups of windows, and by sampler the tokens that partial decoders decode."""
+    from dataclasses import replace
+
     import torch
 
     from models.sampling import SAMPLERS
@@ -208,10 +215,12 @@ def plans(arguments: argparse.Namespace) -> None:
     print(f"{name}, 75 % masked, batch {batch}, {described(torch.device('cpu'))}")
     print_plans(spec, batch, steps)
     print(f"tokens of a partial decoder that throws {arguments.throw_ratio:g} of all, ms a batch")
-    print(f"{'block':>5}  {'tokens':>7}" + "".join(f"  {sampler:>21}" for sampler in SAMPLERS))
-    for block, (grid, times) in enumerate(sampler_seconds(spec, batch, steps, arguments.throw_ratio)):
-        listed = "".join(f"  {1000 * times[sampler]:21.2f}" for sampler in SAMPLERS)
-        print(f"{block:5d}  {f'{grid[0]} x {grid[1]}':>7}{listed}")
+    for words, per_batch in (("one mask per batch", True), ("one mask per sample", False)):
+        print(f"{words:<20}" + "".join(f"  {sampler:>21}" for sampler in SAMPLERS))
+        drawn = replace(spec, mask_per_batch=per_batch)
+        for block, (grid, times) in enumerate(sampler_seconds(drawn, batch, steps, arguments.throw_ratio)):
+            listed = "".join(f"  {1000 * times[sampler]:21.2f}" for sampler in SAMPLERS)
+            print(f"{f'block {block}, {grid[0]} x {grid[1]}':<20}{listed}", flush=True)
 
 
 def print_plans(spec: FamilySpec, batch: int, steps: int, step_s: float | None = None) -> None:

@@ -128,6 +128,15 @@ def lengths_seen(net: LocalDecoder, x: torch.Tensor, plan: MaskPlan) -> list[int
 
 
 @pytest.mark.parametrize("recovery", ["none", "aggregate"])
+def test_positions_that_all_samples_share_change_nothing(recovery: str) -> None:
+    order = random_order(3, 12, generator(0), per_batch=True)
+    (plan,) = block_plans(order, GRID, [4], shared=True)
+    plan = partial_plan(plan, 0.5, "furthest", generator("partial"))
+    net, x = decoder(recovery=recovery), tokens(5, 3)
+    assert torch.equal(net(x, plan), net(x, replace(plan, shared=False)))
+
+
+@pytest.mark.parametrize("recovery", ["none", "aggregate"])
 def test_the_layers_see_98_tokens_where_half_of_196_are_thrown(recovery: str) -> None:
     plan = block_plans(random_order(2, 196, generator(0)), (14, 14), [49])[0]
     half = partial_plan(plan, 0.5, "furthest", generator(0))

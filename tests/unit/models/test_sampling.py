@@ -123,6 +123,16 @@ def test_sampling_is_per_sample_and_a_function_of_the_generator(name: str) -> No
     assert len({frozenset(row) for row in kept.tolist()}) > 16
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samples_that_share_a_mask_share_what_is_decoded(name: str) -> None:
+    order = random_order(4, 196, generator("one mask"), per_batch=True)
+    (plan,) = block_plans(order, (14, 14), [49], shared=True)
+    (alone,) = block_plans(order[:1], (14, 14), [49])
+    found, one = partial_plan(plan, 0.5, name, generator(1)), partial_plan(alone, 0.5, name, generator(1))
+    assert torch.equal(found.decode, one.decode.expand(4, -1))
+    assert torch.equal(found.thrown, one.thrown.expand(4, -1))
+
+
 def test_where_furthest_sampling_begins_is_uniform() -> None:
     batch = 3000
     order = torch.arange(8).expand(batch, -1)

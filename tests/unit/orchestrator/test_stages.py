@@ -125,6 +125,9 @@ def test_a_batch_shares_its_mask_where_the_family_does_unless_told_otherwise(
     assert torch.equal(plan.order, plan.order[:1].expand(4, -1)) is shared
     assert plan.layout is not None
     assert plan.layout.levels[2].groups[0, 0].slots.shape[0] == (1 if shared else 4)  # type: ignore[attr-defined]
+    for indices in (plan.decode, plan.thrown):
+        assert indices.shape[1] > 0
+        assert torch.equal(indices, indices[:1].expand(4, -1)) is shared
     vit = plans_of_step(SPEC, backbone_of(SPEC), (16, 16), 4, step=0, micro=0)[0]
     assert not torch.equal(vit.order, vit.order[:1].expand(4, -1))
 
@@ -153,6 +156,28 @@ def test_a_step_that_raised_is_worth_a_restart_until_they_are_used_up() -> None:
     assert RestartPolicy(2).restarts(failure, 0)
     assert RestartPolicy(2).restarts(failure, 1)
     assert not RestartPolicy(2).restarts(failure, 2)
+
+
+def test_a_plan_is_made_while_the_step_before_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def slow(spec: FamilySpec, backbone: object, size: tuple[int, int], *what: object) -> object:
+        time.sleep(0.3)
+        made.append((size, *what[:2]))
+        return plans_of_step(spec, backbone, size, *what)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("orchestrator.stages.plans_of_step", slow)
+    stage = Stage(SPEC, (0,))
+    stage.restore(None, 0)
+    waits = []
+    for step, images in enumerate((IMAGES, IMAGES, IMAGES[..., :12])):
+        _, report = stage.train_step(Order(step, 1e-3), Payload("uint8", images), None)
+        waits.append(report.plan_wait_s)
+        time.sleep(0.5)  # other stages are at work
+    assert waits[0] >= 0.3
+    assert waits[1] < 0.1
+    assert waits[2] >= 0.3  # another size: what was begun is of no use
+    assert made[:4] == [((16, 16), 4, 0), ((16, 16), 4, 1), ((16, 16), 4, 2), ((16, 12), 4, 2)]
 
 
 def test_waiting_for_a_plan_is_told_and_is_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
