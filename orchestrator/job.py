@@ -26,7 +26,7 @@ from orchestrator.data.splits import Splits
 from orchestrator.family import Family, Prepared, make_family
 from orchestrator.launch import ClusterError, ray_cluster, run_beside_stages
 from orchestrator.model_card import CardFacts
-from orchestrator.outputs import OutputError, check_output, new_output
+from orchestrator.outputs import ANEW, OutputError, check_output, new_output
 from orchestrator.placement import ClusterResources, Layout, PlacementError
 from orchestrator.pretrain import StopRequest
 from orchestrator.progress import Progress
@@ -67,11 +67,12 @@ class Outcome:
     failed: tuple[str, ...] = ()
 
 
-def prepare(settings: Settings, opened: tuple[Source, Splits] | None = None) -> Prepared:
+def prepare(settings: Settings, opened: tuple[Source, Splits] | None = None, anew: str = ANEW) -> Prepared:
     """Check everything that needs no cluster: backbone, data, splits, output directory.
 
     Args:
         opened: the images and their split, if they are open already and of the same settings.
+        anew: what to do if the output directory is one of other settings.
 
     Raises:
         SettingsError, DataError, OutputError: one clear sentence.
@@ -80,7 +81,7 @@ def prepare(settings: Settings, opened: tuple[Source, Splits] | None = None) -> 
     if settings.resume or settings.search.resume:
         settings = with_best(with_changes(settings, {"resume": True}), finished_search(out))
     family, source, splits = make_family(settings, out, opened)
-    check_output(out, settings, family.fingerprint)
+    check_output(out, settings, family.fingerprint, anew)
     baseline = None
     if settings.baseline == "mae":
         baseline = make_family(end_to_end(settings), out / "baseline_mae", (source, splits))[0]

@@ -19,8 +19,13 @@ class OutputError(ValueError):
     """The output directory holds something else than this run needs."""
 
 
-def check_output(out: Path, settings: Settings, fingerprint: str) -> None:
+ANEW = "start a new run with another --out"
+
+
+def check_output(out: Path, settings: Settings, fingerprint: str, anew: str = ANEW) -> None:
     """Refuse a directory that this run may not use. Writes nothing.
+
+    anew: what to do for other settings than those of the run in it.
 
     Raises:
         OutputError: in use by another run; nothing there to resume; or resumed with settings or data that contradict it.
@@ -41,7 +46,7 @@ def check_output(out: Path, settings: Settings, fingerprint: str) -> None:
     if not (out / SAVED_SETTINGS).exists():
         flag = "--resume" if settings.resume else "--search.resume"
         raise OutputError(f"there is no run to resume in {out}; leave {flag} out to start one there")
-    _check_same(out, settings, fingerprint)
+    _check_same(out, settings, fingerprint, anew)
 
 
 def make_output(out: Path) -> list[Path]:
@@ -77,7 +82,7 @@ def new_output(out: Path) -> Iterator[None]:
         raise
 
 
-def _check_same(out: Path, settings: Settings, fingerprint: str) -> None:
+def _check_same(out: Path, settings: Settings, fingerprint: str, anew: str) -> None:
     said: list[str] = []
     store = CheckpointStore(out, say=said.append)
     latest = store.latest()
@@ -90,15 +95,18 @@ def _check_same(out: Path, settings: Settings, fingerprint: str) -> None:
             f"the run in {out} was made with settings that this version does not know: {error}"
         ) from error
     keys = differing_keys(settings, before)
+    if settings.backbones is not None and before.backbones is not None:
+        # Each backbone has a folder, and what it was trained with, of its own: some may be new, some left out.
+        keys = [key for key in keys if key.partition(".")[0] not in ("backbone", "backbones")]
     if keys:
         old, new = flat(before), flat(settings)
         told = "; ".join(f"{key} is {new.get(key)}, was {old.get(key)}" for key in keys)
         raise OutputError(
             f"{out} cannot be resumed with other settings than it was trained with: {told}; "
-            "give the same ones, or start a new run with another --out"
+            f"give the same ones, or {anew}"
         )
     if latest is not None and latest.facts.get("data", fingerprint) != fingerprint:
         raise OutputError(
             f"the images behind data.source have changed since the last checkpoint in {out} "
-            f"({store.directory(latest.step).name}/{MANIFEST}); start a new run with another --out"
+            f"({store.directory(latest.step).name}/{MANIFEST}); {anew}"
         )

@@ -5,12 +5,14 @@ Turns records of the other parts into text and into calls of the tracker; measur
 
 from __future__ import annotations
 
+import math
 import shlex
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from models.masking import visible_counts
 from orchestrator.assess import Assessment
 from orchestrator.command_line import SAVED_SETTINGS
 from orchestrator.comparison import ALL_COLUMNS, MemberResult, comparison_rows, comparison_table
@@ -44,6 +46,9 @@ from orchestrator.training_cost import block_gflops
 
 DEAR = 2.0
 """Cost of all decoders over that of all encoders from which on it is told."""
+
+FEW_MASKS = 100
+"""Fewer different masks than these are told at the start; 16 units, 4 of them visible, have 1,820."""
 
 DIGITS_PX = 64
 """The largest image, in pixels, to which the scanned digits are worth enlarging; they have 8 x 8."""
@@ -101,6 +106,7 @@ def opening_lines(family: Family, prepared: Prepared, layout: Layout) -> list[st
                 *_meant_for_digits(settings, family),
                 *without_effect(settings),
                 *_padding(family),
+                *_few_masks(family),
                 *_dear_decoders(family),
             ]
             for line in wrapped(f"note: {said}")
@@ -135,6 +141,20 @@ def _padding(family: Family) -> list[str]:
     return [
         f"at {size[0]} x {size[1]} px the windows of level {padded} do not divide the grid; timm pads them with tokens that "
         "training never sees (README, Pyramids)"
+    ]
+
+
+def _few_masks(family: Family) -> list[str]:
+    """That there are hardly any masks to draw, where that is so."""
+    rows, columns = family.backbone.grid
+    visible = visible_counts(rows * columns, family.spec.mask_ratios)[-1]
+    different = math.comb(rows * columns, visible)
+    if different >= FEW_MASKS:
+        return []
+    size = family.backbone.image_size
+    return [
+        f"at {size[0]} x {size[1]} px there are {rows * columns} mask units, of which {visible} stay visible: {different} "
+        "different masks in all; larger images have more"
     ]
 
 
@@ -351,7 +371,10 @@ def several_closing_lines(out: Path, results: Sequence[MemberResult], ui: str) -
             *lines[1:],
         ]
     if len(finished) < len(results):
-        lines.append(f"again:    {_resume_command(out)} goes on with those that failed")
+        lines += [
+            f"again:    {_resume_command(out)} goes on with those that failed;",
+            f"  one that fails for its settings: first remove its folder {folder}/BACKBONE, then change them in --backbones",
+        ]
     return lines
 
 

@@ -37,7 +37,7 @@ from orchestrator.job import (
 )
 from orchestrator.launch import run_beside_stages
 from orchestrator.members import Problems, members
-from orchestrator.outputs import check_output, make_output, new_output
+from orchestrator.outputs import OutputError, check_output, make_output, new_output
 from orchestrator.placement import ClusterResources, Layout, PlacementError, shares
 from orchestrator.pretrain import StopRequest
 from orchestrator.provenance import collect
@@ -86,14 +86,35 @@ def prepare_several(settings: Settings) -> PreparedSeveral:
     prepared: list[PreparedMember] = []
     opened: tuple[Source, Splits] | None = None
     problems = Problems(*BAD_INPUT)
-    for member in members(settings):
+    wanted = members(settings)
+    _check_none_is_missing(out, settings, [member.name for member in wanted])
+    for member in wanted:
         begun = settings.resume and (out / member.name / SAVED_SETTINGS).exists()
         with problems.of(member.name):
-            one = prepare(with_changes(member.settings, {"resume": begun}), opened)
+            anew = f"remove the folder {short_path(out / member.name)} to train this backbone anew"
+            one = prepare(with_changes(member.settings, {"resume": begun}), opened, anew)
             opened = one.source, one.splits
             prepared.append(PreparedMember(member.name, one, begun and _finished(one.family)))
     problems.tell()
     return PreparedSeveral(settings, out, tuple(prepared))
+
+
+def _check_none_is_missing(out: Path, settings: Settings, names: list[str]) -> None:
+    """Refuse a resumed run that leaves out a backbone which was begun: the new table would be without its rows.
+
+    Raises:
+        OutputError: naming those that are left out.
+    """
+    if not settings.resume:
+        return
+    before = settings_from_mapping(read_recipe(str(out / SAVED_SETTINGS)))
+    begun = [member.name for member in members(before) if (out / member.name / SAVED_SETTINGS).exists()]
+    missing = ", ".join(name for name in begun if name not in names)
+    if missing:
+        raise OutputError(
+            f"{short_path(out)} has backbones that --backbones does not name: {missing}; name them too, remove their "
+            "folders, or start a new run with another --out"
+        )
 
 
 def _finished(family: Family) -> bool:

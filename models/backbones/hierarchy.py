@@ -6,6 +6,7 @@ and variants go out as plain timm.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -74,6 +75,7 @@ class Hierarchy(ABC):
         self.model_args = dict(model_args)
         own = {key: value for key, value in self.model_args.items() if key != "img_size"}
         check_overrides(name, type(built), own)
+        self._check_per_level(type(built), own)
         for key in own.keys() & self.block_args.keys():
             raise ValueError(
                 f"backbone.model_args: '{key}' cannot be set where visible tokens alone are encoded, since windows fit "
@@ -107,6 +109,22 @@ class Hierarchy(ABC):
         self._needs = tuple(
             tuple(self.need(span, self._scales[span.level]) for span in spans) for spans in self._spans
         )
+
+    def _check_per_level(self, model_class: type, own: Mapping[str, Any]) -> None:
+        """Raises ValueError, in words better than timm's, for keywords of the levels that it takes as lists alone, and for
+        levels without layers."""
+        for key in self.per_level:
+            usual = inspect.signature(model_class).parameters[key].default
+            if key in own and isinstance(usual, tuple) and not isinstance(own[key], list | tuple):
+                raise ValueError(
+                    f"backbone.model_args: '{key}' is {own[key]!r}; it must be a list with one value per level, such as "
+                    f"{list(usual)}"
+                )
+        if any(isinstance(layers, int) and layers < 1 for layers in own.get("depths", ())):
+            raise ValueError(
+                f"backbone.model_args: 'depths' is {list(own['depths'])}, where a level has no layer; give each at least 1, "
+                "or fewer levels"
+            )
 
     def refusal(self, model: Any) -> str | None:
         """Why this timm model cannot be cut, or None if it can."""

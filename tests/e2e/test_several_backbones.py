@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -180,7 +181,9 @@ def test_a_loss_that_is_not_finite_fails_one_and_the_other_finishes(
     )
     assert re.search(r"^swin  FAILED: the .* is not finite", done.stdout, re.MULTILINE)
     assert re.search(
-        r"^again:    python .* --resume goes on with those that failed$", done.stdout, re.MULTILINE
+        r"^again:    python .* --resume goes on with those that failed;\n  .*: first remove its folder .*/BACKBONE, then",
+        done.stdout,
+        re.MULTILINE,
     )
     assert trained_depths(done.out) == [("vit", 2), ("vit", 4)]
     (failed,) = [row for row in rows(done.out) if row["status"] == "failed"]
@@ -357,6 +360,30 @@ def test_other_backbones_than_before_are_refused_when_a_run_is_resumed(finished:
     done = call(["--out", str(finished.out), "--resume", "--backbones", "vit_tiny_patch16_224"])
     assert done.status == 2
     assert re.search(
-        r"cannot be resumed with other settings than it was trained with: backbones is", done.stderr
+        r"has backbones that --backbones does not name: vit, swin; name them too, remove", done.stderr
+    )
+    tamed = both({}, {"settings": {"optim.blr": 1e-3}})
+    done = call(["--out", str(finished.out), "--resume", *arguments(tamed)])
+    assert done.status == 2
+    assert re.search(
+        r"swin: .* cannot be resumed with other settings .*: optim.blr is 0.001, was .*; give the same ones, or "
+        r"remove the folder .*swin to train this backbone anew",
+        done.stderr,
     )
     assert tree(finished.out) == before
+
+
+def test_a_backbone_that_failed_for_its_settings_is_trained_with_others_beside_the_finished_one(
+    tmp_path: Path, labelled: Path, store: str
+) -> None:
+    out = tmp_path / "run"
+    where = {"data.source": str(labelled), "out": str(out), "tracking.uri": store}
+    wild = both({}, {"settings": {"optim.blr": 1e30}})
+    assert call(arguments(SMALL, HERE, wild, where), out).status == 1
+    weights = (out / "vit" / "variants" / "depth04" / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "swin")
+    done = call(["--resume", *arguments(SMALL, HERE, both(), where)], out)
+    assert done.status == 0, done.stderr
+    assert trained_depths(out) == [("vit", 2), ("vit", 4), ("swin", 1), ("swin", 2)]
+    assert "vit: trained and measured before" in done.stdout
+    assert (out / "vit" / "variants" / "depth04" / "model.safetensors").read_bytes() == weights

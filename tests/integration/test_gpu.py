@@ -13,7 +13,7 @@ from orchestrator.data.spec import DataSpec
 from orchestrator.family_spec import DecoderSpec, FamilySpec, TargetSpec
 from orchestrator.stages import InProcessStages, Order
 from orchestrator.wire import Inbox, pack
-from tests.integration.tiny import data, family, hierarchy, train
+from tests.integration.tiny import data, family, hierarchy, shifted, train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,8 +44,8 @@ def painted() -> tuple[FamilySpec, DataSpec]:
 
 @pytest.mark.parametrize(
     "case",
-    [lambda: (family(), data()), thrown_histograms, painted, lambda: hierarchy()[:2]],
-    ids=["plain", "thrown tokens and HOG", "painted", "Twins that grows"],
+    [lambda: (family(), data()), thrown_histograms, painted, lambda: hierarchy()[:2], shifted],
+    ids=["plain", "thrown tokens and HOG", "painted", "Twins that grows", "Swin with shifted windows"],
 )
 def test_float32_losses_agree_with_the_cpu(case: Callable[[], tuple[FamilySpec, DataSpec]]) -> None:
     spec, images = case()
@@ -64,3 +64,14 @@ def test_half_precision_trains_and_resumes(tmp_path: Path, precision: str) -> No
     result = train(on_gpu(precision), tmp_path, steps=20, every=10)
     assert result.step == 20
     assert train(on_gpu(precision), tmp_path, steps=40, every=10).step == 40
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_a_swin_on_visible_tokens(precision: str) -> None:
+    spec, images = shifted()
+    spec = replace(spec, optim=replace(spec.optim, precision=precision))
+    group = InProcessStages(spec, images.train_batches, ((0, 1, 2, 3),), device="cuda")
+    group.restore(None, 0)
+    reports = [group.settle(group.submit(Order(step, 1e-3))) for step in range(10)]
+    losses = [[s.blocks[k]["loss"] for s in report.stages for k in s.blocks] for report in reports]
+    assert all(last < first for first, last in zip(losses[0], losses[-1], strict=True))

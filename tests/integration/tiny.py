@@ -74,6 +74,20 @@ def hierarchy() -> tuple[FamilySpec, DataSpec, tuple[Phase, ...]]:
     return spec, images, replace(images, workers=0).train_batches().phases
 
 
+def shifted() -> tuple[FamilySpec, DataSpec]:
+    """A Swin on visible tokens with shifted windows, and the same targets and thrown tokens as `hierarchy`."""
+    twins, _, _ = hierarchy()
+    args = {
+        "img_size": 96,
+        "embed_dim": 8,
+        "depths": [2, 2, 2, 2],
+        "num_heads": [1, 1, 2, 2],
+        "window_size": 3,
+    }
+    spec = replace(twins, backbone="swin_tiny_patch4_window7_224", model_args=args)
+    return spec, data(size=(96, 96), batch_size=16, test_fraction=0.82)
+
+
 def layout(stages: int = 4, blocks: int = 4) -> Layout:
     return Layout(consecutive(blocks, stages), gpus=0.0, cpus=0.3, loader_cpus=0.2, threads=1)
 

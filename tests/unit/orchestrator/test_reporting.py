@@ -55,6 +55,16 @@ def test_decoders_that_cost_more_than_the_encoders_are_told(tmp_path: Path) -> N
     assert not notes_of(opening(*swin, *own, *light, out=tmp_path))
 
 
+def test_a_handful_of_masks_is_told(tmp_path: Path) -> None:
+    args = "{img_size: 64, window_size: 4, embed_dim: 24, depths: [2, 2, 2, 2], num_heads: [1, 2, 2, 2]}"
+    swin = ["--backbone.name", "swin_tiny_patch4_window7_224", "--backbone.model_args", args]
+    light = ["--decoder.dim", "8", "--decoder.num_heads", "1"]
+    (note,) = notes_of(opening(*swin, *light, "--name", "mine", out=tmp_path))
+    assert note.startswith(
+        "note: at 64 x 64 px there are 4 mask units, of which 1 stay visible: 4 different masks"
+    )
+
+
 def test_where_decoders_throw_nothing_other_ways_to_make_them_cheaper_are_told(tmp_path: Path) -> None:
     resnet = ["--backbone.name", "resnet18", "--backbone.model_args", "{}", "--mask.ratio", "[0.6, 0.75]"]
     wide = ["--decoder.dim", "256", "--decoder.num_heads", "8"]

@@ -437,6 +437,8 @@ def test_what_does_not_fit_is_refused_with_the_setting_to_change(family: str) ->
         ({"img_size": 50}, "50 x 50 is not divisible"),
         ({"drop_path_rate": 0.1}, "cannot be set"),
         ({"embed_dimm": 3}, "takes no 'embed_dimm'"),
+        ({"depths": 4}, r"'depths' is 4; it must be a list with one value per level, such as \["),
+        ({"depths": [2, 2, 0, 2]}, r"'depths' is \[2, 2, 0, 2\], where a level has no layer"),
     ):
         with pytest.raises(ValueError, match=reason):
             tiny(family, 2, **overrides)
