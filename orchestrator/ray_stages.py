@@ -149,10 +149,13 @@ class RayStages:
         whole = self._loader is not None and None not in self._actors
         self._make_missing()
         refs = [actor.ping.remote() for actor in (self._loader, *self._actors)]
-        _, waiting = ray.wait(refs, num_returns=len(refs), timeout=PING_S, fetch_local=False)
+        # Room that was given is not ours to ask for anew: Ray finds another machine for it, if one comes in time.
+        patience = max(PING_S, self._wait_s) if self._given else PING_S
+        _, waiting = ray.wait(refs, num_returns=len(refs), timeout=patience, fetch_local=False)
         if waiting and self._given:
             raise PlacementError(
-                f"{len(waiting)} of {len(refs)} actors of the stages did not start within {PING_S} s"
+                f"{len(waiting)} of {len(refs)} actors of the stages did not start within {patience:.0f} s; a lost "
+                "machine was perhaps not replaced, for which placement.wait_s gives more time"
             )
         if waiting:
             # A machine is gone, and Ray waits for another one without an end: ask for room anew, with one.
