@@ -117,9 +117,8 @@ def opening_lines(family: Family, prepared: Prepared, layout: Layout) -> list[st
 
 def _meant_for_digits(settings: Settings, family: Family) -> list[str]:
     """That the demo's settings are used for other images or sizes, where they are: whoever names no recipe has them."""
-    if settings.name != DEFAULT_RECIPE and not settings.name.startswith(
-        f"{DEFAULT_RECIPE}-"
-    ):  # one of several
+    is_one_of_several = settings.name.startswith(f"{DEFAULT_RECIPE}-")
+    if settings.name != DEFAULT_RECIPE and not is_one_of_several:
         return []
     if settings.data.source == "digits":
         width = max(family.backbone.image_size)

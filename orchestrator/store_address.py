@@ -7,7 +7,6 @@ known in seconds, before anything starts. Knows no MLflow; serves `tracking.py`.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
@@ -20,6 +19,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+try:
+    import fcntl
+except ImportError:  # where there is none, runs must not be started at the same moment in a new folder
+    fcntl = None  # type: ignore[assignment]
 
 SECONDS = 5.0
 """How long a store may take to answer at the start."""
@@ -111,7 +115,7 @@ def in_turn(address: StoreAddress) -> Iterator[None]:
     ("table alembic_version already exists"). Stores on servers have been made by their server: nobody waits for them.
     """
     file = address.sqlite_file
-    if file is None:
+    if file is None or fcntl is None:
         yield
         return
     # Not the database itself: where locks of files are emulated (NFS), this one would be SQLite's own.
