@@ -72,14 +72,12 @@ def level_plans(
 ) -> BlockPlan:
     """What a block with these `needs` must know of the batch, on the CPU.
 
-    If all samples keep the same units, one set of index tensors serves the batch; else every sample has its own, and the
+    If all samples share their indices, one set of index tensors serves the batch; else every sample has its own, and the
     host's work grows with the batch. sweep: see `window_groups.swept_size`. shared: groups made before for this batch and
     `sweep`, by level, window and number of visible units, to be used again and added to.
     """
     shared = {} if shared is None else shared
-    keep = plan.keep.cpu()
-    if plan.shared or (keep == keep[:1]).all():
-        keep = keep[:1]
+    keep = plan.once(plan.keep).cpu()
     return BlockPlan({need.level: level_plan(keep, plan.grid, need, sweep, shared) for need in needs})
 
 

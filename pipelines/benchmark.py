@@ -165,16 +165,18 @@ def green(arguments: argparse.Namespace) -> None:
             if visible[2] is not None and other[2] is not None:
                 line += f"  {visible[2] / other[2]:9.2f}"
         print(line, flush=True)
-    print_families(arguments, device, rows["whole step"][0][0])
-    spec = one_family(name, layers, decoder, encode="visible")
-    print_plans(spec, arguments.batch, arguments.steps, rows["whole step"][0][0])
+    single, step_s = one_family(name, layers, decoder, encode="visible"), rows["whole step"][0][0]
+    print_families(arguments, device, single, step_s)
+    print_plans(single, arguments.batch, arguments.steps, step_s)
 
 
-def print_families(arguments: argparse.Namespace, device: torch.device, step_s: float) -> None:
+def print_families(
+    arguments: argparse.Namespace, device: torch.device, single: FamilySpec, step_s: float
+) -> None:
     """A step of a family of several blocks on visible tokens, with equal decoders and with lighter ones on the finer grids;
     before them a step of one block where every sample has a mask of its own.
 
-    step_s: seconds of a step of one block and one mask, of which the times are told as a multiple.
+    single, step_s: the family of one block, and seconds of its step with one mask; times are told as a multiple of them.
     """
     from dataclasses import replace
 
@@ -185,7 +187,6 @@ def print_families(arguments: argparse.Namespace, device: torch.device, step_s: 
 
     layers = block_layers(arguments.backbone, arguments.blocks)
     equal = one_family(arguments.backbone, layers, DecoderSpec(1, 256), encode="visible")
-    single = one_family(arguments.backbone, (sum(layers),), DecoderSpec(1, 512), encode="visible")
     k = f"{len(layers)} blocks"
     print(f"{'one step of':<40}  {'of one block':>12}  GMACs of encoders, decoders")
     for words, spec in (

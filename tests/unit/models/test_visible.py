@@ -36,8 +36,10 @@ def masks(draw: st.DrawFn, scales: tuple[int, ...] = (1, 2, 3)) -> MaskPlan:
     grid = draw(st.tuples(st.integers(1, 4), st.integers(2, 4)))
     units = grid[0] * grid[1]
     gen = generator(draw(st.integers(0, 10**6)))
-    order = random_order(BATCH, units, gen, per_batch=draw(st.booleans()))
-    return block_plans(order, grid, [draw(st.integers(1, units - 1))], [draw(st.sampled_from(scales))])[0]
+    shared = draw(st.booleans())
+    order = random_order(BATCH, units, gen, per_batch=shared)
+    visible, scale = draw(st.integers(1, units - 1)), draw(st.sampled_from(scales))
+    return block_plans(order, grid, [visible], [scale], shared)[0]
 
 
 def tokens_of(plan: MaskPlan, *more: int) -> tuple[Tensor, Tensor]:
@@ -213,7 +215,7 @@ def test_images_that_do_not_hold_the_units_are_refused() -> None:
 
 
 def test_masked_softmax_is_the_same_in_half_precision_up_to_rounding() -> None:
-    (plan,) = block_plans(random_order(BATCH, 16, generator(0), per_batch=True), (4, 4), [5], [4])
+    (plan,) = block_plans(random_order(BATCH, 16, generator(0), per_batch=True), (4, 4), [5], [4], True)
     with forked_rng("attention"):
         attention = WindowAttention(WIDTH, HEADS, window_size=3)
     groups = answer(plan, LevelNeed(0, 4, WIDTH, (3, 3), ((1, 1),))).groups[1, 1]

@@ -74,7 +74,7 @@ def plans_of(
     order = random_order(batch, units, generator("order"), per_batch)
     counts = [visible] * len(backbone.blocks) if isinstance(visible, int) else visible
     scales = [backbone.unit // info.stride for info in backbone.blocks]
-    plans = block_plans(order, grid, [min(count, units - 1) for count in counts], scales)
+    plans = block_plans(order, grid, [min(count, units - 1) for count in counts], scales, per_batch)
     nothing = order[:, units:]
     return tuple(
         replace(plan, visible=units, first_visible=units, decode=nothing, thrown=nothing)

@@ -32,7 +32,7 @@ def masked_plans(backbone: SwinBackbone, ratio: float) -> tuple[MaskPlan, ...]:
     units = backbone.grid[0] * backbone.grid[1]
     order = random_order(2, units, generator("order"), per_batch=True)
     scales = [backbone.unit // info.stride for info in backbone.blocks]
-    return block_plans(order, backbone.grid, visible_counts(units, [ratio] * len(scales)), scales)
+    return block_plans(order, backbone.grid, visible_counts(units, [ratio] * len(scales)), scales, True)
 
 
 @torch.no_grad()

@@ -58,7 +58,13 @@ def test_windows_larger_than_a_variants_maps_are_made_as_large() -> None:
 
 def test_only_levels_that_begin_need_neighbours_and_only_windows_need_groups() -> None:
     plan = MaskPlan(
-        (7, 7), random_order(2, 49, generator(0), True), 12, 12, *[torch.zeros(2, 0)] * 2, scale=2
+        (7, 7),
+        random_order(2, 49, generator(0), True),
+        12,
+        12,
+        *[torch.zeros(2, 0)] * 2,
+        scale=2,
+        shared=True,
     )
     layouts = twins([2, 2, 4, 6, 4]).prepared({2: plan, 3: plan})
     first, second = (layouts[index].layout.levels[2] for index in (2, 3))  # type: ignore[union-attr]
