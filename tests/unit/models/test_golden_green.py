@@ -56,7 +56,7 @@ def encoded(
     order = golden["mask"].argsort(dim=1, stable=True).repeat(2, 1)
     order = torch.cat([order[:, :4].flip(1), order[:, 4:]], dim=1) if reverse else order
     scales = [backbone.unit // info.stride for info in backbone.blocks]
-    plans: list[MaskPlan] = list(block_plans(order, (4, 4), [4] * blocks, scales))
+    plans: list[MaskPlan] = list(block_plans(order, (4, 4), [4] * blocks, scales, True))
     x, parameters = golden["image"], {}
     for index, plan in enumerate(plans):
         block = backbone.build_block(index, 0, str(weights))
