@@ -7,9 +7,9 @@ pydantic. What one image costs a finished variant is in `cost.py`.
 from __future__ import annotations
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from models.backbones.backbone import Backbone
+from orchestrator.cost import counting_flops
 from orchestrator.family_spec import FamilySpec, build_local_mim, plans_of_step
 
 
@@ -30,9 +30,9 @@ def block_gflops(spec: FamilySpec, backbone: Backbone, size: tuple[int, int]) ->
     with torch.no_grad():
         for k in range(len(spec.blocks)):
             module = build_local_mim(spec, k, backbone).eval()
-            with FlopCounterMode(display=False) as encoder:
+            with counting_flops() as encoder:
                 x = module.encoder(x, plans[k])
-            with FlopCounterMode(display=False) as decoder:
+            with counting_flops() as decoder:
                 module.decoder(x, plans[k])
             found.append((encoder.get_total_flops() / 1e9, decoder.get_total_flops() / 1e9))
     return found

@@ -110,3 +110,18 @@ def test_separate_runs_of_a_pyramids_depths_are_shorter_pyramids() -> None:
     runs = depth_runs("swin_tiny_patch4_window7_224", (2, 2, 6, 2), SMALL_DECODER)
     assert [list(run.model_args["depths"]) for run in runs] == [[2], [2, 2], [2, 2, 6], [2, 2, 6, 2]]
     assert [backbone_of(run).blocks[-1].depth for run in runs] == [2, 4, 10, 12]
+
+
+def test_attention_is_counted_whatever_kernel_would_compute_it() -> None:
+    # One layer with N tokens and width d costs 12 N d^2 + 2 N^2 d multiply-accumulates, the last term being attention.
+    args = {"img_size": 64, "patch_size": 4, "embed_dim": 32, "num_heads": 2}
+    one, two = (
+        forward_gmacs(
+            family(
+                "vit_tiny_patch16_224", (layers,), DecoderSpec(1, 32), model_args={**args, "depth": layers}
+            )
+        )
+        for layers in (1, 2)
+    )
+    tokens = 256 // 4 + 1  # a quarter of the patches is visible
+    assert 1e9 * (two - one) == pytest.approx(12 * tokens * 32**2 + 2 * tokens**2 * 32)
