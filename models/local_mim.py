@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.masking import MaskPlan
-from models.precision import full_precision
-from models.targets import Target
-from models.tokens import gather_tokens
+from bim.models.masks.plan import MaskPlan
+from bim.models.precision import full_precision
+from bim.models.targets import Target
+from bim.models.tokens import gather_tokens
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.masking import MaskPlan
-from models.tokens import gather_tokens, patchify
-from models.window_groups import WindowGroups, take
+from bim.models.masks.plan import MaskPlan
+from bim.models.masks.window_groups import WindowGroups, take
+from bim.models.tokens import gather_tokens, patchify
 
 
 def visible_patches(images: Tensor, plan: MaskPlan, patch: int) -> Tensor:

@@ -9,13 +9,13 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
-from orchestrator.command_line import load_settings
-from orchestrator.settings import SettingsError
+from bim.orchestrator.config.cli import load_settings
+from bim.orchestrator.config.schema import SettingsError
 
 
 def main(argv: Sequence[str]) -> int:
     """Run what is missing, print the tables. Returns the exit status: 0 done, 1 a case failed, 2 bad input."""
-    from orchestrator.ablation import (
+    from bim.orchestrator.benchmarks.ablation import (
         BESIDE,
         CASES,
         ROWS,

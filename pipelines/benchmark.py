@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from orchestrator.family_spec import FamilySpec
+    from bim.orchestrator.training.spec import FamilySpec
 
 MEMORY_CASES = (  # decoder layers, decoder width
     (8, 512),
@@ -24,9 +24,9 @@ MEMORY_CASES = (  # decoder layers, decoder width
 
 def memory(arguments: argparse.Namespace) -> None:
     """Peak activation memory of a block-wise training step against end-to-end K = 1: same model, decoder, batch."""
-    from models.backbones import open_backbone
-    from orchestrator.activation_memory import saved_activations
-    from orchestrator.family_spec import DecoderSpec, FamilySpec
+    from bim.models.backbones import open_backbone
+    from bim.orchestrator.benchmarks.activation_memory import saved_activations
+    from bim.orchestrator.training.spec import DecoderSpec, FamilySpec
 
     name, batch, k = arguments.backbone, arguments.batch, arguments.blocks
     print(
@@ -57,8 +57,8 @@ def methods(arguments: argparse.Namespace) -> None:
     """GMACs, step time and peak activation memory of each method, as ratios to an ordinary MAE in the same run."""
     import torch
 
-    from orchestrator.method_costs import cost
-    from orchestrator.method_costs import methods as listed
+    from bim.orchestrator.benchmarks.method_costs import cost
+    from bim.orchestrator.benchmarks.method_costs import methods as listed
 
     device, precision = torch.device(arguments.device), arguments.precision
     layers = block_layers(arguments.backbone, arguments.blocks)
@@ -90,14 +90,14 @@ def family(arguments: argparse.Namespace) -> None:
     """Time of one family run against separate runs of its depths, and the bound that the multiply-accumulates set."""
     import torch
 
-    from orchestrator.method_costs import (
+    from bim.orchestrator.benchmarks.method_costs import (
         MAE_DECODER,
         SMALL_DECODER,
         depth_runs,
         forward_gmacs,
         step_seconds,
     )
-    from orchestrator.method_costs import family as one_family
+    from bim.orchestrator.benchmarks.method_costs import family as one_family
 
     device, precision = torch.device(arguments.device), arguments.precision
     name, layers = arguments.backbone, block_layers(arguments.backbone, arguments.blocks)
@@ -132,10 +132,10 @@ def green(arguments: argparse.Namespace) -> None:
     """A hierarchical backbone on visible tokens only against the same model over all tokens, encoder and whole step."""
     import torch
 
-    from models.backbones import open_backbone
-    from orchestrator.family_spec import DecoderSpec
-    from orchestrator.method_costs import cost, encoder_cost
-    from orchestrator.method_costs import family as one_family
+    from bim.models.backbones import open_backbone
+    from bim.orchestrator.benchmarks.method_costs import cost, encoder_cost
+    from bim.orchestrator.benchmarks.method_costs import family as one_family
+    from bim.orchestrator.training.spec import DecoderSpec
 
     device, precision, name = torch.device(arguments.device), arguments.precision, arguments.backbone
     layers = (sum(block_layers(name, 1)),)
@@ -180,10 +180,11 @@ def print_families(
     """
     from dataclasses import replace
 
-    from orchestrator.family_spec import DecoderSpec, backbone_of
-    from orchestrator.method_costs import family as one_family
-    from orchestrator.method_costs import light_decoders, step_seconds
-    from orchestrator.training_cost import block_gflops
+    from bim.orchestrator.benchmarks.method_costs import family as one_family
+    from bim.orchestrator.benchmarks.method_costs import light_decoders, step_seconds
+    from bim.orchestrator.evaluation.model_cost import block_gflops
+    from bim.orchestrator.training.build import backbone_of
+    from bim.orchestrator.training.spec import DecoderSpec
 
     layers = block_layers(arguments.backbone, arguments.blocks)
     equal = one_family(arguments.backbone, layers, DecoderSpec(1, 256), encode="visible")
@@ -207,9 +208,9 @@ def plans(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from models.sampling import SAMPLERS
-    from orchestrator.method_costs import SMALL_DECODER, sampler_seconds
-    from orchestrator.method_costs import family as one_family
+    from bim.models.masks.sampling import SAMPLERS
+    from bim.orchestrator.benchmarks.method_costs import SMALL_DECODER, sampler_seconds
+    from bim.orchestrator.benchmarks.method_costs import family as one_family
 
     name, batch, steps = arguments.backbone, arguments.batch, arguments.steps
     spec = one_family(name, block_layers(name, arguments.blocks), SMALL_DECODER)
@@ -228,7 +229,7 @@ def print_plans(spec: FamilySpec, batch: int, steps: int, step_s: float | None =
     """Time of the plans of a batch, also as a share of a training step's seconds."""
     from dataclasses import replace
 
-    from orchestrator.method_costs import plan_seconds
+    from bim.orchestrator.benchmarks.method_costs import plan_seconds
 
     print("plan of a batch, on the CPU; a run makes it on a thread of its own during the step before")
     print(f"{'':<33}  {'ms':>8}" + ("  of the step on visible tokens" if step_s else ""))
@@ -241,7 +242,7 @@ def print_plans(spec: FamilySpec, batch: int, steps: int, step_s: float | None =
 
 def block_layers(name: str, blocks: int) -> tuple[int, ...]:
     """Layers of each block of a backbone cut into so many."""
-    from models.backbones import open_backbone
+    from bim.models.backbones import open_backbone
 
     return tuple(info.layers for info in open_backbone(name, blocks).blocks)
 
@@ -250,7 +251,7 @@ def described(device: object) -> str:
     """What is measured on, for the head of a table."""
     import torch
 
-    from orchestrator.cost import device_name
+    from bim.orchestrator.evaluation.model_cost import device_name
 
     assert isinstance(device, torch.device)
     return device_name(device)
@@ -260,8 +261,8 @@ def pipeline(arguments: argparse.Namespace) -> None:
     """Throughput of stages with equal work on Ray, as a share of one stage alone, and the driver's cost."""
     for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):
         os.environ.setdefault(name, "0")
-    from orchestrator.launch import ray_cluster
-    from orchestrator.pipeline_speed import pipeline_speed
+    from bim.orchestrator.benchmarks.pipeline_speed import pipeline_speed
+    from bim.orchestrator.distributed.cluster import ray_cluster
 
     with ray_cluster(print) as cluster:
         print(
@@ -283,7 +284,7 @@ def pipeline(arguments: argparse.Namespace) -> None:
 
 def seeds(arguments: argparse.Namespace) -> None:
     """Lead of every depth over its own random start, over the output directories of several runs."""
-    from orchestrator.summary import leads_over_random
+    from bim.orchestrator.reporting.summary import leads_over_random
 
     runs = [json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in arguments.runs]
     print(

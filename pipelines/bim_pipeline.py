@@ -7,8 +7,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from orchestrator.command_line import load_settings
-from orchestrator.settings import Settings, SettingsError
+from bim.orchestrator.config.cli import load_settings
+from bim.orchestrator.config.schema import Settings, SettingsError
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,10 +26,10 @@ def run(settings: Settings) -> int:
     """The job for settings that are known to be well-formed."""
     # Ray would print a paragraph for every stage that dies; the loop says it in a line.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
-    from orchestrator.failures import TrainingError  # here: torch takes seconds to import
-    from orchestrator.job import BAD_INPUT, prepare, run_job
-    from orchestrator.reporting import stopped_line
-    from orchestrator.side_by_side import prepare_several, run_several
+    from bim.orchestrator.jobs.job import BAD_INPUT, prepare, run_job
+    from bim.orchestrator.jobs.several import prepare_several, run_several
+    from bim.orchestrator.reporting.closing import stopped_line
+    from bim.orchestrator.training.errors import TrainingError  # here: torch takes seconds to import
 
     try:
         if settings.backbones is None:

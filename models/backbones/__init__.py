@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from models.backbones.backbone import Backbone, BlockInfo, check_name, look_at, random_variant
-from models.backbones.dense import DenseBackbone
-from models.backbones.swin import SwinBackbone
-from models.backbones.twins import TwinsBackbone
-from models.backbones.vit import ViTBackbone
+from bim.models.backbones.backbone import Backbone, BlockInfo, check_name, look_at, random_variant
+from bim.models.backbones.dense import DenseBackbone
+from bim.models.backbones.swin import SwinBackbone
+from bim.models.backbones.twins import TwinsBackbone
+from bim.models.backbones.vit import ViTBackbone
 
 # By the class that timm builds; every other is opened as a pyramid, or refused.
 BACKBONES: dict[str, type[ViTBackbone] | type[DenseBackbone] | type[SwinBackbone] | type[TwinsBackbone]] = {

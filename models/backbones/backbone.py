@@ -20,8 +20,8 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from models.masking import MaskPlan
-from models.seeding import forked_rng
+from bim.models.masks.plan import MaskPlan
+from bim.models.seeding import forked_rng
 
 # Overrides that are not the user's: the value is what the project itself needs, or does elsewhere.
 OWNED_ARGS = {

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from models.backbones.backbone import split_layers
+from bim.models.backbones.backbone import split_layers
 
 
 @dataclass(frozen=True)

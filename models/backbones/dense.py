@@ -14,7 +14,7 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from models.backbones.backbone import (
+from bim.models.backbones.backbone import (
     BlockInfo,
     Usage,
     check_divisible,
@@ -23,18 +23,13 @@ from models.backbones.backbone import (
     split_layers,
     too_few_blocks,
 )
-from models.backbones.level_modules import PARTS, DenseBlock, LevelsOnly, PooledMap
-from models.backbones.levels import (
-    FAMILIES,
-    Family,
-    check_maps,
-    take_apart,
-)
-from models.backbones.paint import Paint
-from models.backbones.pyramid_weights import check_fit, resized
-from models.backbones.weights import Weights, open_weights
-from models.masking import MaskPlan
-from models.seeding import forked_rng
+from bim.models.backbones.level_modules import PARTS, DenseBlock, LevelsOnly, PooledMap
+from bim.models.backbones.levels import FAMILIES, Family, check_maps, take_apart
+from bim.models.backbones.paint import Paint
+from bim.models.backbones.pyramid_weights import check_fit, resized
+from bim.models.backbones.weights import Weights, open_weights
+from bim.models.masks.plan import MaskPlan
+from bim.models.seeding import forked_rng
 
 # Of a decoder's norm where timm's model has none whose place it could take: MAE's.
 NORM_EPS = 1e-6

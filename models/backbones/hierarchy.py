@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import timm
 from torch import Tensor, nn
 
-from models.backbones.backbone import (
+from bim.models.backbones.backbone import (
     BlockInfo,
     Usage,
     check_divisible,
@@ -25,16 +25,16 @@ from models.backbones.backbone import (
     look_at,
     too_few_blocks,
 )
-from models.backbones.cuts import Span, cut, spans_between
-from models.backbones.dense import image_size_of
-from models.backbones.level_modules import PARTS
-from models.backbones.pyramid_weights import check_fit
-from models.backbones.visible_block import VisibleBlock
-from models.backbones.weights import Weights, open_weights
-from models.level_plans import LevelNeed, level_plans
-from models.masking import MaskPlan
-from models.seeding import forked_rng
-from models.window_groups import Pair, WindowGroups
+from bim.models.backbones.cuts import Span, cut, spans_between
+from bim.models.backbones.dense import image_size_of
+from bim.models.backbones.level_modules import PARTS
+from bim.models.backbones.pyramid_weights import check_fit
+from bim.models.backbones.visible_block import VisibleBlock
+from bim.models.backbones.weights import Weights, open_weights
+from bim.models.masks.level_plans import LevelNeed, level_plans
+from bim.models.masks.plan import MaskPlan
+from bim.models.masks.window_groups import Pair, WindowGroups
+from bim.models.seeding import forked_rng
 
 # Every sensible mask unit divides it, so that timm builds the model and the user's own size can be checked against the unit.
 SIZE_TO_LOOK_AT = 40320

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.backbones.paint import Paint
-from models.masking import MaskPlan
+from bim.models.backbones.paint import Paint
+from bim.models.masks.plan import MaskPlan
 
 # Where a block keeps timm's modules; what follows in a key is timm's name.
 PARTS = "parts."

@@ -14,9 +14,9 @@ import torch
 from timm.models import FeatureListNet
 from torch import nn
 
-from models.backbones.backbone import look_at
-from models.backbones.level_modules import run_chain
-from models.seeding import forked_rng
+from bim.models.backbones.backbone import look_at
+from bim.models.backbones.level_modules import run_chain
+from bim.models.seeding import forked_rng
 
 
 @dataclass(frozen=True)

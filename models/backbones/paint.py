@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.initialisation import TOKEN_STD
-from models.masking import MaskPlan
-from models.seeding import forked_rng
+from bim.models.initialization import TOKEN_STD
+from bim.models.masks.plan import MaskPlan
+from bim.models.seeding import forked_rng
 
 # Where a first block keeps its paint; keys with it stay behind when a variant is made of the block.
 PAINT = "paint."

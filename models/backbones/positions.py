@@ -6,7 +6,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from models.tokens import sincos_positions
+from bim.models.tokens import sincos_positions
 
 # Within the rounding of float32, and far below what training would move.
 SAME_TABLE = 1e-5

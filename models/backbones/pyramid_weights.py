@@ -12,7 +12,7 @@ from types import MappingProxyType
 from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor
 
-from models.backbones.weights import Weights
+from bim.models.backbones.weights import Weights
 
 BIAS_TABLE = "relative_position_bias_table"
 # Buffers that older versions of timm saved with a Swin and that follow from its sizes.

@@ -13,14 +13,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from models.backbones.cuts import Span
-from models.backbones.hierarchy import Hierarchy, LevelInfo
-from models.backbones.pyramid_weights import BIAS_TABLE, resized
-from models.backbones.visible_block import VisibleBlock
-from models.level_plans import LevelNeed, LevelPlan
-from models.masking import MaskPlan
-from models.visible import linear_convolution, merge_patches, visible_patches, window_attention
-from models.window_groups import Pair, table_rows, window_on
+from bim.models.backbones.cuts import Span
+from bim.models.backbones.hierarchy import Hierarchy, LevelInfo
+from bim.models.backbones.pyramid_weights import BIAS_TABLE, resized
+from bim.models.backbones.visible_block import VisibleBlock
+from bim.models.masks.level_plans import LevelNeed, LevelPlan
+from bim.models.masks.plan import MaskPlan
+from bim.models.masks.window_groups import Pair, table_rows, window_on
+from bim.models.visible import linear_convolution, merge_patches, visible_patches, window_attention
 
 
 class SwinBlock(VisibleBlock):

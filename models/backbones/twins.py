@@ -12,12 +12,13 @@ from typing import Any
 from timm.models.twins import LocallyGroupedAttn
 from torch import Tensor
 
-from models.backbones.cuts import Span
-from models.backbones.hierarchy import Hierarchy, LevelInfo
-from models.backbones.visible_block import VisibleBlock
-from models.level_plans import LevelNeed, LevelPlan
-from models.masking import MaskPlan
-from models.visible import (
+from bim.models.backbones.cuts import Span
+from bim.models.backbones.hierarchy import Hierarchy, LevelInfo
+from bim.models.backbones.visible_block import VisibleBlock
+from bim.models.masks.level_plans import LevelNeed, LevelPlan
+from bim.models.masks.plan import MaskPlan
+from bim.models.masks.window_groups import Pair
+from bim.models.visible import (
     cells,
     linear_convolution,
     position_convolution,
@@ -25,7 +26,6 @@ from models.visible import (
     visible_patches,
     window_attention,
 )
-from models.window_groups import Pair
 
 UNSHIFTED = (0, 0)
 SMALLEST_WINDOW = 2  # timm takes 1 for a global layer

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.backbones.cuts import Span
-from models.backbones.level_modules import place
-from models.level_plans import LevelNeed, LevelPlan, level_plans
-from models.masking import MaskPlan
+from bim.models.backbones.cuts import Span
+from bim.models.backbones.level_modules import place
+from bim.models.masks.level_plans import LevelNeed, LevelPlan, level_plans
+from bim.models.masks.plan import MaskPlan
 
 
 class VisibleBlock(nn.Module, ABC):

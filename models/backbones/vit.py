@@ -19,7 +19,7 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from models.backbones.backbone import (
+from bim.models.backbones.backbone import (
     BlockInfo,
     Usage,
     check_divisible,
@@ -28,13 +28,13 @@ from models.backbones.backbone import (
     split_layers,
     too_few_blocks,
 )
-from models.backbones.paint import PAINT, Paint, check_grid
-from models.backbones.positions import positions_on
-from models.backbones.weights import Weights, open_weights
-from models.initialisation import TOKEN_STD, mae_init_
-from models.masking import MaskPlan
-from models.seeding import forked_rng
-from models.tokens import gather_tokens, patchify, sincos_positions
+from bim.models.backbones.paint import PAINT, Paint, check_grid
+from bim.models.backbones.positions import positions_on
+from bim.models.backbones.weights import Weights, open_weights
+from bim.models.initialization import TOKEN_STD, mae_init_
+from bim.models.masks.plan import MaskPlan
+from bim.models.seeding import forked_rng
+from bim.models.tokens import gather_tokens, patchify, sincos_positions
 
 # What makes the pooled output of any VisionTransformer the mean of its patch tokens after the final norm.
 EMBEDDING_ARGS = {

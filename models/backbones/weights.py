@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from models.seeding import forked_rng
+from bim.models.seeding import forked_rng
 
 FOLDER_PREFIX = "local-dir:"
 # In the order in which a timm folder is searched.

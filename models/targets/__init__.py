@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from models.targets.hog import HogTarget
-from models.targets.pixels import PixelTarget
-from models.targets.target import Target
+from bim.models.targets.hog import HogTarget
+from bim.models.targets.pixels import PixelTarget
+from bim.models.targets.target import Target
 
 TARGETS = {"pixels": PixelTarget, "hog": HogTarget}
 

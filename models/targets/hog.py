@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.precision import full_precision
+from bim.models.precision import full_precision
 
 COLOURS = 3
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.tokens import patchify, unpatchify
+from bim.models.tokens import patchify, unpatchify
 
 # MAE adds this to the unbiased variance of a patch, so that flat patches stay finite.
 VARIANCE_EPS = 1e-6

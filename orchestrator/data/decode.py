@@ -15,7 +15,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from orchestrator.data.errors import BadImage
+from bim.orchestrator.data.errors import BadImage
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb (2 x 1 GiB / 4 / 3), kept if a user lifts Pillow's
 # No others are tried: some of Pillow's readers start programs (EPS), and data from the internet is not to be trusted

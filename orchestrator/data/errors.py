@@ -18,3 +18,7 @@ class BadImage(Exception):
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
+
+
+class TooManyBadImages(DataError):
+    """More images than `data.max_bad_fraction` could not be read."""

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from orchestrator.data.decode import decode_rgb
-from orchestrator.data.errors import BadImage, DataError
-from orchestrator.data.names import IMAGE_EXTENSIONS, NameTable, split_of_folder, walk
+from bim.orchestrator.data.decode import decode_rgb
+from bim.orchestrator.data.errors import BadImage, DataError
+from bim.orchestrator.data.file_listing import IMAGE_EXTENSIONS, NameTable, split_of_folder, walk
 
 
 class FolderSource:

@@ -22,11 +22,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from orchestrator.data.decode import decode_rgb
-from orchestrator.data.errors import BadImage, DataError
-from orchestrator.data.names import split_of_shard
-from orchestrator.data.order import Chunks
-from orchestrator.data.parquet_columns import Columns, find_columns
+from bim.orchestrator.data.decode import decode_rgb
+from bim.orchestrator.data.errors import BadImage, DataError
+from bim.orchestrator.data.file_listing import split_of_shard
+from bim.orchestrator.data.parquet_columns import Columns, find_columns
+from bim.orchestrator.data.sampler import Chunks
 
 CACHE_BYTES = 256 * 2**20  # per process; at 110 KB per image a window of about 2,400 images
 MAX_GROUP_BYTES = 2**30  # a row group is read as a whole, by every worker

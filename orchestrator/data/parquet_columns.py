@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from orchestrator.data.errors import DataError
+from bim.orchestrator.data.errors import DataError
 
 IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "bytes")
 LABEL_NAMES = ("label", "labels")

@@ -29,9 +29,7 @@ _AHEAD = 3  # batches in memory: one being copied out, two being filled
 _PATIENCE_S = 5.0  # for a worker to end after its pipe was closed
 
 # The first thing a worker runs. Its import path is the consumer's, so that Ray's working_dir and editable installs hold.
-_BOOT = (
-    "import sys; sys.path[:] = {path!r}; from orchestrator.data.prefetch import serve; serve(*{arguments!r})"
-)
+_BOOT = "import sys; sys.path[:] = {path!r}; from bim.orchestrator.data.prefetch import serve; serve(*{arguments!r})"
 
 
 class Reader(Protocol):

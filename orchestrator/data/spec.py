@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.data.batches import TrainBatches
-from orchestrator.data.errors import DataError
-from orchestrator.data.sources import Source, open_source
-from orchestrator.data.splits import Splits, make_splits
-from orchestrator.phases import PhaseSpec
+from bim.orchestrator.data.errors import DataError
+from bim.orchestrator.data.loader import TrainBatches
+from bim.orchestrator.data.phases import PhaseSpec
+from bim.orchestrator.data.source import Source, open_source
+from bim.orchestrator.data.splits import Splits, make_splits
 
 CROP_RATIO = (3 / 4, 4 / 3)  # aspect of a training crop; MAE and torchvision use the same
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from models.seeding import generator
-from orchestrator.data.errors import DataError
-from orchestrator.data.sources import Source
+from bim.models.seeding import generator
+from bim.orchestrator.data.errors import DataError
+from bim.orchestrator.data.source import Source
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from orchestrator.method_costs import family
+from bim.orchestrator.benchmarks.method_costs import family
 
 SCRIPT = Path(__file__).parents[2] / "pipelines" / "benchmark.py"
 SWIN = {"img_size": 128, "depths": [1, 1, 2, 1], "embed_dim": 8, "num_heads": [1, 2, 2, 4], "window_size": 4}
@@ -28,7 +28,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
-    monkeypatch.setattr("orchestrator.method_costs.family", partial(family, model_args=SWIN))
+    monkeypatch.setattr("bim.orchestrator.benchmarks.method_costs.family", partial(family, model_args=SWIN))
     monkeypatch.setattr(module, "block_layers", lambda name, blocks: (5,) if blocks == 1 else (1, 1, 2, 1))
     return module
 

@@ -9,8 +9,8 @@ import signal
 import pytest
 from mlflow import MlflowClient
 
-from orchestrator.command_line import load_settings
-from orchestrator.config import with_changes
+from bim.orchestrator.config.cli import load_settings
+from bim.orchestrator.config.transforms import with_changes
 from tests.e2e.command import TINY, Finished, arguments, call, read_until, shell, started
 
 pytestmark = pytest.mark.slow

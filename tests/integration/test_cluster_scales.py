@@ -23,9 +23,9 @@ import pytest
 import ray
 import yaml
 
-from orchestrator.launch import ray_cluster
-from orchestrator.placement import Layout
-from orchestrator.ray_stages import RayStages
+from bim.orchestrator.distributed.cluster import ray_cluster
+from bim.orchestrator.distributed.placement import Layout
+from bim.orchestrator.distributed.ray_stage_group import RayStages
 from tests.integration.tiny import data, differing, family, in_process, state, train
 
 ROOT = Path(__file__).parents[2]

@@ -9,8 +9,8 @@ import pytest
 import timm
 import torch
 
-from orchestrator.command_line import load_settings
-from orchestrator.job import prepare, run_job
+from bim.orchestrator.config.cli import load_settings
+from bim.orchestrator.jobs.job import prepare, run_job
 
 pytestmark = pytest.mark.slow
 

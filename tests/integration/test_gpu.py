@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.data.spec import DataSpec
-from orchestrator.family_spec import DecoderSpec, FamilySpec, TargetSpec
-from orchestrator.stages import InProcessStages, Order
-from orchestrator.wire import Inbox, pack
+from bim.orchestrator.data.spec import DataSpec
+from bim.orchestrator.training.messages import Order
+from bim.orchestrator.training.spec import DecoderSpec, FamilySpec, TargetSpec
+from bim.orchestrator.training.stage_group import InProcessStages
+from bim.orchestrator.training.transport import Inbox, pack
 from tests.integration.tiny import data, family, hierarchy, shifted, train
 
 pytestmark = [

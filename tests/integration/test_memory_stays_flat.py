@@ -7,8 +7,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator.family_spec import DecoderSpec
-from orchestrator.ray_stages import RayStages
+from bim.orchestrator.distributed.ray_stage_group import RayStages
+from bim.orchestrator.training.spec import DecoderSpec
 from tests.integration.tiny import Ear, data, family, layout, train
 
 EARLY, LATE = 500, 2000

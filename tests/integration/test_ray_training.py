@@ -13,12 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator.data.errors import DataError
-from orchestrator.failures import NonFiniteLoss, TrainingError
-from orchestrator.placement import consecutive
-from orchestrator.pretrain import StopRequest
-from orchestrator.ray_stages import RayStages
-from orchestrator.stages import InProcessStages
+from bim.orchestrator.data.errors import DataError
+from bim.orchestrator.distributed.placement import consecutive
+from bim.orchestrator.distributed.ray_stage_group import RayStages
+from bim.orchestrator.training.callbacks import StopRequest
+from bim.orchestrator.training.errors import NonFiniteLoss, TrainingError
+from bim.orchestrator.training.stage_group import InProcessStages
 from tests.integration.tiny import Ear, data, differing, family, growing, in_process, layout, state, train
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

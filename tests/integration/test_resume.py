@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.stages import InProcessStages
+from bim.orchestrator.training.stage_group import InProcessStages
 from tests.integration.tiny import Ear, data, differing, family, growing, hierarchy, in_process, state, train
 
 

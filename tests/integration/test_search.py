@@ -12,19 +12,19 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group_table
 
-from orchestrator.command_line import load_settings
-from orchestrator.config import settings_to_mapping, with_changes
-from orchestrator.failures import TrainingError
-from orchestrator.family import make_family
-from orchestrator.objective import ObjectiveSpec, metric_of
-from orchestrator.placement import ClusterResources
-from orchestrator.pretrain import StopRequest
-from orchestrator.search import search
-from orchestrator.search_results import BEST, FOLDER, SearchResult, TrialRow, load_result
-from orchestrator.search_spaces import own_values, space_of
-from orchestrator.search_watch import SearchSpec
-from orchestrator.settings import Settings
-from orchestrator.trials import TrialPlan, trial_room
+from bim.orchestrator.config.cli import load_settings
+from bim.orchestrator.config.schema import Settings
+from bim.orchestrator.config.transforms import settings_to_mapping, with_changes
+from bim.orchestrator.distributed.placement import ClusterResources
+from bim.orchestrator.runs.prepare import make_family
+from bim.orchestrator.search.controller import SearchSpec
+from bim.orchestrator.search.objective import ObjectiveSpec, metric_of
+from bim.orchestrator.search.results import BEST, FOLDER, SearchResult, TrialRow, load_result
+from bim.orchestrator.search.space import own_values, space_of
+from bim.orchestrator.search.trial import TrialPlan, trial_room
+from bim.orchestrator.search.tuner import search
+from bim.orchestrator.training.callbacks import StopRequest
+from bim.orchestrator.training.errors import TrainingError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 

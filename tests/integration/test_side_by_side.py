@@ -12,15 +12,15 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group_table
 
-from orchestrator import courses
-from orchestrator.checkpoint import CheckpointStore
-from orchestrator.command_line import load_settings
-from orchestrator.courses import Course, side_by_side
-from orchestrator.placement import ClusterResources
-from orchestrator.pretrain import StopRequest
-from orchestrator.provenance import collect
-from orchestrator.side_by_side import prepare_several
-from orchestrator.training import layout_of
+from bim.orchestrator.config.cli import load_settings
+from bim.orchestrator.distributed.placement import ClusterResources
+from bim.orchestrator.jobs import concurrent_runs as courses
+from bim.orchestrator.jobs.concurrent_runs import Course, side_by_side
+from bim.orchestrator.jobs.several import prepare_several
+from bim.orchestrator.runs.provenance import collect
+from bim.orchestrator.runs.train import layout_of
+from bim.orchestrator.training.callbacks import StopRequest
+from bim.orchestrator.training.checkpoint import CheckpointStore
 from tests.e2e.command import image_folder
 from tests.integration.conftest import MODEL_ARGS
 

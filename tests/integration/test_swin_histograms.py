@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from orchestrator.stages import InProcessStages, Order
+from bim.orchestrator.training.messages import Order
+from bim.orchestrator.training.stage_group import InProcessStages
 from tests.integration.tiny import shifted
 
 

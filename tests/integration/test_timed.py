@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from orchestrator.ablation import _Quiet as Quiet
-from orchestrator.assess import assess, timed
-from orchestrator.command_line import load_settings
-from orchestrator.config import with_changes
-from orchestrator.family import make_family
-from orchestrator.job import assess_job
-from orchestrator.model_card import CardFacts
-from orchestrator.placement import ClusterResources
-from orchestrator.pretrain import StopRequest
-from orchestrator.training import layout_of, train
+from bim.orchestrator.benchmarks.ablation import _Quiet as Quiet
+from bim.orchestrator.config.cli import load_settings
+from bim.orchestrator.config.transforms import with_changes
+from bim.orchestrator.distributed.placement import ClusterResources
+from bim.orchestrator.export.model_card import CardFacts
+from bim.orchestrator.jobs.evaluate_checkpoint import assess, timed
+from bim.orchestrator.jobs.job import assess_job
+from bim.orchestrator.runs.prepare import make_family
+from bim.orchestrator.runs.train import layout_of, train
+from bim.orchestrator.training.callbacks import StopRequest
 
 RESNET = {"img_size": 64, "layers": [1, 1, 1, 1], "channels": [4, 8, 12, 16]}
 

@@ -19,9 +19,9 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from safetensors.torch import save_file
 
-from orchestrator.provenance import DataRecord, collect
-from orchestrator.run_notes import DepthRecord
-from orchestrator.tracking import Tracker, TrackingError
+from bim.orchestrator.runs.provenance import DataRecord, collect
+from bim.orchestrator.tracking.records import DepthRecord
+from bim.orchestrator.tracking.tracker import Tracker, TrackingError
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -366,7 +366,7 @@ def test_runs_started_at_once_in_a_new_folder_share_one_new_store(tmp_path: Path
     program = """
 import sys
 from pathlib import Path
-from orchestrator.tracking import Tracker
+from bim.orchestrator.tracking.tracker import Tracker
 out = Path(sys.argv[1])
 out.mkdir()
 print("ready", flush=True)
@@ -377,7 +377,7 @@ Tracker.open(None, "bim", out.name, out).finish()
         subprocess.Popen(
             [sys.executable, "-c", program, name],
             cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+            env=os.environ.copy(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -9,8 +9,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from orchestrator.search_results import Point, TrialRow
-from orchestrator.tracking import Tracker
+from bim.orchestrator.search.results import Point, TrialRow
+from bim.orchestrator.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.usefixtures("home")
 

@@ -10,16 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.block_trainer import OptimSpec
-from orchestrator.checkpoint import CheckpointStore, Manifest, load_block_state, load_block_weights
-from orchestrator.data.spec import DataSpec
-from orchestrator.failures import RestartPolicy
-from orchestrator.family_spec import DecoderSpec, FamilySpec, TargetSpec
-from orchestrator.phases import Phase, PhaseSpec, constant, phase_at
-from orchestrator.placement import Layout, consecutive
-from orchestrator.pretrain import EpochReport, PretrainResult, RunPlan, StopRequest, pretrain
-from orchestrator.schedules import CosineSchedule
-from orchestrator.stages import InProcessStages, Stages
+from bim.orchestrator.data.phases import Phase, PhaseSpec, constant, phase_at
+from bim.orchestrator.data.spec import DataSpec
+from bim.orchestrator.distributed.placement import Layout, consecutive
+from bim.orchestrator.training.callbacks import EpochReport, StopRequest
+from bim.orchestrator.training.checkpoint import (
+    CheckpointStore,
+    Manifest,
+    load_block_state,
+    load_block_weights,
+)
+from bim.orchestrator.training.loop import PretrainResult, RunPlan, pretrain
+from bim.orchestrator.training.lr_schedule import CosineSchedule
+from bim.orchestrator.training.restart_policy import RestartPolicy
+from bim.orchestrator.training.spec import DecoderSpec, FamilySpec, OptimSpec, TargetSpec
+from bim.orchestrator.training.stage_group import InProcessStages, Stages
 
 STEPS_PER_EPOCH = 10
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.command_line import load_settings
-from orchestrator.placement import ClusterResources, plan_layout
+from bim.orchestrator.config.cli import load_settings
+from bim.orchestrator.distributed.placement import ClusterResources, plan_layout
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "cluster.yaml").read_text(encoding="utf-8")
@@ -120,7 +120,7 @@ def test_a_run_on_the_cluster_can_tell_its_commit_and_whether_it_was_changed() -
 
 def test_all_packages_of_this_project_are_copied_and_installed_on_every_machine() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    packages = {name.split(".")[0] for name in project["tool"]["setuptools"]["packages"]}
+    packages = {name.split(".")[1] for name in project["tool"]["setuptools"]["packages"]}
     needed = packages | {"pyproject.toml", project["project"]["readme"]}
     prepared = as_ray_reads_it(shipped())
     copied = {target.removeprefix("~/bim/") for target in prepared["file_mounts"]}

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from models.backbones import ViTBackbone, open_backbone
-from models.masking import MaskPlan
-from models.seeding import generator
+from bim.models.backbones import ViTBackbone, open_backbone
+from bim.models.masks.plan import MaskPlan
+from bim.models.seeding import generator
 
 TINY: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3}
 

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.backbones import open_backbone
-from models.light_decoder import LightDecoder
-from models.local_mim import LocalMIM
-from models.masking import MaskPlan, block_plans, visible_counts
-from models.targets import TARGETS
-from models.tokens import gather_tokens
+from bim.models.backbones import open_backbone
+from bim.models.decoders.light import LightDecoder
+from bim.models.local_mim import LocalMIM
+from bim.models.masks.plan import MaskPlan, block_plans, visible_counts
+from bim.models.targets import TARGETS
+from bim.models.tokens import gather_tokens
 
 SHARED = Path(os.environ.get("BIM_SHARED", Path(__file__).parents[4] / "shared"))
 GOLDEN = SHARED / "golden" / "fastmim_vit_tiny.safetensors"

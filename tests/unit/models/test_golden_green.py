@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from timm.models.swin_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from models.backbones import SwinBackbone, open_backbone
-from models.masking import MaskPlan, block_plans
+from bim.models.backbones import SwinBackbone, open_backbone
+from bim.models.masks.plan import MaskPlan, block_plans
 
 SHARED = Path(os.environ.get("BIM_SHARED", Path(__file__).parents[4] / "shared"))
 GOLDEN = SHARED / "golden" / "green_swin_tiny.safetensors"

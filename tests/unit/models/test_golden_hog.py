@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.targets import HogTarget
+from bim.models.targets import HogTarget
 
 SHARED = Path(os.environ.get("BIM_SHARED", Path(__file__).parents[4] / "shared"))
 GOLDEN = SHARED / "golden" / "hog.safetensors"

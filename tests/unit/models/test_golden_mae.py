@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.backbones import open_backbone
-from models.decoders import LocalDecoder
-from models.local_mim import LocalMIM
-from models.masking import MaskPlan, block_plans, visible_counts
-from models.targets import PixelTarget
-from models.tokens import gather_tokens
+from bim.models.backbones import open_backbone
+from bim.models.decoders.local import LocalDecoder
+from bim.models.local_mim import LocalMIM
+from bim.models.masks.plan import MaskPlan, block_plans, visible_counts
+from bim.models.targets import PixelTarget
+from bim.models.tokens import gather_tokens
 
 SHARED = Path(os.environ.get("BIM_SHARED", Path(__file__).parents[4] / "shared"))
 GOLDEN = SHARED / "golden" / "mae_tiny.safetensors"

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.backbones import ViTBackbone, open_backbone
-from models.decoders import LocalDecoder
-from models.local_mim import LocalMIM, LocalStep
-from models.masking import MaskPlan, block_plans, partial_plan, random_order, visible_counts
-from models.seeding import forked_rng, generator
-from models.targets import HogTarget, PixelTarget, Target
-from models.tokens import gather_tokens, patchify
+from bim.models.backbones import ViTBackbone, open_backbone
+from bim.models.decoders.local import LocalDecoder
+from bim.models.local_mim import LocalMIM, LocalStep
+from bim.models.masks.plan import MaskPlan, block_plans, partial_plan, random_order, visible_counts
+from bim.models.seeding import forked_rng, generator
+from bim.models.targets import HogTarget, PixelTarget, Target
+from bim.models.tokens import gather_tokens, patchify
 
 VISIBLE = (9, 6, 4)
 IMAGES = torch.randn(3, 3, 32, 32, generator=generator("images"))

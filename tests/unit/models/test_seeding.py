@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.seeding import derive_seed, forked_rng, generator
+from bim.models.seeding import derive_seed, forked_rng, generator
 
 
 def test_a_seed_is_the_same_in_every_version_and_process() -> None:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.seeding import generator
-from models.tokens import gather_tokens, normalize_images, patchify, sincos_positions, unpatchify
+from bim.models.seeding import generator
+from bim.models.tokens import gather_tokens, normalize_images, patchify, sincos_positions, unpatchify
 
 
 def test_a_patch_runs_in_row_column_channel_order_and_patches_run_row_by_row() -> None:

@@ -12,11 +12,11 @@ from timm.models.swin_transformer import PatchMerging, WindowAttention
 from timm.models.twins import GlobalSubSampleAttn, LocallyGroupedAttn
 from torch import Tensor, nn
 
-from models.level_plans import LevelNeed, LevelPlan, level_plan
-from models.masking import MaskPlan, block_plans, random_order, unit_tokens
-from models.seeding import forked_rng, generator
-from models.tokens import gather_tokens
-from models.visible import (
+from bim.models.masks.level_plans import LevelNeed, LevelPlan, level_plan
+from bim.models.masks.plan import MaskPlan, block_plans, random_order, unit_tokens
+from bim.models.seeding import forked_rng, generator
+from bim.models.tokens import gather_tokens
+from bim.models.visible import (
     cells,
     linear_convolution,
     merge_patches,

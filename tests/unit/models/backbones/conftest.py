@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from models.backbones import DenseBackbone, open_backbone
+from bim.models.backbones import DenseBackbone, open_backbone
 
 SWIN = {"embed_dim": 12, "depths": [1, 2, 2, 1], "num_heads": [1, 2, 3, 4], "window_size": 4}
 # family -> (timm name, overrides); levels of 1, 2, 2 and 1 layers, a mask unit of 32 pixels.

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.backbones import open_backbone, random_variant
-from models.backbones.backbone import split_layers
+from bim.models.backbones import open_backbone, random_variant
+from bim.models.backbones.backbone import split_layers
 
 NEEDS_DIFFERENTIAL = pytest.mark.skipif(
     not timm.is_model("vit_dwee_patch16_reg1_gap_256"), reason="this timm has no differential attention yet"

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from models.backbones.cuts import Span, cut, spans_between
+from bim.models.backbones.cuts import Span, cut, spans_between
 
 SWIN_T, SWIN_B = (2, 2, 6, 2), (2, 2, 18, 2)
 

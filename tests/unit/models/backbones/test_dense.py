@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.backbones import DenseBackbone, open_backbone
-from models.backbones.dense import DenseBlock
-from models.light_decoder import LightDecoder
-from models.local_mim import LocalMIM
-from models.masking import MaskPlan, block_plans, random_order
-from models.seeding import forked_rng, generator
-from models.targets import PixelTarget
+from bim.models.backbones import DenseBackbone, open_backbone
+from bim.models.backbones.dense import DenseBlock
+from bim.models.decoders.light import LightDecoder
+from bim.models.local_mim import LocalMIM
+from bim.models.masks.plan import MaskPlan, block_plans, random_order
+from bim.models.seeding import forked_rng, generator
+from bim.models.targets import PixelTarget
 
 Build = Callable[..., DenseBackbone]
 Shake = Callable[[nn.Module], None]

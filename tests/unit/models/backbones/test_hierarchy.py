@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.backbones import SwinBackbone, TwinsBackbone, open_backbone, random_variant
-from models.backbones.visible_block import VisibleBlock
-from models.decoders import LocalDecoder
-from models.local_mim import LocalMIM
-from models.masking import MaskPlan, block_plans, random_order
-from models.seeding import forked_rng, generator
-from models.targets import PixelTarget
-from models.tokens import gather_tokens, patchify
+from bim.models.backbones import SwinBackbone, TwinsBackbone, open_backbone, random_variant
+from bim.models.backbones.visible_block import VisibleBlock
+from bim.models.decoders.local import LocalDecoder
+from bim.models.local_mim import LocalMIM
+from bim.models.masks.plan import MaskPlan, block_plans, random_order
+from bim.models.seeding import forked_rng, generator
+from bim.models.targets import PixelTarget
+from bim.models.tokens import gather_tokens, patchify
 
 Shake = Callable[[nn.Module], None]
 Backbone = SwinBackbone | TwinsBackbone

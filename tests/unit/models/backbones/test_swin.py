@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.backbones import DenseBackbone, SwinBackbone, open_backbone, random_variant
-from models.backbones.pyramid_weights import resized
-from models.backbones.swin import inner_table, with_inner_table
-from models.backbones.visible_block import VisibleBlock
-from models.masking import MaskPlan, block_plans, random_order, visible_counts
-from models.seeding import generator
-from models.tokens import gather_tokens
+from bim.models.backbones import DenseBackbone, SwinBackbone, open_backbone, random_variant
+from bim.models.backbones.pyramid_weights import resized
+from bim.models.backbones.swin import inner_table, with_inner_table
+from bim.models.backbones.visible_block import VisibleBlock
+from bim.models.masks.plan import MaskPlan, block_plans, random_order, visible_counts
+from bim.models.seeding import generator
+from bim.models.tokens import gather_tokens
 
 NARROW = {"embed_dim": 4, "num_heads": [1, 1, 1, 1], "mlp_ratio": 1}
 

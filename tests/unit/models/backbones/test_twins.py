@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from models.backbones import TwinsBackbone, open_backbone
-from models.masking import MaskPlan, random_order
-from models.seeding import generator
-from models.tokens import gather_tokens
+from bim.models.backbones import TwinsBackbone, open_backbone
+from bim.models.masks.plan import MaskPlan, random_order
+from bim.models.seeding import generator
+from bim.models.tokens import gather_tokens
 
 NARROW = {"embed_dims": [4, 4, 4, 8], "num_heads": [1, 1, 1, 2], "mlp_ratios": [1, 1, 1, 1]}
 

@@ -9,10 +9,10 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from models.backbones import ViTBackbone
-from models.masking import MaskPlan, block_plans, random_order
-from models.seeding import generator
-from models.tokens import gather_tokens, sincos_positions
+from bim.models.backbones import ViTBackbone
+from bim.models.masks.plan import MaskPlan, block_plans, random_order
+from bim.models.seeding import generator
+from bim.models.tokens import gather_tokens, sincos_positions
 
 SMALL = {"img_size": 28, "patch_size": 7}
 # name -> (timm name, overrides): one for every way in which VisionTransformer differs from the plain one.

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from models.backbones import ViTBackbone, weights
-from models.masking import MaskPlan
-from models.seeding import forked_rng, generator
-from models.tokens import gather_tokens
+from bim.models.backbones import ViTBackbone, weights
+from bim.models.masks.plan import MaskPlan
+from bim.models.seeding import forked_rng, generator
+from bim.models.tokens import gather_tokens
 
 NAME = "vit_tiny_patch16_224"
 Build = Callable[..., ViTBackbone]

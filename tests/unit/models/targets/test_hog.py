@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.seeding import generator
-from models.targets import TARGETS
-from models.targets.hog import HogTarget, strokes
-from models.tokens import normalize_images
+from bim.models.seeding import generator
+from bim.models.targets import TARGETS
+from bim.models.targets.hog import HogTarget, strokes
+from bim.models.tokens import normalize_images
 
 LADDER = (4, 8, 16, 32)
 

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import torch
 
-from models.seeding import generator
-from models.targets import TARGETS
-from models.targets.pixels import PixelTarget
-from models.tokens import patchify
+from bim.models.seeding import generator
+from bim.models.targets import TARGETS
+from bim.models.targets.pixels import PixelTarget
+from bim.models.tokens import patchify
 
 
 def images() -> torch.Tensor:

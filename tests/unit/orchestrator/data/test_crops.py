@@ -5,8 +5,8 @@ import torch
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
-from models.seeding import generator
-from orchestrator.data.crops import DRAWS, RandomCrop, centre_view, crop_box
+from bim.models.seeding import generator
+from bim.orchestrator.data.crops import DRAWS, RandomCrop, centre_view, crop_box
 
 
 def draws(number: int) -> list[float]:

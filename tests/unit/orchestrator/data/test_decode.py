@@ -14,8 +14,8 @@ import sklearn.datasets
 import torch
 from PIL import Image, ImageOps
 
-from orchestrator.data.decode import MAX_PIXELS, decode_rgb
-from orchestrator.data.errors import BadImage
+from bim.orchestrator.data.decode import MAX_PIXELS, decode_rgb
+from bim.orchestrator.data.errors import BadImage
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torchvision"),

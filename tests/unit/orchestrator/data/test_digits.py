@@ -5,7 +5,7 @@ import pickle
 import torch
 from sklearn.datasets import load_digits
 
-from orchestrator.data.digits import DigitsSource
+from bim.orchestrator.data.digits import DigitsSource
 
 
 def test_digits_are_stretched_to_the_full_range():

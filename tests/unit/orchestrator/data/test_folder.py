@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from orchestrator.data.errors import BadImage, DataError
-from orchestrator.data.folder import FolderSource
+from bim.orchestrator.data.errors import BadImage, DataError
+from bim.orchestrator.data.folder import FolderSource
 
 Make = Callable[..., Path]
 Shows = Callable[[Tensor, int], bool]

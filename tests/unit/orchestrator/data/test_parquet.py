@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from torch import Tensor
 
-import orchestrator.data.parquet as parquet
-from orchestrator.data.errors import BadImage, DataError
-from orchestrator.data.order import epoch_order
-from orchestrator.data.parquet import ParquetSource
-from orchestrator.data.splits import make_splits
+import bim.orchestrator.data.parquet as parquet
+from bim.orchestrator.data.errors import BadImage, DataError
+from bim.orchestrator.data.parquet import ParquetSource
+from bim.orchestrator.data.sampler import epoch_order
+from bim.orchestrator.data.splits import make_splits
 
 Make = Callable[..., Path]
 Shows = Callable[[Tensor, int], bool]

@@ -15,13 +15,13 @@ import numpy as np
 import psutil
 import pytest
 
-from orchestrator.data.batches import TrainBatches
-from orchestrator.data.crops import RandomCrop
-from orchestrator.data.digits import DigitsSource
-from orchestrator.data.folder import FolderSource
-from orchestrator.data.prefetch import Prefetcher
-from orchestrator.data.sources import Source
-from orchestrator.failures import TooManyBadImages
+from bim.orchestrator.data.crops import RandomCrop
+from bim.orchestrator.data.digits import DigitsSource
+from bim.orchestrator.data.errors import TooManyBadImages
+from bim.orchestrator.data.folder import FolderSource
+from bim.orchestrator.data.loader import TrainBatches
+from bim.orchestrator.data.prefetch import Prefetcher
+from bim.orchestrator.data.source import Source
 
 CROP = RandomCrop((8, 8), (0.2, 1.0), (1.0, 1.0), flip=False)
 
@@ -98,8 +98,8 @@ def test_an_error_inside_a_worker_is_raised_as_itself_with_its_traceback(tmp_pat
 def test_workers_end_when_their_consumer_is_killed():
     script = (
         "import sys, time\n"
-        "from orchestrator.data.batches import TrainBatches\n"
-        "from orchestrator.data.digits import DigitsSource\n"
+        "from bim.orchestrator.data.loader import TrainBatches\n"
+        "from bim.orchestrator.data.digits import DigitsSource\n"
         "import numpy as np\n"
         "b = TrainBatches(DigitsSource(), np.arange(99), 4, 1, (8, 8), (0.2, 1), (1, 1), False, 0, workers=1)\n"
         "b.batch(0)\n"

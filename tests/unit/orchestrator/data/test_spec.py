@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from orchestrator.data.errors import DataError
-from orchestrator.data.spec import DataSpec
+from bim.orchestrator.data.errors import DataError
+from bim.orchestrator.data.spec import DataSpec
 
 
 def test_images_that_changed_since_the_run_began_are_refused(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.data.errors import DataError
-from orchestrator.data.splits import make_splits
+from bim.orchestrator.data.errors import DataError
+from bim.orchestrator.data.splits import make_splits
 
 
 class Numbers:

@@ -1,0 +1,1 @@
+"""Local decoders: tokens of one block to predictions of its masked tokens."""

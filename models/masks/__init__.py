@@ -1,0 +1,1 @@
+"""Which tokens are visible, decoded and thrown: index tensors, pure functions of (seed, step, block)."""

@@ -1,0 +1,1 @@
+"""Serves pipelines/benchmark.py and pipelines/ablation.py; nothing imports it."""

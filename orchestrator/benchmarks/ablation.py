@@ -1,0 +1,302 @@
+"""What each part of the method is worth: families trained with one thing changed, over several seeds, against truncated MAE.
+
+Every case is trained in one process (the weights that the actors would give), measured on the test split at every depth, and
+written as one line of JSON, so that an ablation can be cut off and continued. Serves `pipelines/ablation.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bim.orchestrator.config.schema import Settings
+from bim.orchestrator.config.transforms import changes_weights, end_to_end, flat, with_changes
+from bim.orchestrator.config.validate import settings_from_mapping
+from bim.orchestrator.data.source import Source
+from bim.orchestrator.data.splits import Splits
+from bim.orchestrator.distributed.placement import ClusterResources
+from bim.orchestrator.evaluation.evaluate import Scores, evaluate_variants, raw_pixels
+from bim.orchestrator.evaluation.records import DepthReport
+from bim.orchestrator.runs.prepare import Family, make_family
+from bim.orchestrator.runs.train import layout_of, train
+from bim.orchestrator.search.objective import SCORED_BY
+from bim.orchestrator.training.callbacks import EpochReport, StopRequest
+from bim.orchestrator.training.checkpoint import CheckpointStore, load_block_weights
+from bim.orchestrator.training.depth_variants import encoder_weights, random_variants, trained_variant
+
+TRUNCATED_MAE = "mae"
+"""The reference: one end-to-end MAE run, truncated at each depth."""
+
+FRESH_NORM = "mae-fresh-norm"
+RANDOM, NO_NETWORK = "random", "no-network"
+
+PLAIN = "bim"
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    PLAIN: ("plain BIM: normalised pixels, one decoder layer per block", {}),
+    TRUNCATED_MAE: ("MAE (K = 1), truncated at each depth, behind its own final norm", {}),
+    "throw": ("PR-MIM, half of all tokens thrown and recovered", {"decoder.throw_ratio": 0.5}),
+    "throw-light": (
+        "the same, a recovered token weighing a quarter of a decoded one",
+        {"decoder.throw_ratio": 0.5, "decoder.thrown_weight": 0.25},
+    ),
+    "drop": (
+        "the same half dropped, not recovered",
+        {"decoder.throw_ratio": 0.5, "decoder.recovery": "none"},
+    ),
+    "hog": ("HOG, cells of one patch (8 px)", {"target.name": "hog", "target.cell": 8}),
+    "hog-ladder": (
+        "HOG, cells of 2, 4, 8, 16 px by block",
+        {"target.name": "hog", "target.cell": [2, 4, 8, 16]},
+    ),
+    "raw-pixels": ("pixels as they are", {"target.normalize": False}),
+    "resolution": (
+        "32, 48, 64 px from 0, 50, 75 % of the epochs on",
+        {"schedule.resolution": [[0, 32], [0.5, 48], [0.75, 64]]},
+    ),
+    "ratios-up": ("mask ratio 0.6, 0.65, 0.7, 0.75 by block", {"mask.ratio": [0.6, 0.65, 0.7, 0.75]}),
+    "ratio-flat": ("mask ratio 0.675 in every block, the mean of those", {"mask.ratio": 0.675}),
+    "mae-flat": ("MAE (K = 1) with mask ratio 0.675, truncated", {"blocks": 1, "mask.ratio": 0.675}),
+    "ratios-high": ("mask ratio 0.75, 0.8, 0.85, 0.9 by block", {"mask.ratio": [0.75, 0.8, 0.85, 0.9]}),
+    "deeper": ("decoders of 1, 1, 2, 2 layers by block", {"decoder.depth": [1, 1, 2, 2]}),
+    "noise": ("noise of 0.25 deviations on what crosses a boundary", {"boundary_noise": 0.25}),
+    "mae-hog": (
+        "MAE (K = 1) with HOG, truncated",
+        {"blocks": 1, "mask.ratio": 0.75, "target.name": "hog", "target.cell": 8},
+    ),
+    RANDOM: ("the same depths before training", {}),
+    NO_NETWORK: ("raw pixels, no network", {}),
+}
+"""Name -> what is changed, in words and as settings."""
+
+ROWS = {
+    **{name: words for name, (words, _) in CASES.items()},
+    FRESH_NORM: "the same MAE run, every depth behind a fresh final norm",
+}
+"""Name -> words, of all that is written down; the last are measured beside a case."""
+
+BESIDE = {TRUNCATED_MAE: (FRESH_NORM,)}
+"""Case -> what the same training is also measured as."""
+
+SCORES = ("knn_top1", "linear_top1")
+
+FORMER_DEFAULTS = {"mask.ratio": 0.75}
+"""Of settings whose default has changed since results were first written: digests tell them as they did then."""
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One case with one seed: test accuracies (0..1) by score and depth, the seconds it trained."""
+
+    case: str
+    seed: int
+    epochs: int
+    scores: dict[str, dict[int, float]]
+    n_test: int
+    train_s: float
+    base: str = ""
+    """What all cases share, as `base_digest` gives it; results of another base are never set beside these."""
+
+
+class _Quiet:
+    """A listener that keeps silent."""
+
+    began = True
+
+    def on_step(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def on_epoch(self, report: EpochReport) -> None: ...
+
+    def on_checkpoint(self, step: int) -> None: ...
+
+    def on_rewind(self, step: int) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
+def base_digest(base: Settings) -> str:
+    """Eight characters for every setting of the base that changes a trained weight or how it is scored, the seed left out.
+
+    Of the images the name of their folder counts, not where it lies. What stands at its (former) default is left out, so
+    that a setting that a later version adds changes no digest.
+    """
+    source = Path(base.data.source).name
+    values = flat(with_changes(base, {"seed": 0, "data.source": source}))
+    bare = {"name": "x", "backbone": {"name": "x"}, "data": {"source": "x", "batch_size": 1}}
+    default = flat(settings_from_mapping(bare | {"schedule": {"epochs": 1}})) | FORMER_DEFAULTS
+    scored = {f"evaluation.{name}" for name in SCORED_BY}
+    told = {
+        key: v
+        for key, v in values.items()
+        if (changes_weights(key) or key in scored) and v != default.get(key)
+    }
+    return blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=4).hexdigest()
+
+
+def run_case(
+    base: Settings, case: str, seed: int, changes: Mapping[str, Any] | None = None
+) -> list[CaseResult]:
+    """Train one case with one seed and measure all depths of the base's blocks on the test split.
+
+    changes: settings of a case that is not in `CASES`. Returns the case, and what is measured `BESIDE` it. Raises
+    SettingsError, DataError, TrainingError.
+    """
+    depths = make_family(base, Path())[0].depths
+    alone = {
+        "seed": seed,
+        "placement.backend": "in_process",
+        "placement.stages": 1,
+        "checkpoint.every_epochs": float(base.schedule.epochs),
+        "search.trials": 0,
+    }
+    settings = end_to_end(base) if case == TRUNCATED_MAE else base
+    settings = with_changes(settings, {**(CASES[case][1] if changes is None else changes), **alone})
+    torch.set_num_threads(1)
+    found: dict[str, Mapping[int, Scores | DepthReport]] = {}
+    seconds = 0.0
+    with tempfile.TemporaryDirectory(prefix="ablation-") as folder:
+        family, source, splits = make_family(settings, Path(folder))
+        if case == NO_NETWORK:
+            scores = raw_pixels(source, splits, family.backbone.image_size, **_how(settings))
+            found[case] = dict.fromkeys(depths, scores)
+        elif case == RANDOM:
+            variants = random_variants(family.spec, family.backbone, depths)
+            found[case] = _scores(family, settings, source, splits, variants)
+        else:
+            began = time.perf_counter()
+            weights = _trained(family, settings)
+            seconds = time.perf_counter() - began
+            variants = {depth: trained_variant(family.backbone, weights, depth) for depth in depths}
+            found[case] = _scores(family, settings, source, splits, variants)
+            if case == TRUNCATED_MAE:
+                encoders = [encoder_weights(block) for block in weights]
+                variants = {depth: family.backbone.variant(depth, encoders, None) for depth in depths}
+                found[FRESH_NORM] = _scores(family, settings, source, splits, variants)
+    return [
+        CaseResult(
+            name,
+            seed,
+            settings.schedule.epochs,
+            {score: {depth: one.metrics()[score] for depth, one in by_depth.items()} for score in SCORES},
+            by_depth[depths[0]].n_test,
+            seconds,
+            base_digest(base),
+        )
+        for name, by_depth in found.items()
+    ]
+
+
+def _trained(family: Family, settings: Settings) -> list[dict[str, Tensor]]:
+    """Weights of every block at the end of the run."""
+    train(family, layout_of(settings, ClusterResources(1.0, 0.0)), "fp32", _Quiet(), StopRequest())
+    checkpoint = CheckpointStore(family.out).directory(family.total_steps)
+    return [load_block_weights(checkpoint, k) for k in range(len(family.spec.blocks))]
+
+
+def _how(settings: Settings) -> dict[str, Any]:
+    """How accuracies are measured, in the words of `evaluation.py`."""
+    how = settings.evaluation
+    return {
+        "k": how.knn_k,
+        "temperature": how.knn_temperature,
+        "seed": settings.data.split_seed,
+        "batch_size": how.batch_size,
+    }
+
+
+def _scores(
+    family: Family, settings: Settings, source: Source, splits: Splits, variants: Mapping[int, nn.Module]
+) -> Mapping[int, Scores | DepthReport]:
+    """Test accuracies by depth."""
+    reports = evaluate_variants(
+        variants,
+        source,
+        splits,
+        family.backbone.image_size,
+        mean=family.spec.mean,
+        std=family.spec.std,
+        device=torch.device("cpu"),
+        latency=False,
+        **_how(settings),
+    )
+    return {report.depth: report for report in reports}
+
+
+def read_results(file: Path) -> list[CaseResult]:
+    """The cases that an ablation has written so far; a line that was cut off is passed over."""
+    if not file.exists():
+        return []
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            raw = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        raw["scores"] = {name: {int(d): v for d, v in by.items()} for name, by in raw["scores"].items()}
+        found.append(CaseResult(**raw))
+    return found
+
+
+def write_result(file: Path, result: CaseResult) -> None:
+    """Append one case."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write(json.dumps(asdict(result)) + "\n")
+
+
+def table(results: Sequence[CaseResult], cases: Mapping[str, str]) -> Iterator[str]:
+    """Markdown lines, one table per score: mean over seeds +- standard error of the mean by depth, in percent.
+
+    The error is that of the seeds alone (all are tested on the same images). The last column is the mean over depths
+    less that of truncated MAE, with the error of the paired difference, where both have the same seeds.
+    """
+    for score in SCORES:
+        rows = [row for name in cases if (row := _of(results, name, score))]
+        if not rows:
+            continue
+        depths = sorted(next(iter(rows[0].values())))
+        yield (
+            f"| {score.replace('_', ' ')}, % | "
+            + " | ".join(f"depth {d}" for d in depths)
+            + " | mean | ahead of MAE |"
+        )
+        yield "|---|" + "---|" * (len(depths) + 2)
+        mae = {seed: statistics.mean(by.values()) for seed, by in _of(results, TRUNCATED_MAE, score).items()}
+        for name, words in cases.items():
+            by_seed = _of(results, name, score)
+            if not by_seed:
+                continue
+            cells = [_mean_and_error([by[d] for by in by_seed.values()]) for d in depths]
+            means = {seed: statistics.mean(by.values()) for seed, by in by_seed.items()}
+            shared = sorted(means.keys() & mae.keys())
+            lead = (
+                ""
+                if name == TRUNCATED_MAE or not shared
+                else _mean_and_error([means[seed] - mae[seed] for seed in shared], signed=True)
+            )
+            yield f"| {words} | " + " | ".join([*cells, _mean_and_error(list(means.values())), lead]) + " |"
+        yield ""
+
+
+def _of(results: Sequence[CaseResult], case: str, score: str) -> dict[int, dict[int, float]]:
+    """Seed -> depth -> accuracy."""
+    return {result.seed: result.scores[score] for result in results if result.case == case}
+
+
+def _mean_and_error(values: Sequence[float], signed: bool = False) -> str:
+    mean = 100 * statistics.mean(values)
+    text = f"{mean:+.1f}" if signed else f"{mean:.1f}"
+    if len(values) > 1:
+        text += f" ± {100 * statistics.stdev(values) / math.sqrt(len(values)):.1f}"
+    return text

@@ -1,0 +1,121 @@
+"""What is done with settings as a whole: changed, compared, written down. `settings.py` says what they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+from bim.orchestrator.config.checks import PER_BLOCK
+from bim.orchestrator.config.recipes import dump_yaml
+from bim.orchestrator.config.schema import Settings
+from bim.orchestrator.config.validate import settings_from_mapping
+
+Scalar = str | int | float | bool | None
+
+
+MAY_DIFFER_ON_RESUME = (
+    "name",
+    "out",
+    "resume",
+    "baseline",  # a run of its own, beside this one
+    "data.workers",  # the content of a batch is a function of (seed, step), whoever loads it
+    "data.max_bad_fraction",
+    "checkpoint.",
+    "evaluation.",
+    "failures.",
+    "search.",  # what it found is in the settings themselves
+    "placement.",  # the same updates in the same order; only the hardware's rounding may differ
+    "tracking.",
+)
+"""Keys, and groups (with a dot), that change no trained weight: a run may be resumed with others.
+
+Everything else must equal the checkpoint's: also `schedule.epochs` (the cosine's length), `data.accumulate` against
+`data.batch_size` (masks are drawn per micro-batch), `data.label_column` (splits are stratified) and `init_from` (a
+run that has no checkpoint yet starts again).
+"""
+
+
+def settings_to_mapping(settings: Settings) -> dict[str, Any]:
+    """Nested plain values (lists, text, numbers) from which `settings_from_mapping` makes equal settings."""
+    return settings.model_dump(mode="json")
+
+
+def settings_to_yaml(settings: Settings) -> str:
+    """Every setting as YAML; given as `--recipe FILE` it makes equal settings again."""
+    return f"# All settings of the run '{settings.name}'\n{dump_yaml(settings_to_mapping(settings))}"
+
+
+def with_changes(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """Settings that differ in some dotted keys, validated anew: `with_changes(s, {"blocks": 1})`."""
+    values = settings_to_mapping(settings)
+    for key, value in changes.items():
+        values = overlaid(values, key.split("."), value)
+    return settings_from_mapping(values)
+
+
+def end_to_end(settings: Settings) -> Settings:
+    """The same run as ordinary MAE: one block, all masked tokens decoded, normalised pixels, one image size.
+
+    Masked units are never computed, but in a backbone that can only paint them over (ConvNeXt, ResNet, PVTv2). Of what is
+    listed per block and is MAE's too (mask ratio, decoder), the deepest block's value.
+    """
+    last = {key: settings.per_block(key)[-1] for key in PER_BLOCK}
+    ordinary = {
+        "blocks": 1,
+        "baseline": "none",
+        "placement.stages": None,
+        "boundary_noise": 0.0,
+        "mask.encode": "auto",
+        "decoder.throw_ratio": 0.0,
+        "target.name": "pixels",
+        "target.normalize": True,
+        "schedule.resolution": None,
+        "search.trials": 0,
+    }
+    return with_changes(settings, last | ordinary)
+
+
+def overlaid(values: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+    """A copy of nested values with one of them replaced or added; groups on the way are made if absent."""
+    copy = deepcopy(dict(values))
+    inner = copy
+    for part in path[:-1]:
+        if not isinstance(inner.get(part), dict):
+            inner[part] = {}
+        inner = inner[part]
+    inner[path[-1]] = value
+    return copy
+
+
+def flat(settings: Settings) -> dict[str, Scalar]:
+    """Dotted key -> value, for MLflow; lists as text (`[3, 3, 3, 3]`), each of `model_args` its own key."""
+    return {
+        key: json.dumps(v) if isinstance(v, list) else v for key, v in _leaves(settings_to_mapping(settings))
+    }
+
+
+def differing_keys(a: Settings, b: Settings) -> list[str]:
+    """Dotted keys by which two settings train other weights (see MAY_DIFFER_ON_RESUME), alphabetically."""
+    left, right = dict(_leaves(settings_to_mapping(a))), dict(_leaves(settings_to_mapping(b)))
+    absent = object()
+    return sorted(
+        key
+        for key in left.keys() | right.keys()
+        if left.get(key, absent) != right.get(key, absent) and changes_weights(key)
+    )
+
+
+def changes_weights(key: str) -> bool:
+    """Whether a setting, by its dotted key, has a say in the trained weights (see MAY_DIFFER_ON_RESUME)."""
+    return not any(
+        key == free or (free.endswith(".") and key.startswith(free)) for free in MAY_DIFFER_ON_RESUME
+    )
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return found

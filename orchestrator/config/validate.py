@@ -1,0 +1,39 @@
+"""Plain values, as a recipe holds them, to checked settings; every wrong key and value is reported at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from bim.orchestrator.config.checks import contradictions
+from bim.orchestrator.config.messages import explain
+from bim.orchestrator.config.schema import Settings, SettingsError, all_settings, setting_groups
+
+
+def settings_from_mapping(
+    values: Mapping[str, Any], file: str | None = None, typed: Mapping[str, str] | None = None
+) -> Settings:
+    """Validate nested plain values, as a YAML recipe holds them. A group that is null counts as not given.
+
+    Args:
+        file: where the values come from; put before each message about one of them.
+        typed: dotted key -> text of those values that the command line gave; shown as typed, without `file`.
+
+    Raises:
+        SettingsError: one line for every key that is unknown, missing, or wrong, or that contradicts another.
+    """
+    typed = typed or {}
+    groups = setting_groups()
+    given = {key: value for key, value in values.items() if not (value is None and key in groups)}
+    try:
+        settings = Settings.model_validate(given)
+    except ValidationError as error:
+        said = explain(error.errors(), given, all_settings(), typed)
+        lines = [f"{file}: {text}" if file and key and key not in typed else text for key, text in said]
+        raise SettingsError("\n".join(lines)) from None
+    problems = contradictions(settings)
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return settings

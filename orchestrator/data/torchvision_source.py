@@ -1,0 +1,118 @@
+"""A torchvision data set that is already on the disk, as a source. Downloads nothing, applies no transforms.
+For users whose data has a class in `torchvision.datasets` (CIFAR10, MNIST, STL10, ...)."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from bim.orchestrator.data.decode import image_to_rgb
+from bim.orchestrator.data.errors import BadImage, DataError
+
+DEFAULT_ROOT = "data"
+
+
+class TorchvisionSource:
+    """`torchvision.datasets.NAME` below ROOT: its training part followed by its test part, if it has the two.
+
+    Labels are what the data set keeps as `targets` or `labels`; without such a list of integers there are none.
+    Workers open the data set themselves.
+    """
+
+    chunks = None
+
+    def __init__(self, dataset: str, root: Path) -> None:
+        """Raises DataError for an unknown name, or for a data set that is not below `root`."""
+        self.name = f"torchvision:{dataset}:{root}"
+        self._dataset = dataset
+        self._root = root.expanduser().resolve()
+        self._open: list[Any] | None = None
+        parts = self._parts()
+        self._starts = np.cumsum([0, *(len(part) for part in parts)])
+        self.fixed_splits: dict[str, np.ndarray] | None = None
+        if len(parts) == 2:
+            self.fixed_splits = {
+                "train": np.arange(self._starts[1], dtype=np.int64),
+                "test": np.arange(self._starts[1], self._starts[2], dtype=np.int64),
+            }
+        labels = [found for part in parts if (found := _labels(part)) is not None]
+        self.labels: np.ndarray | None = np.concatenate(labels) if len(labels) == len(parts) else None
+        classes = getattr(parts[0], "classes", None)
+        self.class_names = None if self.labels is None or classes is None else tuple(str(c) for c in classes)
+
+    @classmethod
+    def parse(cls, text: str) -> TorchvisionSource:
+        """text: NAME or NAME:ROOT (default root "data")."""
+        dataset, _, root = text.partition(":")
+        return cls(dataset, Path(root or DEFAULT_ROOT))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def load(self, index: int) -> Tensor:
+        """-> (3, H, W) uint8. Raises BadImage."""
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        try:
+            image = self._parts()[part][index - int(self._starts[part])][0]
+            if not isinstance(image, Image.Image):
+                raise TypeError(f"it is a {type(image).__name__}, not an image")
+            return image_to_rgb(image)
+        except MemoryError:
+            raise
+        except Exception as error:  # damaged files raise errors of every kind
+            raise BadImage(self.item_name(index), " ".join(str(error).split())) from error
+
+    def item_name(self, index: int) -> str:
+        return f"{self._dataset} {index}"
+
+    def fingerprint(self) -> str:
+        """SHA-256 over name, part sizes and labels, first 32 hexadecimal digits."""
+        digest = hashlib.sha256(f"{self._dataset} {self._starts.tolist()}".encode())
+        if self.labels is not None:
+            digest.update(self.labels.tobytes())
+        return digest.hexdigest()[:32]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": None}
+
+    def _parts(self) -> list[Any]:
+        if self._open is None:
+            self._open = _open_parts(self._dataset, self._root)
+        return self._open
+
+
+def _open_parts(name: str, root: Path) -> list[Any]:
+    from torchvision import datasets  # imports all of its data sets, so only when asked for
+
+    if name not in datasets.__all__:
+        raise DataError(
+            f"torchvision has no data set {name!r}; names are those of torchvision.datasets, such as 'torchvision:CIFAR10'"
+        )
+    kind = getattr(datasets, name)
+    accepted = inspect.signature(kind).parameters
+    choices: list[dict[str, Any]] = [{}]
+    if "train" in accepted:
+        choices = [{"train": True}, {"train": False}]
+    elif "split" in accepted:
+        choices = [{"split": "train"}, {"split": "test"}]
+    try:
+        return [kind(root=str(root), **choice) for choice in choices]
+    except (RuntimeError, OSError, ValueError, TypeError) as error:
+        raise DataError(
+            f"torchvision's {name} cannot be opened below {root} ({' '.join(str(error).split())}); download it there "
+            f"first, or name the folder: 'torchvision:{name}:ROOT'"
+        ) from error
+
+
+def _labels(part: Any) -> np.ndarray | None:
+    values = getattr(part, "targets", getattr(part, "labels", None))
+    if values is None:
+        return None
+    labels = np.asarray(values)
+    return labels.astype(np.int64) if labels.shape == (len(part),) and labels.dtype.kind in "iu" else None

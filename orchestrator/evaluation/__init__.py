@@ -1,0 +1,1 @@
+"""Features to numbers: kNN, linear probe, RankMe, cost, latency."""

@@ -1,0 +1,129 @@
+"""What one image costs a model: parameters, arithmetic, time.
+
+Arithmetic and parameters are exact and the same everywhere; latency belongs to the device it was measured on. Serves
+the evaluation of depth variants; it trains nothing and knows no data.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bim.models.backbones.backbone import Backbone
+from bim.orchestrator.training.build import build_local_mim, plans_of_step
+from bim.orchestrator.training.spec import FamilySpec
+
+WARM_UP_S = 0.2
+
+MEASURE_S = 0.6
+
+MAX_REPETITIONS = 100
+
+
+def num_params(model: nn.Module) -> int:
+    """Parameters of the model, those that are never trained (fixed positions) too: what a file of weights holds."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@contextmanager
+def counting_flops() -> Iterator[FlopCounterMode]:
+    """Count the FLOPs of what runs inside, whatever kernel the installed torch would choose for attention.
+
+    PyTorch has no FLOP formula for some fused attention kernels (the CPU one among them) and counts nothing for them. Under
+    the math kernel attention is two matrix products, which every version counts.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
+
+
+def gflops(model: nn.Module, size: tuple[int, int]) -> float:
+    """GFLOPs of the forward pass of one image of `size` (height, width): 2 x multiply-accumulates / 1e9.
+
+    Matrix products, convolutions and attention are counted. Nothing is computed and no weight is copied: the pass runs
+    on the meta device.
+    """
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+    with torch.inference_mode(), counting_flops() as counter:
+        functional_call(model, meta, (torch.empty(1, 3, *size, device="meta"),))
+    return counter.get_total_flops() / 1e9
+
+
+def latency_ms(model: nn.Module, size: tuple[int, int], batch: int, device: torch.device) -> float:
+    """`latencies_ms` of one model."""
+    return latencies_ms({0: model}, size, batch, device)[0]
+
+
+@torch.inference_mode()
+def latencies_ms(
+    models: Mapping[int, nn.Module], size: tuple[int, int], batch: int, device: torch.device
+) -> dict[int, float]:
+    """Median milliseconds of each model's float32 forward pass of a batch of noise, (batch, 3, height, width).
+
+    The models are already on `device`; each is warmed up, then they take turns, so that what else the machine does
+    strikes all of them alike and their order can be trusted. Takes under a second per model, unless a single pass
+    takes longer: then one pass to warm up and one to measure. On a CPU it is the latency at torch's present number of
+    threads.
+    """
+    images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+    for model in models.values():
+        warm = time.perf_counter()
+        _timed_pass(model, images)
+        while time.perf_counter() - warm < WARM_UP_S:
+            _timed_pass(model, images)
+    seconds: dict[int, list[float]] = {name: [] for name in models}
+    spent, turns = 0.0, 0
+    while turns == 0 or (spent < MEASURE_S * len(models) and turns < MAX_REPETITIONS):
+        for name, model in models.items():
+            seconds[name].append(_timed_pass(model, images))
+            spent += seconds[name][-1]
+        turns += 1
+    return {name: 1e3 * sorted(times)[len(times) // 2] for name, times in seconds.items()}
+
+
+def device_name(device: torch.device) -> str:
+    """What a latency was measured on: "CPU, 2 threads" or the GPU's name."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    threads = torch.get_num_threads()
+    return f"{device.type.upper()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _timed_pass(model: nn.Module, images: Tensor) -> float:
+    start = time.perf_counter()
+    model(images)
+    if images.device.type == "cuda":
+        torch.cuda.synchronize(images.device)  # kernels are only queued until then
+    return time.perf_counter() - start
+
+
+def forward_gflops(spec: FamilySpec, backbone: Backbone, size: tuple[int, int]) -> float:
+    """GFLOPs (2 x multiply-accumulates / 1e9) for one image of `size` (height, width); see `block_gflops`."""
+    return sum(encoder + decoder for encoder, decoder in block_gflops(spec, backbone, size))
+
+
+def block_gflops(spec: FamilySpec, backbone: Backbone, size: tuple[int, int]) -> list[tuple[float, float]]:
+    """(encoder, decoder) of every block, GFLOPs for one image of `size` (height, width).
+
+    One grey image is really computed, since positions of other sizes than the backbone's own depend on the values of its
+    table; a fraction of a second.
+    """
+    plans = plans_of_step(spec, backbone, size, batch=1, step=0, micro=0)
+    x = torch.zeros(1, 3, *size)
+    found = []
+    with torch.no_grad():
+        for k in range(len(spec.blocks)):
+            module = build_local_mim(spec, k, backbone).eval()
+            with counting_flops() as encoder:
+                x = module.encoder(x, plans[k])
+            with counting_flops() as decoder:
+                module.decoder(x, plans[k])
+            found.append((encoder.get_total_flops() / 1e9, decoder.get_total_flops() / 1e9))
+    return found

@@ -1,0 +1,105 @@
+"""The records of an evaluation: how it is configured and what it measured. A leaf."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """How variants are measured; the same for every run that is to be compared."""
+
+    knn_k: int = 20
+    knn_temperature: float = 0.07
+    batch_size: int = 256
+    latency: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """Measurements per depth and where the files are. `random` and `raw` are empty without references."""
+
+    reports: tuple[DepthReport, ...]
+    random: tuple[DepthReport, ...]
+    raw: dict[str, float]
+    folders: dict[int, str]
+    pictures: dict[int, str]
+
+
+@dataclass(frozen=True)
+class DepthReport:
+    """One depth variant, measured.
+
+    Args:
+        depth: layers.
+        params: parameters, fixed positions too.
+        gflops: 2 x multiply-accumulates / 1e9 of one image.
+        latency_ms_b1, latency_ms_b64: median milliseconds of a batch of 1 and of 64; None if not measured.
+        knn_top1, probe_top1: test accuracies in 0..1; None if the data has no labels.
+        knn_se, probe_se: their standard errors.
+        n_test: images they were counted on.
+        rankme: effective rank of the embeddings of `n_ranked` training images, 1..width (arXiv 2210.02885); only without
+            labels.
+        n_ranked: images it was counted on.
+        image_size: (height, width) of the images.
+        device: what the latencies were measured on.
+    """
+
+    depth: int
+    params: int
+    gflops: float
+    latency_ms_b1: float | None = None
+    latency_ms_b64: float | None = None
+    knn_top1: float | None = None
+    probe_top1: float | None = None
+    knn_se: float | None = None
+    probe_se: float | None = None
+    n_test: int = 0
+    image_size: tuple[int, int] | None = None
+    device: str = ""
+    rankme: float | None = None
+    n_ranked: int = 0
+
+    def metrics(self) -> dict[str, float]:
+        """What was measured, by the names under which it is logged and sorted."""
+        values = {
+            "knn_top1": self.knn_top1,
+            "knn_top1_se": self.knn_se,
+            "linear_top1": self.probe_top1,
+            "linear_top1_se": self.probe_se,
+            "rankme": self.rankme,
+            "params": float(self.params),
+            "gflops": self.gflops,
+            "latency_b1_ms": self.latency_ms_b1,
+            "latency_b64_ms": self.latency_ms_b64,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Test accuracy of a linear probe, and the L2 penalty (on the mean loss) that the held-out part chose."""
+
+    accuracy: float
+    l2: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Top-1 accuracies on `n_test` images, in 0..1, with their standard errors."""
+
+    knn_top1: float
+    knn_se: float
+    probe_top1: float
+    probe_se: float
+    n_test: int
+
+    def metrics(self) -> dict[str, float]:
+        """By the names under which they are logged and sorted."""
+        return {
+            "knn_top1": self.knn_top1,
+            "knn_top1_se": self.knn_se,
+            "linear_top1": self.probe_top1,
+            "linear_top1_se": self.probe_se,
+        }

@@ -1,0 +1,1 @@
+"""timm folders and model cards."""

@@ -1,0 +1,1 @@
+"""Composition: one job prepares, searches, trains, evaluates, exports and records."""

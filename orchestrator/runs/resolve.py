@@ -1,0 +1,206 @@
+"""From settings to what actors are built from: opens the backbone, gives every block its own values, names the data.
+
+Makes the checks that need the backbone, so that they fail before anything starts. Serves the pipelines and the search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from bim.models.backbones import open_backbone
+from bim.models.backbones.backbone import Backbone
+from bim.models.decoders.local import decoder_heads
+from bim.models.masks.plan import visible_counts
+from bim.models.masks.sampling import kept_count, most_thrown
+from bim.models.targets import TARGETS
+from bim.orchestrator.config.schema import Settings, SettingsError, start_epoch
+from bim.orchestrator.data.phases import PhaseSpec
+from bim.orchestrator.data.spec import DataSpec
+from bim.orchestrator.training.spec import DecoderSpec, FamilySpec, OptimSpec, Precision, TargetSpec
+
+Check = Callable[[], object]
+
+
+def resolve(settings: Settings, auto_precision: Precision = "fp32") -> tuple[FamilySpec, Backbone]:
+    """The family that the settings describe, one value per block, and its backbone.
+
+    Args:
+        auto_precision: what `optim.precision: auto` means on the device of the stages.
+
+    Raises:
+        SettingsError: the backbone cannot be opened or cut as asked; or, one a line, what of masks, decoders, targets,
+            resolutions or `init_from` does not fit it.
+    """
+    try:
+        backbone = open_backbone(
+            settings.backbone.name, settings.blocks, settings.backbone.model_args, settings.mask.encode
+        )
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    decoders, targets = _decoders(settings), _targets(settings)
+    problems: dict[str, None] = {}  # in order, each once
+    for check in _checks(settings, backbone, decoders, targets):
+        try:
+            check()
+        except ValueError as error:
+            problems[str(error)] = None
+    if problems:
+        raise SettingsError("\n".join(problems))
+    optim = settings.optim
+    spec = FamilySpec(
+        backbone=backbone.name,
+        model_args=dict(backbone.model_args),
+        blocks=tuple(block.layers for block in backbone.blocks),
+        mask_ratios=_mask_ratios(settings, backbone),
+        decoders=decoders,
+        targets=targets,
+        encode=backbone.encode,
+        mask_per_batch=settings.mask.per_batch,
+        sweep_groups=settings.mask.sweep_groups,
+        boundary_noise=settings.boundary_noise,
+        score_newly_dropped=settings.mask.score_newly_dropped,
+        seed=settings.seed,
+        init_from=settings.init_from,
+        mean=backbone.mean,
+        std=backbone.std,
+        optim=OptimSpec(
+            weight_decay=optim.weight_decay,
+            betas=optim.betas,
+            clip_grad=optim.clip_grad,
+            precision=auto_precision if optim.precision == "auto" else optim.precision,
+        ),
+    )
+    return spec, backbone
+
+
+def _mask_ratios(settings: Settings, backbone: Backbone) -> tuple[float, ...]:
+    """The mask ratio of every block. Where all tokens are encoded, block 0 paints for all: of two ends the last holds."""
+    ratios, given = settings.per_block("mask.ratio"), settings.mask.ratio
+    two_ends = isinstance(given, tuple) and len(given) == 2
+    return ratios[-1:] * len(ratios) if two_ends and backbone.encode == "all" else ratios
+
+
+def _decoders(settings: Settings) -> tuple[DecoderSpec, ...]:
+    names = ("depth", "dim", "num_heads", "throw_ratio")
+    listed = zip(*(settings.per_block(f"decoder.{name}") for name in names), strict=True)
+    how = settings.decoder
+    return tuple(
+        DecoderSpec(depth, dim, heads, thrown, how.recovery, how.sampler, how.thrown_weight)
+        for depth, dim, heads, thrown in listed
+    )
+
+
+def _targets(settings: Settings) -> tuple[TargetSpec, ...]:
+    """Every block's target, with the keywords that belong to it."""
+    found = []
+    for name, cell in zip(settings.per_block("target.name"), settings.per_block("target.cell"), strict=True):
+        args: dict[str, object] = {"normalize": settings.target.normalize}
+        if name == "hog":
+            args |= {"cell": cell, "bins": settings.target.bins}
+        found.append(TargetSpec(name, args))
+    return tuple(found)
+
+
+def _checks(
+    settings: Settings,
+    backbone: Backbone,
+    decoders: tuple[DecoderSpec, ...],
+    targets: tuple[TargetSpec, ...],
+) -> Iterator[Check]:
+    """What must not raise a ValueError, the cause before its consequences."""
+    ratios = _mask_ratios(settings, backbone)
+    sizes = dict.fromkeys(
+        [backbone.image_size, *(phase.size for phase in resolution_phases(settings, backbone))]
+    )
+    for size in sizes:
+        yield partial(backbone.check_size, size)
+        if any(side % backbone.unit for side in size):
+            continue
+        rows, columns = backbone.grid_at(size)
+        yield partial(visible_counts, rows * columns, ratios)
+        yield partial(_check_thrown, backbone, decoders, rows * columns, ratios)
+        yield partial(_check_cells, targets, size)
+    for decoder in decoders:
+        yield partial(decoder_heads, decoder.dim, decoder.depth, decoder.num_heads)
+    for info, target in zip(backbone.blocks, targets, strict=True):
+        yield partial(TARGETS[target.name], info.stride, **target.args)
+    if backbone.encode == "all":
+        yield partial(_check_painted, decoders, ratios)
+    if settings.init_from is not None:
+        yield partial(backbone.check_init_from, settings.init_from)
+
+
+def _check_thrown(
+    backbone: Backbone, decoders: tuple[DecoderSpec, ...], units: int, ratios: tuple[float, ...]
+) -> None:
+    """Raises ValueError of the block that bears the least, where several cannot bear what they are told to throw."""
+    refused: list[tuple[float, int, str]] = []
+    for info, decoder, visible in zip(backbone.blocks, decoders, visible_counts(units, ratios), strict=True):
+        per_unit = (backbone.unit // info.stride) ** 2
+        try:
+            kept_count(units * per_unit, visible * per_unit, decoder.throw_ratio)
+        except ValueError as error:
+            refused.append((most_thrown(units * per_unit, visible * per_unit), info.index, str(error)))
+    if refused:
+        _, index, said = min(refused)
+        alike = len(refused) == len(decoders) and len({most for most, _, _ in refused}) == 1
+        raise ValueError(said if alike else f"block {index}: {said}")
+
+
+def _check_cells(targets: tuple[TargetSpec, ...], size: tuple[int, int]) -> None:
+    for target in targets:
+        cell = target.args.get("cell", 1)
+        if any(side % cell for side in size):
+            raise ValueError(
+                f"target.cell {cell} does not divide images of {size[0]} x {size[1]} pixels; give another cell or size"
+            )
+
+
+def _check_painted(decoders: tuple[DecoderSpec, ...], ratios: tuple[float, ...]) -> None:
+    if any(decoder.throw_ratio for decoder in decoders):
+        raise ValueError(
+            "decoder.throw_ratio must be 0 where all tokens are encoded (mask.encode all): the decoder adds no mask tokens "
+            "that it could throw"
+        )
+    if len(set(ratios)) > 1:
+        raise ValueError(
+            f"mask.ratio must be the same in every block where all tokens are encoded (mask.encode all), not "
+            f"{list(ratios)}: block 0 paints the masked units for all of them"
+        )
+
+
+def resolution_phases(settings: Settings, backbone: Backbone) -> tuple[PhaseSpec, ...]:
+    """The phases of the run: those of `schedule.resolution`, or one at the backbone's own size."""
+    data, epochs = settings.data, settings.schedule.epochs
+    if settings.schedule.resolution is None:
+        return (PhaseSpec(0, backbone.image_size, data.batch_size, data.accumulate),)
+    found = []
+    for start, pixels, *rest in settings.schedule.resolution:
+        batch = rest[0] if rest else data.batch_size
+        micros = rest[1] if len(rest) > 1 else data.accumulate
+        size = (int(pixels), int(pixels))
+        found.append(PhaseSpec(start_epoch(start, epochs), size, int(batch), int(micros)))
+    return tuple(found)
+
+
+def data_spec(settings: Settings, backbone: Backbone) -> DataSpec:
+    """The data that the settings name, as crops of the sizes that the run wants; not opened yet."""
+    data = settings.data
+    first, *later = resolution_phases(settings, backbone)
+    return DataSpec(
+        source=data.source,
+        batch_size=first.batch_size,
+        size=first.size,
+        accumulate=first.micros,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        workers=data.workers,
+        crop_scale=data.crop_scale,
+        flip=data.flip,
+        val_fraction=data.val_fraction,
+        test_fraction=data.test_fraction,
+        split_seed=data.split_seed,
+        seed=settings.seed,
+        later=tuple(later),
+    )

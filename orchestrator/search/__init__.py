@@ -1,0 +1,1 @@
+"""Ray Tune: space, trial, tuner, controller, results."""

@@ -1,0 +1,88 @@
+"""Numbers and paths as text, for tables, messages and figures. A leaf: knows no record."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+
+NOT_MEASURED = "-"
+"""What a table shows where there is no value."""
+
+_NO_BREAK = "\0"
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `1 min 12 s`, `3 h 05 min`, `2 d 04 h`."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60:02d} s"
+    if s < 86400:
+        return f"{s // 3600} h {s % 3600 // 60:02d} min"
+    return f"{s // 86400} d {s % 86400 // 3600:02d} h"
+
+
+def short_path(path: Path) -> str:
+    """Relative to the working directory where that is shorter."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+WIDTH = 98
+
+
+def wrapped(text: str) -> list[str]:
+    """A text as lines that a terminal shows whole, the later ones set in."""
+    depth, held = 0, []
+    for sign in text:  # a list stays on one line
+        depth += (sign == "[") - (sign == "]")
+        held.append(_NO_BREAK if sign == " " and depth > 0 else sign)
+    lines = textwrap.wrap(
+        "".join(held), WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
+    return [line.replace(_NO_BREAK, " ") for line in lines]
+
+
+def _number(value: str | float | None) -> float:
+    if value is None:
+        raise TypeError("not measured")
+    return float(value)
+
+
+def params_text(params: float) -> str:
+    """`0.230 M`, `5.50 M`, `85.8 M`, `304 M`; below 0.1 M `12.3 k`."""
+    return f"{three_digits(params / 1e6)} M" if params >= 1e5 else f"{three_digits(params / 1e3)} k"
+
+
+def three_digits(value: float) -> str:
+    """Three significant digits without an exponent: `0.00123`, `0.81`, `12.3`, `1230`."""
+    if value == 0:
+        return "0"
+    decimals = 0
+    while abs(value) * 10**decimals < 99.95 and decimals < 6:
+        decimals += 1
+    return f"{value:.{decimals}f}"
+
+
+def accuracy_text(values: Mapping[str, float], key: str) -> str:
+    """`91.2±1.5`, per cent with one standard error; `-` if it was not measured."""
+    if key not in values:
+        return NOT_MEASURED
+    per_cent = f"{100 * values[key]:.1f}".replace("100.0", "100")
+    return f"{per_cent}±{100 * values[key + '_se']:.1f}"
+
+
+def rank_text(rank: float) -> str:
+    """`31.3`, an effective rank."""
+    return f"{rank:.1f}"
+
+
+def score_text(values: Mapping[str, float], key: str) -> str:
+    """An accuracy as `accuracy_text` or RankMe as `rank_text` gives it; `-` if it was not measured."""
+    if key == "rankme" and key in values:
+        return rank_text(values[key])
+    return accuracy_text(values, key)

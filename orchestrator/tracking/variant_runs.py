@@ -1,0 +1,195 @@
+"""The depth variants of a run in MLflow: for each a child run, a logged model, and a version of a registered model.
+
+Part of `tracking.py`, which alone uses it. Everything here may raise and may be repeated: what is there is used again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, LoggedModelOutput, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+
+from bim.orchestrator.tracking.descriptions import (
+    depth_rows,
+    headline,
+    loading_note,
+    picture,
+    results_table,
+    rounded,
+    thinned,
+)
+from bim.orchestrator.tracking.records import DepthRecord
+
+NOTE = "mlflow.note.content"  # the tag that MLflow's pages show as a description
+SCORES = {"knn_top1": ".3f", "linear_top1": ".3f", "rankme": ".1f"}  # shown as tags of a registered version
+BATCH = 1000  # metrics that MLflow takes in one request
+
+
+class DepthRuns:
+    """Writes the variants of one parent run.
+
+    Args:
+        client: of the store.
+        parent: the run that they belong to.
+        model_name: the registered model whose versions they become, where `send` is given no other.
+        store: what a reader must set as tracking URI to open them; None if nothing.
+    """
+
+    def __init__(self, client: MlflowClient, parent: Run, model_name: str, store: str | None) -> None:
+        self.dataset: Dataset | None = None
+        """The images on which the variants were evaluated, if known."""
+        self._client, self._parent, self._model_name, self._store = client, parent, model_name, store
+        self._experiment_id: str = parent.info.experiment_id
+        self._records: dict[str, DepthRecord] = {}
+
+    def send(self, record: DepthRecord, model_name: str | None = None) -> str:
+        """Write one variant; returns the address that `mlflow.artifacts.download_artifacts` takes."""
+        client, name = self._client, model_name or self._model_name
+        run = self._child_run(record)
+        run_id: str = run.info.run_id
+        self._send_curves(run, record)
+        model_id = self._logged_model(run, record, name)
+        for path in record.pictures:
+            client.log_artifact(run_id, str(path))
+        uri, note = f"models:/{model_id}", [headline(record)]
+        if not record.series:
+            self._register(run_id, model_id, record, name)
+            uri = f"models:/{name}@{record.alias}"
+            note.append(loading_note(name, record.alias, self._store))
+        client.set_logged_model_tags(model_id, {NOTE: "\n\n".join(note)})
+        note += [picture(run_id, path.name) for path in record.pictures]
+        known = run.data.params
+        params = [Param(key, str(value)[:6000]) for key, value in record.params.items() if key not in known]
+        client.log_batch(run_id, params=params, tags=[RunTag(NOTE, "\n\n".join(note))])
+        client.set_terminated(run_id, "FINISHED")
+        return uri
+
+    def log_dataset(self, run_id: str) -> None:
+        """Tell a run which images it is about."""
+        if self.dataset is not None:
+            self._client.log_inputs(run_id, [DatasetInput(self.dataset)])
+
+    def _child_run(self, record: DepthRecord) -> Run:
+        client, parent = self._client, self._parent.info
+        mine = f"tags.mlflow.parentRunId = '{parent.run_id}' and tags.variant = '{record.alias}'"
+        found = client.search_runs([self._experiment_id], mine, max_results=1)
+        if found:
+            return found[0]
+        tags = {"mlflow.parentRunId": parent.run_id, "variant": record.alias, **origin()}
+        # A variant took as long as the training did; the milliseconds make MLflow list the variants by depth.
+        start = parent.start_time + record.depth
+        # In flat lists, of models above all, "depth 6" alone would not say which run's.
+        name = f"{record.title} of {parent.run_name}"
+        run = client.create_run(self._experiment_id, start, tags, name)
+        self.log_dataset(run.info.run_id)
+        return run
+
+    def _send_curves(self, run: Run, record: DepthRecord) -> None:
+        there = last_steps(self._client, run)
+        now = int(1000 * time.time())
+        metrics = [
+            Metric(name, value, now, step)
+            for name, curve in record.curves.items()
+            for step, value in thinned(curve)
+            if step > there.get(name, -1)
+        ]
+        for start in range(0, len(metrics), BATCH):
+            self._client.log_batch(run.info.run_id, metrics=metrics[start : start + BATCH])
+
+    def _logged_model(self, run: Run, record: DepthRecord, model_name: str) -> str:
+        """The id of the logged model with these weights, made and filled if there is none."""
+        client, run_id, digest = self._client, run.info.run_id, record.digest()
+        models = client.search_logged_models([self._experiment_id], f"tags.weights = '{digest}'")
+        model = next((model for model in models if model.source_run_id == run_id), None)
+        if model is None:
+            name = re.sub(r"[/:.%\"']", "-", f"{model_name}-{record.alias}")
+            params = {key: str(value) for key, value in record.params.items()}
+            tags = {"weights": digest, **origin()}
+            model = client.create_logged_model(self._experiment_id, name, run_id, tags, params, "timm")
+            client.log_outputs(run_id, [LoggedModelOutput(model.model_id, record.step)])
+        if str(model.status) != "READY":
+            self._fill(run_id, str(model.model_id), record)
+        return str(model.model_id)
+
+    def _fill(self, run_id: str, model_id: str, record: DepthRecord) -> None:
+        client, data, now = self._client, self.dataset, int(1000 * time.time())
+        name, digest = (None, None) if data is None else (data.name, data.digest)
+        # Step 0: MLflow draws a metric that has no other step as a bar, so that the variants can be compared. The
+        # standard errors stay with the run: among the models they would push the sizes out of the page.
+        metrics = [
+            Metric(
+                key, rounded(value), now, 0, None if key.endswith("_se") else model_id, name, digest, run_id
+            )
+            for key, value in record.metrics.items()
+        ]
+        client.log_batch(run_id, metrics=metrics)
+        with tempfile.TemporaryDirectory() as folder:
+            # The registry and the pages want an MLmodel file; nothing in it is pickled or run.
+            flavors = {"timm": {"data": "."}}
+            Model(run_id=run_id, model_id=model_id, flavors=flavors).save(str(Path(folder) / "MLmodel"))
+            client.log_model_artifacts(model_id, folder)
+        client.log_model_artifacts(model_id, str(record.folder))
+        client.finalize_logged_model(model_id, "READY")
+
+    def _register(self, run_id: str, model_id: str, record: DepthRecord, name: str) -> None:
+        client, source = self._client, f"models:/{model_id}"
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+        version = next((v for v in versions if v.source == source), None)
+        if version is None:
+            measured = record.metrics
+            scores = {key: format(measured[key], form) for key, form in SCORES.items() if key in measured}
+            tags = {"depth": str(record.depth), **scores}
+            text = headline(record)
+            with _default_store(client.tracking_uri):
+                version = client.create_model_version(
+                    name, source, run_id, tags, description=text, await_creation_for=0, model_id=model_id
+                )
+        link = json.dumps([{"name": name, "version": int(version.version)}])
+        client.set_logged_model_tags(model_id, {"mlflow.modelVersions": link})
+        client.set_registered_model_alias(name, record.alias, version.version)
+        self._records[record.alias] = record
+        table = results_table(depth_rows(list(self._records.values())))
+        note = f"The variants of {self._parent.info.run_name}:\n\n{table}\n\nEach has its alias:\n\n"
+        client.update_registered_model(name, note + loading_note(name, record.alias, self._store))
+
+
+@contextlib.contextmanager
+def _default_store(uri: str) -> Iterator[None]:
+    """MLflow's registry looks a logged model up in the default store of the process, not in its client's own."""
+    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
+def last_steps(client: MlflowClient, run: Run) -> dict[str, int]:
+    """The highest step that the store holds of each metric of a run."""
+    names = run.data.metrics
+    return {name: max(m.step for m in client.get_metric_history(run.info.run_id, name)) for name in names}
+
+
+def origin() -> dict[str, str]:
+    """The tags that fill MLflow's columns User and Source."""
+    tags = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
+    with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
+        tags["mlflow.user"] = getpass.getuser()
+    return tags

@@ -1,0 +1,1 @@
+"""One step, one block, one loop, checkpoints."""

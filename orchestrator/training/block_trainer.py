@@ -1,0 +1,160 @@
+"""One block's training: its local loss, its own backward pass, its own optimizer. Knows no Ray and no neighbours.
+
+Serves the stages, and a notebook that wants to train a block by hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from bim.models.local_mim import LocalMIM
+from bim.models.masks.plan import MaskPlan
+from bim.orchestrator.training.errors import NonFiniteLoss
+from bim.orchestrator.training.spec import OptimSpec
+
+UNDECAYED = ("_token", "relative_position_bias_table")
+"""Parameters of two dimensions that weight decay leaves alone, by the end of their names (papers.md 4.3)."""
+
+WIRE_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def decay_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
+    """Two AdamW groups: no decay on norms, biases and tokens (everything of one dimension or a `*_token`)."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            free = parameter.squeeze().ndim <= 1 or name.endswith(UNDECAYED)
+            (plain if free else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+class BlockTrainer:
+    """A `LocalMIM` with its optimizer, clipping and precision.
+
+    Args:
+        module: the block with its decoder and loss; moved to `device`.
+        index: the block's number, for messages.
+        optim: optimizer settings.
+    """
+
+    def __init__(self, module: LocalMIM, index: int, optim: OptimSpec, device: torch.device) -> None:
+        self.module = module.to(device).train()
+        self.index = index
+        self._optim = optim
+        self._device = device
+        named = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
+        self._names = {id(p): n for n, p in named}
+        groups = decay_groups(named, optim.weight_decay)
+        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=optim.precision == "fp16")
+
+    def train_step(
+        self,
+        x: Tensor,
+        images: Tensor,
+        plan: MaskPlan,
+        *,
+        step: int,
+        lr: float,
+        micro: int = 0,
+        micros: int = 1,
+        targets: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Forward, local backward, and on the last micro-batch the update.
+
+        Args:
+            x: (B, C, H, W) images for block 0, else (B, P + visible, D) of the block before. Never receives a gradient.
+            images: (B, C, H, W) normalised images, the source of the target.
+            targets: the module's `targets(images)`, if they are there already.
+
+        Returns:
+            The detached residual stream (B, P + visible, D) in the wire's dtype, and this micro-batch's metrics.
+
+        Raises:
+            NonFiniteLoss: before the weights are touched.
+        """
+        with self._autocast():
+            out = self.module(x, images, plan, targets)
+        self._scaler.scale(out.loss / micros).backward()
+        measured = {"loss": out.loss.detach(), **out.parts}
+        updates = micro == micros - 1
+        if updates:
+            self._scaler.unscale_(self._optimizer)
+            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+            measured["grad_norm"] = nn.utils.get_total_norm(grads)
+        # Read all at once, when everything is under way: each reading waits for the device.
+        numbers = torch.stack([value.float() for value in measured.values()]).tolist()
+        metrics = dict(zip(measured, numbers, strict=True))
+        if not math.isfinite(metrics["loss"]):
+            raise NonFiniteLoss("loss", self.index, step, lr)
+        if updates:
+            if not math.isfinite(metrics["grad_norm"]):
+                if not self._scaler.is_enabled():
+                    raise NonFiniteLoss("gradient norm", self.index, step, lr)
+                del metrics["grad_norm"]  # with fp16 an overflow is no measurement
+            self._update(lr, measured["grad_norm"])
+        return out.activations.to(WIRE_DTYPES[self._optim.precision]), metrics
+
+    def _update(self, lr: float, norm: Tensor) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        if self._optim.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(self.module.parameters(), self._optim.clip_grad, norm)
+        self._scaler.step(self._optimizer)  # with fp16 an overflow skips this block's update alone
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self._optim.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self._device.type, dtype=WIRE_DTYPES[self._optim.precision])
+
+    def weights(self) -> dict[str, Tensor]:
+        """The module's state on the CPU; keys `encoder.*` and `decoder.*`."""
+        return {name: value.detach().cpu().contiguous() for name, value in self.module.state_dict().items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Optimizer and scaler state as a flat dict of tensors (`exp_avg/<parameter>`, ...), so that it needs no pickle."""
+        flat: dict[str, Tensor] = {}
+        for parameter, state in self._optimizer.state.items():
+            for key, value in state.items():
+                flat[f"{key}/{self._names[id(parameter)]}"] = (
+                    torch.as_tensor(value).detach().cpu().contiguous()
+                )
+        if self._scaler.is_enabled():
+            scaler = self._scaler.state_dict()
+            flat["scaler/scale"] = torch.tensor(scaler["scale"], dtype=torch.float64)
+            flat["scaler/growth_tracker"] = torch.tensor(scaler["_growth_tracker"], dtype=torch.int64)
+        return flat
+
+    def load(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        """Take over `weights()` and `state_dict()` of a trainer of the same block.
+
+        Raises:
+            RuntimeError: if a weight is missing, unknown or of another shape.
+        """
+        self.module.load_state_dict(weights)
+        if self._scaler.is_enabled() and "scaler/scale" in state:
+            current = self._scaler.state_dict()
+            scale, growth = float(state["scaler/scale"]), int(state["scaler/growth_tracker"])
+            self._scaler.load_state_dict(current | {"scale": scale, "_growth_tracker": growth})
+        per_parameter: dict[str, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            kind, _, name = key.partition("/")
+            if kind != "scaler":
+                per_parameter.setdefault(name, {})[kind] = value
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        indexed = {
+            i: per_parameter[self._names[id(p)]]
+            for i, p in enumerate(parameters)
+            if self._names[id(p)] in per_parameter
+        }
+        self._optimizer.load_state_dict(
+            {"state": indexed, "param_groups": self._optimizer.state_dict()["param_groups"]}
+        )

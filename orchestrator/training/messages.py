@@ -1,0 +1,56 @@
+"""What the driver sends to a stage and what a stage returns: frozen records of one micro-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bim.orchestrator.training.checkpoint import FileRecord
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the driver tells every stage about one micro-batch.
+
+    Args:
+        step: optimizer step, counted from 0.
+        micro: micro-batch of that step, of `micros`.
+        lr: learning rate of the step.
+        checkpoint: folder to save into right after this step's update; None: no mark.
+    """
+
+    step: int
+    lr: float
+    micro: int = 0
+    micros: int = 1
+    checkpoint: str | None = None
+
+    @property
+    def last_micro(self) -> bool:
+        return self.micro == self.micros - 1
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What a stage says of one micro-batch.
+
+    `blocks` maps a block's number to its metrics; `busy_s` and `idle_s` are seconds of work and of waiting, for what
+    comes in and for the plan of the masks; `plan_wait_s` are those for the plan.
+    """
+
+    blocks: dict[int, dict[str, float]]
+    files: tuple[FileRecord, ...]
+    busy_s: float
+    idle_s: float
+    plan_wait_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What the whole group says of one micro-batch, stages in their order."""
+
+    order: Order
+    stages: tuple[StageReport, ...]
+    bad_images: tuple[tuple[str, str], ...]
+    load_s: float
+    data_wait_s: float
+    """Seconds that nothing was done for want of data."""

@@ -1,0 +1,22 @@
+"""Whether a failed run is rewound to its last checkpoint, as a small value that is tested without a cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bim.orchestrator.data.errors import DataError
+from bim.orchestrator.training.errors import StageFailure, TrainingError
+
+
+@dataclass(frozen=True)
+class RestartPolicy:
+    """Rewind at most `max_restarts` times in one run; errors that a rewind cannot cure are raised at once.
+
+    Those are errors of ours that say so (`TrainingError`), and data that is gone or changed (`DataError`).
+    """
+
+    max_restarts: int
+
+    def restarts(self, error: StageFailure, done: int) -> bool:
+        """Whether to rewind after `error`, when the run was rewound `done` times already."""
+        return done < self.max_restarts and not isinstance(error.cause, TrainingError | DataError)

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bim.orchestrator.config.cli import help_text, load_settings
+from bim.orchestrator.config.recipes import DEFAULT_RECIPE, bundled_recipes
+from bim.orchestrator.config.schema import SettingsError, all_settings
+from bim.orchestrator.config.transforms import settings_to_yaml
+from bim.orchestrator.data.phases import PhaseSpec
+from bim.orchestrator.training.lr_schedule import peak_rate
+
+RECIPES = "digits_backbones, digits_demo, sign_digits, sign_digits_hierarchies, vit_base_imagenet"
+
+
+def problem(*argv: str) -> str:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(argv)
+    return str(caught.value)
+
+
+def test_no_argument_gives_the_default_recipe() -> None:
+    assert load_settings([]).name == DEFAULT_RECIPE
+
+
+@pytest.mark.parametrize("recipe", sorted(bundled_recipes()))
+def test_every_bundled_recipe_loads_by_its_name(recipe: str) -> None:
+    assert load_settings(["--recipe", recipe]).name == recipe
+
+
+def test_the_imagenet_recipe_has_mae_s_batch_and_learning_rate() -> None:
+    settings = load_settings(["--recipe=vit_base_imagenet"])
+    phase = PhaseSpec(0, (224, 224), settings.data.batch_size, settings.data.accumulate)
+    assert phase.images_per_step == 4096
+    assert peak_rate(settings.optim.blr, phase) == pytest.approx(2.4e-3)
+
+
+def test_overrides_are_read_as_yaml_with_or_without_an_equals_sign() -> None:
+    settings = load_settings(
+        ["--mask.ratio", "0.6", "--blocks=2", "--optim.blr", "1e-4", "--optim.clip_grad", "null", "--seed=7"]
+    )
+    assert settings.mask.ratio == 0.6
+    assert settings.blocks == 2
+    assert settings.optim.blr == 1e-4
+    assert settings.optim.clip_grad is None
+    assert settings.seed == 7
+
+
+@pytest.mark.parametrize("argv", [["--blocks", "[3,3,3,3]"], ["--blocks", "[3,", "3,", "3,", "3]"]])
+def test_a_list_may_be_quoted_or_taken_apart_by_the_shell(argv: list[str]) -> None:
+    assert load_settings([*argv, "--seed", "1"]).blocks == (3, 3, 3, 3)
+
+
+def test_text_is_taken_as_it_stands() -> None:
+    settings = load_settings(
+        ["--data.source", "2024", "--data.label_column=no", "--tracking.uri", "http://h:5000"]
+    )
+    assert settings.data.source == "2024"
+    assert settings.data.label_column == "no"
+    assert settings.tracking.uri == "http://h:5000"
+    assert load_settings(["--tracking.uri", "null"]).tracking.uri is None
+
+
+def test_of_a_setting_given_twice_the_last_one_holds() -> None:
+    assert load_settings(["--seed", "1", "--seed", "2"]).seed == 2
+
+
+@pytest.mark.parametrize("argv", [["--resume"], ["--resume", "true"], ["--resume=true"]])
+def test_resume_is_a_flag(argv: list[str]) -> None:
+    assert load_settings([*argv, "--out", "runs/a"]).resume is True
+    assert load_settings(["--resume", "false"]).resume is False
+
+
+def test_one_argument_of_the_backbone_can_be_set_beside_the_recipe_s() -> None:
+    args = load_settings(["--backbone.model_args.depth", "4"]).backbone.model_args
+    assert args["depth"] == 4
+    assert args["img_size"] == 32
+    assert load_settings(["--backbone.model_args", "{depth: 4}"]).backbone.model_args == {"depth": 4}
+
+
+def test_another_backbone_does_not_inherit_the_arguments_of_the_recipe_s() -> None:
+    name = ["--backbone.name", "vit_small_patch16_224"]
+    assert load_settings(name).backbone.model_args == {}
+    assert load_settings(["--backbone.model_args.depth", "4", *name]).backbone.model_args == {"depth": 4}
+    same = load_settings(["--backbone.name", "vit_tiny_patch16_224"])
+    assert same.backbone == load_settings([]).backbone
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--mask.rato", "0.6"], "unknown setting 'mask.rato'; did you mean 'mask.ratio'?"),
+        (["--ratio", "0.6"], "unknown setting 'ratio'; did you mean 'mask.ratio'?"),
+        (["--mask-ratio", "0.6"], "unknown setting 'mask-ratio'; did you mean 'mask.ratio'?"),
+        (["--epochs", "3"], "unknown setting 'epochs'; did you mean 'schedule.epochs'?"),
+        (
+            ["--batch_size", "3"],
+            "unknown setting 'batch_size'; did you mean 'data.batch_size' or 'evaluation.batch_size'?",
+        ),
+        (
+            ["--gpus", "1"],
+            "unknown setting 'gpus'; did you mean 'placement.gpus_per_stage'?",
+        ),
+        (["--data.batch", "3"], "unknown setting 'data.batch'; did you mean 'data.batch_size'?"),
+        (["--rec", "x"], "unknown setting 'rec'; --help lists all settings"),
+        (
+            ["--mask", "0.6"],
+            "'mask' is a group of settings, not one: mask.ratio, mask.encode, mask.per_batch, mask.sweep_groups, "
+            "mask.score_newly_dropped",
+        ),
+        (["--schedule.epochs", "1e2"], "schedule.epochs must be a whole number of at least 1, not 1e2"),
+        (["--seed", "-1"], "seed must be a whole number of at least 0, not -1"),
+        (["--seed", "yes"], "seed must be a whole number of at least 0, not 'yes'"),
+        (["--seed", "[1,"], "seed must be a whole number of at least 0, not '[1,'"),
+        (["--seed"], "--seed needs a value: a whole number of at least 0"),
+        (["--out", "--seed", "1"], "--out needs a value: a path or null"),
+        (["--out="], "--out needs a value: a path or null"),
+        (
+            ["--backbones", ""],
+            "--backbones needs a value: timm names joined by commas, or a list of names and mappings or null "
+            "(e.g. 'vit_small_patch16_224,swin_tiny_patch4_window7_224')",
+        ),
+        (
+            ["--backbones", "vit_small_patch16_224,twins_svt_small", "--backbone.model_args.img_size", "128"],
+            "--backbone.model_args.img_size: with --backbones each backbone has its own model_args: "
+            "--backbones '[{name: TIMM_NAME, model_args: {img_size: 128}}, ...]'",
+        ),
+        *(
+            (
+                ["--recipe", "digits_backbones", f"--{key}", "64"],
+                f"--{key}: digits_backbones trains several backbones (vit_tiny_patch16_224, swin_tiny_patch4_window7_224); "
+                "add --backbones null to train a single one, or name them all with --backbones",
+            )
+            for key in ("backbone.name", "backbone.model_args.img_size")
+        ),
+        (["--resume", "maybe"], "resume must be true or false, not 'maybe'"),
+        (["--baseline", "hog"], "baseline must be none or mae, not 'hog'"),
+        (
+            ["seed", "3"],
+            "unexpected 'seed', '3': settings are written --key value, and a value with spaces needs quotes",
+        ),
+        (
+            ["--recipe"],
+            f"--recipe needs a name or a file: {RECIPES}, or a YAML file",
+        ),
+        (
+            ["--recipe", "digit_demo"],
+            f"no recipe and no file is called 'digit_demo'; did you mean 'digits_demo'? (recipes: {RECIPES})",
+        ),
+        (
+            ["--backbone.model_args.depth", "{a: 1}"],
+            "backbone.model_args.depth must be a number, text, true, false, null or a list of them, not {a: 1}",
+        ),
+    ],
+)
+def test_a_wrong_argument_is_answered_in_one_sentence(argv: list[str], message: str) -> None:
+    assert problem(*argv) == message
+
+
+def test_a_recipe_of_several_backbones_trains_a_single_one_when_it_is_told_so() -> None:
+    settings = load_settings(
+        ["--recipe", "digits_backbones", "--backbones", "null", "--backbone.name", "vit_small_patch16_224"]
+    )
+    assert settings.backbones is None
+    assert settings.backbone.name == "vit_small_patch16_224"
+
+
+def test_an_argument_of_a_backbone_may_be_a_list_of_lists() -> None:
+    sizes = load_settings(["--backbone.model_args.window_size", "[[4,4],[8,8]]"]).backbone.model_args[
+        "window_size"
+    ]
+    assert sizes == [[4, 4], [8, 8]]
+
+
+def test_several_wrong_arguments_are_all_named() -> None:
+    assert problem("--mask.rato", "1", "--seed", "x", "--blocks").splitlines() == [
+        "unknown setting 'mask.rato'; did you mean 'mask.ratio'?",
+        "--blocks needs a value: a whole number of at least 1 or a list of them (e.g. 4 or [3, 3, 3, 3])",
+        "seed must be a whole number of at least 0, not 'x'",
+    ]
+
+
+def test_an_own_recipe_file_is_named_in_its_errors_and_overrides_are_not(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "name: mine\nbackbone: {name: vit_tiny_patch16_224}\nmask: {rato: 0.6}\nblocks: 0\n"
+        "data: {source: digits, batch_size: 8}\nschedule: {epochs: 1}\nmask.ratio: 0.5\n"
+    )
+    lines = problem("--recipe", str(file), "--seed", "x").splitlines()
+    assert f"{file}: unknown setting 'mask.rato'; did you mean 'mask.ratio'?" in lines
+    assert f"{file}: 'mask.ratio' in a file is written nested, 'mask: {{ratio: 0.5}}'" in lines
+    assert "seed must be a whole number of at least 0, not 'x'" in lines
+    assert any(line.startswith(f"{file}: blocks must be a whole number") for line in lines)
+    assert len(lines) == 4
+
+
+def test_an_override_repairs_what_the_file_got_wrong(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(settings_to_yaml(load_settings([])).replace("blocks: 4", "blocks: 0"))
+    assert problem("--recipe", str(file)).startswith(f"{file}: blocks must be")
+    assert load_settings(["--recipe", str(file), "--blocks", "2"]).blocks == 2
+
+
+def test_saved_settings_are_a_recipe_that_gives_equal_settings(tmp_path: Path) -> None:
+    made = load_settings(
+        ["--blocks", "[2,2,2,2]", "--mask.ratio", "[0.6,0.7,0.7,0.8]", "--optim.blr", "1e-5"]
+    )
+    saved = tmp_path / "settings.yaml"
+    saved.write_text(settings_to_yaml(made))
+    assert load_settings(["--recipe", str(saved)]) == made
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--seed", "x", "--help"]])
+def test_help_prints_and_leaves_with_status_0(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        load_settings(argv)
+    assert left.value.code == 0
+    assert capsys.readouterr().out == help_text() + "\n"
+
+
+def test_help_into_a_closed_pipe_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [
+        sys.executable,
+        "-c",
+        "from bim.orchestrator.config.cli import load_settings; load_settings(['--help'])",
+    ]
+    try:
+        status = subprocess.run(command, stdout=writer, check=False).returncode
+    finally:
+        os.close(writer)
+    assert status == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_version_prints_and_leaves_with_status_0(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        load_settings(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith("bim-orchestrator")
+
+
+def test_help_has_every_setting_and_recipe_in_a_hundred_columns() -> None:
+    lines = help_text().splitlines()
+    assert max(len(line) for line in lines) <= 100
+    options = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert options == ["--recipe", "--help,", "--version", *(f"--{key}" for key in all_settings())]
+    for recipe in bundled_recipes():
+        assert any(line.strip().startswith(recipe) for line in lines)
+
+
+def test_the_examples_of_the_help_are_accepted() -> None:
+    import shlex
+
+    text = help_text().replace("\\\n", "")
+    commands = [line for line in text.splitlines() if line.startswith("  python pipelines/")]
+    assert len(commands) >= 4
+    for command in commands:
+        load_settings(shlex.split(command)[2:])

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import pytest
+
+from bim.orchestrator.data.phases import PhaseSpec, constant, phase_at, phases_on, steps_until
+
+SPECS = (PhaseSpec(0, (16, 16), 8), PhaseSpec(2, (24, 24), 4, micros=3), PhaseSpec(3, (32, 32), 4))
+
+
+def test_steps_are_counted_through_all_phases() -> None:
+    phases = phases_on(SPECS, images=50)
+    assert [p.steps_per_epoch for p in phases] == [6, 4, 12]
+    assert [p.first_step for p in phases] == [0, 12, 16]
+    assert [steps_until(phases, epoch) for epoch in range(6)] == [0, 6, 12, 16, 28, 40]
+
+
+def test_every_step_belongs_to_one_epoch_of_one_phase() -> None:
+    phases = phases_on(SPECS, images=50)
+    places = [phase_at(phases, step).epoch_of(step) for step in range(40)]
+    counted = [(epoch, within) for epoch, steps in enumerate((6, 6, 4, 12, 12)) for within in range(steps)]
+    assert places == counted
+
+
+def test_a_steady_run_is_one_phase_without_an_end() -> None:
+    (phase,) = constant(5, 8, micros=2)
+    assert phase.images_per_step == 16
+    assert phase_at((phase,), 10_000).epoch_of(10_001) == (2000, 1)
+
+
+@pytest.mark.parametrize(
+    ("specs", "images", "message"),
+    [
+        ([], 10, "begins with epoch 0"),
+        ([PhaseSpec(1, (8, 8), 2)], 10, "begins with epoch 0"),
+        ([PhaseSpec(0, (8, 8), 2), PhaseSpec(0, (16, 16), 2)], 10, "begins with epoch 0, and the one before"),
+        ([PhaseSpec(0, (8, 8), 2), PhaseSpec(1, (16, 16), 4, 3)], 10, "fewer than the 12 of one step"),
+    ],
+)
+def test_phases_that_cannot_be_are_refused(specs: list[PhaseSpec], images: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        phases_on(specs, images)

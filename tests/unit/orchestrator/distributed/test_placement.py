@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+
+from bim.orchestrator.distributed.placement import ClusterResources, PlacementError, consecutive, plan_layout
+
+
+def test_a_block_per_gpu_when_there_are_enough() -> None:
+    layout = plan_layout(4, ClusterResources(cpus=32, gpus=8))
+    assert layout.places == ((0,), (1,), (2,), (3,))
+    assert layout.gpus == 1
+    assert layout.bundles[1] == {"CPU": 1.0, "GPU": 1.0}
+    assert layout.bundles[0] == {"CPU": 2.0, "GPU": 1.0}
+
+
+def test_several_consecutive_blocks_per_stage_when_there_are_fewer_gpus() -> None:
+    assert plan_layout(4, ClusterResources(16, 2)).places == ((0, 1), (2, 3))
+    assert plan_layout(4, ClusterResources(16, 3)).places == ((0,), (1, 2), (3,))
+    assert plan_layout(4, ClusterResources(16, 1)).places == ((0, 1, 2, 3),)
+
+
+def test_shares_of_the_cpus_when_there_are_no_gpus() -> None:
+    layout = plan_layout(4, ClusterResources(2, 0))
+    assert len(layout.places) == 4
+    assert layout.gpus == 0
+    assert sum(b["CPU"] for b in layout.bundles) <= 2.0
+    assert layout.threads == 1
+
+
+def test_a_fraction_shares_one_gpu() -> None:
+    assert plan_layout(4, ClusterResources(16, 1), gpus_per_stage=0.25).places == ((0,), (1,), (2,), (3,))
+
+
+def test_no_share_is_larger_than_what_one_machine_has() -> None:
+    layout = plan_layout(
+        4, ClusterResources(cpus=4, gpus=0, nodes=2)
+    )  # 2 machines of 2 CPUs: three actors on one
+    assert layout.cpus == layout.loader_cpus == 0.66
+    assert max(sum(b["CPU"] for b in layout.bundles[:2]), layout.cpus * 3) <= 2
+
+
+def test_a_cluster_without_workers_is_refused_with_what_to_do() -> None:
+    with pytest.raises(PlacementError, match=r"no CPUs for stages yet; .*placement\.wait_s"):
+        plan_layout(4, ClusterResources(0, 0))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            {"gpus_per_stage": 1.0},
+            "1 stage of 1 GPU each, and the cluster has 0 GPU; .* placement.gpus_per_stage",
+        ),
+        ({"stages": 9}, "placement.stages is 9, but there are only 4 blocks"),
+        ({"cpus_per_stage": 1.0}, "4 stages of 1 CPU each, and the cluster has 2 CPU"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_both_sides(asked: dict, message: str) -> None:
+    with pytest.raises(PlacementError, match=message):
+        plan_layout(4, ClusterResources(2, 0), **asked)
+
+
+@pytest.mark.parametrize(("blocks", "stages"), [(4, 1), (4, 3), (7, 3), (12, 5), (5, 5)])
+def test_consecutive_covers_every_block_once(blocks: int, stages: int) -> None:
+    places = consecutive(blocks, stages)
+    assert [b for place in places for b in place] == list(range(blocks))
+    sizes = [len(p) for p in places]
+    assert max(sizes) - min(sizes) <= 1

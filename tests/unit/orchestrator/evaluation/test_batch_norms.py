@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from bim.orchestrator.data.digits import DigitsSource
+from bim.orchestrator.data.loader import eval_images
+from bim.orchestrator.evaluation.batch_norms import gather_statistics
+
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+def gather(model: nn.Module, images: np.ndarray, batch_size: int = 50) -> None:
+    gather_statistics(
+        {1: model}, DigitsSource(), images, (8, 8), MEAN, STD, torch.device("cpu"), 0, batch_size
+    )
+
+
+def test_statistics_become_those_of_whole_images_and_no_weight_changes() -> None:
+    norm = nn.BatchNorm2d(3, momentum=0.3)
+    norm.running_mean.fill_(9.0)
+    before = {name: value.clone() for name, value in norm.named_parameters()}
+    gather(nn.Sequential(norm), np.arange(100))
+    pixels = np.concatenate([images for _, images in eval_images(DigitsSource(), np.arange(100), (8, 8), 50)])
+    x = (torch.from_numpy(pixels).float() / 255 - 0.5) / 0.25
+    assert torch.allclose(norm.running_mean, x.mean(dim=(0, 2, 3)), atol=1e-4)
+    assert torch.allclose(norm.running_var, x.var(dim=(0, 2, 3)), rtol=0.02)
+    assert all(torch.equal(value, before[name]) for name, value in norm.named_parameters())
+    assert not norm.training
+    assert norm.momentum == 0.3
+
+
+def test_a_model_without_batch_norms_is_left_alone() -> None:
+    class Refusing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("it has nothing to gather")
+
+    gather(Refusing(), np.arange(10))

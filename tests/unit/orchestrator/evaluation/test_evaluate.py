@@ -1,0 +1,242 @@
+"""The evaluation protocol on small models and made-up images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from bim.models.tokens import normalize_images
+from bim.orchestrator.data.errors import BadImage
+from bim.orchestrator.data.splits import Splits
+from bim.orchestrator.evaluation import evaluate as evaluation
+from bim.orchestrator.evaluation.evaluate import evaluate_variants, rankme, raw_pixels
+from bim.orchestrator.evaluation.features import embed
+from bim.orchestrator.evaluation.records import DepthReport
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Blobs:
+    """Noisy images of two classes, reddish or bluish; some cannot be read."""
+
+    name: str = "blobs"
+    n: int = 120
+    labelled: bool = True
+    bad: tuple[int, ...] = ()
+    class_names: tuple[str, ...] | None = None
+    fixed_splits: dict[str, np.ndarray] | None = None
+    chunks: None = None
+    loads: int = 0
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return np.arange(self.n, dtype=np.int64) % 2 if self.labelled else None
+
+    def __len__(self) -> int:
+        return self.n
+
+    def load(self, index: int) -> Tensor:
+        self.loads += 1
+        if index in self.bad:
+            raise BadImage(self.item_name(index), "made so")
+        image = torch.randint(0, 120, (3, 16, 16), generator=torch.Generator().manual_seed(index))
+        image[0 if index % 2 == 0 else 2] += 30
+        return image.to(torch.uint8)
+
+    def item_name(self, index: int) -> str:
+        return f"blob {index}"
+
+    def fingerprint(self) -> str:
+        return "0"
+
+
+SPLITS = Splits(np.arange(0, 80), np.arange(80, 90), np.arange(90, 120))
+
+
+def vit(depth: int = 2, **args: Any) -> nn.Module:
+    torch.manual_seed(depth)
+    small = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": depth}
+    pool = {"num_classes": 0, "global_pool": "avg", "fc_norm": False}
+    model: nn.Module = timm.create_model("vit_tiny_patch16_224", **(small | pool | args))
+    return model.eval()
+
+
+@pytest.mark.parametrize("extra", [{}, {"reg_tokens": 3}, {"class_token": False}])
+def test_the_embedding_is_the_mean_of_the_patch_tokens_and_what_timm_pools(extra: dict[str, Any]) -> None:
+    model = vit(**extra)
+    images = np.random.default_rng(0).integers(0, 256, (5, 3, 16, 16), dtype=np.uint8)
+    ours = embed(model, [images[:3], images[3:]], MEAN, STD, CPU)
+    x = normalize_images(torch.from_numpy(images), MEAN, STD)
+    with torch.inference_mode():
+        tokens = model.forward_features(x)  # type: ignore[operator]
+        pooled = model(x)
+    torch.testing.assert_close(ours, tokens[:, model.num_prefix_tokens :].mean(dim=1))
+    torch.testing.assert_close(ours, pooled)
+
+
+def test_the_embedding_of_a_hierarchical_model_is_its_mean_over_the_last_map() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=64, window_size=4, embed_dim=12, depths=(1, 1), num_heads=(1, 2),
+        num_classes=0, global_pool="avg",
+    ).eval()  # fmt: skip
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64), dtype=np.uint8)
+    with torch.inference_mode():
+        last = model.forward_features(normalize_images(torch.from_numpy(images), MEAN, STD))
+    torch.testing.assert_close(embed(model, [images], MEAN, STD, CPU), last.mean(dim=(1, 2)))
+
+
+def test_every_depth_is_measured_and_each_image_decoded_once() -> None:
+    source = Blobs()
+    variants = {2: vit(2), 1: vit(1)}
+    one, two = evaluate_variants(
+        variants, source, SPLITS, (16, 16), MEAN, STD, CPU, k=5, batch_size=32, latency=False
+    )
+    assert (one.depth, two.depth) == (1, 2)
+    assert source.loads == len(SPLITS.train) + len(SPLITS.test)
+    assert two.params == sum(p.numel() for p in variants[2].parameters())
+    assert two.gflops > one.gflops > 0
+    assert one.n_test == 30
+    assert one.knn_top1 is not None
+    assert one.probe_top1 is not None
+    assert one.probe_top1 > 0.9  # red or blue is easy
+    assert set(one.metrics()) == {
+        "knn_top1",
+        "knn_top1_se",
+        "linear_top1",
+        "linear_top1_se",
+        "params",
+        "gflops",
+    }
+
+
+def test_without_labels_the_costs_and_the_rank_of_the_training_images_are_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("bim.orchestrator.evaluation.model_cost.MEASURE_S", 0.01)
+    monkeypatch.setattr("bim.orchestrator.evaluation.model_cost.WARM_UP_S", 0.0)
+    source, variants = Blobs(labelled=False, bad=(3,)), {1: vit(1), 2: vit(2)}
+    one, two = evaluate_variants(variants, source, SPLITS, (16, 16), MEAN, STD, CPU, batch_size=32)
+    assert (one.knn_top1, one.probe_top1, one.knn_se, one.probe_se) == (None, None, None, None)
+    assert source.loads == len(SPLITS.train)  # each once for all depths
+    assert set(one.metrics()) == {"rankme", "params", "gflops", "latency_b1_ms", "latency_b64_ms"}
+    assert "thread" in one.device
+    images = np.stack([source.load(index).numpy() for index in SPLITS.train.tolist() if index != 3])
+    for report in (one, two):
+        embeddings = embed(variants[report.depth], [images], MEAN, STD, CPU)
+        assert report.rankme == pytest.approx(rankme(embeddings), rel=1e-4)
+        assert 1 < (report.rankme or 0) < 32
+        assert (report.n_ranked, report.n_test) == (79, 0)
+
+
+def test_the_rank_is_of_a_part_of_many_images_drawn_from_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "RANK_IMAGES", 40)
+
+    def measured(seed: int) -> DepthReport:
+        (report,) = evaluate_variants(
+            {1: vit(1)}, Blobs(labelled=False), SPLITS, (16, 16), MEAN, STD, CPU, seed=seed, latency=False
+        )
+        return report
+
+    assert measured(0).n_ranked == 40
+    assert measured(0) == measured(0)
+    assert measured(0).rankme != measured(1).rankme
+
+
+def test_the_score_comes_from_the_test_split_alone() -> None:
+    class WrongOutsideTest(Blobs):
+        @property
+        def labels(self) -> np.ndarray | None:
+            labels = np.arange(self.n, dtype=np.int64) % 2
+            labels[80:90] = 1 - labels[80:90]
+            return labels
+
+    splits = {
+        "right": Splits(SPLITS.train, SPLITS.val, SPLITS.test),
+        "wrong": Splits(SPLITS.train, SPLITS.test, SPLITS.val),
+    }
+    accuracy = {
+        name: evaluate_variants(
+            {1: vit(1)}, WrongOutsideTest(), split, (16, 16), MEAN, STD, CPU, latency=False
+        )[0]
+        for name, split in splits.items()
+    }
+    assert (accuracy["right"].probe_top1 or 0) > 0.9
+    assert (accuracy["wrong"].probe_top1 or 0) < 0.1
+
+
+def test_unreadable_images_are_left_out_with_their_labels() -> None:
+    source = Blobs(bad=(0, 1, 2, 95))
+    (report,) = evaluate_variants({1: vit(1)}, source, SPLITS, (16, 16), MEAN, STD, CPU, latency=False)
+    assert report.n_test == 29
+    assert (report.probe_top1 or 0) > 0.9
+
+
+def test_a_split_without_a_readable_image_is_an_error_that_names_the_source() -> None:
+    with pytest.raises(ValueError, match="blobs"):
+        raw_pixels(Blobs(bad=tuple(range(90, 120))), SPLITS, (16, 16))
+
+
+def test_raw_pixels_are_scored_at_the_evaluation_size() -> None:
+    scores = raw_pixels(Blobs(), SPLITS, (16, 16), k=5)
+    assert scores.n_test == 30
+    assert scores.probe_top1 == 1.0
+    assert raw_pixels(Blobs(), SPLITS, (16, 16), k=5) == scores
+
+
+def test_raw_pixels_of_large_images_are_averaged_over_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = []
+
+    def spy(train_x: Tensor, *rest: object) -> str:
+        widths.append(tuple(train_x.shape))
+        return "scored"
+
+    monkeypatch.setattr(evaluation, "score", spy)
+    raw_pixels(Blobs(), SPLITS, (16, 16))
+    raw_pixels(Blobs(), SPLITS, (224, 160))
+    monkeypatch.setattr(evaluation, "RAW_VALUES", 3 * 16 * 16 * 20)
+    raw_pixels(Blobs(), SPLITS, (16, 16))
+    assert widths == [(80, 3 * 16 * 16), (80, 3 * 56 * 40), (20, 3 * 16 * 16)]
+
+
+def test_a_large_split_is_sampled_by_the_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    indices = np.arange(100, 200)
+    drawn = evaluation.drawn(indices, 10, seed=3)
+    assert len(np.unique(drawn)) == 10
+    assert np.array_equal(drawn, np.sort(drawn))
+    assert set(drawn) <= set(indices)
+    assert np.array_equal(drawn, evaluation.drawn(indices, 10, seed=3))
+    assert not np.array_equal(drawn, evaluation.drawn(indices, 10, seed=4))
+    assert np.array_equal(evaluation.drawn(indices, 100, seed=3), indices)
+
+
+def test_raw_pixels_without_labels_are_refused() -> None:
+    with pytest.raises(ValueError, match="no labels"):
+        raw_pixels(Blobs(labelled=False), SPLITS, (16, 16))
+
+
+def test_a_report_names_its_metrics_as_they_are_logged() -> None:
+    report = DepthReport(3, 1000, 0.5, 1.25, 20.0, 0.75, 0.5, 0.02, 0.03, n_test=400)
+    assert report.metrics() == {
+        "knn_top1": 0.75,
+        "knn_top1_se": 0.02,
+        "linear_top1": 0.5,
+        "linear_top1_se": 0.03,
+        "params": 1000.0,
+        "gflops": 0.5,
+        "latency_b1_ms": 1.25,
+        "latency_b64_ms": 20.0,
+    }
+    assert DepthReport(3, 1000, 0.5, rankme=12.5, n_ranked=64).metrics() == {
+        "rankme": 12.5,
+        "params": 1000.0,
+        "gflops": 0.5,
+    }

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from bim.orchestrator.config.cli import load_settings
+from bim.orchestrator.distributed.placement import ClusterResources
+from bim.orchestrator.jobs.job import prepare
+from bim.orchestrator.reporting.startup import opening_lines
+from bim.orchestrator.runs.train import layout_of
+
+
+def opening(*argv: str, out: Path) -> list[str]:
+    settings = load_settings(
+        [*argv, "--placement.backend", "in_process", "--search.trials", "0", "--out", str(out)]
+    )
+    prepared = prepare(settings)
+    return opening_lines(prepared.family, prepared, layout_of(settings, ClusterResources(1, 0)))
+
+
+def notes_of(lines: list[str]) -> list[str]:
+    """The notes among them, each as one line again."""
+    told = [line for line in lines if line.startswith(("note: ", "    "))]
+    assert max((len(line) for line in told), default=0) <= 100
+    return [part for part in "\n".join(lines).replace("\n    ", " ").split("\n") if part.startswith("note: ")]
+
+
+def test_the_peak_rate_of_every_phase_is_told(tmp_path: Path) -> None:
+    lines = opening("--schedule.resolution", "[[0, 24], [0.5, 32, 32]]", out=tmp_path)
+    assert (
+        "80 epochs of 19 steps of 64, then 39 steps of 32 images, peak learning rate 0.002, then 0.001"
+        in lines[2]
+    )
+    assert not notes_of(lines)
+
+
+def test_settings_without_effect_and_padded_windows_are_told(tmp_path: Path) -> None:
+    args = "{img_size: 64, patch_size: 2, window_size: 5, embed_dim: 24, depths: [2, 2], num_heads: [2, 4]}"
+    swin = ["--backbone.name", "swin_tiny_patch4_window7_224", "--backbone.model_args", args, "--blocks", "2"]
+    lines = opening(*swin, "--target.bins", "8", out=tmp_path)
+    notes = notes_of(lines)
+    assert notes[0] == "note: target.bins has no effect: no block's target is hog"
+    assert notes[1].startswith("note: at 64 x 64 px the windows of level 1, 2 do not divide the grid")
+
+
+def test_decoders_that_cost_more_than_the_encoders_are_told(tmp_path: Path) -> None:
+    args = "{img_size: 128, window_size: 4, embed_dim: 24, depths: [2, 2], num_heads: [1, 2]}"
+    swin = ["--backbone.name", "swin_tiny_patch4_window7_224", "--backbone.model_args", args, "--blocks", "2"]
+    own = ["--name", "mine"]  # not the demo, of whose images there is another note
+    (note,) = notes_of(opening(*swin, *own, "--decoder.dim", "64", out=tmp_path))
+    assert note.startswith("note: the decoders cost ")
+    assert "times the encoders, most of it in block 0, on 32 x 32 tokens; lower decoder.dim" in note
+    light = ["--decoder.dim", "[8, 16]", "--decoder.num_heads", "1", "--decoder.throw_ratio", "[0.65, 0.5]"]
+    assert not notes_of(opening(*swin, *own, *light, out=tmp_path))
+
+
+def test_a_handful_of_masks_is_told(tmp_path: Path) -> None:
+    args = "{img_size: 64, window_size: 4, embed_dim: 24, depths: [2, 2, 2, 2], num_heads: [1, 2, 2, 2]}"
+    swin = ["--backbone.name", "swin_tiny_patch4_window7_224", "--backbone.model_args", args]
+    light = ["--decoder.dim", "8", "--decoder.num_heads", "1"]
+    (note,) = notes_of(opening(*swin, *light, "--name", "mine", out=tmp_path))
+    assert note.startswith(
+        "note: at 64 x 64 px there are 4 mask units, of which 1 stay visible: 4 different masks"
+    )
+
+
+def test_where_decoders_throw_nothing_other_ways_to_make_them_cheaper_are_told(tmp_path: Path) -> None:
+    resnet = ["--backbone.name", "resnet18", "--backbone.model_args", "{}", "--mask.ratio", "[0.6, 0.75]"]
+    wide = ["--decoder.dim", "256", "--decoder.num_heads", "8"]
+    (note,) = notes_of(opening(*resnet, *wide, "--name", "mine", out=tmp_path))
+    assert "lower decoder.dim there, or take fewer blocks" in note
+
+
+def test_the_demos_settings_are_told_where_other_images_are_trained_on(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(120):
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(folder / f"{number:03d}.png")
+    source = ["--data.source", str(folder)]
+    (note,) = notes_of(opening(*source, "--data.batch_size", "8", out=tmp_path / "run"))
+    assert "those of the recipe digits_demo, which is meant for scans of 32 px" in note
+    assert not notes_of(opening(*source, "--data.batch_size", "8", "--name", "mine", out=tmp_path / "run"))
+
+
+def test_the_demos_images_are_told_where_they_are_enlarged_beyond_reason(tmp_path: Path) -> None:
+    vit = ["--backbone.name", "vit_tiny_patch16_224", "--backbone.model_args", "{depth: 4}"]
+    note, *_ = notes_of(opening(*vit, out=tmp_path))
+    assert note == (
+        "note: the images are the demo's digits, scans of 8 x 8 pixels, enlarged to 224 px; --data.source gives others"
+    )

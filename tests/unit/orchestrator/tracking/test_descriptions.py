@@ -1,0 +1,113 @@
+"""What a person reads in MLflow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bim.orchestrator.tracking.descriptions import (
+    depth_rows,
+    headline,
+    loading_note,
+    picture,
+    results_table,
+    rounded,
+    runs_view,
+    thinned,
+)
+from bim.orchestrator.tracking.records import DepthRecord
+
+METRICS = {
+    "knn_top1": 0.91234,
+    "knn_top1_se": 0.0149,
+    "linear_top1": 0.95,
+    "params": 2_691_648.0,
+    "gflops": 0.3612,
+    "latency_b1_ms": 9.3999,
+}
+
+
+def record(depth: int, metrics: dict[str, float] | None = None, series: str = "") -> DepthRecord:
+    return DepthRecord(depth, Path("."), METRICS if metrics is None else metrics, series=series)
+
+
+def test_a_headline_says_worth_before_cost() -> None:
+    assert headline(record(6)) == (
+        "kNN top-1 0.912 ± 0.015, linear probe top-1 0.950, 2.69 M parameters, 0.361 GFLOPs, 9.4 ms per image"
+    )
+
+
+def test_without_labels_the_rank_says_what_a_variant_is_worth() -> None:
+    ranked = record(6, {"rankme": 31.26, "params": 1e6})
+    assert headline(ranked) == "RankMe 31.3, 1.00 M parameters"
+    assert depth_rows([ranked]) == [{"model": "depth 6", "RankMe": "31.3", "parameters": "1.00 M"}]
+
+
+def test_a_headline_leaves_out_what_was_not_measured() -> None:
+    assert headline(record(6, {"params": 1e6})) == "1.00 M parameters"
+
+
+def test_a_table_keeps_its_columns_aligned_and_leaves_out_what_nobody_measured() -> None:
+    rows = depth_rows([record(6, {"params": 1e6}), record(12, {"knn_top1": 0.9, "params": 22e6})])
+    assert results_table(rows).splitlines() == [
+        "```",
+        "model      parameters   kNN top-1",
+        "depth 6    1.00 M",
+        "depth 12   22.00 M      0.900",
+        "```",
+    ]
+
+
+def test_a_baseline_has_its_own_names() -> None:
+    assert (record(6).title, record(6).alias) == ("depth 6", "depth6")
+    assert (record(6, series="mae").title, record(6, series="mae").alias) == ("mae depth 6", "mae-depth6")
+
+
+def test_a_long_curve_keeps_its_ends_and_its_order() -> None:
+    curve = [(step, float(step)) for step in range(12_345)]
+    thin = thinned(curve, 100)
+    assert len(thin) == 100
+    assert (thin[0], thin[-1]) == (curve[0], curve[-1])
+    assert thin == sorted(set(thin))
+    assert thinned(curve[:50], 100) == curve[:50]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.9117867759, 0.9118),
+        (9.399999999, 9.4),
+        (85798656.0, 85798656.0),
+        (12345.6, 12346.0),
+        (0.0071234, 0.007123),
+    ],
+)
+def test_numbers_are_rounded_to_what_a_table_can_show(value: float, shown: float) -> None:
+    assert rounded(value) == shown
+
+
+def test_the_loading_code_names_the_store_only_if_it_must() -> None:
+    assert "set_tracking_uri" not in loading_note("vit", "depth6", None)
+    code = loading_note("vit", "depth6", "http://host:5000")
+    assert 'mlflow.set_tracking_uri("http://host:5000")' in code
+    compile(code.strip("`"), "note", "exec")
+
+
+def test_a_pictures_path_is_quoted() -> None:
+    assert picture("abc", "pictures/a b.png") == "![a b](get-artifact?path=pictures/a%20b.png&run_uuid=abc)"
+
+
+def test_equal_weights_have_equal_digests(tmp_path: Path) -> None:
+    for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+    digests = [DepthRecord(2, tmp_path / name, {}).digest() for name in "abc"]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_the_saved_view_is_json_within_json() -> None:
+    view = json.loads(runs_view(1_700_000_000_000))
+    assert view["name"] == "Depth variants"
+    assert {"metrics.`knn_top1`", "metrics.`rankme`"} <= set(json.loads(view["state"])["selectedColumns"])

@@ -1,0 +1,186 @@
+"""The file of metrics, and what of it a store has received."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from bim.orchestrator.tracking.metric_log import BATCH, MetricLog
+from bim.orchestrator.tracking.records import Point
+
+
+class Store:
+    """Takes points, unless it is away."""
+
+    def __init__(self) -> None:
+        self.points: list[Point] = []
+        self.away = False
+        self.calls = 0
+
+    def __call__(self, points: Sequence[Point]) -> None:
+        self.calls += 1
+        if self.away:
+            raise ConnectionError("nobody home\nand a long story")
+        assert len(points) <= BATCH
+        self.points += points
+
+    def series(self, name: str) -> list[tuple[int, float]]:
+        return [(p.step, p.value) for p in self.points if p.name == name]
+
+
+@pytest.fixture
+def store() -> Store:
+    return Store()
+
+
+@pytest.fixture
+def metrics(tmp_path: Path) -> MetricLog:
+    return MetricLog(tmp_path / "run" / "metrics.jsonl")
+
+
+def test_every_point_arrives_once_and_in_order(metrics: MetricLog, store: Store) -> None:
+    for step in range(3):
+        metrics.append(step, {"a/loss": step / 2, "b": 1})
+    assert metrics.deliver(store) == 6
+    metrics.append(3, {"a/loss": 9.0})
+    assert metrics.deliver(store) == 1
+    assert metrics.deliver(store) == 0
+    assert store.series("a/loss") == [(0, 0.0), (1, 0.5), (2, 1.0), (3, 9.0)]
+
+
+def test_deliveries_stay_below_the_stores_limit(metrics: MetricLog, store: Store) -> None:
+    for step in range(150):
+        metrics.append(step, {f"m{i}": i for i in range(20)})
+    assert metrics.deliver(store) == 3000
+    assert store.calls == 3
+
+
+def test_nothing_is_lost_while_the_store_is_away(metrics: MetricLog, store: Store) -> None:
+    metrics.append(0, {"loss": 1.0})
+    store.away = True
+    for step in (1, 2):
+        metrics.append(step, {"loss": 1.0})
+        with pytest.raises(ConnectionError):
+            metrics.deliver(store)
+    store.away = False
+    metrics.deliver(store)
+    assert [step for step, _ in store.series("loss")] == [0, 1, 2]
+
+
+def test_a_rewound_step_is_written_again_but_not_sent_twice(metrics: MetricLog, store: Store) -> None:
+    for step in range(5):
+        metrics.append(step, {"loss": float(step)})
+    metrics.deliver(store)
+    metrics.rewind(2)
+    for step in range(3, 7):
+        metrics.append(step, {"loss": float(step)})
+    metrics.deliver(store)
+    assert [step for step, _ in store.series("loss")] == list(range(7))
+    assert [step for step, _ in metrics.history("loss")] == list(range(7))
+
+
+def test_a_second_training_behind_the_first_is_rewound_by_its_prefix(metrics: MetricLog) -> None:
+    for step in range(1, 5):
+        metrics.append(step, {"loss": float(step)})
+    for step in range(1, 5):
+        metrics.append(step, {"mae/loss": float(step)})
+    metrics.rewind(4)  # the first training is complete
+    metrics.rewind(2, "mae/")
+    assert [step for step, _ in metrics.history("loss")] == [1, 2, 3, 4]
+    assert [step for step, _ in metrics.history("mae/loss")] == [1, 2]
+
+
+def test_of_a_step_written_twice_the_last_value_counts(metrics: MetricLog) -> None:
+    for step, value in ((1, 1.0), (2, 2.0), (2, 2.5), (3, 3.0)):
+        metrics.append(step, {"loss": value})
+    assert metrics.history("loss") == [(1, 1.0), (2, 2.5), (3, 3.0)]
+
+
+def test_a_rewind_while_a_batch_is_under_way_is_honoured(metrics: MetricLog, store: Store) -> None:
+    for step in range(5):
+        metrics.append(step, {"loss": float(step)})
+
+    def slow(points: Sequence[Point]) -> None:
+        if not store.points:
+            metrics.rewind(1)
+            metrics.append(2, {"loss": 2.0, "new": 1.0})
+        store(points)
+
+    metrics.deliver(slow)
+    assert [step for step, _ in store.series("loss")] == [0, 1, 2, 3, 4]
+    assert store.series("new") == [(2, 1.0)]
+
+
+def test_another_process_goes_on_where_the_store_stands(metrics: MetricLog, store: Store) -> None:
+    for step in range(4):
+        metrics.append(step, {"loss": float(step)})
+    metrics.deliver(store)
+    for step in (4, 5):
+        metrics.append(step, {"loss": float(step)})  # and then the process died
+    again = MetricLog(metrics.path, same_store=True)
+    again.rewind(2)
+    for step in (3, 4, 5):
+        again.append(step, {"loss": float(step)})
+    again.deliver(store)
+    assert [step for step, _ in store.series("loss")] == [0, 1, 2, 3, 4, 5]
+
+
+def test_another_store_receives_everything(metrics: MetricLog, store: Store) -> None:
+    metrics.append(0, {"loss": 1.0})
+    metrics.deliver(Store())
+    for _ in range(2):
+        MetricLog(metrics.path).deliver(store)
+    assert store.series("loss") == [(0, 1.0), (0, 1.0)]
+
+
+def test_what_arrived_before_a_failure_is_remembered(metrics: MetricLog, store: Store) -> None:
+    for step in range(150):
+        metrics.append(step, {f"m{i}": i for i in range(20)})
+
+    def breaks(points: Sequence[Point]) -> None:
+        store.away = store.calls == 1
+        store(points)
+
+    with pytest.raises(ConnectionError):
+        metrics.deliver(breaks)
+    store.away = False
+    MetricLog(metrics.path, same_store=True).deliver(store)
+    assert [step for step, _ in store.series("m7")] == list(range(150))
+
+
+def test_broken_marks_are_no_marks(metrics: MetricLog, store: Store) -> None:
+    metrics.append(0, {"loss": 1.0})
+    metrics.path.with_name("metrics.sent.json").write_text("[")
+    assert MetricLog(metrics.path, same_store=True).deliver(store) == 1
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped(metrics: MetricLog) -> None:
+    metrics.append(0, {"loss": 1.0})
+    with metrics.path.open("a") as file:
+        file.write('{"step": 1, "ti')
+    again = MetricLog(metrics.path)
+    again.append(1, {"loss": 2.0})
+    assert again.history("loss") == [(0, 1.0), (1, 2.0)]
+
+
+def test_infinities_are_kept_in_valid_json(metrics: MetricLog, store: Store) -> None:
+    metrics.append(0, {"a": math.nan, "b": -math.inf, "c": 1})
+    row = json.loads(metrics.path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert (row["a"], row["b"], row["c"]) == ("nan", "-inf", 1.0)
+    metrics.deliver(store)
+    assert math.isnan(store.series("a")[0][1])
+    assert store.series("b") == [(0, -math.inf)]
+
+
+def test_what_cannot_be_written_is_said_once_and_never_raised(
+    metrics: MetricLog, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics.append(0, {"loss": "high"})  # type: ignore[dict-item]
+    metrics.path.unlink()
+    metrics.path.parent.rmdir()
+    metrics.append(1, {"loss": 1.0})
+    assert len(caplog.records) == 1
