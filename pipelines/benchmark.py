@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from bim.orchestrator.training.spec import FamilySpec
+    from bim.orchestrator.training.spec import PretrainSpec
 
 MEMORY_CASES = (  # decoder layers, decoder width
     (8, 512),
@@ -26,7 +26,7 @@ def memory(arguments: argparse.Namespace) -> None:
     """Peak activation memory of a block-wise training step against end-to-end K = 1: same model, decoder, batch."""
     from bim.models.backbones import open_backbone
     from bim.orchestrator.benchmarks.activation_memory import saved_activations
-    from bim.orchestrator.training.spec import DecoderSpec, FamilySpec
+    from bim.orchestrator.training.spec import DecoderSpec, PretrainSpec
 
     name, batch, k = arguments.backbone, arguments.batch, arguments.blocks
     print(
@@ -37,7 +37,7 @@ def memory(arguments: argparse.Namespace) -> None:
         found = []
         for blocks in (1, k):
             sizes = tuple(info.layers for info in open_backbone(name, blocks).blocks)
-            spec = FamilySpec(
+            spec = PretrainSpec(
                 backbone=name,
                 model_args={},
                 blocks=sizes,
@@ -171,7 +171,7 @@ def green(arguments: argparse.Namespace) -> None:
 
 
 def print_families(
-    arguments: argparse.Namespace, device: torch.device, single: FamilySpec, step_s: float
+    arguments: argparse.Namespace, device: torch.device, single: PretrainSpec, step_s: float
 ) -> None:
     """A step of a family of several blocks on visible tokens, with equal decoders and with lighter ones on the finer grids;
     before them a step of one block where every sample has a mask of its own.
@@ -183,7 +183,7 @@ def print_families(
     from bim.orchestrator.benchmarks.method_costs import family as one_family
     from bim.orchestrator.benchmarks.method_costs import light_decoders, step_seconds
     from bim.orchestrator.evaluation.model_cost import block_gflops
-    from bim.orchestrator.training.build import backbone_of
+    from bim.orchestrator.training.build import open_spec_backbone
     from bim.orchestrator.training.spec import DecoderSpec
 
     layers = block_layers(arguments.backbone, arguments.blocks)
@@ -196,7 +196,7 @@ def print_families(
         (f"{k}, lighter ones on finer grids", light_decoders(equal)),
     ):
         seconds, _ = step_seconds(spec, arguments.batch, device, arguments.precision, arguments.steps)
-        backbone = backbone_of(spec)
+        backbone = open_spec_backbone(spec)
         parts = zip(*block_gflops(spec, backbone, backbone.image_size), strict=True)
         encoders, decoders = (sum(part) / 2 for part in parts)
         print(f"{words:<40}  {seconds / step_s:11.2f}x  {encoders:17.2f}, {decoders:8.2f}", flush=True)
@@ -225,7 +225,7 @@ def plans(arguments: argparse.Namespace) -> None:
             print(f"{f'block {block}, {grid[0]} x {grid[1]}':<20}{listed}", flush=True)
 
 
-def print_plans(spec: FamilySpec, batch: int, steps: int, step_s: float | None = None) -> None:
+def print_plans(spec: PretrainSpec, batch: int, steps: int, step_s: float | None = None) -> None:
     """Time of the plans of a batch, also as a share of a training step's seconds."""
     from dataclasses import replace
 
@@ -284,14 +284,14 @@ def pipeline(arguments: argparse.Namespace) -> None:
 
 def seeds(arguments: argparse.Namespace) -> None:
     """Lead of every depth over its own random start, over the output directories of several runs."""
-    from bim.orchestrator.reporting.summary import leads_over_random
+    from bim.orchestrator.reporting.summary import improvements_over_random
 
     runs = [json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in arguments.runs]
     print(
         f"{len(runs)} runs; differences in percentage points; the error is one run's, trained and random combined"
     )
     print("score        depth  mean lead  standard error  lead / error  least lead")
-    for lead in leads_over_random(runs):
+    for lead in improvements_over_random(runs):
         print(
             f"{lead.score:<11}  {lead.depth:5d}  {100 * lead.mean:9.1f}  {100 * lead.error:14.1f}  "
             f"{lead.mean / lead.error:12.1f}  {100 * lead.least:10.1f}"

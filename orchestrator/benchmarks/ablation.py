@@ -28,8 +28,8 @@ from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.distributed.placement import ClusterResources
 from bim.orchestrator.evaluation.evaluate import Scores, evaluate_variants, raw_pixels
 from bim.orchestrator.evaluation.records import DepthReport
-from bim.orchestrator.runs.prepare import Family, make_family
-from bim.orchestrator.runs.train import layout_of, train
+from bim.orchestrator.runs.prepare import ResolvedRun, resolve_run
+from bim.orchestrator.runs.train import resolve_layout, train
 from bim.orchestrator.search.objective import SCORED_BY
 from bim.orchestrator.training.callbacks import EpochReport, StopRequest
 from bim.orchestrator.training.checkpoint import CheckpointStore, load_block_weights
@@ -152,7 +152,7 @@ def run_case(
     changes: settings of a case that is not in `CASES`. Returns the case, and what is measured `BESIDE` it. Raises
     SettingsError, DataError, TrainingError.
     """
-    depths = make_family(base, Path())[0].depths
+    depths = resolve_run(base, Path())[0].depths
     alone = {
         "seed": seed,
         "placement.backend": "in_process",
@@ -166,7 +166,7 @@ def run_case(
     found: dict[str, Mapping[int, Scores | DepthReport]] = {}
     seconds = 0.0
     with tempfile.TemporaryDirectory(prefix="ablation-") as folder:
-        family, source, splits = make_family(settings, Path(folder))
+        family, source, splits = resolve_run(settings, Path(folder))
         if case == NO_NETWORK:
             scores = raw_pixels(source, splits, family.backbone.image_size, **_how(settings))
             found[case] = dict.fromkeys(depths, scores)
@@ -197,9 +197,9 @@ def run_case(
     ]
 
 
-def _trained(family: Family, settings: Settings) -> list[dict[str, Tensor]]:
+def _trained(family: ResolvedRun, settings: Settings) -> list[dict[str, Tensor]]:
     """Weights of every block at the end of the run."""
-    train(family, layout_of(settings, ClusterResources(1.0, 0.0)), "fp32", _Quiet(), StopRequest())
+    train(family, resolve_layout(settings, ClusterResources(1.0, 0.0)), "fp32", _Quiet(), StopRequest())
     checkpoint = CheckpointStore(family.out).directory(family.total_steps)
     return [load_block_weights(checkpoint, k) for k in range(len(family.spec.blocks))]
 
@@ -216,7 +216,7 @@ def _how(settings: Settings) -> dict[str, Any]:
 
 
 def _scores(
-    family: Family, settings: Settings, source: Source, splits: Splits, variants: Mapping[int, nn.Module]
+    family: ResolvedRun, settings: Settings, source: Source, splits: Splits, variants: Mapping[int, nn.Module]
 ) -> Mapping[int, Scores | DepthReport]:
     """Test accuracies by depth."""
     reports = evaluate_variants(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from bim.orchestrator.training.block_trainer import WIRE_DTYPES
-from bim.orchestrator.training.build import backbone_of, build_local_mim, plans_of_step
-from bim.orchestrator.training.spec import FamilySpec, Precision
+from bim.orchestrator.training.build import build_local_mim, mask_plans, open_spec_backbone
+from bim.orchestrator.training.spec import Precision, PretrainSpec
 
 # Images that are counted with, and twice as many. Not 1: tensors that one image makes contiguous are not copied.
 COUNTED = 2
@@ -49,7 +49,7 @@ def counting_saved(parameters: Iterator[Tensor]) -> Iterator[SavedBytes]:
 
 
 def saved_activations(
-    spec: FamilySpec, batch: int, seed: int = 0, precision: Precision = "fp32"
+    spec: PretrainSpec, batch: int, seed: int = 0, precision: Precision = "fp32"
 ) -> list[int]:
     """Bytes saved for the backward pass of each block's local loss, in one training step of `batch` random images.
 
@@ -69,11 +69,11 @@ def growing(count: Callable[[int], Sequence[int]], batch: int) -> list[int]:
     return [(larger - smaller) * batch // COUNTED for smaller, larger in zip(few, more, strict=True)]
 
 
-def saved_in_step(spec: FamilySpec, batch: int, seed: int = 0, precision: Precision = "fp32") -> list[int]:
+def saved_in_step(spec: PretrainSpec, batch: int, seed: int = 0, precision: Precision = "fp32") -> list[int]:
     """All bytes that `saved_activations` tells a part of, counted with `batch` images under autocast on the CPU."""
-    backbone = backbone_of(spec)
+    backbone = open_spec_backbone(spec)
     x = images = torch.rand(batch, 3, *backbone.image_size, generator=torch.Generator().manual_seed(seed))
-    plans = plans_of_step(spec, backbone, backbone.image_size, batch, step=0, micro=0)
+    plans = mask_plans(spec, backbone, backbone.image_size, batch, step=0, micro=0)
     found = []
     for k in range(len(spec.blocks)):
         module = build_local_mim(spec, k, backbone).train()

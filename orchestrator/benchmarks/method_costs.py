@@ -24,8 +24,8 @@ from bim.models.masks.sampling import SAMPLERS
 from bim.orchestrator.benchmarks.activation_memory import autocast, counting_saved, growing, saved_activations
 from bim.orchestrator.evaluation.model_cost import forward_gflops
 from bim.orchestrator.training.block_trainer import BlockTrainer
-from bim.orchestrator.training.build import backbone_of, build_local_mim, plans_of_step
-from bim.orchestrator.training.spec import DecoderSpec, FamilySpec, Precision, TargetSpec
+from bim.orchestrator.training.build import build_local_mim, mask_plans, open_spec_backbone
+from bim.orchestrator.training.spec import DecoderSpec, Precision, PretrainSpec, TargetSpec
 
 MASK_RATIO = 0.75
 MAE_DECODER = DecoderSpec(8, 512)
@@ -41,7 +41,7 @@ class Method:
     """
 
     name: str
-    spec: FamilySpec
+    spec: PretrainSpec
     published: str = ""
 
 
@@ -70,9 +70,9 @@ def family(
     decoder: DecoderSpec,
     target: TargetSpec | None = None,
     **args: Any,
-) -> FamilySpec:
+) -> PretrainSpec:
     """A family of equal decoders and targets. args: model_args, encode."""
-    return FamilySpec(
+    return PretrainSpec(
         backbone=backbone,
         blocks=blocks,
         mask_ratios=(MASK_RATIO,) * len(blocks),
@@ -111,21 +111,21 @@ def methods(backbone: str, layers: tuple[int, ...]) -> list[Method]:
     ]
 
 
-def forward_gmacs(spec: FamilySpec) -> float:
+def forward_gmacs(spec: PretrainSpec) -> float:
     """Multiply-accumulates / 1e9 of the forward passes of one image through all blocks and decoders."""
-    backbone = backbone_of(spec)
+    backbone = open_spec_backbone(spec)
     return forward_gflops(spec, backbone, backbone.image_size) / 2
 
 
 def step_seconds(
-    spec: FamilySpec, batch: int, device: torch.device, precision: Precision, steps: int
+    spec: PretrainSpec, batch: int, device: torch.device, precision: Precision, steps: int
 ) -> tuple[float, int | None]:
     """Seconds of the fastest of `steps` training steps of `batch` random images, all blocks one after the other.
 
     Masks are planned outside the clock: a run does that on a thread of its own during the step before. See `plan_seconds`.
     Also the most bytes that were allocated on an accelerator meanwhile; None on a CPU.
     """
-    backbone = backbone_of(spec)
+    backbone = open_spec_backbone(spec)
     optim = replace(spec.optim, precision=precision)
     trainers = [
         BlockTrainer(build_local_mim(spec, k, backbone), k, optim, device) for k in range(len(spec.blocks))
@@ -135,7 +135,7 @@ def step_seconds(
     for step in range(steps + 1):  # the first one warms up
         if device.type == "cuda" and step == 1:
             torch.cuda.reset_peak_memory_stats(device)
-        plans = plans_of_step(spec, backbone, backbone.image_size, batch, step, 0, device=device)
+        plans = mask_plans(spec, backbone, backbone.image_size, batch, step, 0, device=device)
         started = _now(device)
         x = images
         for k, trainer in enumerate(trainers):
@@ -146,7 +146,7 @@ def step_seconds(
     return min(times[1:]), peak
 
 
-def cost(spec: FamilySpec, batch: int, device: torch.device, precision: Precision, steps: int) -> Cost:
+def cost(spec: PretrainSpec, batch: int, device: torch.device, precision: Precision, steps: int) -> Cost:
     """All figures of one method. Activations are counted on the CPU."""
     fused = max(saved_activations(spec, batch, precision=precision))
     with explicit_attention():
@@ -159,18 +159,18 @@ def cost(spec: FamilySpec, batch: int, device: torch.device, precision: Precisio
 
 
 def encoder_cost(
-    spec: FamilySpec, batch: int, device: torch.device, precision: Precision, steps: int
+    spec: PretrainSpec, batch: int, device: torch.device, precision: Precision, steps: int
 ) -> tuple[float, int, int | None]:
     """The encoder alone, of a family of one block: seconds of the fastest forward and backward pass, bytes of activations
     held for the backward pass (counted on the CPU, in that precision), and the most bytes that were allocated on an
     accelerator. Masks are planned outside the clock, as in `step_seconds`."""
-    backbone = backbone_of(spec)
+    backbone = open_spec_backbone(spec)
     block, size = backbone.build_block(0, spec.seed).train(), backbone.image_size
     images = torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(0))
 
     def count(number: int) -> list[int]:
         some = torch.rand(number, 3, *size, generator=torch.Generator().manual_seed(0))
-        plan = plans_of_step(spec, backbone, size, number, 0, 0)[0]
+        plan = mask_plans(spec, backbone, size, number, 0, 0)[0]
         with counting_saved(iter(block.parameters())) as saved, autocast("cpu", precision):
             block(some, plan)
         return [saved.total]
@@ -180,7 +180,7 @@ def encoder_cost(
     for step in range(steps + 1):  # the first one warms up
         if device.type == "cuda" and step == 1:
             torch.cuda.reset_peak_memory_stats(device)
-        plan = plans_of_step(spec, backbone, size, batch, step, 0, device=device)[0]
+        plan = mask_plans(spec, backbone, size, batch, step, 0, device=device)[0]
         started = _now(device)
         with autocast(device.type, precision):
             tokens = block(images, plan)
@@ -191,24 +191,24 @@ def encoder_cost(
     return min(times[1:]), held, peak
 
 
-def plan_seconds(spec: FamilySpec, batch: int, steps: int) -> float:
+def plan_seconds(spec: PretrainSpec, batch: int, steps: int) -> float:
     """Seconds of the median of `steps` plans of all blocks for a batch on the CPU, which a run makes ahead of the step."""
-    backbone = backbone_of(spec)
+    backbone = open_spec_backbone(spec)
     times = []
     for step in range(steps):
         started = time.perf_counter()
-        plans_of_step(spec, backbone, backbone.image_size, batch, step, 0)
+        mask_plans(spec, backbone, backbone.image_size, batch, step, 0)
         times.append(time.perf_counter() - started)
     return median(times)
 
 
 def sampler_seconds(
-    spec: FamilySpec, batch: int, steps: int, throw_ratio: float
+    spec: PretrainSpec, batch: int, steps: int, throw_ratio: float
 ) -> list[tuple[tuple[int, int], dict[str, float]]]:
     """For each block (rows, columns) of its tokens, and by sampler the median seconds of choosing, for a batch on the CPU,
     which of them are decoded. Raises ValueError if `throw_ratio` leaves a decoder no masked token."""
-    backbone = backbone_of(spec)
-    plans = plans_of_step(spec, backbone, backbone.image_size, batch, 0, 0)
+    backbone = open_spec_backbone(spec)
+    plans = mask_plans(spec, backbone, backbone.image_size, batch, 0, 0)
 
     def seconds(plan: MaskPlan, sampler: str) -> float:
         times = []
@@ -224,12 +224,12 @@ def sampler_seconds(
     ]
 
 
-def light_decoders(spec: FamilySpec) -> FamilySpec:
+def light_decoders(spec: PretrainSpec) -> PretrainSpec:
     """The same family with decoders that cost less where there are many tokens: on grids of more than 28 x 28 a width of 64
     and 0.65 of all tokens thrown, on more than 14 x 14 a width of 128 and half of them, thrown ones not recovered and drawn
     at random."""
     found = []
-    for info, decoder in zip(backbone_of(spec).blocks, spec.decoders, strict=True):
+    for info, decoder in zip(open_spec_backbone(spec).blocks, spec.decoders, strict=True):
         tokens = info.grid[0] * info.grid[1]
         for least, dim, throw in ((28 * 28, 64, 0.65), (14 * 14, 128, 0.5)):
             if tokens > least:
@@ -250,7 +250,7 @@ def explicit_attention() -> Iterator[None]:
         timm.layers.set_fused_attn(bool(before))
 
 
-def depth_runs(backbone: str, layers: tuple[int, ...], decoder: DecoderSpec) -> list[FamilySpec]:
+def depth_runs(backbone: str, layers: tuple[int, ...], decoder: DecoderSpec) -> list[PretrainSpec]:
     """What a family replaces: an ordinary end-to-end run for each of its depths."""
     whole = open_backbone(backbone, layers, {})
     found = []

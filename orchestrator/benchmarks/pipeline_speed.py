@@ -15,14 +15,14 @@ import numpy as np
 
 from bim.orchestrator.data.phases import constant
 from bim.orchestrator.distributed.actors import LoaderActor, StageActor
-from bim.orchestrator.distributed.placement import Layout, consecutive
+from bim.orchestrator.distributed.placement import StageLayout, consecutive
 from bim.orchestrator.distributed.ray_stage_group import RayStages
 from bim.orchestrator.training.callbacks import EpochReport, StopRequest
 from bim.orchestrator.training.checkpoint import CheckpointStore, FileRecord, Manifest
-from bim.orchestrator.training.loop import RunPlan, pretrain
-from bim.orchestrator.training.messages import Order, StageReport
+from bim.orchestrator.training.loop import TrainingSchedule, pretrain
+from bim.orchestrator.training.messages import StageReport, StepRequest
 from bim.orchestrator.training.restart_policy import RestartPolicy
-from bim.orchestrator.training.transport import Inbox, Payload
+from bim.orchestrator.training.transport import Payload, ReceiveBuffer
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class SleepStage(StageActor):
         torch.set_num_threads(threads)
         self._sleep = spec
         self._last = blocks[-1] == spec.stages - 1
-        self._inbox = Inbox(torch.device(device))
+        self._inbox = ReceiveBuffer(torch.device(device))
         self._out = np.zeros(spec.payload_bytes // 4, dtype=np.float32)
 
     def restore(self, checkpoint: str | None, step: int) -> int:
         return step
 
     def train_step(
-        self, order: Order, images: Payload, incoming: Payload | None
+        self, order: StepRequest, images: Payload, incoming: Payload | None
     ) -> tuple[Payload | None, StageReport]:
         started = time.perf_counter()
         self._inbox.unpack("images", images)
@@ -123,7 +123,7 @@ def pipeline_speed(stages: int, work_s: float, payload_bytes: int, steps: int, c
     """Run `steps` steps through `stages` sleeping stages with the real loop. Ray must be initialised."""
     alone = alone_steps_per_s(work_s, 100)
     share = cpus / (stages + 1)
-    layout = Layout(consecutive(stages, stages), 0.0, share, share, threads=1)
+    layout = StageLayout(consecutive(stages, stages), 0.0, share, share, threads=1)
     with tempfile.TemporaryDirectory() as out:
         group = SleepStages(SleepSpec(stages, work_s, payload_bytes), None, layout, Path(out))  # type: ignore[arg-type]
         try:
@@ -145,7 +145,7 @@ def _drive(group: RayStages, out: Path, steps: int, marks: list[tuple[float, flo
             if marks is not None:
                 marks.append((time.perf_counter(), time.process_time()))
 
-    plan = RunPlan(steps, constant(1, 64), lambda step: 0.0, 2 * len(group.places), steps + 1, 0)
+    plan = TrainingSchedule(steps, constant(1, 64), lambda step: 0.0, 2 * len(group.places), steps + 1, 0)
     out.mkdir(exist_ok=True)
     store = CheckpointStore(out)
     nothing: dict[str, Any] = {}

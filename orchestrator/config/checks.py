@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from bim.orchestrator.config.messages import show
+from bim.orchestrator.config.messages import format_value
 from bim.orchestrator.config.schema import Settings, start_epoch
 
 PER_BLOCK = (
@@ -32,7 +32,7 @@ def contradictions(s: Settings) -> list[str]:
     ratios = s.per_block("mask.ratio")
     if any(later < earlier for earlier, later in pairwise(ratios)):
         problems.append(
-            f"mask.ratio must not decrease from block to block, not {show(list(ratios))}: "
+            f"mask.ratio must not decrease from block to block, not {format_value(list(ratios))}: "
             "a later block sees only what the one before it kept"
         )
     if s.data.val_fraction + s.data.test_fraction >= 1:
@@ -68,7 +68,7 @@ def contradictions(s: Settings) -> list[str]:
     return problems
 
 
-def without_effect(s: Settings) -> list[str]:
+def ineffective_settings(s: Settings) -> list[str]:
     """Settings that differ from their default and change nothing beside the others, one sentence for each reason."""
     ratios = set(s.per_block("mask.ratio"))
     reasons = (
@@ -98,9 +98,9 @@ def _changed(s: Settings, key: str) -> bool:
 
 def resolution_problems(phases: Sequence[Sequence[float]], epochs: int) -> list[str]:
     """What is wrong with a resolution schedule of a run of so many epochs, one sentence each."""
-    shown = show([list(phase) for phase in phases])
+    shown = format_value([list(phase) for phase in phases])
     problems = [
-        f"schedule.resolution: {what} in {show(list(phase))} must be a whole number of at least 1"
+        f"schedule.resolution: {what} in {format_value(list(phase))} must be a whole number of at least 1"
         for phase in phases
         for what, value in zip(("pixels", "batch_size", "accumulate"), phase[1:], strict=False)
         if isinstance(value, float) or value < 1
@@ -114,6 +114,6 @@ def resolution_problems(phases: Sequence[Sequence[float]], epochs: int) -> list[
     if starts[0] != 0 or any(later <= earlier for earlier, later in pairwise(starts)) or starts[-1] >= epochs:
         problems.append(
             f"schedule.resolution must begin with epoch 0 and go on with later ones, all before {epochs}, not {shown}, "
-            f"whose phases begin with epochs {show(starts)}"
+            f"whose phases begin with epochs {format_value(starts)}"
         )
     return problems

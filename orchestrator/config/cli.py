@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bim.orchestrator.config.messages import SettingInfo, show, unknown
+from bim.orchestrator.config.messages import SettingInfo, format_value, unknown
 from bim.orchestrator.config.recipes import (
     DEFAULT_RECIPE,
     SAVED_SETTINGS,
@@ -204,7 +204,7 @@ def _value(key: str, text: str | None, info: SettingInfo) -> Any:
     try:
         return parse_value(text)
     except RecipeError:
-        raise SettingsError(f"{key} must be {info.allowed}, not {show(text)}") from None
+        raise SettingsError(f"{key} must be {info.allowed}, not {format_value(text)}") from None
 
 
 def _without_the_arguments_of_another(values: dict[str, Any], name: str) -> dict[str, Any]:
@@ -255,7 +255,7 @@ def help_text() -> str:
                 value: Any = defaults
                 for part in info.key.split("."):
                     value = value[part]
-                shown = value if isinstance(value, str) else show(value)
+                shown = value if isinstance(value, str) else format_value(value)
                 shown = shown if shown.startswith("[") else f"[{shown}]"
                 lines += _entry(_option(info), f"{info.description} {shown}", column)
     return "\n".join([*lines, "", EXAMPLES])

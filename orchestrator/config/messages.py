@@ -114,12 +114,12 @@ def _allowed(entry: Mapping[str, Any]) -> str:
     if any(part.get("type") == "null" for part in alternatives):
         text += " or null"
     examples = entry.get("examples", ())
-    return text + (f" (e.g. {' or '.join(show(e) for e in examples)})" if examples else "")
+    return text + (f" (e.g. {' or '.join(format_value(e) for e in examples)})" if examples else "")
 
 
 def _one_allowed(part: Mapping[str, Any]) -> str:
     if "enum" in part or "const" in part:
-        return either([str(name) for name in part.get("enum", [part.get("const")])])
+        return join_or([str(name) for name in part.get("enum", [part.get("const")])])
     kind = part.get("type")
     if kind == "array" and "prefixItems" in part:
         return f"two numbers [a, b], each {_bounds(part['prefixItems'][0]) or 'of any size'}"
@@ -147,18 +147,18 @@ def _bounds(part: Mapping[str, Any]) -> str:
     return " and ".join(f"{word} {part[name]:g}" for name, word in words if name in part)
 
 
-def either(names: Sequence[str]) -> str:
+def join_or(names: Sequence[str]) -> str:
     """`a`, `a or b`, `a, b or c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-def show(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as one would write it in YAML; text in quotes, long values cut."""
     text = f"'{value}'" if isinstance(value, str) else json.dumps(value, default=str)
     if isinstance(value, list):
-        text = f"[{', '.join(map(show, value))}]"
+        text = f"[{', '.join(map(format_value, value))}]"
     if isinstance(value, dict):
-        text = "{" + ", ".join(f"{k}: {show(v)}" for k, v in value.items()) + "}"
+        text = "{" + ", ".join(f"{k}: {format_value(v)}" for k, v in value.items()) + "}"
     return text if len(text) <= 70 else text[:67] + "..."
 
 
@@ -185,7 +185,7 @@ def nearest(key: str, known: Sequence[str]) -> list[str]:
 def unknown(key: str, known: Sequence[str]) -> str:
     """The message for a setting that there is not."""
     close = nearest(key, known)
-    hint = f"did you mean {either([repr(k) for k in close])}?" if close else "--help lists all settings"
+    hint = f"did you mean {join_or([repr(k) for k in close])}?" if close else "--help lists all settings"
     return f"unknown setting '{key}'; {hint}"
 
 
@@ -240,9 +240,9 @@ def _wrong(key: str, infos: Mapping[str, SettingInfo], value: Any, typed: str | 
     allowed = info.allowed if info else "a number, text, true, false, null or a list of them"
     if typed is not None and not isinstance(value, str | None):
         return f"{key} must be {allowed}, not {typed}"
-    message = f"{key} must be {allowed}, not {show(value if typed is None else typed)}"
+    message = f"{key} must be {allowed}, not {format_value(value if typed is None else typed)}"
     if info and info.is_text and isinstance(value, int | float):
-        message += f" (text that looks like this goes in quotes, '{show(value)}')"
+        message += f" (text that looks like this goes in quotes, '{format_value(value)}')"
     return message
 
 
@@ -253,7 +253,7 @@ def _missing(info: SettingInfo) -> str:
 def _misplaced(key: str, infos: Mapping[str, SettingInfo], value: Any) -> str:
     if key in infos and "." in key:
         group, name = key.split(".", 1)
-        return f"'{key}' in a file is written nested, '{group}: {{{name}: {show(value)}}}'"
+        return f"'{key}' in a file is written nested, '{group}: {{{name}: {format_value(value)}}}'"
     if isinstance(value, Mapping):  # a group whose name is wrong
         return unknown(key, list(dict.fromkeys(info.group or info.key for info in infos.values())))
     return unknown(key, list(infos))

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from bim.orchestrator.config.messages import SettingInfo, explain, group_titles, setting_infos, show
+from bim.orchestrator.config.messages import SettingInfo, explain, format_value, group_titles, setting_infos
 
 
 class SettingsError(ValueError):
@@ -35,16 +35,16 @@ def _path_if_text(value: object) -> object:
 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(gt=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 HeldOut = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
-Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Location = Annotated[str, BeforeValidator(_home), Field(min_length=1)]
 OutPath = Annotated[Path, BeforeValidator(_path_if_text)]
 Counts = Annotated[tuple[Count, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
-Shares = Annotated[tuple[Share, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
+Shares = Annotated[tuple[Fraction, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
 TwoShares = Annotated[
     tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]],
     BeforeValidator(_tuple_if_list),
@@ -64,8 +64,8 @@ def _search_space(value: object) -> object:
     """Raises ValueError for single values, in words that name the key."""
     if isinstance(value, dict):
         problems = [
-            f"search.space: {key} must be a list of values to try, or {{low: a, high: b}}, not {show(tried)}; "
-            f"to set it without a search give --{key} {show(tried)}"
+            f"search.space: {key} must be a list of values to try, or {{low: a, high: b}}, not {format_value(tried)}; "
+            f"to set it without a search give --{key} {format_value(tried)}"
             for key, tried in value.items()
             if not (tried is None or isinstance(tried, list | dict))
         ]
@@ -110,7 +110,7 @@ class BackboneEntry(_Group):
     blocks: Count | Counts | None = Field(
         default=None, description="null: as in the run", examples=[4, [2, 2, 6, 2]]
     )
-    called: Word | None = Field(
+    called: Identifier | None = Field(
         default=None, description="its folder and its name in tables; null: its timm name"
     )
     settings: dict[str, Any] = Field(
@@ -130,7 +130,9 @@ def _backbone_entries(value: object) -> object:
     for number, entry in enumerate(value, 1):
         given = {"name": entry} if isinstance(entry, str) else entry
         if not isinstance(given, dict):
-            problems.append(f"backbones: entry {number} must be a timm name or a mapping, not {show(entry)}")
+            problems.append(
+                f"backbones: entry {number} must be a timm name or a mapping, not {format_value(entry)}"
+            )
             continue
         try:
             found.append(BackboneEntry.model_validate(given))
@@ -148,7 +150,7 @@ BackboneEntries = Annotated[
 
 
 class MaskSettings(_Group):
-    ratio: Share | Shares = Field(
+    ratio: Fraction | Shares = Field(
         default=(0.6, 0.75),
         description="share of mask units hidden: one for all blocks, [of the first, of the last] with even steps between, "
         "or one for each block; must not decrease. Where all tokens are encoded, of two the last holds for all",
@@ -330,7 +332,7 @@ class TrackingSettings(_Group):
 class Settings(_Group):
     """Everything that a run depends on. Made by `settings_from_mapping`, or `command_line.load_settings`."""
 
-    name: Word = Field(description="of the run, in MLflow")
+    name: Identifier = Field(description="of the run, in MLflow")
     out: OutPath | None = Field(
         default=None, description="output folder; null: a new one, named after the run"
     )

@@ -1,5 +1,5 @@
 """Bytes of an image file -> RGB uint8. Grey, palette, 16-bit, CMYK, transparent and EXIF-turned images come out as a
-person would see them on a white page; what cannot be decoded raises `BadImage`. No resizing, no caching.
+person would see them on a white page; what cannot be decoded raises `ImageDecodeError`. No resizing, no caching.
 
 torchvision decodes grey and RGB JPEG (about twice as fast as Pillow, the same values); everything else is Pillow's.
 Colour profiles are not applied; of an animation or a stack of pages the first counts."""
@@ -15,7 +15,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from bim.orchestrator.data.errors import BadImage
+from bim.orchestrator.data.errors import ImageDecodeError
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb (2 x 1 GiB / 4 / 3), kept if a user lifts Pillow's
 # No others are tried: some of Pillow's readers start programs (EPS), and data from the internet is not to be trusted
@@ -26,27 +26,29 @@ _ORIENTATION = 0x0112  # EXIF tag
 def decode_rgb(data: bytes, name: str) -> Tensor:
     """Decode an image file. data: its bytes -> (3, H, W) uint8 RGB, upright.
 
-    Transparent pixels are laid on white; of 16-bit values the high byte is kept. Raises BadImage(name, reason) if the
-    bytes are empty, cut short, of none of FORMATS, of more than MAX_PIXELS pixels, or 32-bit without a known range.
+    Transparent pixels are laid on white; of 16-bit values the high byte is kept. Raises ImageDecodeError(name, reason) if
+    the bytes are empty, cut short, of none of FORMATS, of more than MAX_PIXELS pixels, or 32-bit without a known range.
     """
     if not data:
-        raise BadImage(name, "it is empty (0 bytes)")
+        raise ImageDecodeError(name, "it is empty (0 bytes)")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header only
             if image.width * image.height > MAX_PIXELS:
-                raise BadImage(name, f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+                raise ImageDecodeError(
+                    name, f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}"
+                )
             if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
                 decoded = _decode_jpeg(data)
                 if decoded is not None:
                     return _upright(decoded, _orientation(image))
             return image_to_rgb(image)
-    except (BadImage, MemoryError):
+    except (ImageDecodeError, MemoryError):
         raise
     except UnidentifiedImageError as error:  # its text holds a memory address
-        raise BadImage(name, f"its bytes are none of {', '.join(FORMATS)}") from error
+        raise ImageDecodeError(name, f"its bytes are none of {', '.join(FORMATS)}") from error
     except Exception as error:  # decoders meet damaged bytes with errors of every kind
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise BadImage(name, reason) from error
+        raise ImageDecodeError(name, reason) from error
 
 
 def image_to_rgb(image: Image.Image) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from bim.orchestrator.data.decode import decode_rgb
-from bim.orchestrator.data.errors import BadImage, DataError
+from bim.orchestrator.data.errors import DataError, ImageDecodeError
 from bim.orchestrator.data.file_listing import IMAGE_EXTENSIONS, NameTable, split_of_folder, walk
 
 
@@ -47,12 +47,12 @@ class FolderSource:
         return len(self._names)
 
     def load(self, index: int) -> Tensor:
-        """-> (3, H, W) uint8. Raises BadImage, also for a file that has gone or may not be read."""
+        """-> (3, H, W) uint8. Raises ImageDecodeError, also for a file that has gone or may not be read."""
         name = self._names[index]
         try:
             data = (self.root / name).read_bytes()
         except OSError as error:
-            raise BadImage(name, f"the file cannot be read: {error.strerror}") from error
+            raise ImageDecodeError(name, f"the file cannot be read: {error.strerror}") from error
         return decode_rgb(data, name)
 
     def item_name(self, index: int) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from bim.models.seeding import generator
 from bim.orchestrator.data.crops import DRAWS, RandomCrop, centre_view
-from bim.orchestrator.data.errors import BadImage, DataError, TooManyBadImages
+from bim.orchestrator.data.errors import DataError, ImageDecodeError, TooManyCorruptImagesError
 from bim.orchestrator.data.phases import Phase, PhaseSpec, phase_at, phases_on
 from bim.orchestrator.data.prefetch import Prefetcher
 from bim.orchestrator.data.sampler import epoch_order
@@ -58,17 +58,17 @@ class TrainBatches:
         specs = (PhaseSpec(0, size, batch_size, accumulate), *later)
         counts = [("workers", workers, 0)]
         for spec in specs:
-            counts += [("batch_size", spec.batch_size, 1), ("accumulate", spec.micros, 1)]
+            counts += [("batch_size", spec.batch_size, 1), ("accumulate", spec.grad_accum_steps, 1)]
         for key, value, least in counts:
             if value < least:
                 raise ValueError(f"data.{key} is {value}; give at least {least}")
         for spec in specs:
             if len(indices) < spec.images_per_step:
-                times = f" x data.accumulate={spec.micros}" if spec.micros > 1 else ""
+                times = f" x data.accumulate={spec.grad_accum_steps}" if spec.grad_accum_steps > 1 else ""
                 raise DataError(
                     f"{source.name} has {len(indices)} images to train on, fewer than one step's "
                     f"data.batch_size={spec.batch_size}{times}; lower data.batch_size to "
-                    f"{max(1, len(indices) // spec.micros)} or less"
+                    f"{max(1, len(indices) // spec.grad_accum_steps)} or less"
                 )
         self.phases = phases_on(specs, len(indices))
         self.steps_per_epoch = self.phases[0].steps_per_epoch
@@ -87,14 +87,14 @@ class TrainBatches:
     def batch(self, step: int, micro: int = 0) -> Batch:
         """Batch `micro` of optimizer step `step` (from 0, over all epochs).
 
-        Asked in order it is mostly there already. Raises TooManyBadImages if hardly anything can be read, RuntimeError if a
-        worker process died.
+        Asked in order it is mostly there already. Raises TooManyCorruptImagesError if hardly anything can be read,
+        RuntimeError if a worker process died.
         """
-        if step < 0 or not 0 <= micro < phase_at(self.phases, step).micros:
+        if step < 0 or not 0 <= micro < phase_at(self.phases, step).grad_accum_steps:
             raise ValueError(f"there is no batch (step {step}, micro {micro}) with {self.phases}")
         began = time.perf_counter()
         phase = phase_at(self.phases, step)
-        number = (step - phase.first_step) * phase.micros + micro
+        number = (step - phase.first_step) * phase.grad_accum_steps + micro
         if self._workers:
             filled = self._ahead(phase).get(number)
             return Batch(filled.items, filled.bad, time.perf_counter() - began)
@@ -131,7 +131,7 @@ class TrainReader:
         self.indices = np.sort(indices)  # the order of an epoch shall not depend on how the split was listed
         self.batch_size = phase.batch_size
         self.first_epoch = phase.first_epoch
-        self.batches_per_epoch = phase.steps_per_epoch * phase.micros
+        self.batches_per_epoch = phase.steps_per_epoch * phase.grad_accum_steps
         self.crop = crop
         self.seed = seed
         self._orders: dict[int, np.ndarray] = {}
@@ -153,10 +153,10 @@ class TrainReader:
                 try:
                     target.copy_(self.crop(self.source.load(index), draws))
                     break
-                except BadImage as image:
+                except ImageDecodeError as image:
                     bad.append((image.name, image.reason))
             else:
-                raise TooManyBadImages(
+                raise TooManyCorruptImagesError(
                     f"{_REPLACEMENTS} images of {self.source.name} in a row could not be read, the last being "
                     f"{bad[-1][0]} ({bad[-1][1]}); see whether the files are still there"
                 )
@@ -188,7 +188,7 @@ def eval_images(
     for index in indices.tolist():
         try:
             images.append(centre_view(source.load(index), size))
-        except BadImage:
+        except ImageDecodeError:
             continue
         numbers.append(index)
         if len(numbers) == batch_size:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from bim.orchestrator.data.decode import decode_rgb
-from bim.orchestrator.data.errors import BadImage, DataError
+from bim.orchestrator.data.errors import DataError, ImageDecodeError
 from bim.orchestrator.data.file_listing import split_of_shard
 from bim.orchestrator.data.parquet_columns import Columns, find_columns
 from bim.orchestrator.data.sampler import Chunks
@@ -81,16 +81,16 @@ class ParquetSource:
         return int(self._starts[-1])
 
     def load(self, index: int) -> Tensor:
-        """-> (3, H, W) uint8. Raises BadImage, also for a row without bytes or in a damaged row group."""
+        """-> (3, H, W) uint8. Raises ImageDecodeError, also for a row without bytes or in a damaged row group."""
         group = self._group_of(index)
         try:
             cells = self._cells(group)
         except (pa.ArrowException, OSError) as error:
             reason = f"its row group cannot be read: {' '.join(str(error).split())}"
-            raise BadImage(self.item_name(index), reason) from error
+            raise ImageDecodeError(self.item_name(index), reason) from error
         data = cells[index - int(self._starts[group])].as_py()
         if data is None:
-            raise BadImage(self.item_name(index), "the row holds no image bytes")
+            raise ImageDecodeError(self.item_name(index), "the row holds no image bytes")
         return decode_rgb(data, self.item_name(index))
 
     def item_name(self, index: int) -> str:

@@ -19,18 +19,18 @@ class PhaseSpec:
         first_epoch: counted from 0; a phase lasts until the next one begins, the last one for ever.
         size: (height, width) in pixels of its training crops.
         batch_size: images per micro-batch.
-        micros: micro-batches per optimizer step.
+        grad_accum_steps: micro-batches per optimizer step.
     """
 
     first_epoch: int
     size: tuple[int, int]
     batch_size: int
-    micros: int = 1
+    grad_accum_steps: int = 1
 
     @property
     def images_per_step(self) -> int:
         """The effective batch."""
-        return self.batch_size * self.micros
+        return self.batch_size * self.grad_accum_steps
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def phases_on(specs: Sequence[PhaseSpec], images: int) -> tuple[Phase, ...]:
         first = found[-1].first_step if found else 0
         if found:
             first += (spec.first_epoch - found[-1].first_epoch) * found[-1].steps_per_epoch
-        found.append(Phase(spec.first_epoch, spec.size, spec.batch_size, spec.micros, first, steps))
+        found.append(Phase(spec.first_epoch, spec.size, spec.batch_size, spec.grad_accum_steps, first, steps))
     return tuple(found)
 
 
@@ -83,7 +83,7 @@ def steps_until(phases: Sequence[Phase], epoch: int) -> int:
 
 
 def constant(
-    steps_per_epoch: int, batch_size: int, micros: int = 1, size: tuple[int, int] = (0, 0)
+    steps_per_epoch: int, batch_size: int, grad_accum_steps: int = 1, size: tuple[int, int] = (0, 0)
 ) -> tuple[Phase, ...]:
     """A run that does not change: one phase with so many optimizer steps per epoch."""
-    return (Phase(0, size, batch_size, micros, 0, steps_per_epoch),)
+    return (Phase(0, size, batch_size, grad_accum_steps, 0, steps_per_epoch),)

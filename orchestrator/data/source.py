@@ -11,14 +11,14 @@ import numpy as np
 from torch import Tensor
 
 from bim.orchestrator.data.digits import DigitsSource
-from bim.orchestrator.data.errors import BadImage, DataError
+from bim.orchestrator.data.errors import DataError, ImageDecodeError
 from bim.orchestrator.data.file_listing import IMAGE_EXTENSIONS, walk
 from bim.orchestrator.data.folder import FolderSource
 from bim.orchestrator.data.parquet import ParquetSource
 from bim.orchestrator.data.sampler import Chunks
 from bim.orchestrator.data.torchvision_source import TorchvisionSource
 
-__all__ = ["SOURCES", "BadImage", "DataError", "Source", "open_source"]
+__all__ = ["SOURCES", "DataError", "ImageDecodeError", "Source", "open_source"]
 
 
 class Source(Protocol):
@@ -50,7 +50,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def load(self, index: int) -> Tensor:
-        """Image number `index` -> (3, H, W) uint8 RGB, not to be written to. Raises BadImage."""
+        """Image number `index` -> (3, H, W) uint8 RGB, not to be written to. Raises ImageDecodeError."""
         ...
 
     def item_name(self, index: int) -> str:

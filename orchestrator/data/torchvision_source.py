@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from bim.orchestrator.data.decode import image_to_rgb
-from bim.orchestrator.data.errors import BadImage, DataError
+from bim.orchestrator.data.errors import DataError, ImageDecodeError
 
 DEFAULT_ROOT = "data"
 
@@ -56,7 +56,7 @@ class TorchvisionSource:
         return int(self._starts[-1])
 
     def load(self, index: int) -> Tensor:
-        """-> (3, H, W) uint8. Raises BadImage."""
+        """-> (3, H, W) uint8. Raises ImageDecodeError."""
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         try:
             image = self._parts()[part][index - int(self._starts[part])][0]
@@ -66,7 +66,7 @@ class TorchvisionSource:
         except MemoryError:
             raise
         except Exception as error:  # damaged files raise errors of every kind
-            raise BadImage(self.item_name(index), " ".join(str(error).split())) from error
+            raise ImageDecodeError(self.item_name(index), " ".join(str(error).split())) from error
 
     def item_name(self, index: int) -> str:
         return f"{self._dataset} {index}"

@@ -19,7 +19,7 @@ from ray.exceptions import RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from bim.orchestrator.distributed.placement import ClusterResources, Layout
+from bim.orchestrator.distributed.placement import ClusterResources, StageLayout
 
 Result = TypeVar("Result")
 
@@ -62,7 +62,7 @@ def _connect(say: Callable[[str], None]) -> None:
     if told := os.environ.get("RAY_ADDRESS"):
         # Ray itself tries for many minutes, noisily.
         named = told.removeprefix("ray://")
-        there = not re.search(r":\d+$", named) or answers(named)
+        there = not re.search(r":\d+$", named) or is_reachable(named)
         try:
             if not there:
                 raise ConnectionError
@@ -81,7 +81,7 @@ def _connect(say: Callable[[str], None]) -> None:
     say(f"Ray on {machines}: {have.cpus:g} CPU, {have.gpus:g} GPU")
 
 
-def run_beside_stages(function: Callable[..., Result], layout: Layout, *args: object) -> Result:
+def run_on_worker(function: Callable[..., Result], layout: StageLayout, *args: object) -> Result:
     """Run `function(*args)` on a GPU of the cluster if the stages had one, else in this process. Returns what it returns."""
     if layout.gpus == 0:
         return function(*args)
@@ -90,10 +90,10 @@ def run_beside_stages(function: Callable[..., Result], layout: Layout, *args: ob
     return found
 
 
-def run_in_room(
+def run_in_bundle(
     function: Callable[..., Result],
     group: PlacementGroup,
-    layout: Layout,
+    layout: StageLayout,
     enough: Callable[[], bool],
     *args: object,
 ) -> Result | None:
@@ -113,7 +113,7 @@ def run_in_room(
     return found
 
 
-KNOCK_S = 5.0
+CONNECT_TIMEOUT_S = 5.0
 
 
 def result_of(reference: Any) -> Any:
@@ -126,16 +126,16 @@ def result_of(reference: Any) -> Any:
         raise
 
 
-def head_answers() -> bool:
+def gcs_is_reachable() -> bool:
     """Whether the connected cluster's head is there; Ray's own calls wait a minute for it, then end this process."""
-    return answers(str(ray.get_runtime_context().gcs_address))
+    return is_reachable(str(ray.get_runtime_context().gcs_address))
 
 
-def answers(address: str) -> bool:
+def is_reachable(address: str) -> bool:
     """Whether something listens at HOST:PORT, known within seconds."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError:
         return False
     return True

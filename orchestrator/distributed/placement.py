@@ -25,7 +25,7 @@ class ClusterResources:
 
 
 @dataclass(frozen=True)
-class Layout:
+class StageLayout:
     """Where blocks live.
 
     Args:
@@ -56,14 +56,14 @@ def consecutive(blocks: int, stages: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(range(a, b)) for a, b in pairwise(bounds))
 
 
-def plan_layout(
+def compute_layout(
     blocks: int,
     cluster: ClusterResources,
     stages: int | None = None,
     gpus_per_stage: float | None = None,
     cpus_per_stage: float | None = None,
     threads_per_stage: int | None = None,
-) -> Layout:
+) -> StageLayout:
     """Decide the stages. None leaves a number to the cluster: a block per GPU when there are enough, several consecutive
     blocks per stage when there are fewer, shares of the CPUs when there are none.
 
@@ -100,11 +100,11 @@ def plan_layout(
         )
     loader = math.floor(max(0.0, min(share, cluster.cpus - cpus * wanted)) * 100) / 100
     threads = threads_per_stage or max(1, int(cluster.cpus // wanted) if gpus == 0 else int(cpus))
-    return Layout(consecutive(blocks, wanted), gpus, cpus, loader, threads)
+    return StageLayout(consecutive(blocks, wanted), gpus, cpus, loader, threads)
 
 
 @dataclass(frozen=True)
-class Share:
+class ResourceShare:
     """What one of several families gets to plan with: a part of the cluster, and in how many stages at most."""
 
     cluster: ClusterResources
@@ -113,7 +113,7 @@ class Share:
 
 def shares(
     blocks: Sequence[int], cluster: ClusterResources, gpus_per_stage: float | None = None
-) -> tuple[Share, ...]:
+) -> tuple[ResourceShare, ...]:
     """Divide a cluster among families of so many blocks, so that as many as can live side by side.
 
     With GPUs every family gets an equal part of them, the first ones those that are left over, and one at least: where there
@@ -131,7 +131,7 @@ def shares(
         beside = max(1, min(families, int(cluster.cpus)))
         wanted = [min(b, max(2, int(cluster.cpus / beside))) for b in blocks]
     part = ClusterResources(cluster.cpus / beside, cluster.gpus, cluster.nodes)
-    return tuple(Share(part, stages) for stages in wanted)
+    return tuple(ResourceShare(part, stages) for stages in wanted)
 
 
 def _gpu_room(gpus: float, per_stage: float) -> int:

@@ -8,21 +8,21 @@ from collections.abc import Callable
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from bim.orchestrator.distributed.cluster import cluster_resources, head_answers
-from bim.orchestrator.distributed.placement import Layout, PlacementError
+from bim.orchestrator.distributed.cluster import cluster_resources, gcs_is_reachable
+from bim.orchestrator.distributed.placement import PlacementError, StageLayout
 
 
-def give_room_back(group: PlacementGroup) -> None:
+def release_placement_group(group: PlacementGroup) -> None:
     """Remove a placement group; whatever still lives in it ends. Safe to call twice."""
-    if ray.is_initialized() and head_answers():
+    if ray.is_initialized() and gcs_is_reachable():
         remove_placement_group(group)
 
 
-POLL_S = 1  # between two looks whether there is room; Ray takes whole seconds
+POLL_INTERVAL_S = 1  # between two looks whether there is room; Ray takes whole seconds
 
 
-def placed(
-    layout: Layout,
+def create_placement_group(
+    layout: StageLayout,
     wait_s: float,
     others: Callable[[], bool] = lambda: False,
     enough: Callable[[], bool] = lambda: False,
@@ -39,7 +39,7 @@ def placed(
     group = placement_group(layout.bundles, strategy="PACK")
     since = time.monotonic()
     try:
-        while not group.wait(POLL_S):
+        while not group.wait(POLL_INTERVAL_S):
             if enough():
                 remove_placement_group(group)
                 return None
@@ -53,7 +53,7 @@ def placed(
                     f"the cluster has {have.cpus:g} CPU and {have.gpus:g} GPU, perhaps in use by another job"
                 )
     except BaseException:
-        if head_answers():
+        if gcs_is_reachable():
             remove_placement_group(group)
         raise
     return group

@@ -21,25 +21,25 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from bim.orchestrator.data.spec import DataSpec
 from bim.orchestrator.distributed.actors import LoaderActor, StageActor
-from bim.orchestrator.distributed.cluster import head_answers
-from bim.orchestrator.distributed.placement import Layout, PlacementError
-from bim.orchestrator.distributed.placement_group import placed
+from bim.orchestrator.distributed.cluster import gcs_is_reachable
+from bim.orchestrator.distributed.placement import PlacementError, StageLayout
+from bim.orchestrator.distributed.placement_group import create_placement_group
 from bim.orchestrator.training.checkpoint import FileRecord
 from bim.orchestrator.training.errors import StageFailure
-from bim.orchestrator.training.messages import Order, StageReport, StepReport
-from bim.orchestrator.training.spec import FamilySpec
-from bim.orchestrator.training.stage_group import place_of
+from bim.orchestrator.training.messages import StageReport, StepReport, StepRequest
+from bim.orchestrator.training.spec import PretrainSpec
+from bim.orchestrator.training.stage_group import stage_label
 
-DRAIN_S = 600  # a stage that is still busy after this long is taken for hung
+DRAIN_TIMEOUT_S = 600  # a stage that is still busy after this long is taken for hung
 
-PING_S = 300  # importing torch and timm on a loaded machine takes tens of seconds
+ACTOR_START_TIMEOUT_S = 300  # importing torch and timm on a loaded machine takes tens of seconds
 
 
 @dataclass(frozen=True)
 class Pending:
     """References of one micro-batch under way; the activations' own references live with the tasks that use them."""
 
-    order: Order
+    order: StepRequest
     note: Any
     reports: tuple[Any, ...]
 
@@ -60,9 +60,9 @@ class RayStages:
 
     def __init__(
         self,
-        spec: FamilySpec,
+        spec: PretrainSpec,
         data: DataSpec,
-        layout: Layout,
+        layout: StageLayout,
         shared: Path,
         wait_s: float = 120.0,
         group: PlacementGroup | None = None,
@@ -88,8 +88,8 @@ class RayStages:
             StageFailure: an actor could not be built.
         """
         if self._group is None:
-            self._group = placed(self._layout, self._wait_s)
-        if self._fill_places():
+            self._group = create_placement_group(self._layout, self._wait_s)
+        if self._ensure_actors():
             self._check_shared()
 
     def restore(self, checkpoint: Path | None, step: int) -> None:
@@ -99,15 +99,15 @@ class RayStages:
             when, self._loader.open.remote(), [actor.restore.remote(where, step) for actor in self._actors]
         )
 
-    def _fill_places(self) -> bool:
+    def _ensure_actors(self) -> bool:
         """Make the actors that are not there and wait until all are up. Returns whether any was made."""
         self._loader = self._loader if self._alive(self._loader) else None
         self._actors = [actor if self._alive(actor) else None for actor in self._actors]
         whole = self._loader is not None and None not in self._actors
-        self._make_missing()
+        self._create_missing_actors()
         refs = [actor.ping.remote() for actor in (self._loader, *self._actors)]
         # Room that was given is not ours to ask for anew: Ray finds another machine for it, if one comes in time.
-        patience = max(PING_S, self._wait_s) if self._given else PING_S
+        patience = max(ACTOR_START_TIMEOUT_S, self._wait_s) if self._given else ACTOR_START_TIMEOUT_S
         _, waiting = ray.wait(refs, num_returns=len(refs), timeout=patience, fetch_local=False)
         if waiting and self._given:
             raise PlacementError(
@@ -117,13 +117,13 @@ class RayStages:
         if waiting:
             # A machine is gone, and Ray waits for another one without an end: ask for room anew, with one.
             self._drop()
-            self._group = placed(self._layout, self._wait_s)
-            self._make_missing()
+            self._group = create_placement_group(self._layout, self._wait_s)
+            self._create_missing_actors()
             refs = [actor.ping.remote() for actor in (self._loader, *self._actors)]
         self._pids = self._collect("while starting", refs[0], refs[1:])
         return not whole
 
-    def _make_missing(self) -> None:
+    def _create_missing_actors(self) -> None:
         layout = self._layout
         if self._loader is None:
             self._loader = self._remote(self.loader_class, 0, layout.loader_cpus, 0.0).remote(self._data)
@@ -133,7 +133,7 @@ class RayStages:
                 make = self._remote(self.stage_class, i, layout.cpus, layout.gpus)
                 self._actors[i] = make.remote(self._spec, blocks, device, layout.threads)
 
-    def submit(self, order: Order) -> Pending:
+    def submit(self, order: StepRequest) -> Pending:
         images, note = self._loader.batch.options(num_returns=2).remote(order.step, order.micro)
         payload: Any = None
         reports = []
@@ -147,14 +147,14 @@ class RayStages:
         (bad, load_s), *reports = self._collect(when, pending.note, pending.reports)
         stages: tuple[StageReport, ...] = tuple(reports)
         # One stage may wait for another; that none of them works at all is for want of data.
-        return StepReport(pending.order, stages, bad, load_s, min(s.idle_s - s.plan_wait_s for s in stages))
+        return StepReport(pending.order, stages, bad, load_s, min(s.idle_s - s.mask_wait_s for s in stages))
 
-    def abandon(self, pending: Sequence[Pending]) -> None:
-        """Wait for every outstanding task, failed ones included; kill what is still busy after `DRAIN_S`."""
+    def cancel_pending(self, pending: Sequence[Pending]) -> None:
+        """Wait for every outstanding task, failed ones included; kill what is still busy after `DRAIN_TIMEOUT_S`."""
         refs = [ref for p in pending for ref in (p.note, *p.reports)]
         if not refs:
             return
-        _, busy = ray.wait(refs, num_returns=len(refs), timeout=DRAIN_S, fetch_local=False)
+        _, busy = ray.wait(refs, num_returns=len(refs), timeout=DRAIN_TIMEOUT_S, fetch_local=False)
         if busy:
             for actor in (self._loader, *self._actors):
                 ray.kill(actor)
@@ -185,7 +185,7 @@ class RayStages:
                 ray.kill(actor)
         self._loader, self._actors = None, [None] * len(self.places)
         if self._group is not None and not self._given:
-            if head_answers():  # after a SIGTERM to a whole process group, a Ray of ours may be gone
+            if gcs_is_reachable():  # after a SIGTERM to a whole process group, a Ray of ours may be gone
                 remove_placement_group(self._group)
             self._group = None
 
@@ -202,7 +202,7 @@ class RayStages:
         if actor is None:
             return False
         try:
-            ray.get(actor.ping.remote(), timeout=PING_S)
+            ray.get(actor.ping.remote(), timeout=ACTOR_START_TIMEOUT_S)
         except GetTimeoutError:
             ray.kill(actor)
             return False
@@ -217,9 +217,9 @@ class RayStages:
             return ray.get(refs)
         except RayError:
             # Nothing of it shall still be running when the group is rewound.
-            ray.wait(refs, num_returns=len(refs), timeout=DRAIN_S, fetch_local=False)
+            ray.wait(refs, num_returns=len(refs), timeout=DRAIN_TIMEOUT_S, fetch_local=False)
         names = ([] if loader_ref is None else ["the data loader"]) + [
-            place_of(i, b) for i, b in enumerate(self.places)
+            stage_label(i, b) for i, b in enumerate(self.places)
         ]
         for name, ref in zip(names, refs, strict=True):
             try:
@@ -241,7 +241,7 @@ class RayStages:
         finally:
             probe.unlink()
         if not all(seen):
-            blind = ", ".join(place_of(i, b) for i, b in enumerate(self.places) if not seen[i])
+            blind = ", ".join(stage_label(i, b) for i, b in enumerate(self.places) if not seen[i])
             raise PlacementError(
                 f"the output directory {self._shared} is not seen by {blind} on another machine; "
                 "put out on storage that all machines share, so that a checkpoint can be read back anywhere"

@@ -24,11 +24,11 @@ from bim.orchestrator.evaluation.batch_norms import gather_statistics
 from bim.orchestrator.evaluation.features import (
     MAX_IMAGES,
     Embedder,
-    drawn,
+    build_embedders,
     embed,
     embedded,
-    embedders_of,
     labelled,
+    subsample,
 )
 from bim.orchestrator.evaluation.metrics import linear_probe, rankme, score, standard_error, weighted_knn
 from bim.orchestrator.evaluation.model_cost import device_name, gflops, latencies_ms, latency_ms, num_params
@@ -66,7 +66,7 @@ def evaluate_variants(
     Raises ValueError if a split has no readable image, or embeddings are not finite.
     """
     gather_statistics(variants, source, splits.train, size, mean, std, device, seed, batch_size)
-    embedders = embedders_of(variants, mean, std, device)
+    embedders = build_embedders(variants, mean, std, device)
     worth: dict[int, dict[str, Any]]
     if source.labels is not None:
         scores = _scores(
@@ -74,7 +74,7 @@ def evaluate_variants(
         )
         worth = {depth: asdict(found) for depth, found in scores.items()}
     else:
-        ranks, ranked = ranks_of(embedders, source, splits.train, size, device, seed, batch_size)
+        ranks, ranked = rankme_by_depth(embedders, source, splits.train, size, device, seed, batch_size)
         worth = {depth: {"rankme": rank, "n_ranked": ranked} for depth, rank in ranks.items()}
     times = {batch: latencies_ms(variants, size, batch, device) if latency else {} for batch in (1, 64)}
     return [
@@ -132,8 +132,8 @@ def _scores(
     limit: int,
 ) -> dict[int, Scores]:
     """Every embedding fitted on the train split and scored on the test split, at most `limit` images of each."""
-    train, train_y = labelled(embedders, source, drawn(splits.train, limit, seed), size, batch_size)
-    test, test_y = labelled(embedders, source, drawn(splits.test, limit, seed), size, batch_size)
+    train, train_y = labelled(embedders, source, subsample(splits.train, limit, seed), size, batch_size)
+    test, test_y = labelled(embedders, source, subsample(splits.test, limit, seed), size, batch_size)
     train_y, test_y = train_y.to(device), test_y.to(device)
     return {
         name: score(train[name].to(device), train_y, test[name].to(device), test_y, k, temperature, seed)
@@ -141,7 +141,7 @@ def _scores(
     }
 
 
-def ranks_of(
+def rankme_by_depth(
     embedders: Mapping[int, Embedder],
     source: Source,
     train: np.ndarray,
@@ -154,7 +154,7 @@ def ranks_of(
 
     Raises ValueError if none of them can be read, or an embedding is not finite.
     """
-    features, numbers = embedded(embedders, source, drawn(train, RANK_IMAGES, seed), size, batch_size)
+    features, numbers = embedded(embedders, source, subsample(train, RANK_IMAGES, seed), size, batch_size)
     return {name: rankme(x.to(device)) for name, x in features.items()}, len(numbers)
 
 
@@ -168,7 +168,7 @@ __all__ = [
     "linear_probe",
     "num_params",
     "rankme",
-    "ranks_of",
+    "rankme_by_depth",
     "raw_pixels",
     "standard_error",
     "weighted_knn",

@@ -37,7 +37,7 @@ Embedder = Callable[[np.ndarray], Tensor]
 """(B, 3, H, W) uint8 -> (B, D) float32 on the CPU."""
 
 
-def embedders_of(
+def build_embedders(
     variants: Mapping[int, nn.Module], mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> dict[int, Embedder]:
     """What embeds images by each variant, which is left on `device` in evaluation mode."""
@@ -91,7 +91,7 @@ def embedded(
     return {name: torch.cat(parts) for name, parts in features.items()}, np.concatenate(kept)
 
 
-def drawn(indices: np.ndarray, limit: int, seed: int) -> np.ndarray:
+def subsample(indices: np.ndarray, limit: int, seed: int) -> np.ndarray:
     """At most `limit` of the image numbers, a sample that depends on the seed alone; sorted."""
     if len(indices) <= limit:
         return indices

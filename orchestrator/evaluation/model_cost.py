@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bim.models.backbones.backbone import Backbone
-from bim.orchestrator.training.build import build_local_mim, plans_of_step
-from bim.orchestrator.training.spec import FamilySpec
+from bim.orchestrator.training.build import build_local_mim, mask_plans
+from bim.orchestrator.training.spec import PretrainSpec
 
 WARM_UP_S = 0.2
 
@@ -104,18 +104,18 @@ def _timed_pass(model: nn.Module, images: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def forward_gflops(spec: FamilySpec, backbone: Backbone, size: tuple[int, int]) -> float:
+def forward_gflops(spec: PretrainSpec, backbone: Backbone, size: tuple[int, int]) -> float:
     """GFLOPs (2 x multiply-accumulates / 1e9) for one image of `size` (height, width); see `block_gflops`."""
     return sum(encoder + decoder for encoder, decoder in block_gflops(spec, backbone, size))
 
 
-def block_gflops(spec: FamilySpec, backbone: Backbone, size: tuple[int, int]) -> list[tuple[float, float]]:
+def block_gflops(spec: PretrainSpec, backbone: Backbone, size: tuple[int, int]) -> list[tuple[float, float]]:
     """(encoder, decoder) of every block, GFLOPs for one image of `size` (height, width).
 
     One grey image is really computed, since positions of other sizes than the backbone's own depend on the values of its
     table; a fraction of a second.
     """
-    plans = plans_of_step(spec, backbone, size, batch=1, step=0, micro=0)
+    plans = mask_plans(spec, backbone, size, batch=1, step=0, micro=0)
     x = torch.zeros(1, 3, *size)
     found = []
     with torch.no_grad():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class EvaluationSpec:
+class EvalConfig:
     """How variants are measured; the same for every run that is to be compared."""
 
     knn_k: int = 20
@@ -17,7 +17,7 @@ class EvaluationSpec:
 
 
 @dataclass(frozen=True)
-class Assessment:
+class EvaluationResult:
     """Measurements per depth and where the files are. `random` and `raw` are empty without references."""
 
     reports: tuple[DepthReport, ...]

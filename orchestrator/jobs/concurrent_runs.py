@@ -1,7 +1,7 @@
 """The courses of several backbones: each trained and assessed in room of its own, as it comes free, all at the same time.
 
 Every backbone has a thread of this process for its training loop; in the room of its stages it is assessed by a process of
-its own when it is trained. Signals are heard by the thread that calls `side_by_side` alone. One backbone that fails does not
+its own when it is trained. Signals are heard by the thread that calls `run_concurrently`. One backbone that fails does not
 stop the others. Without Ray they take turns.
 """
 
@@ -17,16 +17,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bim.orchestrator.data.errors import DataError
-from bim.orchestrator.distributed.cluster import run_in_room
-from bim.orchestrator.distributed.placement import Layout, PlacementError
-from bim.orchestrator.distributed.placement_group import PlacementGroup, give_room_back, placed
-from bim.orchestrator.evaluation.records import Assessment, DepthReport
-from bim.orchestrator.jobs.evaluate_checkpoint import AssessJob, assess
-from bim.orchestrator.jobs.job import Say, assess_job
+from bim.orchestrator.distributed.cluster import run_in_bundle
+from bim.orchestrator.distributed.placement import PlacementError, StageLayout
+from bim.orchestrator.distributed.placement_group import (
+    PlacementGroup,
+    create_placement_group,
+    release_placement_group,
+)
+from bim.orchestrator.evaluation.records import DepthReport, EvaluationResult
+from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, evaluate_checkpoint
+from bim.orchestrator.jobs.job import Say, evaluation_task
 from bim.orchestrator.jobs.records import card_facts
 from bim.orchestrator.reporting.console import Progress
 from bim.orchestrator.runs.output_dir import OutputError
-from bim.orchestrator.runs.prepare import Family, Prepared
+from bim.orchestrator.runs.prepare import PreparedJob, ResolvedRun
 from bim.orchestrator.runs.provenance import Provenance
 from bim.orchestrator.runs.signals import stop_on_signals
 from bim.orchestrator.runs.train import train
@@ -39,29 +43,29 @@ from bim.orchestrator.training.spec import Precision
 PATIENCE_S = 120.0
 """How long a backbone waits for room that no other one holds."""
 
-SAID_AFTER_S = 5.0
+LOG_WAIT_AFTER_S = 5.0
 """How long it waits without a word; Ray takes a moment for room that is there."""
 
-UNWIND_S = 20.0
+SHUTDOWN_TIMEOUT_S = 20.0
 """How long the threads get to end when a second signal wants the end at once."""
 
-OURS = (TrainingError, DataError, OutputError, PlacementError)
+USER_FACING_ERRORS = (TrainingError, DataError, OutputError, PlacementError)
 """Errors whose message is meant for the person who started the run."""
 
 
 @dataclass
-class Course:
+class BackboneRun:
     """How one backbone fares. Its own thread writes, the main thread reads when that has ended."""
 
     name: str
-    prepared: Prepared
-    plans: list[tuple[Family, Layout]]
+    prepared: PreparedJob
+    plans: list[tuple[ResolvedRun, StageLayout]]
     precision: Precision
     provenance: Provenance
     tracker: Tracker
     say: Say
-    jobs: list[AssessJob] = field(default_factory=list)
-    found: list[Assessment] = field(default_factory=list)
+    jobs: list[EvaluationTask] = field(default_factory=list)
+    found: list[EvaluationResult] = field(default_factory=list)
     failed: str | None = None
 
     @property
@@ -70,13 +74,13 @@ class Course:
         return len(self.found) == len(self.plans)
 
     @property
-    def to_be_timed(self) -> bool:
+    def latency_pending(self) -> bool:
         """Whether its latencies wait until nothing else runs."""
         wanted = self.prepared.family.settings.evaluation.latency
         return wanted and not self.found[0].reports[0].device
 
 
-class _Rooms:
+class PlacementGroupPool:
     """Who holds room on the cluster; without Ray there is one room for all, in turns."""
 
     def __init__(self, stop: StopRequest) -> None:
@@ -85,7 +89,9 @@ class _Rooms:
         self._held: list[PlacementGroup] = []
 
     @contextmanager
-    def taken(self, course: Course, family: Family, layout: Layout) -> Iterator[PlacementGroup | None]:
+    def taken(
+        self, course: BackboneRun, family: ResolvedRun, layout: StageLayout
+    ) -> Iterator[PlacementGroup | None]:
         """Room for the stages of a layout, waited for as long as others hold some. Yields None without Ray."""
         if family.settings.placement.backend != "ray":
             with self._turn:
@@ -97,15 +103,15 @@ class _Rooms:
             nonlocal told
             with self._lock:
                 held = bool(self._held)
-            if held and not told and time.monotonic() - began > SAID_AFTER_S:
+            if held and not told and time.monotonic() - began > LOG_WAIT_AFTER_S:
                 told = True
                 course.say("waits until another backbone gives its room back")
             return held
 
         wait_s = max(PATIENCE_S, family.settings.placement.wait_s)
-        group = placed(layout, wait_s, others, lambda: self._stop.reason is not None)
+        group = create_placement_group(layout, wait_s, others, lambda: self._stop.reason is not None)
         if group is None:
-            raise _Stopped
+            raise RunCancelled
         with self._lock:
             self._held.append(group)
         try:
@@ -113,32 +119,34 @@ class _Rooms:
         finally:
             with self._lock:
                 self._held.remove(group)
-            give_room_back(group)
+            release_placement_group(group)
 
     def clear(self) -> None:
         """End everything that lives in any room."""
         with self._lock:
             held = list(self._held)
         for group in held:
-            give_room_back(group)
+            release_placement_group(group)
 
 
-class _Stopped(Exception):
+class RunCancelled(Exception):
     """A signal came while there was nothing to save."""
 
 
-def side_by_side(courses: list[Course], stop: StopRequest, say: Say, note: Callable[[Course], None]) -> None:
+def run_concurrently(
+    courses: list[BackboneRun], stop: StopRequest, say: Say, note: Callable[[BackboneRun], None]
+) -> None:
     """Train and assess all of them at once; each is noted, by this thread, when it has come to an end of any kind."""
-    rooms = _Rooms(stop)
-    ended: queue.SimpleQueue[Course] = queue.SimpleQueue()
+    rooms = PlacementGroupPool(stop)
+    ended: queue.SimpleQueue[BackboneRun] = queue.SimpleQueue()
 
-    def follow(course: Course) -> None:
+    def follow(course: BackboneRun) -> None:
         try:
             _train_and_assess(course, rooms, stop)
-        except _Stopped:
+        except RunCancelled:
             pass
         except Exception as error:  # one that fails does not stop the others, whatever it is
-            note_failure(course, error)
+            record_failure(course, error)
         finally:
             ended.put(course)
 
@@ -160,13 +168,13 @@ def side_by_side(courses: list[Course], stop: StopRequest, say: Say, note: Calla
         except BaseException:
             stop.reason = stop.reason or "SIGINT"
             rooms.clear()
-            deadline = time.monotonic() + UNWIND_S
+            deadline = time.monotonic() + SHUTDOWN_TIMEOUT_S
             for thread in threads:
                 thread.join(max(0.0, deadline - time.monotonic()))
             raise
 
 
-def _train_and_assess(course: Course, rooms: _Rooms, stop: StopRequest) -> None:
+def _train_and_assess(course: BackboneRun, rooms: PlacementGroupPool, stop: StopRequest) -> None:
     for number, (family, layout) in enumerate(course.plans):
         with rooms.taken(course, family, layout) as group:
             if stop.reason is not None:
@@ -183,7 +191,7 @@ def _train_and_assess(course: Course, rooms: _Rooms, stop: StopRequest) -> None:
                     f"measuring and exporting depth{'s' * (len(depths) > 1)} {', '.join(map(str, depths))}"
                 )
             facts = card_facts(family, course.provenance)
-            job = assess_job(family, layout, facts, depths, references=not number)
+            job = evaluation_task(family, layout, facts, depths, references=not number)
             found = _assess(job, group, layout, stop)
             if found is None:
                 return
@@ -193,16 +201,16 @@ def _train_and_assess(course: Course, rooms: _Rooms, stop: StopRequest) -> None:
 
 
 def _assess(
-    job: AssessJob, group: PlacementGroup | None, layout: Layout, stop: StopRequest
-) -> Assessment | None:
+    job: EvaluationTask, group: PlacementGroup | None, layout: StageLayout, stop: StopRequest
+) -> EvaluationResult | None:
     """In this process if there is no Ray, else in the room of the stages; None if a signal came."""
     if group is None:
-        return assess(job)
+        return evaluate_checkpoint(job)
     if layout.gpus < 1:  # others compute on the same device: what is timed now would be wrong
         job = replace(job, evaluation=replace(job.evaluation, latency=False))
     if not layout.gpus:
         job = replace(job, threads=max(1, int(layout.cpus * len(layout.places) + layout.loader_cpus)))
-    return run_in_room(assess, group, layout, lambda: stop.reason is not None, job)
+    return run_in_bundle(evaluate_checkpoint, group, layout, lambda: stop.reason is not None, job)
 
 
 def _scores(reports: tuple[DepthReport, ...]) -> str:
@@ -215,28 +223,28 @@ def _scores(reports: tuple[DepthReport, ...]) -> str:
     return f"measured and exported {len(reports)} depths"
 
 
-def note_failure(course: Course, error: Exception) -> None:
+def record_failure(course: BackboneRun, error: Exception) -> None:
     """Tell why in a line; of what is no error of ours keep the traceback in `failure.txt`."""
-    course.failed = sentence(error)
+    course.failed = format_error(error)
     kept = _traceback_file(course)
     kept.unlink(missing_ok=True)
-    if not isinstance(error, OURS):
+    if not isinstance(error, USER_FACING_ERRORS):
         kept.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     course.say(f"failed: {course.failed}")
     course.tracker.log_event(f"failed: {course.failed}")
 
 
-def forget_failure(course: Course) -> None:
+def clear_failure(course: BackboneRun) -> None:
     """Take away what an earlier process left of a failure that this one has got over; `events.log` keeps its line."""
     _traceback_file(course).unlink(missing_ok=True)
     course.tracker.remove_tag("failed")
 
 
-def sentence(error: Exception) -> str:
+def format_error(error: Exception) -> str:
     """An error in one line, for the reader; what is no error of ours begins with its kind."""
     lines = str(error).strip().splitlines() or ["without a word"]
-    return " ".join(lines) if isinstance(error, OURS) else f"{type(error).__name__}: {lines[0]}"
+    return " ".join(lines) if isinstance(error, USER_FACING_ERRORS) else f"{type(error).__name__}: {lines[0]}"
 
 
-def _traceback_file(course: Course) -> Path:
+def _traceback_file(course: BackboneRun) -> Path:
     return course.prepared.family.out / "failure.txt"

@@ -21,20 +21,20 @@ from bim.orchestrator.data.spec import DataSpec
 from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.evaluation.evaluate import evaluate_variants, raw_pixels
 from bim.orchestrator.evaluation.model_cost import device_name, latencies_ms
-from bim.orchestrator.evaluation.records import Assessment, DepthReport, EvaluationSpec
+from bim.orchestrator.evaluation.records import DepthReport, EvalConfig, EvaluationResult
 from bim.orchestrator.export.model_card import CardFacts
 from bim.orchestrator.export.timm_folder import export_decoder, export_variant, folder_name, rewrite_card
 from bim.orchestrator.reporting.figures.reconstruction import save_reconstructions
-from bim.orchestrator.training.build import backbone_of, build_local_mim, plans_of_step
+from bim.orchestrator.training.build import build_local_mim, mask_plans, open_spec_backbone
 from bim.orchestrator.training.checkpoint import load_block_weights
 from bim.orchestrator.training.depth_variants import random_variants, trained_variant
-from bim.orchestrator.training.spec import FamilySpec
+from bim.orchestrator.training.spec import PretrainSpec
 
 PICTURE_ROWS = 6
 
 
 @dataclass(frozen=True)
-class AssessJob:
+class EvaluationTask:
     """A checkpoint and what to make of it.
 
     Args:
@@ -46,9 +46,9 @@ class AssessJob:
         references: also measure random starts and raw pixels.
     """
 
-    spec: FamilySpec
+    spec: PretrainSpec
     data: DataSpec
-    evaluation: EvaluationSpec
+    evaluation: EvalConfig
     checkpoint: str
     out: str
     depths: tuple[int, ...]
@@ -58,12 +58,12 @@ class AssessJob:
     references: bool = True
 
 
-def assess(job: AssessJob) -> Assessment:
+def evaluate_checkpoint(job: EvaluationTask) -> EvaluationResult:
     """Export, measure and picture every depth variant of a checkpoint."""
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     device = torch.device(job.device)
-    backbone = backbone_of(job.spec)
+    backbone = open_spec_backbone(job.spec)
     source, splits = job.data.open()
     weights = [load_block_weights(Path(job.checkpoint), k) for k in range(len(job.spec.blocks))]
     variants = {depth: trained_variant(backbone, weights, depth) for depth in job.depths}
@@ -78,7 +78,7 @@ def assess(job: AssessJob) -> Assessment:
             splits,
             random_variants(job.spec, backbone, job.depths),
             device,
-            timed=False,
+            add_latency=False,
         )
         if source.labels is not None:
             how = job.evaluation
@@ -94,17 +94,17 @@ def assess(job: AssessJob) -> Assessment:
             if name.startswith("decoder.")
         }
         export_decoder(decoder, Path(job.out) / "decoders" / f"block-{k}.safetensors")
-    return Assessment(
+    return EvaluationResult(
         measured, random, raw, folders, _reconstructions(job, backbone, weights, source, splits, device)
     )
 
 
-def timed(job: AssessJob, found: Assessment) -> Assessment:
+def add_latency(job: EvaluationTask, found: EvaluationResult) -> EvaluationResult:
     """The same with latencies, measured now, and on the model cards: for what was assessed beside other work.
 
-    found: what `assess` made of the same job.
+    found: what `evaluate_checkpoint` made of the same job.
     """
-    device, backbone = torch.device(job.device), backbone_of(job.spec)
+    device, backbone = torch.device(job.device), open_spec_backbone(job.spec)
     weights = [load_block_weights(Path(job.checkpoint), k) for k in range(len(job.spec.blocks))]
     variants = {
         depth: trained_variant(backbone, weights, depth).to(device).eval() for depth in sorted(job.depths)
@@ -128,7 +128,7 @@ def timed(job: AssessJob, found: Assessment) -> Assessment:
 
 
 def _export(
-    job: AssessJob,
+    job: EvaluationTask,
     backbone: Backbone,
     variants: dict[int, nn.Module],
     measured: tuple[DepthReport, ...],
@@ -147,13 +147,13 @@ def _export(
 
 
 def _measure(
-    job: AssessJob,
+    job: EvaluationTask,
     backbone: Backbone,
     source: Source,
     splits: Splits,
     variants: dict[int, nn.Module],
     device: torch.device,
-    timed: bool = True,
+    add_latency: bool = True,
 ) -> tuple[DepthReport, ...]:
     how = job.evaluation
     return tuple(
@@ -169,14 +169,14 @@ def _measure(
             temperature=how.knn_temperature,
             seed=how.seed,
             batch_size=how.batch_size,
-            latency=how.latency and timed,
+            latency=how.latency and add_latency,
         )
     )
 
 
 @torch.inference_mode()
 def _reconstructions(
-    job: AssessJob,
+    job: EvaluationTask,
     backbone: Backbone,
     weights: list[dict[str, Tensor]],
     source: Source,
@@ -188,7 +188,7 @@ def _reconstructions(
     chosen = shown[np.linspace(0, len(shown) - 1, num=min(PICTURE_ROWS, len(shown))).astype(int)]
     _, pixels = next(iter(eval_images(source, chosen, backbone.image_size, len(chosen))))
     images = normalize_images(torch.from_numpy(pixels).to(device), job.spec.mean, job.spec.std)
-    plans = plans_of_step(job.spec, backbone, backbone.image_size, len(images), step=0, micro=0)
+    plans = mask_plans(job.spec, backbone, backbone.image_size, len(images), step=0, micro=0)
     x, paths = images, {}
     is_pixels = [target.name == "pixels" for target in job.spec.targets] or [True] * len(job.spec.blocks)
     for k, info in enumerate(backbone.blocks):
@@ -225,7 +225,7 @@ def _all_tokens(predicted: Tensor, masked: Tensor, target: Tensor) -> Tensor:
     return target.scatter(1, index, predicted.to(target.dtype))
 
 
-def _visible_range(images: Tensor, spec: FamilySpec) -> np.ndarray:
+def _visible_range(images: Tensor, spec: PretrainSpec) -> np.ndarray:
     """(B, 3, H, W) normalised -> (B, H, W, 3) in [0, 1]."""
     mean = torch.tensor(spec.mean, device=images.device).view(1, 3, 1, 1)
     std = torch.tensor(spec.std, device=images.device).view(1, 3, 1, 1)

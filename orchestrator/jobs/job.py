@@ -21,11 +21,11 @@ from bim.orchestrator.config.transforms import end_to_end, flat, settings_to_yam
 from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import Splits
-from bim.orchestrator.distributed.cluster import ClusterError, ray_cluster, run_beside_stages
-from bim.orchestrator.distributed.placement import ClusterResources, Layout, PlacementError
-from bim.orchestrator.evaluation.records import Assessment, EvaluationSpec
+from bim.orchestrator.distributed.cluster import ClusterError, ray_cluster, run_on_worker
+from bim.orchestrator.distributed.placement import ClusterResources, PlacementError, StageLayout
+from bim.orchestrator.evaluation.records import EvalConfig, EvaluationResult
 from bim.orchestrator.export.model_card import CardFacts
-from bim.orchestrator.jobs.evaluate_checkpoint import AssessJob, assess
+from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, evaluate_checkpoint
 from bim.orchestrator.jobs.records import (
     card_facts,
     data_record,
@@ -37,11 +37,11 @@ from bim.orchestrator.jobs.search_job import check_search, run_search, search_du
 from bim.orchestrator.reporting.closing import closing_lines
 from bim.orchestrator.reporting.console import Progress
 from bim.orchestrator.reporting.startup import opening_lines
-from bim.orchestrator.runs.output_dir import ANEW, OutputError, check_output, new_output
-from bim.orchestrator.runs.prepare import Family, Prepared, make_family
+from bim.orchestrator.runs.output_dir import NEW_RUN_HINT, OutputError, check_output, new_output
+from bim.orchestrator.runs.prepare import PreparedJob, ResolvedRun, resolve_run
 from bim.orchestrator.runs.provenance import collect
 from bim.orchestrator.runs.signals import Interrupted, interrupted_by_signals
-from bim.orchestrator.runs.train import layout_of, precision_on, train
+from bim.orchestrator.runs.train import resolve_layout, resolve_precision, train
 from bim.orchestrator.search.results import finished_search, with_best
 from bim.orchestrator.tracking.tracker import Tracker, TrackingError
 from bim.orchestrator.training.callbacks import StopRequest
@@ -55,7 +55,7 @@ BAD_INPUT = (SettingsError, DataError, OutputError, PlacementError, TrackingErro
 
 
 @dataclass(frozen=True)
-class Outcome:
+class JobResult:
     """How a job ended: `stopped` is the signal that ended it early; `table` and `closing` are what there is to show.
 
     failed: one sentence for every backbone of several that did not come to its end.
@@ -68,7 +68,9 @@ class Outcome:
     failed: tuple[str, ...] = ()
 
 
-def prepare(settings: Settings, opened: tuple[Source, Splits] | None = None, anew: str = ANEW) -> Prepared:
+def prepare(
+    settings: Settings, opened: tuple[Source, Splits] | None = None, anew: str = NEW_RUN_HINT
+) -> PreparedJob:
     """Check everything that needs no cluster: backbone, data, splits, output directory.
 
     Args:
@@ -81,14 +83,14 @@ def prepare(settings: Settings, opened: tuple[Source, Splits] | None = None, ane
     settings, out = absolute(settings)
     if settings.resume or settings.search.resume:
         settings = with_best(with_changes(settings, {"resume": True}), finished_search(out))
-    family, source, splits = make_family(settings, out, opened)
+    family, source, splits = resolve_run(settings, out, opened)
     check_output(
         out, settings, family.fingerprint, anew, lambda saved: with_best(saved, finished_search(out))
     )
     baseline = None
     if settings.baseline == "mae":
-        baseline = make_family(end_to_end(settings), out / "baseline_mae", (source, splits))[0]
-    prepared = Prepared(family, baseline, source, splits)
+        baseline = resolve_run(end_to_end(settings), out / "baseline_mae", (source, splits))[0]
+    prepared = PreparedJob(family, baseline, source, splits)
     check_search(family, prepared)
     return prepared
 
@@ -103,8 +105,8 @@ def absolute(settings: Settings) -> tuple[Settings, Path]:
     return with_changes(settings, {"out": str(out)} | _absolute_inputs(settings)), out
 
 
-def run_job(prepared: Prepared, say: Say) -> Outcome:
-    """Train, measure, export and record. See `Outcome`.
+def run_job(prepared: PreparedJob, say: Say) -> JobResult:
+    """Train, measure, export and record. See `JobResult`.
 
     Raises:
         OutputError, PlacementError, TrackingError, ClusterError: before the first actor starts.
@@ -114,18 +116,18 @@ def run_job(prepared: Prepared, say: Say) -> Outcome:
         return _run(prepared, say)
     except KeyboardInterrupt as interrupt:  # while Ray waits, it makes a bare one of an Interrupted
         name = interrupt.name if isinstance(interrupt, Interrupted) else "SIGINT"
-        return Outcome(prepared.family.out, name)
+        return JobResult(prepared.family.out, name)
 
 
-def _run(prepared: Prepared, say: Say) -> Outcome:
+def _run(prepared: PreparedJob, say: Say) -> JobResult:
     family, baseline, settings = prepared.family, prepared.baseline, prepared.family.settings
     depths, searching = family.depths, search_due(settings, prepared.family.out)
     with ExitStack() as stack:
         cluster = cluster_of(settings, stack, say)
         stack.enter_context(interrupted_by_signals())
-        layout = layout_of(settings, cluster)
-        baseline_layout = None if baseline is None else layout_of(baseline.settings, cluster)
-        precision = precision_on(settings, layout)
+        layout = resolve_layout(settings, cluster)
+        baseline_layout = None if baseline is None else resolve_layout(baseline.settings, cluster)
+        precision = resolve_precision(settings, layout)
         provenance = collect(data_record(prepared), resolved(family, layout, precision, cluster))
         with new_output(family.out):
             tracker = stack.enter_context(open_tracker(family))
@@ -139,12 +141,12 @@ def _run(prepared: Prepared, say: Say) -> Outcome:
             found_family = run_search(family, prepared, cluster, precision, tracker, say, stop)
             if found_family is None:
                 tracker.finish("KILLED")
-                return Outcome(family.out, stop.reason)
+                return JobResult(family.out, stop.reason)
             family = found_family
             keep_settings(family, tracker)
             if baseline is not None:
                 alone, images = end_to_end(family.settings), (prepared.source, prepared.splits)
-                baseline = make_family(alone, baseline.out, images)[0]
+                baseline = resolve_run(alone, baseline.out, images)[0]
         searched = finished_search(family.out)
         if searched is not None:
             record_search(tracker, searched)
@@ -158,7 +160,7 @@ def _run(prepared: Prepared, say: Say) -> Outcome:
             train(baseline, baseline_layout, precision, Progress(say, tracker, "mae"), stop)
         if stop.reason is not None:
             tracker.finish("KILLED")
-            return Outcome(family.out, stop.reason)
+            return JobResult(family.out, stop.reason)
         truncated = None
         if baseline is not None and baseline_layout is not None:
             facts = card_facts(baseline, provenance)
@@ -166,11 +168,11 @@ def _run(prepared: Prepared, say: Say) -> Outcome:
             record_depths(tracker, baseline, truncated, series="mae")
         table = record_summary(tracker, family, found, truncated, searched)
         closing = closing_lines(family.out, depths, tracker.ui_hint())
-    return Outcome(family.out, None, table, tuple(closing))
+    return JobResult(family.out, None, table, tuple(closing))
 
 
 def resolved(
-    family: Family, layout: Layout, precision: Precision, cluster: ClusterResources
+    family: ResolvedRun, layout: StageLayout, precision: Precision, cluster: ClusterResources
 ) -> dict[str, str]:
     """What the settings left open and this machine decided, for the record of the run."""
     return {
@@ -182,7 +184,7 @@ def resolved(
     }
 
 
-def keep_settings(family: Family, tracker: Tracker, without: tuple[str, ...] = ()) -> None:
+def keep_settings(family: ResolvedRun, tracker: Tracker, without: tuple[str, ...] = ()) -> None:
     """Write the settings into the output directory, from where --resume takes them, and into MLflow."""
     text = write_settings(family)
     if finished_search(family.out) is not None:
@@ -191,7 +193,7 @@ def keep_settings(family: Family, tracker: Tracker, without: tuple[str, ...] = (
     tracker.log_settings(shown, text)
 
 
-def write_settings(family: Family) -> str:
+def write_settings(family: ResolvedRun) -> str:
     """Write the settings into the output directory, which is there. Returns the text.
 
     Once its search has ended, a run has what it found, and those who start from its settings need not search again.
@@ -204,7 +206,9 @@ def write_settings(family: Family) -> str:
     return text
 
 
-def open_tracker(family: Family, run_name: str | None = None, parent_run_id: str | None = None) -> Tracker:
+def open_tracker(
+    family: ResolvedRun, run_name: str | None = None, parent_run_id: str | None = None
+) -> Tracker:
     """The MLflow record of this run, continued if the run is. Raises TrackingError within seconds."""
     track = family.settings.tracking
     continued = Tracker.recorded_run(family.out) if family.settings.resume else None
@@ -221,23 +225,27 @@ def cluster_of(settings: Settings, stack: ExitStack, say: Say) -> ClusterResourc
 
 
 def _assess(
-    family: Family, layout: Layout, card: CardFacts, depths: tuple[int, ...], references: bool = True
-) -> Assessment:
-    job = assess_job(family, layout, card, depths, references)
+    family: ResolvedRun,
+    layout: StageLayout,
+    card: CardFacts,
+    depths: tuple[int, ...],
+    references: bool = True,
+) -> EvaluationResult:
+    job = evaluation_task(family, layout, card, depths, references)
     on_ray = family.settings.placement.backend == "ray"
-    return run_beside_stages(assess, layout, job) if on_ray else assess(job)
+    return run_on_worker(evaluate_checkpoint, layout, job) if on_ray else evaluate_checkpoint(job)
 
 
-def assess_job(
-    family: Family, layout: Layout, card: CardFacts, depths: tuple[int, ...], references: bool
-) -> AssessJob:
+def evaluation_task(
+    family: ResolvedRun, layout: StageLayout, card: CardFacts, depths: tuple[int, ...], references: bool
+) -> EvaluationTask:
     """What is to be made of the last checkpoint of a trained family."""
     settings = family.settings
     how = settings.evaluation
-    return AssessJob(
+    return EvaluationTask(
         spec=family.spec,
         data=family.data,
-        evaluation=EvaluationSpec(
+        evaluation=EvalConfig(
             how.knn_k, how.knn_temperature, how.batch_size, how.latency, settings.data.split_seed
         ),
         checkpoint=str(CheckpointStore(family.out).directory(family.total_steps)),

@@ -1,6 +1,6 @@
 """Several backbones in one launch: the settings of every one, with a name and an output folder of its own.
 
-Pure: opens no backbone, reads and writes nothing. Serves `side_by_side.py`.
+Pure: opens no backbone, reads and writes nothing. Serves `run_concurrently.py`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bim.orchestrator.config.messages import show, unknown
+from bim.orchestrator.config.messages import format_value, unknown
 from bim.orchestrator.config.schema import BackboneEntry, Settings, SettingsError, all_settings
 from bim.orchestrator.config.transforms import with_changes
 
-OF_THE_RUN = (
+RUN_LEVEL_SETTINGS = (
     "name",
     "out",
     "resume",
@@ -36,7 +36,7 @@ OF_THE_RUN = (
 )
 """Settings that a single backbone cannot have of its own: what is compared saw, and was scored on, the same images."""
 
-TAKEN = ("checkpoints", "pictures", "variants", "decoders", "search", "events.log", "metrics.jsonl")
+RESERVED_NAMES = ("checkpoints", "pictures", "variants", "decoders", "search", "events.log", "metrics.jsonl")
 """Names that a run gives to other things in its output directory."""
 
 
@@ -59,7 +59,7 @@ def members(settings: Settings) -> tuple[Member, ...]:
     assert settings.backbones is not None
     assert settings.out is not None
     names = _names(settings.backbones)
-    made, problems = [], Problems()
+    made, problems = [], ErrorCollector()
     for name, entry in zip(names, settings.backbones, strict=True):
         with problems.of(name):
             made.append(Member(name, _own_settings(settings, entry, name, settings.out / name)))
@@ -67,7 +67,7 @@ def members(settings: Settings) -> tuple[Member, ...]:
     return tuple(made)
 
 
-class Problems:
+class ErrorCollector:
     """What is wrong with some of several members, told at once. What is wrong with all of them alike is told once."""
 
     def __init__(self, *kinds: type[Exception]) -> None:
@@ -130,14 +130,16 @@ def _other_settings(entry: BackboneEntry) -> dict[str, Any]:
     """`entry.settings`, of which every key is one that a single backbone may have of its own."""
     problems = []
     for key in entry.settings:
-        if any(key == fixed or (fixed.endswith(".") and key.startswith(fixed)) for fixed in OF_THE_RUN):
+        if any(
+            key == fixed or (fixed.endswith(".") and key.startswith(fixed)) for fixed in RUN_LEVEL_SETTINGS
+        ):
             problems.append(
                 f"settings: {key} is the same for all backbones of a run; set it for the run, or for a run of its own"
             )
         elif key == "blocks":
             problems.append("settings: 'blocks' belongs beside settings")
         elif key.startswith("backbone."):
-            problems.append(f"settings: {show(key)} belongs beside settings, as name or model_args")
+            problems.append(f"settings: {format_value(key)} belongs beside settings, as name or model_args")
         elif key not in all_settings():
             problems.append(f"settings: {unknown(key, list(all_settings()))}")
     if problems:
@@ -150,10 +152,12 @@ def _names(entries: Sequence[BackboneEntry]) -> list[str]:
     wanted = [re.sub(r"[^A-Za-z0-9._-]+", "-", entry.called or entry.name).strip(".-_") for entry in entries]
     found: list[str] = []
     for name, entry in zip(wanted, entries, strict=True):
-        if entry.called is not None and _is_in(name, [*TAKEN, *found]):
-            raise SettingsError(f"backbones: the name {show(entry.called)} is taken; call this one otherwise")
+        if entry.called is not None and _is_in(name, [*RESERVED_NAMES, *found]):
+            raise SettingsError(
+                f"backbones: the name {format_value(entry.called)} is taken; call this one otherwise"
+            )
         number, free = 1, name or "backbone"
-        while _is_in(free, [*TAKEN, *found]):
+        while _is_in(free, [*RESERVED_NAMES, *found]):
             number += 1
             free = f"{name}-{number}"
         found.append(free)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bim.orchestrator.config.transforms import settings_to_mapping
-from bim.orchestrator.evaluation.records import Assessment
+from bim.orchestrator.evaluation.records import EvaluationResult
 from bim.orchestrator.export.model_card import CardFacts
 from bim.orchestrator.reporting.comparison import ALL_COLUMNS, MemberResult, comparison_rows, comparison_table
 from bim.orchestrator.reporting.figures.accuracy import accuracy_latency_figure
@@ -15,7 +15,7 @@ from bim.orchestrator.reporting.figures.backbones import comparison_figure
 from bim.orchestrator.reporting.figures.loss_curves import loss_curves_figure
 from bim.orchestrator.reporting.figures.pareto import pareto_figure
 from bim.orchestrator.reporting.summary import render_table, summary_rows, write_summary
-from bim.orchestrator.runs.prepare import Family, Prepared
+from bim.orchestrator.runs.prepare import PreparedJob, ResolvedRun
 from bim.orchestrator.runs.provenance import DataRecord, Provenance
 from bim.orchestrator.search.results import (
     BEST,
@@ -34,7 +34,7 @@ from bim.orchestrator.tracking.records import DepthRecord
 from bim.orchestrator.tracking.tracker import Tracker
 
 
-def data_record(prepared: Prepared) -> DataRecord:
+def data_record(prepared: PreparedJob) -> DataRecord:
     """The images of a run, for its provenance and its model cards."""
     source, splits = prepared.source, prepared.splits
     return DataRecord(
@@ -48,7 +48,7 @@ def data_record(prepared: Prepared) -> DataRecord:
     )
 
 
-def card_facts(family: Family, provenance: Provenance) -> CardFacts:
+def card_facts(family: ResolvedRun, provenance: Provenance) -> CardFacts:
     """What the model cards of a family share."""
     settings = family.settings
     return CardFacts(
@@ -61,7 +61,7 @@ def card_facts(family: Family, provenance: Provenance) -> CardFacts:
     )
 
 
-def record_depths(tracker: Tracker, family: Family, found: Assessment, series: str = "") -> None:
+def record_depths(tracker: Tracker, family: ResolvedRun, found: EvaluationResult, series: str = "") -> None:
     """A child run and a model for every variant; `series` names a baseline's."""
     settings = family.settings
     prefix = f"{series}/" if series else ""
@@ -117,9 +117,9 @@ def record_search(tracker: Tracker, result: SearchResult) -> None:
 
 def record_summary(
     tracker: Tracker,
-    family: Family,
-    found: Assessment,
-    truncated: Assessment | None,
+    family: ResolvedRun,
+    found: EvaluationResult,
+    truncated: EvaluationResult | None,
     searched: SearchResult | None = None,
 ) -> str:
     """The table and the pictures of a run, in its output directory and on its MLflow page. Returns the table as text."""
@@ -194,7 +194,7 @@ def record_comparison(
     return table
 
 
-def _mean_scores(found: Assessment) -> dict[str, float]:
+def _mean_scores(found: EvaluationResult) -> dict[str, float]:
     """Accuracies, or RankMe without labels, averaged over the depths: one number per run to sort the runs by."""
     return {
         f"mean_{key}": statistics.mean(report.metrics()[key] for report in found.reports)

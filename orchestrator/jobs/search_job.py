@@ -15,15 +15,21 @@ from typing import Any
 
 from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.config.transforms import settings_to_mapping
-from bim.orchestrator.distributed.cluster import run_beside_stages
+from bim.orchestrator.distributed.cluster import run_on_worker
 from bim.orchestrator.distributed.placement import ClusterResources
 from bim.orchestrator.evaluation.evaluate import RANK_IMAGES
 from bim.orchestrator.reporting.search_console import SearchProgress, closing, opening
 from bim.orchestrator.runs.output_dir import OutputError
-from bim.orchestrator.runs.prepare import Family, Prepared, make_family
+from bim.orchestrator.runs.prepare import PreparedJob, ResolvedRun, resolve_run
 from bim.orchestrator.runs.signals import stop_on_signals
 from bim.orchestrator.search.controller import SearchSpec, grace_of
-from bim.orchestrator.search.objective import FIT_IMAGES, JUDGED_IMAGES, SCORED_BY, ObjectiveSpec, metric_of
+from bim.orchestrator.search.objective import (
+    KNN_TRAIN_IMAGES,
+    KNN_VAL_IMAGES,
+    SCORED_BY,
+    ObjectiveSpec,
+    metric_of,
+)
 from bim.orchestrator.search.results import (
     BEST,
     FOLDER,
@@ -33,9 +39,9 @@ from bim.orchestrator.search.results import (
     load_result,
     with_best,
 )
-from bim.orchestrator.search.space import Space, combinations, own_values, space_of
-from bim.orchestrator.search.time_estimate import pace, start_seconds, trial_seconds
-from bim.orchestrator.search.trial import TrialPlan, trial_epochs, trial_room, trial_settings
+from bim.orchestrator.search.space import Space, baseline_values, combinations, space_of
+from bim.orchestrator.search.time_estimate import measure_throughput, start_seconds, trial_seconds
+from bim.orchestrator.search.trial import TrialSpec, trial_epochs, trial_placement, trial_settings
 from bim.orchestrator.text import short_path
 from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.callbacks import StopRequest
@@ -54,7 +60,7 @@ def search_due(settings: Settings, out: Path) -> bool:
     return settings.search.trials > 0 and not (settings.resume and finished_search(out) is not None)
 
 
-def check_search(family: Family, prepared: Prepared) -> None:
+def check_search(family: ResolvedRun, prepared: PreparedJob) -> None:
     """Find what is wrong with a search that is due, before anything starts.
 
     Raises:
@@ -82,7 +88,7 @@ def check_search(family: Family, prepared: Prepared) -> None:
         )
     space_of(settings, family.backbone)
     try:
-        make_family(trial_settings(settings, {}), out, (prepared.source, prepared.splits))
+        resolve_run(trial_settings(settings, {}), out, (prepared.source, prepared.splits))
     except SettingsError as error:
         raise SettingsError(
             f"the recipe's own setting, trial 0 of the search, cannot be trained for search.trial_epochs: {error}"
@@ -92,14 +98,14 @@ def check_search(family: Family, prepared: Prepared) -> None:
 
 
 def run_search(
-    family: Family,
-    prepared: Prepared,
+    family: ResolvedRun,
+    prepared: PreparedJob,
     cluster: ClusterResources,
     precision: Precision,
     tracker: Tracker,
     say: Callable[[str], None],
     stop: StopRequest,
-) -> Family | None:
+) -> ResolvedRun | None:
     """Search, and make the family of the best setting; None if `stop` was set meanwhile.
 
     Raises:
@@ -111,8 +117,8 @@ def run_search(
     began = time.monotonic()
     settings, asked = family.settings, family.settings.search
     space = space_of(settings, family.backbone)
-    layout, beside = trial_room(settings, cluster)
-    plan = TrialPlan(
+    layout, beside = trial_placement(settings, cluster)
+    plan = TrialSpec(
         settings=settings_to_mapping(settings),
         layout=layout,
         precision=precision,
@@ -120,7 +126,7 @@ def run_search(
         objective=_objective(settings),
         fingerprint=family.fingerprint,
         device="cuda" if layout.gpus else "cpu",
-        side_by_side=beside,
+        run_concurrently=beside,
     )
     empty = _empty(family, prepared, space)
     trials = int(min(asked.trials, combinations(space)))
@@ -137,7 +143,7 @@ def run_search(
     for line in closing(result, time.monotonic() - began, recipe):
         say(line)
     tracker.log_event(best_line(result))
-    return make_family(with_best(settings, result), family.out, (prepared.source, prepared.splits))[0]
+    return resolve_run(with_best(settings, result), family.out, (prepared.source, prepared.splits))[0]
 
 
 def _objective(settings: Settings) -> ObjectiveSpec:
@@ -145,15 +151,15 @@ def _objective(settings: Settings) -> ObjectiveSpec:
     return ObjectiveSpec(how.knn_k, how.knn_temperature, how.batch_size, settings.data.split_seed)
 
 
-def _empty(family: Family, prepared: Prepared, space: Space) -> SearchResult:
+def _empty(family: ResolvedRun, prepared: PreparedJob, space: Space) -> SearchResult:
     settings, source, splits = family.settings, prepared.source, prepared.splits
     metric = metric_of(source, splits)
-    judged, most = (splits.val, JUDGED_IMAGES) if metric == "knn_top1" else (splits.train, RANK_IMAGES)
+    judged, most = (splits.val, KNN_VAL_IMAGES) if metric == "knn_top1" else (splits.train, RANK_IMAGES)
     return SearchResult(
         metric=metric,
         images=min(len(judged), most),
         epochs=trial_epochs(settings),
-        own=own_values(settings, space),
+        own=baseline_values(settings, space),
         asked=settings.search.model_dump(mode="json")
         | {f"evaluation.{name}": getattr(settings.evaluation, name) for name in SCORED_BY},
         fingerprint=family.fingerprint,
@@ -185,16 +191,18 @@ def _check_same(before: SearchResult, now: SearchResult, out: Path) -> None:
         )
 
 
-def _trial_seconds(family: Family, prepared: Prepared, plan: TrialPlan, cluster: ClusterResources) -> float:
+def _trial_seconds(
+    family: ResolvedRun, prepared: PreparedJob, plan: TrialSpec, cluster: ClusterResources
+) -> float:
     """At most, of one trial: measured where its stages will live."""
     layout, settings = plan.layout, trial_settings(family.settings, {})
     spec = replace(family.spec, optim=replace(family.spec.optim, precision=plan.precision))
-    measured = run_beside_stages(pace, layout, spec, family.data, plan.device, layout.threads)
-    trial = make_family(settings, family.out, (prepared.source, prepared.splits))[0]
+    measured = run_on_worker(measure_throughput, layout, spec, family.data, plan.device, layout.threads)
+    trial = resolve_run(settings, family.out, (prepared.source, prepared.splits))[0]
     places = len(layout.places)
-    cores = cluster.cpus / plan.side_by_side
+    cores = cluster.cpus / plan.run_concurrently
     speedup = places if layout.gpus else max(1.0, min(places, cores / layout.threads))
-    images = min(len(prepared.splits.train), FIT_IMAGES) + min(len(prepared.splits.val), JUDGED_IMAGES)
+    images = min(len(prepared.splits.train), KNN_TRAIN_IMAGES) + min(len(prepared.splits.val), KNN_VAL_IMAGES)
     if metric_of(prepared.source, prepared.splits) == "rankme":
         images = min(len(prepared.splits.train), RANK_IMAGES)
     return start_seconds(places + 2, cores) + trial_seconds(

@@ -19,14 +19,20 @@ from bim.orchestrator.config.transforms import settings_to_yaml, with_changes
 from bim.orchestrator.config.validate import settings_from_mapping
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import Splits
-from bim.orchestrator.distributed.cluster import run_beside_stages
-from bim.orchestrator.distributed.placement import ClusterResources, Layout, PlacementError, shares
+from bim.orchestrator.distributed.cluster import run_on_worker
+from bim.orchestrator.distributed.placement import ClusterResources, PlacementError, StageLayout, shares
 from bim.orchestrator.evaluation.features import MAX_IMAGES
-from bim.orchestrator.jobs.concurrent_runs import Course, forget_failure, note_failure, sentence, side_by_side
-from bim.orchestrator.jobs.evaluate_checkpoint import timed
+from bim.orchestrator.jobs.concurrent_runs import (
+    BackboneRun,
+    clear_failure,
+    format_error,
+    record_failure,
+    run_concurrently,
+)
+from bim.orchestrator.jobs.evaluate_checkpoint import add_latency
 from bim.orchestrator.jobs.job import (
     BAD_INPUT,
-    Outcome,
+    JobResult,
     Say,
     absolute,
     cluster_of,
@@ -36,16 +42,16 @@ from bim.orchestrator.jobs.job import (
     resolved,
     write_settings,
 )
-from bim.orchestrator.jobs.members import Problems, members
+from bim.orchestrator.jobs.members import ErrorCollector, members
 from bim.orchestrator.jobs.records import data_record, record_comparison, record_depths, record_summary
 from bim.orchestrator.reporting.closing import several_closing_lines
 from bim.orchestrator.reporting.comparison import MemberResult, read_rows
 from bim.orchestrator.reporting.startup import opening_lines
 from bim.orchestrator.runs.output_dir import OutputError, check_output, make_output, new_output
-from bim.orchestrator.runs.prepare import Family, Prepared
+from bim.orchestrator.runs.prepare import PreparedJob, ResolvedRun
 from bim.orchestrator.runs.provenance import collect
 from bim.orchestrator.runs.signals import Interrupted, interrupted_by_signals
-from bim.orchestrator.runs.train import check_precision, layout_of, precision_on
+from bim.orchestrator.runs.train import check_precision, resolve_layout, resolve_precision
 from bim.orchestrator.text import short_path
 from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.callbacks import StopRequest
@@ -57,12 +63,12 @@ class PreparedMember:
     """One backbone of several, checked; `finished`: an earlier process brought it to its end."""
 
     name: str
-    prepared: Prepared
+    prepared: PreparedJob
     finished: bool
 
 
 @dataclass(frozen=True)
-class PreparedSeveral:
+class PreparedJobs:
     """A run of several backbones whose input is known to be good; nothing has been started and nothing written."""
 
     settings: Settings
@@ -70,7 +76,7 @@ class PreparedSeveral:
     members: tuple[PreparedMember, ...]
 
 
-def prepare_several(settings: Settings) -> PreparedSeveral:
+def prepare_several(settings: Settings) -> PreparedJobs:
     """Check every backbone, as `prepare` does for one. All that is wrong is told, with the backbone that it is wrong with.
 
     Raises:
@@ -80,7 +86,7 @@ def prepare_several(settings: Settings) -> PreparedSeveral:
     check_output(out, settings, fingerprint="")
     prepared: list[PreparedMember] = []
     opened: tuple[Source, Splits] | None = None
-    problems = Problems(*BAD_INPUT)
+    problems = ErrorCollector(*BAD_INPUT)
     wanted = members(settings)
     _check_none_is_missing(out, settings, [member.name for member in wanted])
     for member in wanted:
@@ -91,7 +97,7 @@ def prepare_several(settings: Settings) -> PreparedSeveral:
             opened = one.source, one.splits
             prepared.append(PreparedMember(member.name, one, begun and _finished(one.family)))
     problems.tell()
-    return PreparedSeveral(settings, out, tuple(prepared))
+    return PreparedJobs(settings, out, tuple(prepared))
 
 
 def _check_none_is_missing(out: Path, settings: Settings, names: list[str]) -> None:
@@ -112,7 +118,7 @@ def _check_none_is_missing(out: Path, settings: Settings, names: list[str]) -> N
         )
 
 
-def _finished(family: Family) -> bool:
+def _finished(family: ResolvedRun) -> bool:
     """Whether an earlier process trained it to its end and measured it as it would be measured now."""
     latest = CheckpointStore(family.out, say=lambda _: None).latest()
     if latest is None or latest.step < family.total_steps or not (family.out / "summary.json").exists():
@@ -122,8 +128,8 @@ def _finished(family: Family) -> bool:
     return (before.evaluation, before.baseline) == (now.evaluation, now.baseline)
 
 
-def run_several(prepared: PreparedSeveral, say: Say) -> Outcome:
-    """Train, measure, export, record and compare all of them. See `Outcome`.
+def run_several(prepared: PreparedJobs, say: Say) -> JobResult:
+    """Train, measure, export, record and compare all of them. See `JobResult`.
 
     Raises:
         OutputError, PlacementError, TrackingError, ClusterError: before the first actor starts.
@@ -132,10 +138,10 @@ def run_several(prepared: PreparedSeveral, say: Say) -> Outcome:
         return _run(prepared, say)
     except KeyboardInterrupt as interrupt:  # while Ray waits, it makes a bare one of an Interrupted
         name = interrupt.name if isinstance(interrupt, Interrupted) else "SIGINT"
-        return Outcome(prepared.out, name)
+        return JobResult(prepared.out, name)
 
 
-def _run(prepared: PreparedSeveral, say: Say) -> Outcome:
+def _run(prepared: PreparedJobs, say: Say) -> JobResult:
     settings, out = prepared.settings, prepared.out
     width = max(len(member.name) for member in prepared.members)
     with ExitStack() as stack:
@@ -143,7 +149,7 @@ def _run(prepared: PreparedSeveral, say: Say) -> Outcome:
         stack.enter_context(interrupted_by_signals())
         waiting = [member for member in prepared.members if not member.finished]
         layouts = _layouts(waiting, settings.placement.gpus_per_stage, cluster)
-        precisions = [precision_on(m.prepared.family.settings, layouts[m.name][0][1]) for m in waiting]
+        precisions = [resolve_precision(m.prepared.family.settings, layouts[m.name][0][1]) for m in waiting]
         for member, precision in zip(waiting, precisions, strict=True):
             check_precision(member.prepared.family.out, precision)
         with new_output(out):
@@ -162,24 +168,24 @@ def _run(prepared: PreparedSeveral, say: Say) -> Outcome:
             tracker.log_provenance(provenance)
             prefixed = _prefixed(say, member.name.ljust(width))
             courses.append(
-                Course(member.name, member.prepared, plans, precision, provenance, tracker, prefixed)
+                BackboneRun(member.name, member.prepared, plans, precision, provenance, tracker, prefixed)
             )
         for line in _opening(prepared, courses):
             say(line)
         stop = StopRequest()
         results = {m.name: _result(m.name, m.prepared) for m in prepared.members if m.finished}
 
-        def note(course: Course) -> None:
-            if course.failed is not None or (course.measured and not course.to_be_timed):
+        def note(course: BackboneRun) -> None:
+            if course.failed is not None or (course.measured and not course.latency_pending):
                 results[course.name] = _record(course)
 
-        side_by_side(courses, stop, say, note)
+        run_concurrently(courses, stop, say, note)
         open_ones = [course for course in courses if course.name not in results]
         if open_ones and stop.reason is not None:
             for course in open_ones:
                 course.tracker.finish("KILLED")
             comparison.finish("KILLED")
-            return Outcome(out, stop.reason)
+            return JobResult(out, stop.reason)
         if open_ones:
             say("timing every depth, now that nothing else runs")
         for course in open_ones:
@@ -191,7 +197,7 @@ def _run(prepared: PreparedSeveral, say: Say) -> Outcome:
         failed = tuple(f"{result.name} failed: {result.failed}" for result in ordered if result.failed)
         closing = several_closing_lines(out, ordered, comparison.ui_hint())
         comparison.finish("FAILED" if failed else "FINISHED")
-    return Outcome(out, None, table, tuple(closing), failed)
+    return JobResult(out, None, table, tuple(closing), failed)
 
 
 # -- before the start ---------------------------------------------------------------------------------------------
@@ -199,7 +205,7 @@ def _run(prepared: PreparedSeveral, say: Say) -> Outcome:
 
 def _layouts(
     waiting: list[PreparedMember], asked: float | None, cluster: ClusterResources
-) -> dict[str, list[tuple[Family, Layout]]]:
+) -> dict[str, list[tuple[ResolvedRun, StageLayout]]]:
     """For every backbone the family, and its baseline if there is one, each with the layout that it is trained on.
 
     Each is planned on its share of the cluster; what was asked for and is more is planned on all of it, and waits for that.
@@ -207,8 +213,8 @@ def _layouts(
     """
     families = [member.prepared.family for member in waiting]
     parts = shares([family.settings.num_blocks for family in families], cluster, asked)
-    found: dict[str, list[tuple[Family, Layout]]] = {}
-    problems = Problems(PlacementError)
+    found: dict[str, list[tuple[ResolvedRun, StageLayout]]] = {}
+    problems = ErrorCollector(PlacementError)
     for member, part in zip(waiting, parts, strict=True):
         alone = [f for f in (member.prepared.family, member.prepared.baseline) if f is not None]
         with problems.of(member.name):
@@ -219,28 +225,28 @@ def _layouts(
     return found
 
 
-def _layout(settings: Settings, whole: ClusterResources, part: ClusterResources, stages: int) -> Layout:
+def _layout(settings: Settings, whole: ClusterResources, part: ClusterResources, stages: int) -> StageLayout:
     if settings.placement.backend != "ray":
-        return layout_of(settings, whole)
+        return resolve_layout(settings, whole)
     shared = settings
     grows = settings.placement.wait_s > 0 and settings.placement.gpus_per_stage
     if settings.placement.stages is None and not grows:
         shared = with_changes(settings, {"placement.stages": min(stages, settings.num_blocks)})
     # GPUs are divided by the number of stages, CPUs by the part.
     try:
-        return layout_of(shared, ClusterResources(part.cpus, whole.gpus, part.nodes))
+        return resolve_layout(shared, ClusterResources(part.cpus, whole.gpus, part.nodes))
     except PlacementError:
-        return layout_of(settings, whole)
+        return resolve_layout(settings, whole)
 
 
-def _open_comparison(prepared: PreparedSeveral) -> Tracker:
+def _open_comparison(prepared: PreparedJobs) -> Tracker:
     """The record above those of all backbones: their table, and the picture of their costs and scores."""
     track, out = prepared.settings.tracking, prepared.out
     continued = Tracker.recorded_run(out) if prepared.settings.resume else None
     return Tracker.open(track.uri, track.experiment, out.name, out, continued, track.model_name)
 
 
-def _keep_comparison(prepared: PreparedSeveral, tracker: Tracker, cluster: ClusterResources) -> None:
+def _keep_comparison(prepared: PreparedJobs, tracker: Tracker, cluster: ClusterResources) -> None:
     settings = with_changes(prepared.settings, {"resume": False})
     text = settings_to_yaml(settings)
     (prepared.out / SAVED_SETTINGS).write_text(text, encoding="utf-8")
@@ -255,7 +261,7 @@ def _keep_comparison(prepared: PreparedSeveral, tracker: Tracker, cluster: Clust
     tracker.log_provenance(collect(data_record(prepared.members[0].prepared), facts))
 
 
-def _opening(prepared: PreparedSeveral, courses: list[Course]) -> Iterator[str]:
+def _opening(prepared: PreparedJobs, courses: list[BackboneRun]) -> Iterator[str]:
     """What is about to happen; what is the same for all backbones is said once."""
     if prepared.settings.search.trials:
         yield (
@@ -288,56 +294,58 @@ def _prefixed(say: Say, name: str) -> Say:
 # -- when they have ended -----------------------------------------------------------------------------------------
 
 
-def _record(course: Course) -> MemberResult:
+def _record(course: BackboneRun) -> MemberResult:
     """How one backbone ended, in its folder and in MLflow, as for a run of its own; what is still to be timed is."""
     family, tracker = course.prepared.family, course.tracker
     try:
         if course.failed is None:
-            if course.to_be_timed:
+            if course.latency_pending:
                 _time(course)
             own, *baseline = course.found
             record_depths(tracker, family, own)
             if course.prepared.baseline is not None:
                 record_depths(tracker, course.prepared.baseline, baseline[0], series="mae")
             record_summary(tracker, family, own, baseline[0] if baseline else None)
-            forget_failure(course)
+            clear_failure(course)
             tracker.finish("FINISHED")
             return _result(course.name, course.prepared)
     except Exception as error:  # the others have their results all the same
-        note_failure(course, error)
+        record_failure(course, error)
     tracker.set_tags({"failed": course.failed or ""})
     tracker.finish("FAILED")
     named, size = family.settings.backbone.name, family.backbone.image_size
     return MemberResult(course.name, named, size, failed=course.failed)
 
 
-def _time(course: Course) -> None:
+def _time(course: BackboneRun) -> None:
     """The latencies that waited until nothing else runs. What cannot be timed is left without, and said."""
     for number, ((family, layout), job) in enumerate(zip(course.plans, course.jobs, strict=True)):
         part = course.found[number]
         on_ray = family.settings.placement.backend == "ray"
         try:
-            course.found[number] = run_beside_stages(timed, layout, job, part) if on_ray else timed(job, part)
+            course.found[number] = (
+                run_on_worker(add_latency, layout, job, part) if on_ray else add_latency(job, part)
+            )
         except Exception as error:  # a measurement must not cost what was trained
-            line = f"no latencies{' of the baseline' if number else ''}: {sentence(error)}"
+            line = f"no latencies{' of the baseline' if number else ''}: {format_error(error)}"
             course.say(line)
             course.tracker.log_event(line)
 
 
-def _result(name: str, prepared: Prepared) -> MemberResult:
+def _result(name: str, prepared: PreparedJob) -> MemberResult:
     """Of a backbone that came to its end, from what it left in its folder."""
     family = prepared.family
     rows: Any = read_rows(family.out)
     return MemberResult(name, family.settings.backbone.name, family.backbone.image_size, rows)
 
 
-def _tested(prepared: PreparedSeveral, courses: list[Course]) -> int:
+def _tested(prepared: PreparedJobs, courses: list[BackboneRun]) -> int:
     """Test images that the accuracies were counted on: as reported now, or as an earlier process must have."""
     found = [report.n_test for course in courses for part in course.found for report in part.reports]
     return max(found, default=0) or min(len(prepared.members[0].prepared.splits.test), MAX_IMAGES)
 
 
-def _device(courses: list[Course]) -> str:
+def _device(courses: list[BackboneRun]) -> str:
     """What latencies were measured on, if this process measured any."""
     found = (report.device for course in courses for part in course.found for report in part.reports)
     return next((device for device in found if device), "")

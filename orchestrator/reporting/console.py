@@ -11,7 +11,7 @@ from typing import Protocol
 from bim.orchestrator.text import duration
 from bim.orchestrator.training.callbacks import EpochReport
 
-WORTH_A_WORD = 0.02
+MIN_REPORTED_WAIT = 0.02
 """Share of an epoch's time from which on waiting for plans of masks is told."""
 
 
@@ -66,7 +66,7 @@ def epoch_line(report: EpochReport) -> str:
     width = len(str(report.epochs))
     losses = " ".join(f"{report.losses[k]:.3f}" for k in sorted(report.losses))
     name = "loss by block" if len(report.losses) > 1 else "loss"
-    plan = f"  mask wait {report.plan_wait:.0%}" if report.plan_wait >= WORTH_A_WORD else ""
+    plan = f"  mask wait {report.mask_wait:.0%}" if report.mask_wait >= MIN_REPORTED_WAIT else ""
     return (
         f"epoch {report.epoch:{width}d}/{report.epochs}  {name} {losses}  {report.images_per_s:.0f} img/s  "
         f"data wait {report.data_wait:.0%}{plan}  to go {duration(report.eta_s)}"

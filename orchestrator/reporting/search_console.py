@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from bim.orchestrator.config.messages import show
+from bim.orchestrator.config.messages import format_value
 from bim.orchestrator.search.results import (
     METRIC_NAMES,
     SearchResult,
@@ -81,11 +81,11 @@ def opening(
     grace: int,
     space: Space,
     trials: int,
-    side_by_side: int,
+    run_concurrently: int,
     at_most_s: float,
 ) -> list[str]:
     """What is about to be searched, by what it is ranked, and how long it may take."""
-    beside = f", {side_by_side} side by side" if side_by_side > 1 else ""
+    beside = f", {run_concurrently} side by side" if run_concurrently > 1 else ""
     judged = "validation images" if result.metric == "knn_top1" else "training images, without labels"
     lines = [
         f"search: {trials} trials of {result.epochs} epochs{beside}, ranked by {METRIC_NAMES[result.metric]} of "
@@ -94,12 +94,12 @@ def opening(
     ]
     for key, values in space.items():
         if isinstance(values, Choice):
-            tried = ", ".join(show(value) for value in values.values[1:]) or "nothing else"
-            lines.append(f"  {key}: {show(values.values[0])} (the recipe's), {tried}")
+            tried = ", ".join(format_value(value) for value in values.values[1:]) or "nothing else"
+            lines.append(f"  {key}: {format_value(values.values[0])} (the recipe's), {tried}")
         else:
             how = ", by its logarithm" if values.log else ""
             lines.append(
-                f"  {key}: {show(result.own[key])} (the recipe's), {values.low:g} to {values.high:g}{how}"
+                f"  {key}: {format_value(result.own[key])} (the recipe's), {values.low:g} to {values.high:g}{how}"
             )
     return [
         *(part for line in lines for part in wrapped(line)),

@@ -8,26 +8,26 @@ from __future__ import annotations
 import math
 
 from bim.models.masks.plan import visible_counts
-from bim.orchestrator.config.checks import without_effect
+from bim.orchestrator.config.checks import ineffective_settings
 from bim.orchestrator.config.recipes import DEFAULT_RECIPE
 from bim.orchestrator.config.schema import Settings
-from bim.orchestrator.distributed.placement import Layout
+from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.evaluation.model_cost import block_gflops
-from bim.orchestrator.runs.prepare import Family, Prepared
+from bim.orchestrator.runs.prepare import PreparedJob, ResolvedRun
 from bim.orchestrator.text import short_path, wrapped
 from bim.orchestrator.training.lr_schedule import peak_rate
 
-DEAR = 2.0
+DECODER_COST_WARNING_RATIO = 2.0
 """Cost of all decoders over that of all encoders from which on it is told."""
 
-FEW_MASKS = 100
+MIN_DISTINCT_MASKS = 100
 """Fewer different masks than these are told at the start; 16 units, 4 of them visible, have 1,820."""
 
 DIGITS_PX = 64
 """The largest image, in pixels, to which the scanned digits are worth enlarging; they have 8 x 8."""
 
 
-def opening_lines(family: Family, prepared: Prepared, layout: Layout) -> list[str]:
+def opening_lines(family: ResolvedRun, prepared: PreparedJob, layout: StageLayout) -> list[str]:
     """What is about to happen, for the person who started it."""
     settings, blocks = family.settings, family.backbone.blocks
     layers = "+".join(str(b.layers) for b in blocks)
@@ -50,7 +50,7 @@ def opening_lines(family: Family, prepared: Prepared, layout: Layout) -> list[st
             line
             for said in [
                 *_meant_for_digits(settings, family),
-                *without_effect(settings),
+                *ineffective_settings(settings),
                 *_padding(family),
                 *_few_masks(family),
                 *_dear_decoders(family),
@@ -61,7 +61,7 @@ def opening_lines(family: Family, prepared: Prepared, layout: Layout) -> list[st
     ]
 
 
-def _meant_for_digits(settings: Settings, family: Family) -> list[str]:
+def _meant_for_digits(settings: Settings, family: ResolvedRun) -> list[str]:
     """That the demo's settings are used for other images or sizes, where they are: whoever names no recipe has them."""
     is_one_of_several = settings.name.startswith(f"{DEFAULT_RECIPE}-")
     if settings.name != DEFAULT_RECIPE and not is_one_of_several:
@@ -77,7 +77,7 @@ def _meant_for_digits(settings: Settings, family: Family) -> list[str]:
     ]
 
 
-def _padding(family: Family) -> list[str]:
+def _padding(family: ResolvedRun) -> list[str]:
     """What a variant computes otherwise than the blocks that were trained, if it does."""
     size = family.backbone.image_size
     padded = ", ".join(str(level + 1) for level in family.backbone.padded_levels(size))
@@ -89,12 +89,12 @@ def _padding(family: Family) -> list[str]:
     ]
 
 
-def _few_masks(family: Family) -> list[str]:
+def _few_masks(family: ResolvedRun) -> list[str]:
     """That there are hardly any masks to draw, where that is so."""
     rows, columns = family.backbone.grid
     visible = visible_counts(rows * columns, family.spec.mask_ratios)[-1]
     different = math.comb(rows * columns, visible)
-    if different >= FEW_MASKS:
+    if different >= MIN_DISTINCT_MASKS:
         return []
     size = family.backbone.image_size
     return [
@@ -103,7 +103,7 @@ def _few_masks(family: Family) -> list[str]:
     ]
 
 
-def _dear_decoders(family: Family) -> list[str]:
+def _dear_decoders(family: ResolvedRun) -> list[str]:
     """That most of the work is in the decoders of fine grids, where it is: what visible tokens save would be lost there."""
     blocks = family.backbone.blocks
     if len({block.stride for block in blocks}) == 1:
@@ -111,7 +111,7 @@ def _dear_decoders(family: Family) -> list[str]:
     size = family.backbone.image_size
     costs = block_gflops(family.spec, family.backbone, size)
     encoders, decoders = (sum(parts) for parts in zip(*costs, strict=True))
-    if decoders < DEAR * encoders:
+    if decoders < DECODER_COST_WARNING_RATIO * encoders:
         return []
     k = max(range(len(costs)), key=lambda k: costs[k][1])
     rows, columns = (side // blocks[k].stride for side in size)
@@ -124,24 +124,24 @@ def _dear_decoders(family: Family) -> list[str]:
     ]
 
 
-def _sizes(family: Family) -> str:
+def _sizes(family: ResolvedRun) -> str:
     """The training sizes in their order: `128 x 128 -> 160 x 160`."""
     return " -> ".join(f"{phase.size[0]} x {phase.size[1]}" for phase in family.phases)
 
 
-def _steps(family: Family) -> str:
+def _steps(family: ResolvedRun) -> str:
     """Steps of an epoch and images of a step, phase by phase: `19 steps of 64`."""
     counted = dict.fromkeys(f"{p.steps_per_epoch} steps of {p.images_per_step}" for p in family.phases)
     return ", then ".join(counted)
 
 
-def _rates(family: Family) -> str:
+def _rates(family: ResolvedRun) -> str:
     """Peak learning rates, phase by phase, as they follow the images of a step: `0.004, then 0.002`."""
     found = dict.fromkeys(f"{peak_rate(family.settings.optim.blr, p):.3g}" for p in family.phases)
     return ", then ".join(found)
 
 
-def _targets(family: Family) -> str:
+def _targets(family: ResolvedRun) -> str:
     """`pixels`, or the ladder of targets: `hog of 8 px, hog of 16 px`."""
     named = [t.name + (f" of {t.args['cell']} px" if "cell" in t.args else "") for t in family.spec.targets]
     return ", ".join(named if len(set(named)) > 1 else named[:1])

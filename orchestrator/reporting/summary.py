@@ -120,7 +120,7 @@ def write_summary(rows: Sequence[Row], folder: Path, columns: Sequence[str] = CO
 
 
 @dataclass(frozen=True)
-class Lead:
+class ImprovementOverRandom:
     """How far trained weights are ahead of random ones in one score, over several runs with other seeds.
 
     mean: mean difference, 0..1. error: standard error of one run's difference, not divided by the number of runs, since
@@ -134,7 +134,7 @@ class Lead:
     least: float
 
 
-def leads_over_random(runs: Sequence[Sequence[Row]]) -> list[Lead]:
+def improvements_over_random(runs: Sequence[Sequence[Row]]) -> list[ImprovementOverRandom]:
     """Every depth's lead over its own random start, from the `summary.json` rows of several runs.
 
     Raises ValueError if a run has no scores, or other depths than the first.
@@ -157,7 +157,11 @@ def leads_over_random(runs: Sequence[Sequence[Row]]) -> list[Lead]:
                 except (KeyError, TypeError):
                     raise ValueError(f"a run has no {score} of depth {depth}, trained and random") from None
             error = (sum(variances) / len(variances)) ** 0.5
-            found.append(Lead(depth, score, sum(differences) / len(differences), error, min(differences)))
+            found.append(
+                ImprovementOverRandom(
+                    depth, score, sum(differences) / len(differences), error, min(differences)
+                )
+            )
     return found
 
 

@@ -18,14 +18,14 @@ class OutputError(ValueError):
     """The output directory holds something else than this run needs."""
 
 
-ANEW = "start a new run with another --out"
+NEW_RUN_HINT = "start a new run with another --out"
 
 
 def check_output(
     out: Path,
     settings: Settings,
     fingerprint: str,
-    anew: str = ANEW,
+    anew: str = NEW_RUN_HINT,
     apply_search: Callable[[Settings], Settings] = lambda saved: saved,
 ) -> None:
     """Refuse a directory that this run may not use. Writes nothing.

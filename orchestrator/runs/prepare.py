@@ -15,15 +15,15 @@ from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.spec import DataSpec
 from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.runs.resolve import data_spec, resolve
-from bim.orchestrator.training.spec import FamilySpec
+from bim.orchestrator.training.spec import PretrainSpec
 
 
 @dataclass(frozen=True)
-class Family:
+class ResolvedRun:
     """What is trained, on what, for how long, into which folder."""
 
     settings: Settings
-    spec: FamilySpec
+    spec: PretrainSpec
     backbone: Backbone
     data: DataSpec
     phases: tuple[Phase, ...]
@@ -46,18 +46,18 @@ class Family:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedJob:
     """A job whose input is known to be good; nothing has been started and nothing written."""
 
-    family: Family
-    baseline: Family | None
+    family: ResolvedRun
+    baseline: ResolvedRun | None
     source: Source
     splits: Splits
 
 
-def make_family(
+def resolve_run(
     settings: Settings, out: Path, opened: tuple[Source, Splits] | None = None
-) -> tuple[Family, Source, Splits]:
+) -> tuple[ResolvedRun, Source, Splits]:
     """The family of these settings, and its images.
 
     Args:
@@ -70,5 +70,7 @@ def make_family(
     data = data_spec(settings, backbone)
     source, splits = opened or data.open()
     phases = replace(data, workers=0).batches_of(source, splits).phases
-    family = Family(settings, spec, backbone, replace(data, fingerprint=source.fingerprint()), phases, out)
+    family = ResolvedRun(
+        settings, spec, backbone, replace(data, fingerprint=source.fingerprint()), phases, out
+    )
     return family, source, splits

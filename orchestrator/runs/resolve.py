@@ -17,12 +17,12 @@ from bim.models.targets import TARGETS
 from bim.orchestrator.config.schema import Settings, SettingsError, start_epoch
 from bim.orchestrator.data.phases import PhaseSpec
 from bim.orchestrator.data.spec import DataSpec
-from bim.orchestrator.training.spec import DecoderSpec, FamilySpec, OptimSpec, Precision, TargetSpec
+from bim.orchestrator.training.spec import DecoderSpec, OptimSpec, Precision, PretrainSpec, TargetSpec
 
 Check = Callable[[], object]
 
 
-def resolve(settings: Settings, auto_precision: Precision = "fp32") -> tuple[FamilySpec, Backbone]:
+def resolve(settings: Settings, auto_precision: Precision = "fp32") -> tuple[PretrainSpec, Backbone]:
     """The family that the settings describe, one value per block, and its backbone.
 
     Args:
@@ -48,7 +48,7 @@ def resolve(settings: Settings, auto_precision: Precision = "fp32") -> tuple[Fam
     if problems:
         raise SettingsError("\n".join(problems))
     optim = settings.optim
-    spec = FamilySpec(
+    spec = PretrainSpec(
         backbone=backbone.name,
         model_args=dict(backbone.model_args),
         blocks=tuple(block.layers for block in backbone.blocks),
@@ -178,9 +178,9 @@ def resolution_phases(settings: Settings, backbone: Backbone) -> tuple[PhaseSpec
     found = []
     for start, pixels, *rest in settings.schedule.resolution:
         batch = rest[0] if rest else data.batch_size
-        micros = rest[1] if len(rest) > 1 else data.accumulate
+        grad_accum_steps = rest[1] if len(rest) > 1 else data.accumulate
         size = (int(pixels), int(pixels))
-        found.append(PhaseSpec(start_epoch(start, epochs), size, int(batch), int(micros)))
+        found.append(PhaseSpec(start_epoch(start, epochs), size, int(batch), int(grad_accum_steps)))
     return tuple(found)
 
 
@@ -192,7 +192,7 @@ def data_spec(settings: Settings, backbone: Backbone) -> DataSpec:
         source=data.source,
         batch_size=first.batch_size,
         size=first.size,
-        accumulate=first.micros,
+        accumulate=first.grad_accum_steps,
         image_column=data.image_column,
         label_column=data.label_column,
         workers=data.workers,

@@ -14,40 +14,40 @@ import torch
 from bim.orchestrator.config.schema import Settings
 from bim.orchestrator.config.transforms import settings_to_mapping
 from bim.orchestrator.data.errors import DataError
-from bim.orchestrator.distributed.cluster import run_beside_stages
+from bim.orchestrator.distributed.cluster import run_on_worker
 from bim.orchestrator.distributed.placement import (
     ClusterResources,
-    Layout,
     PlacementError,
+    StageLayout,
+    compute_layout,
     consecutive,
-    plan_layout,
 )
 from bim.orchestrator.distributed.placement_group import PlacementGroup
 from bim.orchestrator.distributed.ray_stage_group import RayStages
 from bim.orchestrator.runs.output_dir import OutputError
-from bim.orchestrator.runs.prepare import Family
+from bim.orchestrator.runs.prepare import ResolvedRun
 from bim.orchestrator.runs.signals import stop_on_signals
-from bim.orchestrator.training.callbacks import Listener, StopRequest
+from bim.orchestrator.training.callbacks import Callback, StopRequest
 from bim.orchestrator.training.checkpoint import CheckpointStore, Manifest
 from bim.orchestrator.training.errors import TrainingError
-from bim.orchestrator.training.loop import PretrainResult, RunPlan, pretrain
+from bim.orchestrator.training.loop import PretrainResult, TrainingSchedule, pretrain
 from bim.orchestrator.training.lr_schedule import CosineSchedule
 from bim.orchestrator.training.restart_policy import RestartPolicy
-from bim.orchestrator.training.spec import FamilySpec, Precision
+from bim.orchestrator.training.spec import Precision, PretrainSpec
 from bim.orchestrator.training.stage_group import InProcessStages, Stages
 
 
-class Hearer(Listener, Protocol):
+class ProgressCallback(Callback, Protocol):
     """A listener that also remembers whether the stages have stood once, ready to train."""
 
     began: bool
 
 
 def train(
-    family: Family,
-    layout: Layout,
+    family: ResolvedRun,
+    layout: StageLayout,
     precision: Precision,
-    listener: Hearer,
+    listener: ProgressCallback,
     stop: StopRequest,
     group: PlacementGroup | None = None,
     first_bundle: int = 0,
@@ -89,11 +89,11 @@ def train(
         stages.close()
 
 
-def run_plan(family: Family, layout: Layout) -> RunPlan:
+def run_plan(family: ResolvedRun, layout: StageLayout) -> TrainingSchedule:
     """How long and how fast the family is trained."""
     settings, first = family.settings, family.phases[0]
     schedule = settings.schedule
-    return RunPlan(
+    return TrainingSchedule(
         epochs=schedule.epochs,
         phases=family.phases,
         lr=CosineSchedule(settings.optim.blr, schedule.warmup_epochs, schedule.epochs, family.phases),
@@ -103,7 +103,7 @@ def run_plan(family: Family, layout: Layout) -> RunPlan:
     )
 
 
-def default_window(settings: Settings, layout: Layout) -> int:
+def default_window(settings: Settings, layout: StageLayout) -> int:
     """Micro-batches under way: two for every stage; in one process a step is over when it has been submitted."""
     return 2 * len(layout.places) if settings.placement.backend == "ray" else 1
 
@@ -120,9 +120,9 @@ def check_precision(out: Path, precision: Precision) -> None:
 
 
 def make_stages(
-    family: Family,
-    spec: FamilySpec,
-    layout: Layout,
+    family: ResolvedRun,
+    spec: PretrainSpec,
+    layout: StageLayout,
     group: PlacementGroup | None = None,
     first_bundle: int = 0,
 ) -> Stages:
@@ -134,7 +134,7 @@ def make_stages(
     return InProcessStages(spec, family.data.train_batches, layout.places, device, layout.threads)
 
 
-def layout_of(settings: Settings, cluster: ClusterResources) -> Layout:
+def resolve_layout(settings: Settings, cluster: ClusterResources) -> StageLayout:
     """Where the blocks of these settings live. Raises PlacementError."""
     asked = settings.placement
     if asked.backend == "ray":
@@ -145,7 +145,7 @@ def layout_of(settings: Settings, cluster: ClusterResources) -> Layout:
                 (asked.cpus_per_stage or 1.0) * (stages + 1), asked.gpus_per_stage * stages
             )
             cluster = ClusterResources(max(cluster.cpus, needed.cpus), max(cluster.gpus, needed.gpus))
-        return plan_layout(settings.num_blocks, cluster, *given)
+        return compute_layout(settings.num_blocks, cluster, *given)
     use_gpu = cluster.gpus > 0 and asked.gpus_per_stage != 0
     if asked.gpus_per_stage and not use_gpu:
         raise PlacementError(
@@ -153,17 +153,17 @@ def layout_of(settings: Settings, cluster: ClusterResources) -> Layout:
         )
     places = consecutive(settings.num_blocks, asked.stages or 1)
     threads = asked.threads_per_stage or torch.get_num_threads()
-    return Layout(places, float(use_gpu), cpus=1.0, loader_cpus=0.0, threads=threads)
+    return StageLayout(places, float(use_gpu), cpus=1.0, loader_cpus=0.0, threads=threads)
 
 
-def precision_on(settings: Settings, layout: Layout) -> Precision:
+def resolve_precision(settings: Settings, layout: StageLayout) -> Precision:
     """What `auto` means: bfloat16 where the stages' GPUs have it, else float32."""
     asked = settings.optim.precision
     if asked != "auto":
         return asked
     if not layout.gpus:
         return "fp32"
-    able = run_beside_stages(_has_bf16, layout) if settings.placement.backend == "ray" else _has_bf16()
+    able = run_on_worker(_has_bf16, layout) if settings.placement.backend == "ray" else _has_bf16()
     return "bf16" if able else "fp32"
 
 

@@ -15,13 +15,13 @@ from typing import Any, Protocol
 
 from bim.orchestrator.config.schema import Settings
 from bim.orchestrator.distributed.placement import PlacementError
-from bim.orchestrator.search.results import Point, SearchResult, TrialRow, save_result
+from bim.orchestrator.search.results import SearchResult, TrialRow, TrialScore, save_result
 from bim.orchestrator.search.space import Space, decoded
-from bim.orchestrator.search.trial import TrialPlan
+from bim.orchestrator.search.trial import TrialSpec
 from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.errors import TrainingError
 
-ROOM_S = 120.0
+PLACEMENT_TIMEOUT_S = 120.0
 """Seconds without a trial having begun, after which the cluster is taken for full."""
 
 
@@ -37,7 +37,7 @@ class SearchSpec:
 
     settings: Settings
     space: Space
-    plan: TrialPlan
+    plan: TrialSpec
     empty: SearchResult
 
     @property
@@ -60,7 +60,7 @@ def grace_of(settings: Settings, epochs: int) -> int:
     return min(max(given, settings.search.every_epochs), epochs)
 
 
-class SearchListener(Protocol):
+class SearchCallback(Protocol):
     """Who hears of the search; nothing it does may raise."""
 
     def on_begin(self, result: SearchResult, row: TrialRow) -> None: ...
@@ -72,7 +72,7 @@ class SearchListener(Protocol):
     def on_end(self, result: SearchResult, row: TrialRow) -> None: ...
 
 
-class Watch:
+class SearchController:
     """What the running search knows: its record, whether it is to end, and why.
 
     Args:
@@ -84,7 +84,7 @@ class Watch:
         self,
         spec: SearchSpec,
         out: Path,
-        listener: SearchListener,
+        listener: SearchCallback,
         stop: StopRequest,
         end: Callable[[], None],
     ) -> None:
@@ -116,7 +116,7 @@ class Watch:
         """Called some times a second, in the driver's main thread."""
         for trial in trials:
             self._row(trial)
-        wait = max(ROOM_S, self.spec.settings.placement.wait_s)
+        wait = max(PLACEMENT_TIMEOUT_S, self.spec.settings.placement.wait_s)
         if not self._anything and self.error is None and time.monotonic() - self._began > wait:
             layout = self.spec.plan.layout
             self.error = PlacementError(
@@ -141,7 +141,7 @@ class Watch:
         elif "score" in result:
             depths = {int(depth): float(value) for depth, value in result["depths"].items()}
             epoch, known = int(result["epoch"]), {point.epoch for point in row.curve}
-            row = row.with_point(Point(epoch, float(result["score"]), depths))
+            row = row.with_point(TrialScore(epoch, float(result["score"]), depths))
             row = replace(
                 row, gflops=result["gflops"], images_per_s=result.get("images_per_s", row.images_per_s)
             )

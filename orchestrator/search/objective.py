@@ -19,20 +19,20 @@ from bim.orchestrator.data.phases import Phase
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.evaluation.batch_norms import gather_statistics
-from bim.orchestrator.evaluation.evaluate import ranks_of
-from bim.orchestrator.evaluation.features import drawn, embedders_of, labelled
+from bim.orchestrator.evaluation.evaluate import rankme_by_depth
+from bim.orchestrator.evaluation.features import build_embedders, labelled, subsample
 from bim.orchestrator.evaluation.metrics import weighted_knn
 from bim.orchestrator.evaluation.model_cost import forward_gflops
-from bim.orchestrator.training.build import backbone_of
+from bim.orchestrator.training.build import open_spec_backbone
 from bim.orchestrator.training.checkpoint import load_block_weights
 from bim.orchestrator.training.depth_variants import trained_variant
-from bim.orchestrator.training.spec import FamilySpec
+from bim.orchestrator.training.spec import PretrainSpec
 
 SCORED_BY = ("knn_k", "knn_temperature")
 """Settings of the evaluation that a score depends on; what was scored otherwise cannot be compared."""
 
-FIT_IMAGES = 20_000
-JUDGED_IMAGES = 5_000
+KNN_TRAIN_IMAGES = 20_000
+KNN_VAL_IMAGES = 5_000
 """Labelled images of the train and the validation split that a score takes, drawn from the seed where there are more."""
 
 
@@ -72,7 +72,7 @@ def metric_of(source: Source, splits: Splits) -> str:
 
 
 def score_checkpoint(
-    spec: FamilySpec,
+    spec: PretrainSpec,
     images: tuple[Source, Splits],
     how: ObjectiveSpec,
     checkpoint: Path,
@@ -82,13 +82,13 @@ def score_checkpoint(
 
     Raises ValueError if a split has no readable image, or embeddings are not finite.
     """
-    backbone = backbone_of(spec)
+    backbone = open_spec_backbone(spec)
     weights = [load_block_weights(checkpoint, k) for k in range(len(spec.blocks))]
     return score_weights(spec, backbone, weights, images, how, device)
 
 
 def score_weights(
-    spec: FamilySpec,
+    spec: PretrainSpec,
     backbone: Backbone,
     weights: list[dict[str, Tensor]],
     images: tuple[Source, Splits],
@@ -101,12 +101,12 @@ def score_weights(
     variants = {info.depth: trained_variant(backbone, weights, info.depth) for info in backbone.blocks}
     size, batch = backbone.image_size, how.batch_size
     gather_statistics(variants, source, splits.train, size, spec.mean, spec.std, place, how.seed, batch)
-    embedders = embedders_of(variants, spec.mean, spec.std, place)
+    embedders = build_embedders(variants, spec.mean, spec.std, place)
     if metric_of(source, splits) == "rankme":
-        ranks, ranked = ranks_of(embedders, source, splits.train, size, place, how.seed, batch)
+        ranks, ranked = rankme_by_depth(embedders, source, splits.train, size, place, how.seed, batch)
         return Score("rankme", ranks, ranked)
-    fit, fit_y = labelled(embedders, source, drawn(splits.train, FIT_IMAGES, how.seed), size, batch)
-    val, val_y = labelled(embedders, source, drawn(splits.val, JUDGED_IMAGES, how.seed), size, batch)
+    fit, fit_y = labelled(embedders, source, subsample(splits.train, KNN_TRAIN_IMAGES, how.seed), size, batch)
+    val, val_y = labelled(embedders, source, subsample(splits.val, KNN_VAL_IMAGES, how.seed), size, batch)
     fit_y, val_y = fit_y.to(place), val_y.to(place)
     accuracies = {
         depth: weighted_knn(
@@ -117,13 +117,13 @@ def score_weights(
     return Score("knn_top1", accuracies, len(val_y))
 
 
-def training_gflops(spec: FamilySpec, phases: Sequence[Phase], epochs: int) -> float:
+def training_gflops(spec: PretrainSpec, phases: Sequence[Phase], epochs: int) -> float:
     """GFLOPs (2 x multiply-accumulates / 1e9) of the forward passes of one training image through all blocks and decoders.
 
     Averaged over the phases, each weighted by its epochs. Targets are not counted; the backward pass is about twice as
     much again, whatever the settings.
     """
-    backbone = backbone_of(spec)
+    backbone = open_spec_backbone(spec)
     ends = [*(phase.first_epoch for phase in phases[1:]), epochs]
     shares = [(end - phase.first_epoch) / epochs for phase, end in zip(phases, ends, strict=True)]
     return sum(

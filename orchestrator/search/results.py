@@ -29,7 +29,7 @@ METRIC_NAMES = {"knn_top1": "kNN top-1", "rankme": "RankMe"}
 
 
 @dataclass(frozen=True)
-class Point:
+class TrialScore:
     """A trial's score after some epochs: the mean over the depths, and depth -> its own."""
 
     epoch: int
@@ -55,7 +55,7 @@ class TrialRow:
     changes: dict[str, Any]
     status: Status = "running"
     why: str = ""
-    curve: tuple[Point, ...] = ()
+    curve: tuple[TrialScore, ...] = ()
     gflops: float | None = None
     images_per_s: float | None = None
     tune_id: str = ""
@@ -70,7 +70,7 @@ class TrialRow:
         """After its last epoch."""
         return self.curve[-1].score if self.curve else None
 
-    def with_point(self, point: Point) -> TrialRow:
+    def with_point(self, point: TrialScore) -> TrialRow:
         """The same with one more score; one of the same epoch is replaced."""
         others = [known for known in self.curve if known.epoch != point.epoch]
         return replace(self, curve=tuple(sorted([*others, point], key=lambda known: known.epoch)))
@@ -259,7 +259,7 @@ def finished_search(out: Path) -> SearchResult | None:
 
 def _row(values: Mapping[str, Any]) -> TrialRow:
     curve = [
-        Point(
+        TrialScore(
             point["epoch"], point["score"], {int(depth): value for depth, value in point["by_depth"].items()}
         )
         for point in values["curve"]

@@ -15,7 +15,7 @@ from typing import Any
 from bim.models.backbones.backbone import Backbone
 from bim.models.masks.plan import visible_counts
 from bim.models.masks.sampling import kept_count
-from bim.orchestrator.config.messages import show, unknown
+from bim.orchestrator.config.messages import format_value, unknown
 from bim.orchestrator.config.schema import Settings, SettingsError, all_settings, ratios_by_block
 from bim.orchestrator.config.transforms import settings_to_mapping, with_changes
 
@@ -25,16 +25,16 @@ RAMPS = ((0.6, 0.75), (0.75, 0.9))
 
 THROW_RATIOS = (0.0, 0.25, 0.5)
 
-LEAST_UNITS = 9
+MIN_MASK_UNITS = 9
 """Mask units of the smallest image that is tried: fewer leave nothing to choose between."""
 
 SIZE_STEPS = (((0.0, 0.5), (0.5, 1.0)), ((0.0, 0.75), (0.5, 1.0)), ((0.0, 0.5), (0.25, 0.75), (0.5, 1.0)))
 """Growing image sizes: (from this share of the epochs on, share of the backbone's own size)."""
 
-DRAWS = 1000
+MAX_SAMPLING_ATTEMPTS = 1000
 """Draws per setting that is wanted, until another one than those before is found."""
 
-REFUSED = {
+NOT_SEARCHABLE = {
     "name": "it changes no weight",
     "out": "it changes no weight",
     "resume": "it changes no weight",
@@ -141,7 +141,7 @@ def resolutions(settings: Settings, backbone: Backbone) -> list[Any]:
             rows, columns = backbone.grid_at((pixels, pixels))
         except ValueError:
             return False
-        if rows * columns < LEAST_UNITS:
+        if rows * columns < MIN_MASK_UNITS:
             return False
         return 2 * sum(bool(_visible(rows * columns, ratio, blocks)) for ratio in ratios) >= len(ratios)
 
@@ -185,7 +185,7 @@ def space_of(settings: Settings, backbone: Backbone) -> Space:
     return space
 
 
-def own_values(settings: Settings, space: Mapping[str, object]) -> dict[str, Any]:
+def baseline_values(settings: Settings, space: Mapping[str, object]) -> dict[str, Any]:
     """The recipe's own value of every setting that is searched, as plain values."""
     return {key: _plain(settings, key) for key in space}
 
@@ -195,7 +195,7 @@ def draw_settings(space: Space, own: Mapping[str, Any], count: int, seed: int) -
     streams = {key: values.stream(random.Random(f"{seed} {key}")) for key, values in space.items()}
     found = {json.dumps(own): dict(own)}
     wanted = min(count, combinations(space))
-    for _ in range(DRAWS * count):  # a narrow range may hold fewer numbers than are wanted
+    for _ in range(MAX_SAMPLING_ATTEMPTS * count):  # a narrow range may hold fewer numbers than are wanted
         if len(found) >= wanted:
             break
         drawn = {key: next(stream) for key, stream in streams.items()}
@@ -228,7 +228,7 @@ def decoded(word: str) -> Any:
 def changes_text(changes: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     """What a trial does otherwise than the recipe: `mask.ratio 0.6, decoder.throw_ratio 0.5`."""
     parts = [
-        f"{key} {f'{value:.4g}' if isinstance(value, float) else show(value)}"
+        f"{key} {f'{value:.4g}' if isinstance(value, float) else format_value(value)}"
         for key, value in changes.items()
         if value != own.get(key)
     ]
@@ -240,7 +240,7 @@ def _one(settings: Settings, backbone: Backbone, key: str, given: Any) -> Choice
     parent = known.get(key.rpartition(".")[0])
     if key not in known and not (parent is not None and parent.is_open):
         raise SettingsError(f"search.space: {unknown(key, list(known))}")
-    for refused, why in REFUSED.items():
+    for refused, why in NOT_SEARCHABLE.items():
         if key == refused or (refused.endswith(".") and key.startswith(refused)):
             raise SettingsError(f"search.space: {key} cannot be searched: {why}")
     own = _plain(settings, key)
@@ -271,15 +271,15 @@ def _range(settings: Settings, key: str, given: Mapping[str, Any], own: Any) -> 
         or not (_number(low) and _number(high))
         or not isinstance(log, bool)
     ):
-        raise SettingsError(f"{form}, not {show(dict(given))}")
+        raise SettingsError(f"{form}, not {format_value(dict(given))}")
     assert low is not None
     assert high is not None
     if low >= high or (log and low <= 0):
-        raise SettingsError(f"{form}{' and above 0' * log}, not {show(dict(given))}")
+        raise SettingsError(f"{form}{' and above 0' * log}, not {format_value(dict(given))}")
     if not _number(own) or not low <= own <= high:
         raise SettingsError(
             f"search.space: {key} goes from {low:g} to {high:g}, and the recipe's own value, which trial 0 takes, is "
-            f"{show(own)}; widen it, or change {key}"
+            f"{format_value(own)}; widen it, or change {key}"
         )
     _check(settings, key, low)
     _check(settings, key, high)

@@ -15,37 +15,37 @@ import torch
 from bim.orchestrator.data.loader import eval_images
 from bim.orchestrator.data.phases import Phase
 from bim.orchestrator.data.spec import DataSpec
-from bim.orchestrator.evaluation.features import embedders_of
-from bim.orchestrator.training.build import backbone_of
+from bim.orchestrator.evaluation.features import build_embedders
+from bim.orchestrator.training.build import open_spec_backbone
 from bim.orchestrator.training.depth_variants import random_variants
-from bim.orchestrator.training.messages import Order
-from bim.orchestrator.training.spec import FamilySpec
+from bim.orchestrator.training.messages import StepRequest
+from bim.orchestrator.training.spec import PretrainSpec
 from bim.orchestrator.training.stage import Stage
 from bim.orchestrator.training.transport import Payload
 
 IMPORT_S, LEAST_START_S = 4.0, 6.0
 """Core-seconds in which a process imports torch, timm and Ray, and what a trial takes to start and end at least."""
 
-FEW, MANY = 8, 64
+MIN_BATCH, MAX_BATCH = 8, 64
 """Images of the first and of the largest timed batch."""
 
-ENOUGH_S = 0.3
+MIN_MEASURE_S = 0.3
 """A batch that takes this long says enough; a larger one is not tried."""
 
 
 @dataclass(frozen=True)
-class Pace:
+class Throughput:
     """Seconds per image in one process: of a training step through all blocks, and of embedding by every depth variant."""
 
     train_s: float
     score_s: float
 
 
-def pace(spec: FamilySpec, data: DataSpec, device: str, threads: int) -> Pace:
+def measure_throughput(spec: PretrainSpec, data: DataSpec, device: str, threads: int) -> Throughput:
     """Measure both on the first training images. Takes a few seconds, or as long as a batch of 8 does."""
     before = torch.get_num_threads()
     source, splits = data.open()
-    backbone = backbone_of(spec)
+    backbone = open_spec_backbone(spec)
     try:
         stage = Stage(spec, range(len(spec.blocks)), device, threads)
         stage.restore(None, 0)
@@ -54,31 +54,31 @@ def pace(spec: FamilySpec, data: DataSpec, device: str, threads: int) -> Pace:
         def train(images: int) -> None:
             nonlocal step
             _, pixels = next(eval_images(source, splits.train[:images], data.size, images))
-            stage.train_step(Order(step, lr=0.0), Payload("uint8", pixels), None)
+            stage.train_step(StepRequest(step, lr=0.0), Payload("uint8", pixels), None)
             step += 1
 
         variants = random_variants(spec, backbone, tuple(info.depth for info in backbone.blocks))
-        embedders = embedders_of(variants, spec.mean, spec.std, torch.device(device))
+        embedders = build_embedders(variants, spec.mean, spec.std, torch.device(device))
 
         def embed(images: int) -> None:
             _, pixels = next(eval_images(source, splits.train[:images], backbone.image_size, images))
             for embedder in embedders.values():
                 embedder(pixels)
 
-        most = min(data.batch_size, MANY, len(splits.train))
-        return Pace(_seconds_per_image(train, most), _seconds_per_image(embed, most))
+        most = min(data.batch_size, MAX_BATCH, len(splits.train))
+        return Throughput(_seconds_per_image(train, most), _seconds_per_image(embed, most))
     finally:
         torch.set_num_threads(before)
 
 
 def _seconds_per_image(work: Callable[[int], None], most: int) -> float:
-    images = min(FEW, most)
+    images = min(MIN_BATCH, most)
     work(images)  # the first call plans kernels and fills caches
     while True:
         began = time.perf_counter()
         work(images)
         seconds = time.perf_counter() - began
-        if seconds > ENOUGH_S or images == most:
+        if seconds > MIN_MEASURE_S or images == most:
             return seconds / images
         images = min(most, 4 * images)
 
@@ -89,7 +89,7 @@ def start_seconds(processes: int, cores: float) -> float:
 
 
 def trial_seconds(
-    measured: Pace, phases: tuple[Phase, ...], epochs: int, every: int, scored: int, speedup: float
+    measured: Throughput, phases: tuple[Phase, ...], epochs: int, every: int, scored: int, speedup: float
 ) -> float:
     """Seconds that one trial trains and is scored, if it is not stopped early.
 

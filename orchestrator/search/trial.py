@@ -20,25 +20,25 @@ from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.data.phases import Phase
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import Splits
-from bim.orchestrator.distributed.placement import ClusterResources, Layout
+from bim.orchestrator.distributed.placement import ClusterResources, StageLayout
 from bim.orchestrator.distributed.placement_group import PlacementGroup
-from bim.orchestrator.runs.prepare import Family, make_family
+from bim.orchestrator.runs.prepare import ResolvedRun, resolve_run
 from bim.orchestrator.runs.resolve import data_spec, resolve
-from bim.orchestrator.runs.train import layout_of, train
+from bim.orchestrator.runs.train import resolve_layout, train
 from bim.orchestrator.search.objective import ObjectiveSpec, Score, training_gflops
 from bim.orchestrator.training.callbacks import EpochReport, StopRequest
 from bim.orchestrator.training.checkpoint import CheckpointStore
-from bim.orchestrator.training.spec import FamilySpec, Precision
+from bim.orchestrator.training.spec import Precision, PretrainSpec
 
 DRIVER_CPUS = 0.05
 """What the driver of a trial asks of the cluster beside its stages; it waits for them most of the time."""
 
-Scorer = Callable[[FamilySpec, Path], Score]
+Scorer = Callable[[PretrainSpec, Path], Score]
 Report = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class TrialPlan:
+class TrialSpec:
     """What all trials of a search share; plain values that travel.
 
     Args:
@@ -46,17 +46,17 @@ class TrialPlan:
         layout: of the stages of one trial.
         folder: checkpoints lie below it while a trial runs.
         device: where checkpoints are scored.
-        side_by_side: trials that run at the same time.
+        run_concurrently: trials that run at the same time.
     """
 
     settings: dict[str, Any]
-    layout: Layout
+    layout: StageLayout
     precision: Precision
     folder: str
     objective: ObjectiveSpec
     fingerprint: str
     device: str = "cpu"
-    side_by_side: int = 1
+    run_concurrently: int = 1
 
 
 class InfeasibleSettings(ValueError):
@@ -94,7 +94,7 @@ def trial_epochs(settings: Settings) -> int:
     return min(settings.search.trial_epochs or settings.schedule.epochs, settings.schedule.epochs)
 
 
-def trial_room(settings: Settings, cluster: ClusterResources) -> tuple[Layout, int]:
+def trial_placement(settings: Settings, cluster: ClusterResources) -> tuple[StageLayout, int]:
     """Where the blocks of one trial live, and how many trials fit side by side.
 
     Raises PlacementError if not even one fits.
@@ -103,7 +103,7 @@ def trial_room(settings: Settings, cluster: ClusterResources) -> tuple[Layout, i
     asked = with_changes(
         settings, {"placement.stages": None if stages is None else min(stages, settings.num_blocks)}
     )
-    alone = layout_of(asked, cluster)
+    alone = resolve_layout(asked, cluster)
     places = len(alone.places)
     if alone.gpus:
         room = (
@@ -126,14 +126,14 @@ def trial_room(settings: Settings, cluster: ClusterResources) -> tuple[Layout, i
     share = ClusterResources(
         round(cluster.cpus / beside - DRIVER_CPUS, 4), cluster.gpus, max(1, -(-cluster.nodes // beside))
     )
-    return layout_of(with_changes(asked, {"placement.stages": places}), share), beside
+    return resolve_layout(with_changes(asked, {"placement.stages": places}), share), beside
 
 
 def run_trial(
-    plan: TrialPlan,
+    plan: TrialSpec,
     changes: Mapping[str, Any],
     name: str,
-    scorer: Callable[[Family, tuple[Source, Splits]], Scorer],
+    scorer: Callable[[ResolvedRun, tuple[Source, Splits]], Scorer],
     report: Report,
     group: PlacementGroup | None = None,
     first_bundle: int = 0,
@@ -154,7 +154,7 @@ def run_trial(
     opened = data_spec(recipe, resolve(recipe)[1]).open()  # no trial has other images
     try:
         settings = trial_settings(recipe, changes)
-        family, source, splits = make_family(settings, out, opened)
+        family, source, splits = resolve_run(settings, out, opened)
     except ValueError as error:  # SettingsError among them, and too few images for one step
         raise InfeasibleSettings(str(error).splitlines()[0]) from error
     if family.fingerprint != plan.fingerprint:
@@ -173,7 +173,7 @@ def run_trial(
 class _ScoredTraining:
     """A listener that scores checkpoints at the ends of some epochs."""
 
-    def __init__(self, family: Family, every: int, score: Scorer, report: Report) -> None:
+    def __init__(self, family: ResolvedRun, every: int, score: Scorer, report: Report) -> None:
         self.began = False
         self._family, self._every, self._score, self._report = family, every, score, report
         self._store = CheckpointStore(family.out)

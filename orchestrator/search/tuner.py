@@ -28,8 +28,8 @@ from bim.orchestrator.config.transforms import settings_to_yaml, with_changes
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.distributed.cluster import result_of
-from bim.orchestrator.runs.prepare import Family
-from bim.orchestrator.search.controller import SearchListener, SearchSpec, Watch
+from bim.orchestrator.runs.prepare import ResolvedRun
+from bim.orchestrator.search.controller import SearchCallback, SearchController, SearchSpec
 from bim.orchestrator.search.objective import ObjectiveSpec, Score, score_checkpoint
 from bim.orchestrator.search.results import (
     FOLDER,
@@ -40,13 +40,13 @@ from bim.orchestrator.search.results import (
     with_best,
 )
 from bim.orchestrator.search.space import Choice, Range, Space, combinations, decoded, draw_settings, encoded
-from bim.orchestrator.search.trial import DRIVER_CPUS, InfeasibleSettings, Scorer, TrialPlan, run_trial
+from bim.orchestrator.search.trial import DRIVER_CPUS, InfeasibleSettings, Scorer, TrialSpec, run_trial
 from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.errors import TrainingError
-from bim.orchestrator.training.spec import FamilySpec
+from bim.orchestrator.training.spec import PretrainSpec
 
 
-class PatientOptuna(OptunaSearch):
+class OptunaIgnoringUnscored(OptunaSearch):
     """Passes over reports that carry no score, as those of infeasible and failing trials do; Ray's own stops at them.
 
     How such a trial ended Optuna hears all the same, when it is over.
@@ -57,7 +57,7 @@ class PatientOptuna(OptunaSearch):
             super().on_trial_result(trial_id, result)
 
 
-LEAST_SCORED = 8
+MIN_SCORING_BATCH = 8
 """Images that are embedded at a time when memory is short; with fewer it would not help any more."""
 
 SCORING_SHARE = 0.1
@@ -79,7 +79,7 @@ TUNE_ENVIRONMENT = {
 }
 
 
-def search(spec: SearchSpec, out: Path, listener: SearchListener, stop: StopRequest) -> SearchResult:
+def search(spec: SearchSpec, out: Path, listener: SearchCallback, stop: StopRequest) -> SearchResult:
     """Run the search, or go on with the one that was cut off in `out`. Ray is connected.
 
     Returns the result; unfinished if `stop` was set meanwhile, so that it can be continued.
@@ -90,7 +90,7 @@ def search(spec: SearchSpec, out: Path, listener: SearchListener, stop: StopRequ
     """
     state = out / FOLDER / "tune"
     # By SIGUSR1 Tune saves its state and ends all trials.
-    watch = Watch(spec, out, listener, stop, end=partial(signal.raise_signal, signal.SIGUSR1))
+    watch = SearchController(spec, out, listener, stop, end=partial(signal.raise_signal, signal.SIGUSR1))
     with _as_running(watch), _quiet():
         if continued := tune.Tuner.can_restore(str(state)):
             watch.result = load_result(out) or spec.empty
@@ -107,17 +107,17 @@ def search(spec: SearchSpec, out: Path, listener: SearchListener, stop: StopRequ
     return _finished(spec, out, watch.result)
 
 
-def _new_tuner(spec: SearchSpec, trainable: Any, watch: Watch) -> tune.Tuner:
+def _new_tuner(spec: SearchSpec, trainable: Any, watch: SearchController) -> tune.Tuner:
     asked, plan = spec.settings.search, spec.plan
     own = spec.empty.own
     algorithm: Any
     if asked.searcher == "optuna":
-        from bim.orchestrator.search.tuner import PatientOptuna
+        from bim.orchestrator.search.tuner import OptunaIgnoringUnscored
 
         logging.getLogger("optuna").setLevel(logging.WARNING)  # importing it has set it to INFO
         points = [own]
         samples = int(min(asked.trials, combinations(spec.space)))
-        algorithm = PatientOptuna(
+        algorithm = OptunaIgnoringUnscored(
             metric="score", mode="max", points_to_evaluate=[_words(spec.space, own)], seed=spec.settings.seed
         )
     else:
@@ -127,7 +127,7 @@ def _new_tuner(spec: SearchSpec, trainable: Any, watch: Watch) -> tune.Tuner:
         # Tune's own limit, below, does not reach this generator.
         algorithm = BasicVariantGenerator(
             points_to_evaluate=[_words(spec.space, point) for point in points],
-            max_concurrent=plan.side_by_side,
+            max_concurrent=plan.run_concurrently,
         )
     return tune.Tuner(
         trainable,
@@ -136,7 +136,7 @@ def _new_tuner(spec: SearchSpec, trainable: Any, watch: Watch) -> tune.Tuner:
             num_samples=samples,
             search_alg=algorithm,
             scheduler=_scheduler(watch),
-            max_concurrent_trials=plan.side_by_side,
+            max_concurrent_trials=plan.run_concurrently,
             trial_dirname_creator=_folder_name,
         ),
         run_config=tune.RunConfig(
@@ -160,7 +160,7 @@ def _finished(spec: SearchSpec, out: Path, result: SearchResult) -> SearchResult
 
 
 # -- in a trial's process ---------------------------------------------------------------------------------------------
-def _trainable(plan: TrialPlan, settled: Mapping[str, dict[str, Any]]) -> Callable[[dict[str, Any]], None]:
+def _trainable(plan: TrialSpec, settled: Mapping[str, dict[str, Any]]) -> Callable[[dict[str, Any]], None]:
     """What Tune runs for every trial. settled: by Tune's name, the last report of those that are over by our record."""
 
     def trial(config: dict[str, Any]) -> None:
@@ -174,7 +174,7 @@ def _trainable(plan: TrialPlan, settled: Mapping[str, dict[str, Any]]) -> Callab
         if layout.gpus:  # the stage beside the scoring process leaves it a part of their GPU
             layout = replace(layout, gpus=round(layout.gpus * (1 - SCORING_SHARE), 4))
 
-        def scorer(family: Family, images: tuple[Source, Splits]) -> Scorer:
+        def scorer(family: ResolvedRun, images: tuple[Source, Splits]) -> Scorer:
             if plan.layout.gpus:
                 return _beside_first_stage(family, plan, group)
             torch.set_num_threads(layout.threads)
@@ -199,18 +199,18 @@ class _ScoreActor:
     def __init__(self, family_data: Any) -> None:
         self._images = family_data.open()
 
-    def score(self, spec: FamilySpec, checkpoint: Path, how: ObjectiveSpec, device: str) -> Score:
+    def score(self, spec: PretrainSpec, checkpoint: Path, how: ObjectiveSpec, device: str) -> Score:
         """Fewer images at a time where the stage beside has left too little memory."""
         try:
             return score_checkpoint(spec, self._images, how, checkpoint, device)
         except torch.cuda.OutOfMemoryError:
-            if how.batch_size <= LEAST_SCORED:
+            if how.batch_size <= MIN_SCORING_BATCH:
                 raise
         torch.cuda.empty_cache()
         return self.score(spec, checkpoint, replace(how, batch_size=how.batch_size // 4), device)
 
 
-def _beside_first_stage(family: Family, plan: TrialPlan, group: PlacementGroup) -> Scorer:
+def _beside_first_stage(family: ResolvedRun, plan: TrialSpec, group: PlacementGroup) -> Scorer:
     where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=1)
     share = round(plan.layout.gpus * SCORING_SHARE, 4)
     actor = (
@@ -258,7 +258,7 @@ class _Callback(tune.Callback):
         _now().on_error(trial)
 
 
-class _PatientASHA(ASHAScheduler):
+class BaselineKeepingASHA(ASHAScheduler):
     """ASHA that lets the recipe's own setting run to its end, as the yardstick of all others.
 
     Args:
@@ -284,19 +284,19 @@ class _PatientASHA(ASHAScheduler):
         return _scheduler_of_now, ()
 
 
-_running: list[Watch] = []
+_running: list[SearchController] = []
 """The search that runs in this process. Tune restores its callbacks and its scheduler from its own state file; they find
 what they belong to here."""
 
 
-def _now() -> Watch:
+def _now() -> SearchController:
     return _running[-1]
 
 
-def _scheduler(watch: Watch) -> ASHAScheduler:
+def _scheduler(watch: SearchController) -> ASHAScheduler:
     """ASHA, told of the scores that the record holds already."""
     spec, result = watch.spec, watch.result
-    return _PatientASHA(
+    return BaselineKeepingASHA(
         own=_words(spec.space, result.own),
         past=result.rows,
         time_attr="epoch",
@@ -311,7 +311,7 @@ def _scheduler_of_now() -> ASHAScheduler:
 
 
 @contextlib.contextmanager
-def _as_running(watch: Watch) -> Iterator[None]:
+def _as_running(watch: SearchController) -> Iterator[None]:
     _running.append(watch)
     try:
         yield
@@ -342,7 +342,7 @@ def _quiet() -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _bundles(plan: TrialPlan) -> tune.PlacementGroupFactory:
+def _bundles(plan: TrialSpec) -> tune.PlacementGroupFactory:
     return tune.PlacementGroupFactory([{"CPU": DRIVER_CPUS}, *plan.layout.bundles], strategy="PACK")
 
 

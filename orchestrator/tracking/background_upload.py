@@ -11,17 +11,17 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from bim.orchestrator.tracking.store import gist
+from bim.orchestrator.tracking.store import summarize_error
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-PAUSE = 30.0
+RETRY_BACKOFF_S = 30.0
 """Seconds in which a store that has just failed is not asked again by the caller's own thread."""
 
 
-class Courier:
+class BackgroundUploader:
     """The one background thread: does its jobs every `interval` seconds, and a last time when it is closed.
 
     While they fail it waits longer, up to `patience` seconds. The first failure is one line in the log, the
@@ -65,7 +65,7 @@ class Courier:
                         "MLflow at %s does not take metrics (%s); training goes on, they are kept in %s "
                         "and sent when it is back",
                         self._store,
-                        gist(error),
+                        summarize_error(error),
                         self._kept,
                     )
             else:
@@ -77,7 +77,7 @@ class Courier:
                     )
 
 
-class Debts:
+class RetryQueue:
     """Jobs that a store did not take when they came up. They are tried again, in order, when the run ends.
 
     A job must be repeatable: it may fail half-way.
@@ -89,9 +89,12 @@ class Debts:
     """
 
     def __init__(
-        self, store: str, hopeless: Callable[[Exception], bool], away: Callable[[], bool] = lambda: False
+        self,
+        store: str,
+        is_permanent_error: Callable[[Exception], bool],
+        away: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._store, self._hopeless, self._away = store, hopeless, away
+        self._store, self._hopeless, self._away = store, is_permanent_error, away
         self._jobs: list[tuple[str, Callable[[], object]]] = []
         self._asleep_until = 0.0
 
@@ -106,9 +109,9 @@ class Debts:
             try:
                 return job()
             except Exception as error:  # each kind of store has its own errors
-                log.warning("MLflow at %s did not take %s (%s)", self._store, what, gist(error))
+                log.warning("MLflow at %s did not take %s (%s)", self._store, what, summarize_error(error))
                 if not self._hopeless(error):
-                    self._asleep_until = time.monotonic() + PAUSE
+                    self._asleep_until = time.monotonic() + RETRY_BACKOFF_S
         self._jobs.append((what, job))
         return None
 

@@ -22,7 +22,7 @@ VIEW = "depth-variants"
 """Key of the saved view of the runs table that `runs_view` describes."""
 
 
-def thinned(curve: Sequence[tuple[int, float]], points: int = CURVE_POINTS) -> list[tuple[int, float]]:
+def downsample(curve: Sequence[tuple[int, float]], points: int = CURVE_POINTS) -> list[tuple[int, float]]:
     """At most `points` of the curve, evenly spread over it, its two ends among them."""
     if len(curve) <= points:
         return list(curve)
@@ -34,7 +34,7 @@ def rounded(value: float) -> float:
     return float(round(value)) if abs(value) >= 1e4 else float(f"{value:.4g}")
 
 
-def headline(record: DepthRecord) -> str:
+def summary_line(record: DepthRecord) -> str:
     """One variant in a line: what it is worth and what it costs."""
     m = record.metrics
     parts = [f"{name} {text}" for name, text in _worth(m).items()]

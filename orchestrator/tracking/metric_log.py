@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bim.orchestrator.tracking.records import Point
+from bim.orchestrator.tracking.records import MetricPoint
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class MetricLog:
             values = {row["step"]: float(row[name]) for row in rows if row is not None and name in row}
         return sorted(values.items())
 
-    def deliver(self, send: Callable[[Sequence[Point]], None]) -> int:
+    def deliver(self, send: Callable[[Sequence[MetricPoint]], None]) -> int:
         """Send what is new, in order, in batches; returns the number of points.
 
         What `send` raises is passed on, and the batch that it was given is sent again at the next call.
@@ -104,7 +104,7 @@ class MetricLog:
                 self._keep_marks()
         return sent
 
-    def _batches(self) -> Iterator[list[Point]]:
+    def _batches(self) -> Iterator[list[MetricPoint]]:
         """What has not been delivered; the position moves on when the next batch is asked for."""
         while True:
             with self._lock:
@@ -125,8 +125,8 @@ class MetricLog:
             fresh.write_text(json.dumps(self._delivered), encoding="utf-8")
             fresh.replace(self._marks)
 
-    def _read(self, position: int) -> tuple[list[Point], int]:
-        points: list[Point] = []
+    def _read(self, position: int) -> tuple[list[MetricPoint], int]:
+        points: list[MetricPoint] = []
         with self.path.open("rb") as file:
             file.seek(position)
             for line in file:
@@ -139,13 +139,13 @@ class MetricLog:
                 position += len(line)
         return points, position
 
-    def _points(self, line: bytes) -> list[Point]:
+    def _points(self, line: bytes) -> list[MetricPoint]:
         row = _row(line)
         if row is None:
             return []
         step, milliseconds = row.pop("step"), int(1000 * row.pop("time", time.time()))
         return [
-            Point(name, step, float(value), milliseconds)
+            MetricPoint(name, step, float(value), milliseconds)
             for name, value in row.items()
             # The repeated steps of a resumed run equal those in the store; twice would only crowd its charts.
             if step > self._delivered.get(name, -1)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-class Point(NamedTuple):
+class MetricPoint(NamedTuple):
     """One value of one metric."""
 
     name: str

@@ -25,10 +25,10 @@ try:
 except ImportError:  # where there is none, runs must not be started at the same moment in a new folder
     fcntl = None  # type: ignore[assignment]
 
-SECONDS = 5.0
+CONNECT_TIMEOUT_S = 5.0
 """How long a store may take to answer at the start."""
 
-TURN_SECONDS = 60.0
+LOCK_TIMEOUT_S = 60.0
 """How long a process waits for another one that opens the same SQLite store; MLflow makes its tables in about 5 s."""
 
 
@@ -90,7 +90,7 @@ class StoreAddress:
         parts = urlsplit(self.uri)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.closing(sqlite3.connect(file, timeout=SECONDS)) as database:
+            with contextlib.closing(sqlite3.connect(file, timeout=CONNECT_TIMEOUT_S)) as database:
                 database.execute("BEGIN IMMEDIATE")
                 database.execute("ROLLBACK")
         elif not self.is_http and parts.hostname:
@@ -99,7 +99,7 @@ class StoreAddress:
             ports = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
             port = parts.port or ports.get(parts.scheme.partition("+")[0])
             if port is not None:
-                socket.create_connection((parts.hostname, port), timeout=SECONDS).close()
+                socket.create_connection((parts.hostname, port), timeout=CONNECT_TIMEOUT_S).close()
             engine = sqlalchemy.create_engine(self.uri)
             try:
                 engine.connect().close()
@@ -108,7 +108,7 @@ class StoreAddress:
 
 
 @contextlib.contextmanager
-def in_turn(address: StoreAddress) -> Iterator[None]:
+def exclusive_lock(address: StoreAddress) -> Iterator[None]:
     """Within the block no other process of this machine is in such a block of the same SQLite store.
 
     Several runs started at once in a new folder find no database, each makes MLflow's tables, and all but one fail
@@ -124,7 +124,7 @@ def in_turn(address: StoreAddress) -> Iterator[None]:
         Path(tempfile.gettempdir()) / f"mlflow-store-{os.getuid()}-{name}.lock", os.O_RDWR | os.O_CREAT, 0o600
     )
     try:
-        until = time.monotonic() + TURN_SECONDS
+        until = time.monotonic() + LOCK_TIMEOUT_S
         while time.monotonic() < until:  # a process that hangs does not stop the others for good
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -137,7 +137,7 @@ def in_turn(address: StoreAddress) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def http_patience(retries: int, seconds: int) -> Iterator[None]:
+def http_timeouts(retries: int, seconds: int) -> Iterator[None]:
     """How long MLflow's HTTP client tries, within the block, where it also prints no addresses.
 
     What the user has set in the environment stays. MLflow reads these variables at every request and has no other
@@ -158,7 +158,7 @@ def http_patience(retries: int, seconds: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def no_tracebacks() -> Iterator[None]:
+def quiet_client_logs() -> Iterator[None]:
     """Within the block the client's own logs of failed attempts, pages long each, are left out; we say it in a line."""
 
     def keep(record: logging.LogRecord) -> bool:
@@ -174,7 +174,7 @@ def no_tracebacks() -> Iterator[None]:
             logger.removeFilter(keep)
 
 
-def gist(error: BaseException, length: int = 160) -> str:
+def summarize_error(error: BaseException, length: int = 160) -> str:
     """Why, in a few words, out of an error that may be long and nested."""
     text = str(error).strip() or type(error).__name__
     inner = re.findall(r"\[Errno -?\d+\] ([^\"')\]]+)|Failed to resolve '[^']+'|timed out", text)

@@ -27,13 +27,20 @@ from mlflow.entities import Dataset, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from bim.orchestrator.runs.provenance import Provenance
-from bim.orchestrator.tracking.background_upload import Courier, Debts
+from bim.orchestrator.tracking.background_upload import BackgroundUploader, RetryQueue
 from bim.orchestrator.tracking.descriptions import VIEW, pages, picture, runs_view
 from bim.orchestrator.tracking.metric_log import MetricLog
-from bim.orchestrator.tracking.records import DepthRecord, Point
-from bim.orchestrator.tracking.store import SECONDS, StoreAddress, gist, http_patience, in_turn, no_tracebacks
+from bim.orchestrator.tracking.records import DepthRecord, MetricPoint
+from bim.orchestrator.tracking.store import (
+    CONNECT_TIMEOUT_S,
+    StoreAddress,
+    exclusive_lock,
+    http_timeouts,
+    quiet_client_logs,
+    summarize_error,
+)
 from bim.orchestrator.tracking.trial_runs import TrialRuns
-from bim.orchestrator.tracking.variant_runs import NOTE, DepthRuns, origin
+from bim.orchestrator.tracking.variant_runs import DESCRIPTION_TAG, DepthRuns, origin
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,9 +79,9 @@ class Tracker:
         self.experiment_id: str = run.info.experiment_id
         self._client, self._address = client, address
         self._open_things = contextlib.ExitStack()
-        self._open_things.enter_context(http_patience(retries=1, seconds=60))
-        self._open_things.enter_context(no_tracebacks())
-        self._debts = Debts(
+        self._open_things.enter_context(http_timeouts(retries=1, seconds=60))
+        self._open_things.enter_context(quiet_client_logs())
+        self._debts = RetryQueue(
             str(address), _refused, away=lambda: self._courier is not None and self._courier.down
         )
         self._depths = DepthRuns(client, run, model_name, address.to_name())
@@ -83,7 +90,7 @@ class Tracker:
         self._metrics = MetricLog(out / "metrics.jsonl", same_store=continued)
         self._events = out / "events.log"
         self._events_sent = 0
-        self._courier: Courier | None = None
+        self._courier: BackgroundUploader | None = None
 
     @classmethod
     def open(
@@ -114,7 +121,11 @@ class Tracker:
             )
         address = StoreAddress(uri or mlflow.get_tracking_uri())
         try:
-            with http_patience(retries=0, seconds=int(SECONDS)), no_tracebacks(), in_turn(address):
+            with (
+                http_timeouts(retries=0, seconds=int(CONNECT_TIMEOUT_S)),
+                quiet_client_logs(),
+                exclusive_lock(address),
+            ):
                 address.probe()
                 client = MlflowClient(tracking_uri=address.uri)
                 if resume_run_id is None:
@@ -126,13 +137,13 @@ class Tracker:
             raise
         except Exception as error:  # each kind of store has its own errors
             raise TrackingError(
-                f"the MLflow store {address} cannot be used: {gist(error)}; "
+                f"the MLflow store {address} cannot be used: {summarize_error(error)}; "
                 "start or repair it, or give another one with --tracking.uri (sqlite:///mlflow.db needs no server)"
             ) from error
         tracker = cls(client, address, run, out, model_name, continued=resume_run_id is not None)
         note = {"run_id": tracker.run_id, "experiment_id": tracker.experiment_id, "uri": str(address)}
         (out / "tracking.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-        tracker._courier = Courier(
+        tracker._courier = BackgroundUploader(
             [tracker._carry_metrics, tracker._carry_events], str(address), str(out), interval
         )
         return tracker
@@ -239,7 +250,7 @@ class Tracker:
         parts = [markdown, pages(self.experiment_id)]
         parts += [picture(self.run_id, f"pictures/{name}.png") for name in pictures]
         note = "\n\n".join(parts)
-        self._debts.do("the description", lambda: self._client.set_tag(self.run_id, NOTE, note))
+        self._debts.do("the description", lambda: self._client.set_tag(self.run_id, DESCRIPTION_TAG, note))
 
     def log_picture(self, figure: Path | Figure, name: str) -> Path:
         """A picture on the parent run, kept as out/pictures/NAME.png. Returns the file."""
@@ -321,7 +332,7 @@ class Tracker:
     def _carry_metrics(self) -> None:
         self._metrics.deliver(self._send_points)
 
-    def _send_points(self, points: Sequence[Point]) -> None:
+    def _send_points(self, points: Sequence[MetricPoint]) -> None:
         # A character that MLflow refuses would make it refuse the whole batch, again and again.
         metrics = [Metric(re.sub(r"[^\w./ -]", "_", p.name), p.value, p.milliseconds, p.step) for p in points]
         try:
@@ -329,7 +340,9 @@ class Tracker:
         except MlflowException as error:
             if not _refused(error):
                 raise
-            log.warning("MLflow refused %d metrics of run %s (%s)", len(points), self.run_id, gist(error))
+            log.warning(
+                "MLflow refused %d metrics of run %s (%s)", len(points), self.run_id, summarize_error(error)
+            )
 
     def _carry_events(self) -> None:
         size = self._events.stat().st_size if self._events.exists() else 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 
-from bim.orchestrator.tracking.variant_runs import NOTE, last_steps, origin
+from bim.orchestrator.tracking.variant_runs import DESCRIPTION_TAG, last_steps, origin
 
 if TYPE_CHECKING:
     from bim.orchestrator.search.results import TrialRow
@@ -55,7 +55,7 @@ class TrialRuns:
         if row.images_per_s is not None:
             metrics.append(Metric("search/images_per_s", row.images_per_s, now, row.epoch))
         tags = {"status": row.status, "why": row.why, "score_is": metric}
-        tags[NOTE] = f"{row.status}: {row.why}" if row.why else row.status
+        tags[DESCRIPTION_TAG] = f"{row.status}: {row.why}" if row.why else row.status
         client.log_batch(
             run_id, metrics=metrics, params=params, tags=[RunTag(k, v[:5000]) for k, v in tags.items()]
         )
@@ -65,7 +65,7 @@ class TrialRuns:
     def cut_off(self, row: TrialRow) -> None:
         """End the run of a trial that was under way when the search was."""
         run_id = self._run(row).info.run_id
-        tags = [RunTag("status", "cut off"), RunTag("why", CUT_OFF), RunTag(NOTE, CUT_OFF)]
+        tags = [RunTag("status", "cut off"), RunTag("why", CUT_OFF), RunTag(DESCRIPTION_TAG, CUT_OFF)]
         self._client.log_batch(run_id, tags=tags)
         self._client.set_terminated(run_id, "KILLED")
 

@@ -23,16 +23,16 @@ from mlflow.models import Model
 
 from bim.orchestrator.tracking.descriptions import (
     depth_rows,
-    headline,
+    downsample,
     loading_note,
     picture,
     results_table,
     rounded,
-    thinned,
+    summary_line,
 )
 from bim.orchestrator.tracking.records import DepthRecord
 
-NOTE = "mlflow.note.content"  # the tag that MLflow's pages show as a description
+DESCRIPTION_TAG = "mlflow.note.content"  # the tag that MLflow's pages show as a description
 SCORES = {"knn_top1": ".3f", "linear_top1": ".3f", "rankme": ".1f"}  # shown as tags of a registered version
 BATCH = 1000  # metrics that MLflow takes in one request
 
@@ -63,16 +63,16 @@ class DepthRuns:
         model_id = self._logged_model(run, record, name)
         for path in record.pictures:
             client.log_artifact(run_id, str(path))
-        uri, note = f"models:/{model_id}", [headline(record)]
+        uri, note = f"models:/{model_id}", [summary_line(record)]
         if not record.series:
             self._register(run_id, model_id, record, name)
             uri = f"models:/{name}@{record.alias}"
             note.append(loading_note(name, record.alias, self._store))
-        client.set_logged_model_tags(model_id, {NOTE: "\n\n".join(note)})
+        client.set_logged_model_tags(model_id, {DESCRIPTION_TAG: "\n\n".join(note)})
         note += [picture(run_id, path.name) for path in record.pictures]
         known = run.data.params
         params = [Param(key, str(value)[:6000]) for key, value in record.params.items() if key not in known]
-        client.log_batch(run_id, params=params, tags=[RunTag(NOTE, "\n\n".join(note))])
+        client.log_batch(run_id, params=params, tags=[RunTag(DESCRIPTION_TAG, "\n\n".join(note))])
         client.set_terminated(run_id, "FINISHED")
         return uri
 
@@ -102,7 +102,7 @@ class DepthRuns:
         metrics = [
             Metric(name, value, now, step)
             for name, curve in record.curves.items()
-            for step, value in thinned(curve)
+            for step, value in downsample(curve)
             if step > there.get(name, -1)
         ]
         for start in range(0, len(metrics), BATCH):
@@ -156,7 +156,7 @@ class DepthRuns:
             measured = record.metrics
             scores = {key: format(measured[key], form) for key, form in SCORES.items() if key in measured}
             tags = {"depth": str(record.depth), **scores}
-            text = headline(record)
+            text = summary_line(record)
             with _default_store(client.tracking_uri):
                 version = client.create_model_version(
                     name, source, run_id, tags, description=text, await_creation_for=0, model_id=model_id

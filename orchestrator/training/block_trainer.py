@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bim.models.local_mim import LocalMIM
 from bim.models.masks.plan import MaskPlan
-from bim.orchestrator.training.errors import NonFiniteLoss
+from bim.orchestrator.training.errors import NonFiniteLossError
 from bim.orchestrator.training.spec import OptimSpec
 
 UNDECAYED = ("_token", "relative_position_bias_table")
@@ -63,7 +63,7 @@ class BlockTrainer:
         step: int,
         lr: float,
         micro: int = 0,
-        micros: int = 1,
+        grad_accum_steps: int = 1,
         targets: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         """Forward, local backward, and on the last micro-batch the update.
@@ -77,13 +77,13 @@ class BlockTrainer:
             The detached residual stream (B, P + visible, D) in the wire's dtype, and this micro-batch's metrics.
 
         Raises:
-            NonFiniteLoss: before the weights are touched.
+            NonFiniteLossError: before the weights are touched.
         """
         with self._autocast():
             out = self.module(x, images, plan, targets)
-        self._scaler.scale(out.loss / micros).backward()
+        self._scaler.scale(out.loss / grad_accum_steps).backward()
         measured = {"loss": out.loss.detach(), **out.parts}
-        updates = micro == micros - 1
+        updates = micro == grad_accum_steps - 1
         if updates:
             self._scaler.unscale_(self._optimizer)
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]
@@ -92,11 +92,11 @@ class BlockTrainer:
         numbers = torch.stack([value.float() for value in measured.values()]).tolist()
         metrics = dict(zip(measured, numbers, strict=True))
         if not math.isfinite(metrics["loss"]):
-            raise NonFiniteLoss("loss", self.index, step, lr)
+            raise NonFiniteLossError("loss", self.index, step, lr)
         if updates:
             if not math.isfinite(metrics["grad_norm"]):
                 if not self._scaler.is_enabled():
-                    raise NonFiniteLoss("gradient norm", self.index, step, lr)
+                    raise NonFiniteLossError("gradient norm", self.index, step, lr)
                 del metrics["grad_norm"]  # with fp16 an overflow is no measurement
             self._update(lr, measured["grad_norm"])
         return out.activations.to(WIRE_DTYPES[self._optim.precision]), metrics

@@ -20,12 +20,12 @@ from bim.models.local_mim import LocalMIM
 from bim.models.masks.plan import MaskPlan, block_plans, partial_plan, random_order, visible_counts
 from bim.models.seeding import forked_rng, generator
 from bim.models.targets import TARGETS
-from bim.orchestrator.training.spec import FamilySpec, TargetSpec
+from bim.orchestrator.training.spec import PretrainSpec, TargetSpec
 
 
-def build_local_mim(spec: FamilySpec, index: int, backbone: Backbone | None = None) -> LocalMIM:
+def build_local_mim(spec: PretrainSpec, index: int, backbone: Backbone | None = None) -> LocalMIM:
     """Block `index` with its decoder and loss; its initial weights depend on (spec.seed, index) alone."""
-    backbone = backbone or backbone_of(spec)
+    backbone = backbone or open_spec_backbone(spec)
     info, how = backbone.blocks[index], spec.decoders[index]
     encoder = backbone.build_block(index, spec.seed, spec.init_from)
     wanted = spec.targets[index] if spec.targets else TargetSpec()
@@ -49,13 +49,13 @@ def build_local_mim(spec: FamilySpec, index: int, backbone: Backbone | None = No
     return LocalMIM(encoder, decoder, target, spec.score_newly_dropped, how.thrown_weight)
 
 
-def backbone_of(spec: FamilySpec) -> Backbone:
+def open_spec_backbone(spec: PretrainSpec) -> Backbone:
     """The family's backbone, cut into its blocks."""
     return open_backbone(spec.backbone, spec.blocks, spec.model_args, spec.encode)
 
 
-def plans_of_step(
-    spec: FamilySpec,
+def mask_plans(
+    spec: PretrainSpec,
     backbone: Backbone,
     size: tuple[int, int],
     batch: int,

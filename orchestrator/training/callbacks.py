@@ -10,7 +10,7 @@ from typing import Protocol
 class EpochReport:
     """One epoch, for a person: mean loss per block, images/s, share of the time lost waiting for data, seconds to go.
 
-    plan_wait: share lost waiting for plans of masks, at the stage that waited longest.
+    mask_wait: share lost waiting for plans of masks, at the stage that waited longest.
     """
 
     epoch: int
@@ -19,10 +19,10 @@ class EpochReport:
     images_per_s: float
     data_wait: float
     eta_s: float
-    plan_wait: float = 0.0
+    mask_wait: float = 0.0
 
 
-class Listener(Protocol):
+class Callback(Protocol):
     """Who hears of the training; nothing it does may raise."""
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None: ...

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bim.models.backbones.backbone import Backbone
 from bim.orchestrator.training.build import build_local_mim
-from bim.orchestrator.training.spec import FamilySpec
+from bim.orchestrator.training.spec import PretrainSpec
 
 
 def trained_variant(backbone: Backbone, weights: list[dict[str, Tensor]], depth: int) -> nn.Module:
@@ -27,7 +27,7 @@ def encoder_weights(block: dict[str, Tensor]) -> dict[str, Tensor]:
     return _part(block, "encoder.")
 
 
-def random_variants(spec: FamilySpec, backbone: Backbone, depths: tuple[int, ...]) -> dict[int, nn.Module]:
+def random_variants(spec: PretrainSpec, backbone: Backbone, depths: tuple[int, ...]) -> dict[int, nn.Module]:
     """The same depths with random weights, of the same seed; whatever the run started from."""
     spec = replace(spec, init_from=None)
     weights = [build_local_mim(spec, k, backbone).state_dict() for k in range(len(spec.blocks))]

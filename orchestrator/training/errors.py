@@ -10,7 +10,7 @@ class TrainingError(RuntimeError):
     """Training ended and a restart would not help; the message is meant for the person who started the run."""
 
 
-class NonFiniteLoss(TrainingError):
+class NonFiniteLossError(TrainingError):
     """A loss or a gradient norm became NaN or infinite."""
 
     def __init__(self, what: str, block: int, step: int, lr: float) -> None:
@@ -25,7 +25,7 @@ class NonFiniteLoss(TrainingError):
         )
 
 
-class OutOfOrder(RuntimeError):
+class StepOrderError(RuntimeError):
     """A stage was handed a step that is not its own next one; a training step is not idempotent."""
 
 

@@ -1,6 +1,6 @@
 """The training loop: pushes steps into stages, settles what comes back, commits checkpoints, rewinds after failures.
 
-Knows neither Ray nor MLflow nor pydantic: the stages are behind `orchestrator.stages.Stages`, reports go to a `Listener`.
+Knows neither Ray nor MLflow nor pydantic: the stages are behind `orchestrator.stages.Stages`, reports go to a `Callback`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bim.orchestrator.data.errors import TooManyBadImages
+from bim.orchestrator.data.errors import TooManyCorruptImagesError
 from bim.orchestrator.data.phases import Phase, phase_at, steps_until
-from bim.orchestrator.training.callbacks import EpochReport, Listener, StopRequest
+from bim.orchestrator.training.callbacks import Callback, EpochReport, StopRequest
 from bim.orchestrator.training.checkpoint import CheckpointStore, Manifest, all_files
 from bim.orchestrator.training.errors import StageFailure, TrainingError
-from bim.orchestrator.training.messages import Order, StepReport
+from bim.orchestrator.training.messages import StepReport, StepRequest
 from bim.orchestrator.training.restart_policy import RestartPolicy
 from bim.orchestrator.training.stage_group import Stages
 
@@ -24,7 +24,7 @@ LOGS_PER_EPOCH = 10  # points per epoch of the step curves
 
 
 @dataclass(frozen=True)
-class RunPlan:
+class TrainingSchedule:
     """How long and how fast.
 
     Args:
@@ -96,11 +96,11 @@ class _Means:
 
 
 def pretrain(
-    plan: RunPlan,
+    plan: TrainingSchedule,
     stages: Stages,
     store: CheckpointStore,
     manifest: Callable[[int], Manifest],
-    listener: Listener,
+    listener: Callback,
     policy: RestartPolicy,
     stop: StopRequest,
 ) -> PretrainResult:
@@ -122,7 +122,7 @@ def pretrain(
             stopped = loop.run()
             break
         except StageFailure as failure:
-            loop.abandon()
+            loop.cancel_pending()
             if stop.reason is not None:
                 listener.say(f"{failure}; the run ends at the last checkpoint")
                 stopped = stop.reason
@@ -144,16 +144,16 @@ class _Loop:
 
     def __init__(
         self,
-        plan: RunPlan,
+        plan: TrainingSchedule,
         stages: Stages,
         store: CheckpointStore,
         manifest: Callable[[int], Manifest],
-        listener: Listener,
+        listener: Callback,
         stop: StopRequest,
     ) -> None:
         self._plan, self._stages, self._store = plan, stages, store
         self._manifest, self._listener, self._stop = manifest, listener, stop
-        self._under_way: deque[tuple[Order, Any]] = deque()
+        self._in_flight: deque[tuple[StepRequest, Any]] = deque()
         self._logged, self._epoch = _Means(), _Means()
         self._committed = -1
         self._images, self._clock = 0, time.perf_counter()
@@ -189,16 +189,16 @@ class _Loop:
         while self.step < self._plan.total_steps and self._stop.reason is None:
             step, mark = self.step, self._plan.marks(self.step)
             if self._plan.turns(step):
-                self._settle(0)  # what is under way has another size
-            micros = self._plan.phase(step).micros
-            for micro in range(micros):
-                last = micro == micros - 1
+                self._collect(0)  # what is under way has another size
+            grad_accum_steps = self._plan.phase(step).grad_accum_steps
+            for micro in range(grad_accum_steps):
+                last = micro == grad_accum_steps - 1
                 where = str(self._store.directory(step + 1)) if mark and last else None
-                order = Order(step, self._plan.lr(step), micro, micros, where)
-                self._under_way.append((order, self._stages.submit(order)))
-                self._settle(self._plan.window)
+                order = StepRequest(step, self._plan.lr(step), micro, grad_accum_steps, where)
+                self._in_flight.append((order, self._stages.submit(order)))
+                self._collect(self._plan.window)
             self.step += 1
-        self._settle(0)
+        self._collect(0)
         if self._stop.reason is not None:
             if self._committed != self.step:
                 files = self._stages.save(self._store.directory(self.step))
@@ -206,23 +206,23 @@ class _Loop:
             self._listener.say(f"checkpoint saved after step {self.step} of {self._plan.total_steps}")
         return self._stop.reason if self.step < self._plan.total_steps else None
 
-    def abandon(self) -> None:
+    def cancel_pending(self) -> None:
         """Forget what is under way, once nothing of it runs any more."""
-        self._stages.abandon([pending for _, pending in self._under_way])
-        self._under_way.clear()
+        self._stages.cancel_pending([pending for _, pending in self._in_flight])
+        self._in_flight.clear()
         self.step = None
 
     def images_per_s(self) -> float:
         """Throughput since the last rewind."""
         return self._images / max(1e-9, time.perf_counter() - self._clock)
 
-    def _settle(self, leave: int) -> None:
-        while len(self._under_way) > leave:
-            order, pending = self._under_way[0]
+    def _collect(self, leave: int) -> None:
+        while len(self._in_flight) > leave:
+            order, pending = self._in_flight[0]
             report = self._stages.settle(pending)
-            self._under_way.popleft()
+            self._in_flight.popleft()
             self._note(report)
-            if order.last_micro:
+            if order.is_last_micro_step:
                 self.settled = order.step + 1
                 if order.checkpoint is not None:
                     self._commit(self.settled, [stage.files for stage in report.stages])
@@ -239,7 +239,7 @@ class _Loop:
         values = {"data/wait_s": report.data_wait_s, "data/load_s": report.load_s}
         for number, stage in enumerate(report.stages):
             values[f"stage{number}/busy_share"] = stage.busy_s / max(1e-9, stage.busy_s + stage.idle_s)
-            values[f"stage{number}/plan_wait_s"] = stage.plan_wait_s
+            values[f"stage{number}/mask_wait_s"] = stage.mask_wait_s
             for block, metrics in stage.blocks.items():
                 values |= {f"block{block}/{name}": value for name, value in metrics.items()}
         self._logged.add(values)
@@ -249,12 +249,12 @@ class _Loop:
                 self.bad_images[name] = reason
                 self._listener.say(f"skipped an unreadable image: {name} ({reason})")
         if len(self.bad_images) > self._plan.max_bad_images:
-            raise TooManyBadImages(
+            raise TooManyCorruptImagesError(
                 f"{len(self.bad_images)} images could not be read, the last being {next(reversed(self.bad_images))}, and "
                 f"data.max_bad_fraction allows {self._plan.max_bad_images}; repair or remove them, or raise it"
             )
 
-    def _tell(self, order: Order) -> None:
+    def _tell(self, order: StepRequest) -> None:
         plan, now = self._plan, time.perf_counter()
         phase = plan.phase(order.step)
         self._images += phase.images_per_step
@@ -270,14 +270,14 @@ class _Loop:
             means, seconds = self._epoch.take(), max(1e-9, now - self._epoch_clock)
             steps = max(1, self._epoch_images // phase.images_per_step)
             losses = {int(k[5:-5]): v for k, v in means.items() if k.endswith("/loss")}
-            plan_wait = max((v for k, v in means.items() if k.endswith("/plan_wait_s")), default=0.0)
-            wait, plan_wait = (
-                min(1.0, mean * phase.micros * steps / seconds)
-                for mean in (means.get("data/wait_s", 0.0), plan_wait)
+            mask_wait = max((v for k, v in means.items() if k.endswith("/mask_wait_s")), default=0.0)
+            wait, mask_wait = (
+                min(1.0, mean * phase.grad_accum_steps * steps / seconds)
+                for mean in (means.get("data/wait_s", 0.0), mask_wait)
             )
             rate = self._epoch_images / seconds
             eta = self._images_left(done) / self.images_per_s()
-            self._listener.on_epoch(EpochReport(epoch + 1, plan.epochs, losses, rate, wait, eta, plan_wait))
+            self._listener.on_epoch(EpochReport(epoch + 1, plan.epochs, losses, rate, wait, eta, mask_wait))
             self._epoch_clock, self._epoch_images = now, 0
 
     def _images_left(self, done: int) -> float:

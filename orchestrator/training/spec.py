@@ -53,7 +53,7 @@ class TargetSpec:
 
 
 @dataclass(frozen=True)
-class FamilySpec:
+class PretrainSpec:
     """Everything that a stage needs to build and train its blocks: plain values, lists already one entry per block."""
 
     backbone: str

@@ -16,12 +16,12 @@ from bim.models.masks.plan import MaskPlan
 from bim.models.seeding import derive_seed
 from bim.models.tokens import normalize_images
 from bim.orchestrator.training.block_trainer import BlockTrainer
-from bim.orchestrator.training.build import backbone_of, build_local_mim, plans_of_step
+from bim.orchestrator.training.build import build_local_mim, mask_plans, open_spec_backbone
 from bim.orchestrator.training.checkpoint import FileRecord, load_block_state, load_block_weights, save_block
-from bim.orchestrator.training.errors import OutOfOrder
-from bim.orchestrator.training.messages import Order, StageReport
-from bim.orchestrator.training.spec import FamilySpec
-from bim.orchestrator.training.transport import Inbox, Payload, pack
+from bim.orchestrator.training.errors import StepOrderError
+from bim.orchestrator.training.messages import StageReport, StepRequest
+from bim.orchestrator.training.spec import PretrainSpec
+from bim.orchestrator.training.transport import Payload, ReceiveBuffer, to_message
 
 
 class Stage:
@@ -34,17 +34,17 @@ class Stage:
     """
 
     def __init__(
-        self, spec: FamilySpec, blocks: Sequence[int], device: str = "cpu", threads: int | None = None
+        self, spec: PretrainSpec, blocks: Sequence[int], device: str = "cpu", threads: int | None = None
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         self._spec = spec
         self._blocks = tuple(blocks)
         self._device = torch.device(device)
-        self._inbox = Inbox(self._device)
-        self._backbone = backbone_of(spec)
+        self._inbox = ReceiveBuffer(self._device)
+        self._backbone = open_spec_backbone(spec)
         self._trainers: list[BlockTrainer] = []
-        self._alike = _with_equal_targets(spec, self._backbone, self._blocks)
+        self._target_sharing = _target_sharing(spec, self._backbone, self._blocks)
         self._next = (0, 0)
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="plans")
         self._ahead: tuple[Any, Future[dict[int, MaskPlan]]] | None = None
@@ -65,7 +65,7 @@ class Stage:
         return step
 
     def train_step(
-        self, order: Order, images: Payload, incoming: Payload | None
+        self, order: StepRequest, images: Payload, incoming: Payload | None
     ) -> tuple[Payload | None, StageReport]:
         """Train this stage's blocks on one micro-batch.
 
@@ -77,10 +77,10 @@ class Stage:
             The residual stream for the next stage (None from the last one), and the report.
 
         Raises:
-            OutOfOrder: if this is not the stage's own next micro-batch; nothing was changed.
+            StepOrderError: if this is not the stage's own next micro-batch; nothing was changed.
         """
         if (order.step, order.micro) != self._next:
-            raise OutOfOrder(
+            raise StepOrderError(
                 f"blocks {self._blocks} stand at (step, micro) {self._next}, got {(order.step, order.micro)}"
             )
         started = time.perf_counter()
@@ -89,35 +89,35 @@ class Stage:
         x = pixels if incoming is None else self._inbox.unpack("tokens", incoming).float()
         asked = time.perf_counter()
         plans = self._plans(pixels.shape, order)
-        plan_wait = time.perf_counter() - asked
+        mask_wait = time.perf_counter() - asked
         metrics: dict[int, dict[str, float]] = {}
         shared: dict[int, Tensor] = {}
         for k, trainer in zip(self._blocks, self._trainers, strict=True):
-            alike = self._alike[k]
+            alike = self._target_sharing[k]
             if alike not in shared:
                 shared = {alike: trainer.module.targets(pixels)}
             y, metrics[k] = trainer.train_step(
-                self._noisy(x, k, order) if k else x,
+                self._add_boundary_noise(x, k, order) if k else x,
                 pixels,
                 plans[k],
                 targets=shared[alike],
                 step=order.step,
                 lr=order.lr,
                 micro=order.micro,
-                micros=order.micros,
+                grad_accum_steps=order.grad_accum_steps,
             )
             x = y.float()
-        self._next = (order.step + 1, 0) if order.last_micro else (order.step, order.micro + 1)
+        self._next = (order.step + 1, 0) if order.is_last_micro_step else (order.step, order.micro + 1)
         files = self.save(order.checkpoint) if order.checkpoint is not None else ()
         last = self._blocks[-1] == len(self._spec.blocks) - 1
-        outgoing = None if last else pack(y)
+        outgoing = None if last else to_message(y)
         ended = time.perf_counter()
         self._idle_since = ended
         return outgoing, StageReport(
-            metrics, tuple(files), ended - started - plan_wait, idle + plan_wait, plan_wait
+            metrics, tuple(files), ended - started - mask_wait, idle + mask_wait, mask_wait
         )
 
-    def _plans(self, shape: torch.Size, order: Order) -> dict[int, MaskPlan]:
+    def _plans(self, shape: torch.Size, order: StepRequest) -> dict[int, MaskPlan]:
         """The plans of this micro-batch, made while the one before was trained on, and those of the next one begun.
 
         Grouping windows and sampling tokens is work for the host; on a GPU it would stand between two steps.
@@ -127,16 +127,18 @@ class Stage:
         def begin(step: int, micro: int) -> tuple[Any, Future[dict[int, MaskPlan]]]:
             wanted = (size, batch, step, micro)
             what = (self._spec, self._backbone, *wanted, self._blocks, self._device)
-            return wanted, self._planner.submit(plans_of_step, *what)
+            return wanted, self._planner.submit(mask_plans, *what)
 
         if self._ahead is None or self._ahead[0] != (size, batch, order.step, order.micro):
             self._ahead = begin(order.step, order.micro)
         plans = self._ahead[1].result()
         # Where images change their size, what was begun for the next step is not used.
-        self._ahead = begin(order.step + 1, 0) if order.last_micro else begin(order.step, order.micro + 1)
+        self._ahead = (
+            begin(order.step + 1, 0) if order.is_last_micro_step else begin(order.step, order.micro + 1)
+        )
         return plans
 
-    def _noisy(self, x: Tensor, block: int, order: Order) -> Tensor:
+    def _add_boundary_noise(self, x: Tensor, block: int, order: StepRequest) -> Tensor:
         """x: (B, T, D) -> the same with Gaussian noise of `boundary_noise` standard deviations of x added.
 
         Siddiqui et al., arXiv 2302.01647, scale it by the activations' deviation too, and let the block's own head see it;
@@ -162,7 +164,7 @@ class Stage:
         return {k: t.weights() for k, t in zip(self._blocks, self._trainers, strict=True)}
 
 
-def _with_equal_targets(spec: FamilySpec, backbone: Backbone, blocks: Sequence[int]) -> dict[int, int]:
+def _target_sharing(spec: PretrainSpec, backbone: Backbone, blocks: Sequence[int]) -> dict[int, int]:
     """Block -> the first of `blocks` that predicts the same of the same tokens."""
     what = {k: (spec.targets[k] if spec.targets else None, backbone.blocks[k].stride) for k in blocks}
     return {k: next(first for first in blocks if what[first] == what[k]) for k in blocks}

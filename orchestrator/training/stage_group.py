@@ -15,8 +15,8 @@ from torch import Tensor
 from bim.orchestrator.data.loader import Batch
 from bim.orchestrator.training.checkpoint import FileRecord
 from bim.orchestrator.training.errors import StageFailure
-from bim.orchestrator.training.messages import Order, StepReport
-from bim.orchestrator.training.spec import FamilySpec
+from bim.orchestrator.training.messages import StepReport, StepRequest
+from bim.orchestrator.training.spec import PretrainSpec
 from bim.orchestrator.training.stage import Stage
 from bim.orchestrator.training.transport import Payload
 
@@ -41,13 +41,13 @@ class Stages(Protocol):
     def restore(self, checkpoint: Path | None, step: int) -> None:
         """Bring every stage to the state before `step`: from a checkpoint, or as built from the seed."""
 
-    def submit(self, order: Order) -> Any:
+    def submit(self, order: StepRequest) -> Any:
         """Send one micro-batch down the pipe. Returns a reference for `settle`; does not wait."""
 
     def settle(self, pending: Any) -> StepReport:
         """Wait for one submitted micro-batch. Raises StageFailure, or a TrainingError of a stage."""
 
-    def abandon(self, pending: Sequence[Any]) -> None:
+    def cancel_pending(self, pending: Sequence[Any]) -> None:
         """After a failure: wait until nothing of what was submitted is running any more."""
 
     def save(self, checkpoint: Path) -> tuple[FileRecord, ...]:
@@ -57,7 +57,7 @@ class Stages(Protocol):
         """End all places and free what they held."""
 
 
-def place_of(index: int, blocks: Sequence[int]) -> str:
+def stage_label(index: int, blocks: Sequence[int]) -> str:
     """How messages name a stage."""
     named = f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]}-{blocks[-1]}"
     return f"stage {index} ({named})"
@@ -73,7 +73,7 @@ class InProcessStages:
 
     def __init__(
         self,
-        spec: FamilySpec,
+        spec: PretrainSpec,
         open_loader: Callable[[], Loader],
         places: Sequence[Sequence[int]],
         device: str = "cpu",
@@ -93,7 +93,7 @@ class InProcessStages:
         for stage in self._stages:
             stage.restore(None if checkpoint is None else str(checkpoint), step)
 
-    def submit(self, order: Order) -> StepReport | BaseException:
+    def submit(self, order: StepRequest) -> StepReport | BaseException:
         """Run the micro-batch at once; an error is kept for `settle`, as a remote stage would keep it."""
         assert self._loader is not None, "restore comes before the first step"
         index = -1
@@ -106,7 +106,7 @@ class InProcessStages:
                 payload, report = stage.train_step(order, images, payload)
                 reports.append(report)
         except Exception as error:
-            place = "the data loader" if index < 0 else place_of(index, self.places[index])
+            place = "the data loader" if index < 0 else stage_label(index, self.places[index])
             return StageFailure(place, f"at step {order.step}", error, died=False)
         return StepReport(order, tuple(reports), batch.bad, batch.load_s, data_wait_s=batch.load_s)
 
@@ -115,7 +115,7 @@ class InProcessStages:
             raise pending
         return pending
 
-    def abandon(self, pending: Sequence[Any]) -> None:
+    def cancel_pending(self, pending: Sequence[Any]) -> None:
         """Nothing runs behind the caller's back here."""
 
     def save(self, checkpoint: Path) -> tuple[FileRecord, ...]:

@@ -21,14 +21,14 @@ class Payload:
     array: np.ndarray
 
 
-def pack(tensor: Tensor) -> Payload:
+def to_message(tensor: Tensor) -> Payload:
     """View (on a GPU: copy to host memory) a tensor of any shape as a payload."""
     host = tensor.detach().contiguous().cpu()
     name = str(host.dtype).removeprefix("torch.")
     return Payload(name, (host.view(torch.int16) if host.dtype == torch.bfloat16 else host).numpy())
 
 
-class Inbox:
+class ReceiveBuffer:
     """Receives payloads into one reused buffer per name.
 
     What arrives is read-only shared memory on Ray; copying it into memory of our own makes it a proper tensor input, and

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from bim.orchestrator.data.spec import DataSpec
-from bim.orchestrator.training.messages import Order
-from bim.orchestrator.training.spec import DecoderSpec, FamilySpec, TargetSpec
+from bim.orchestrator.training.messages import StepRequest
+from bim.orchestrator.training.spec import DecoderSpec, PretrainSpec, TargetSpec
 from bim.orchestrator.training.stage_group import InProcessStages
-from bim.orchestrator.training.transport import Inbox, pack
+from bim.orchestrator.training.transport import ReceiveBuffer, to_message
 from tests.integration.tiny import data, family, hierarchy, shifted, train
 
 pytestmark = [
@@ -31,15 +31,15 @@ def on_gpu(precision: str, places: tuple[tuple[int, ...], ...] = ((0, 1, 2, 3),)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_tensor_travels_from_device_to_device(dtype: torch.dtype) -> None:
     tensor = torch.randn(4, 17, 32, device="cuda").to(dtype)
-    assert torch.equal(Inbox(torch.device("cuda")).unpack("x", pack(tensor)), tensor)
+    assert torch.equal(ReceiveBuffer(torch.device("cuda")).unpack("x", to_message(tensor)), tensor)
 
 
-def thrown_histograms() -> tuple[FamilySpec, DataSpec]:
+def thrown_histograms() -> tuple[PretrainSpec, DataSpec]:
     throw = DecoderSpec(1, 32, 2, throw_ratio=0.25)
     return family(decoders=(throw,) * 4, targets=(TargetSpec("hog", {"cell": 4}),) * 4), data()
 
 
-def painted() -> tuple[FamilySpec, DataSpec]:
+def painted() -> tuple[PretrainSpec, DataSpec]:
     return family(encode="all", mask_ratios=(0.75,) * 4), data()
 
 
@@ -48,14 +48,14 @@ def painted() -> tuple[FamilySpec, DataSpec]:
     [lambda: (family(), data()), thrown_histograms, painted, lambda: hierarchy()[:2], shifted],
     ids=["plain", "thrown tokens and HOG", "painted", "Twins that grows", "Swin with shifted windows"],
 )
-def test_float32_losses_agree_with_the_cpu(case: Callable[[], tuple[FamilySpec, DataSpec]]) -> None:
+def test_float32_losses_agree_with_the_cpu(case: Callable[[], tuple[PretrainSpec, DataSpec]]) -> None:
     spec, images = case()
     here = InProcessStages(spec, images.train_batches, ((0, 1, 2, 3),), threads=1)
     there = InProcessStages(spec, images.train_batches, ((0, 1), (2, 3)), device="cuda")
     for group in (here, there):
         group.restore(None, 0)
     for step in range(6):
-        a, b = (g.settle(g.submit(Order(step, 1e-3))) for g in (here, there))
+        a, b = (g.settle(g.submit(StepRequest(step, 1e-3))) for g in (here, there))
         losses = [[s.blocks[k]["loss"] for s in r.stages for k in s.blocks] for r in (a, b)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
@@ -73,6 +73,6 @@ def test_half_precision_trains_a_swin_on_visible_tokens(precision: str) -> None:
     spec = replace(spec, optim=replace(spec.optim, precision=precision))
     group = InProcessStages(spec, images.train_batches, ((0, 1, 2, 3),), device="cuda")
     group.restore(None, 0)
-    reports = [group.settle(group.submit(Order(step, 1e-3))) for step in range(10)]
+    reports = [group.settle(group.submit(StepRequest(step, 1e-3))) for step in range(10)]
     losses = [[s.blocks[k]["loss"] for s in report.stages for k in s.blocks] for report in reports]
     assert all(last < first for first, last in zip(losses[0], losses[-1], strict=True))

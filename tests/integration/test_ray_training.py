@@ -17,7 +17,7 @@ from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.distributed.placement import consecutive
 from bim.orchestrator.distributed.ray_stage_group import RayStages
 from bim.orchestrator.training.callbacks import StopRequest
-from bim.orchestrator.training.errors import NonFiniteLoss, TrainingError
+from bim.orchestrator.training.errors import NonFiniteLossError, TrainingError
 from bim.orchestrator.training.stage_group import InProcessStages
 from tests.integration.tiny import Ear, data, differing, family, growing, in_process, layout, state, train
 
@@ -185,7 +185,7 @@ def test_what_a_step_raises_in_an_actor_is_what_the_user_sees(tmp_path: Path) ->
     out = tmp_path
     stages = RayStages(family(mean=(float("nan"),) * 3), data(), layout(), shared=out)
     try:
-        with pytest.raises(NonFiniteLoss, match="loss of block 0 is not finite at step 0"):
+        with pytest.raises(NonFiniteLossError, match="loss of block 0 is not finite at step 0"):
             train(stages, out, max_restarts=3)
     finally:
         stages.close()

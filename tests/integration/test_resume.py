@@ -43,10 +43,10 @@ def test_accumulated_micro_batches_resume_too(tmp_path: Path) -> None:
         if done == 13:
             raise CutOff
 
-    train(stages(), tmp_path / "whole", steps=20, every=6, micros=2)
+    train(stages(), tmp_path / "whole", steps=20, every=6, grad_accum_steps=2)
     with pytest.raises(CutOff):
-        train(stages(), tmp_path / "cut", steps=20, every=6, micros=2, ear=Ear(at_step))
-    train(stages(), tmp_path / "cut", steps=20, every=6, micros=2)
+        train(stages(), tmp_path / "cut", steps=20, every=6, grad_accum_steps=2, ear=Ear(at_step))
+    train(stages(), tmp_path / "cut", steps=20, every=6, grad_accum_steps=2)
     assert differing(state(tmp_path / "whole", 20), state(tmp_path / "cut", 20)) == []
 
 

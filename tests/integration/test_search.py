@@ -16,12 +16,12 @@ from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.config.schema import Settings
 from bim.orchestrator.config.transforms import settings_to_mapping, with_changes
 from bim.orchestrator.distributed.placement import ClusterResources
-from bim.orchestrator.runs.prepare import make_family
+from bim.orchestrator.runs.prepare import resolve_run
 from bim.orchestrator.search.controller import SearchSpec
 from bim.orchestrator.search.objective import ObjectiveSpec, metric_of
 from bim.orchestrator.search.results import BEST, FOLDER, SearchResult, TrialRow, load_result
-from bim.orchestrator.search.space import own_values, space_of
-from bim.orchestrator.search.trial import TrialPlan, trial_room
+from bim.orchestrator.search.space import baseline_values, space_of
+from bim.orchestrator.search.trial import TrialSpec, trial_placement
 from bim.orchestrator.search.tuner import search
 from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.errors import TrainingError
@@ -43,7 +43,7 @@ def recipe(out: Path, space: str, **changes: object) -> Settings:
 
 
 @dataclass
-class Listener:
+class Callback:
     """Keeps what happened; asks for the end of the search at the n-th score of a trial."""
 
     stop: StopRequest = field(default_factory=StopRequest)
@@ -65,17 +65,17 @@ class Listener:
         self.happened.append(f"{row.number} {row.status}")
 
 
-def run(settings: Settings, out: Path, listener: Listener) -> SearchResult:
+def run(settings: Settings, out: Path, listener: Callback) -> SearchResult:
     """The search as the main job starts it."""
-    family, source, splits = make_family(settings, out)
+    family, source, splits = resolve_run(settings, out)
     space = space_of(settings, family.backbone)
-    layout, beside = trial_room(settings, ClusterResources(2, 0))
+    layout, beside = trial_placement(settings, ClusterResources(2, 0))
     folder = str(out / FOLDER / "trials")
-    plan = TrialPlan(
+    plan = TrialSpec(
         settings_to_mapping(settings), layout, "fp32", folder, ObjectiveSpec(knn_k=5), family.fingerprint,
-        side_by_side=beside,
+        run_concurrently=beside,
     )  # fmt: skip
-    empty = SearchResult(metric_of(source, splits), len(splits.val), EPOCHS, own_values(settings, space))
+    empty = SearchResult(metric_of(source, splits), len(splits.val), EPOCHS, baseline_values(settings, space))
     return search(SearchSpec(settings, space, plan, empty), out, listener, listener.stop)
 
 
@@ -107,10 +107,10 @@ def searched(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Sea
     """One search, ended by a signal at the second score of trial 0, and continued."""
     out = tmp_path_factory.mktemp("search")
     settings = recipe(out, "{optim.blr: [10.0, 1.0e30], decoder.throw_ratio: [0.9]}", seed=SEED)
-    first = Listener(stop_at=(0, 2))
+    first = Callback(stop_at=(0, 2))
     before = run(settings, out, first)
     cleared = nothing_runs()
-    second = Listener()
+    second = Callback()
     result = run(settings, out, second)
     happened = [*first.happened, "-", *second.happened]
     return Searched(out, settings, result, before, happened, cleared)
@@ -198,7 +198,7 @@ def test_a_recipe_that_cannot_be_trained_ends_the_search_with_the_cause(
         TrainingError,
         match=r"trial 0 of the search, the recipe's own setting, could not be trained \(failed\): the loss of",
     ):
-        run(settings, tmp_path, Listener())
+        run(settings, tmp_path, Callback())
     assert nothing_runs()
 
 
@@ -207,9 +207,9 @@ def test_optuna_draws_settings_and_goes_on_with_what_it_has_learnt(ray_cluster: 
     space = "{optim.blr: {low: 0.001, high: 0.1, log: true}, decoder.throw_ratio: [0.0, 0.25, 0.5]}"
     changes = {"search__searcher": "optuna", "search__trials": 3, "search__grace_epochs": 1}
     settings = recipe(tmp_path, space, **changes)
-    before = run(settings, tmp_path, Listener(stop_at=(1, 1)))
+    before = run(settings, tmp_path, Callback(stop_at=(1, 1)))
     assert [r.number for r in before.rows] == [0, 1]
-    result = run(settings, tmp_path, Listener())
+    result = run(settings, tmp_path, Callback())
     own, *drawn = result.rows
     assert own.changes == result.own == {"optim.blr": 0.008, "decoder.throw_ratio": 0.0}
     assert len(drawn) == 2
@@ -222,7 +222,7 @@ def test_optuna_goes_on_after_infeasible_and_failed_trials(ray_cluster: None, tm
     pytest.importorskip("optuna", reason="the extra 'optuna' is not installed")
     space = "{decoder.throw_ratio: [0.9], optim.blr: [1.0e30]}"
     changes = {"search__searcher": "optuna", "search__trials": 4, "search__grace_epochs": 1}
-    result = run(recipe(tmp_path, space, **changes), tmp_path, Listener())
+    result = run(recipe(tmp_path, space, **changes), tmp_path, Callback())
     assert result.finished
     assert result.best.number == 0
     assert {"infeasible", "failed"} & {r.status for r in result.rows}

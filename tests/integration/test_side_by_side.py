@@ -15,10 +15,10 @@ from ray.util.placement_group import placement_group_table
 from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.distributed.placement import ClusterResources
 from bim.orchestrator.jobs import concurrent_runs as courses
-from bim.orchestrator.jobs.concurrent_runs import Course, side_by_side
+from bim.orchestrator.jobs.concurrent_runs import BackboneRun, run_concurrently
 from bim.orchestrator.jobs.several import prepare_several
 from bim.orchestrator.runs.provenance import collect
-from bim.orchestrator.runs.train import layout_of
+from bim.orchestrator.runs.train import resolve_layout
 from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.checkpoint import CheckpointStore
 from tests.e2e.command import image_folder
@@ -55,13 +55,15 @@ class Scene:
         backbones = json.dumps([entry | {"called": name} for name in ("a", "b")])
         settings = load_settings([*tiny.split(), "--backbones", backbones])
         tracker: Any = Sink()
-        self.courses: list[Course] = []
+        self.courses: list[BackboneRun] = []
         for member in prepare_several(settings).members:
             family = member.prepared.family
             family.out.mkdir(parents=True)
-            plans = [(family, layout_of(family.settings, ClusterResources(2, 0)))]
+            plans = [(family, resolve_layout(family.settings, ClusterResources(2, 0)))]
             say = self.say_for(member.name)
-            self.courses.append(Course(member.name, member.prepared, plans, "fp32", collect(), tracker, say))
+            self.courses.append(
+                BackboneRun(member.name, member.prepared, plans, "fp32", collect(), tracker, say)
+            )
 
     def say_for(self, name: str) -> Any:
         def say(text: str) -> None:
@@ -72,12 +74,12 @@ class Scene:
 
     def on_line(self, name: str, text: str) -> None: ...
 
-    def note(self, course: Course) -> None:
+    def note(self, course: BackboneRun) -> None:
         self.ended.append(course.name)
 
-    def run(self) -> tuple[Course, Course]:
+    def run(self) -> tuple[BackboneRun, BackboneRun]:
         """Both to their end. Returns (the one that was first, the one that waited)."""
-        side_by_side(self.courses, self.stop, lambda _: None, self.note)
+        run_concurrently(self.courses, self.stop, lambda _: None, self.note)
         (waiter,) = {name for name, text in self.said if text == WAITS}
         first, second = sorted(self.courses, key=lambda course: course.name == waiter)
         return first, second
@@ -90,7 +92,7 @@ class Scene:
 @pytest.fixture(autouse=True)
 def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wait is told soon, and would soon be given up if the time in which another one holds room counted."""
-    monkeypatch.setattr(courses, "SAID_AFTER_S", 0.5)
+    monkeypatch.setattr(courses, "LOG_WAIT_AFTER_S", 0.5)
     monkeypatch.setattr(courses, "PATIENCE_S", 5.0)
 
 
@@ -131,7 +133,7 @@ def test_a_stop_request_ends_at_once_what_waits_for_room_and_the_first_with_a_ch
             times["asked"] = time.monotonic()
             scene.stop.reason = "SIGINT"
 
-    def note(course: Course) -> None:
+    def note(course: BackboneRun) -> None:
         assert threading.current_thread() is threading.main_thread()
         times[course.name] = time.monotonic()
         scene.ended.append(course.name)

@@ -13,10 +13,10 @@ from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.config.transforms import with_changes
 from bim.orchestrator.distributed.placement import ClusterResources
 from bim.orchestrator.export.model_card import CardFacts
-from bim.orchestrator.jobs.evaluate_checkpoint import assess, timed
-from bim.orchestrator.jobs.job import assess_job
-from bim.orchestrator.runs.prepare import make_family
-from bim.orchestrator.runs.train import layout_of, train
+from bim.orchestrator.jobs.evaluate_checkpoint import add_latency, evaluate_checkpoint
+from bim.orchestrator.jobs.job import evaluation_task
+from bim.orchestrator.runs.prepare import resolve_run
+from bim.orchestrator.runs.train import resolve_layout, train
 from bim.orchestrator.training.callbacks import StopRequest
 
 RESNET = {"img_size": 64, "layers": [1, 1, 1, 1], "channels": [4, 8, 12, 16]}
@@ -36,13 +36,13 @@ def test_timing_adds_latencies_to_the_cards_and_leaves_the_weights(tmp_path: Pat
         "placement.backend": "in_process",
     }
     settings = with_changes(load_settings([]), changes)
-    family, _, _ = make_family(settings, tmp_path)
-    layout = layout_of(settings, ClusterResources(2.0, 0.0))
+    family, _, _ = resolve_run(settings, tmp_path)
+    layout = resolve_layout(settings, ClusterResources(2.0, 0.0))
     train(family, layout, "fp32", Quiet(), StopRequest())
-    job = assess_job(family, layout, CardFacts("resnet", 0), family.depths, references=False)
-    found = assess(replace(job, evaluation=replace(job.evaluation, latency=False)))
+    job = evaluation_task(family, layout, CardFacts("resnet", 0), family.depths, references=False)
+    found = evaluate_checkpoint(replace(job, evaluation=replace(job.evaluation, latency=False)))
     before = {depth: load_file(Path(folder) / "model.safetensors") for depth, folder in found.folders.items()}
-    now = timed(job, found)
+    now = add_latency(job, found)
     assert all(report.latency_ms_b1 for report in now.reports)
     for depth, folder in now.folders.items():
         after = load_file(Path(folder) / "model.safetensors")

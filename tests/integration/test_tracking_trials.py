@@ -9,7 +9,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from bim.orchestrator.search.results import Point, TrialRow
+from bim.orchestrator.search.results import TrialRow, TrialScore
 from bim.orchestrator.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -30,7 +30,7 @@ ROW = TrialRow(3, {"mask.ratio": 0.6, "schedule.resolution": [[0, 24], [0.5, 32]
 
 def at(row: TrialRow, *epochs: int) -> TrialRow:
     for epoch in epochs:
-        row = row.with_point(Point(epoch, epoch / 10, {2: epoch / 20, 12: epoch / 10}))
+        row = row.with_point(TrialScore(epoch, epoch / 10, {2: epoch / 20, 12: epoch / 10}))
     return row
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bim.orchestrator.data.phases import Phase, PhaseSpec, constant, phase_at
 from bim.orchestrator.data.spec import DataSpec
-from bim.orchestrator.distributed.placement import Layout, consecutive
+from bim.orchestrator.distributed.placement import StageLayout, consecutive
 from bim.orchestrator.training.callbacks import EpochReport, StopRequest
 from bim.orchestrator.training.checkpoint import (
     CheckpointStore,
@@ -20,16 +20,16 @@ from bim.orchestrator.training.checkpoint import (
     load_block_state,
     load_block_weights,
 )
-from bim.orchestrator.training.loop import PretrainResult, RunPlan, pretrain
+from bim.orchestrator.training.loop import PretrainResult, TrainingSchedule, pretrain
 from bim.orchestrator.training.lr_schedule import CosineSchedule
 from bim.orchestrator.training.restart_policy import RestartPolicy
-from bim.orchestrator.training.spec import DecoderSpec, FamilySpec, OptimSpec, TargetSpec
+from bim.orchestrator.training.spec import DecoderSpec, OptimSpec, PretrainSpec, TargetSpec
 from bim.orchestrator.training.stage_group import InProcessStages, Stages
 
 STEPS_PER_EPOCH = 10
 
 
-def family(blocks: int = 4, **changes: Any) -> FamilySpec:
+def family(blocks: int = 4, **changes: Any) -> PretrainSpec:
     args = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2}
     settings: dict[str, Any] = {
         "backbone": "vit_tiny_patch16_224",
@@ -40,7 +40,7 @@ def family(blocks: int = 4, **changes: Any) -> FamilySpec:
         "seed": 3,
         "optim": OptimSpec(clip_grad=1.0),
     }
-    return FamilySpec(**(settings | changes))
+    return PretrainSpec(**(settings | changes))
 
 
 def data(**changes: Any) -> DataSpec:
@@ -54,16 +54,16 @@ def data(**changes: Any) -> DataSpec:
     return DataSpec(**(settings | changes))
 
 
-def growing() -> tuple[FamilySpec, DataSpec, tuple[Phase, ...]]:
+def growing() -> tuple[PretrainSpec, DataSpec, tuple[Phase, ...]]:
     """A family that uses all at once: three image sizes, one with accumulated steps, thrown tokens, boundary noise."""
     throw = DecoderSpec(1, 32, 2, throw_ratio=0.25)
     spec = family(decoders=(throw,) * 4, boundary_noise=0.25)
-    later = (PhaseSpec(1, (24, 24), 128, micros=2), PhaseSpec(3, (32, 32), 128))
+    later = (PhaseSpec(1, (24, 24), 128, grad_accum_steps=2), PhaseSpec(3, (32, 32), 128))
     images = data(batch_size=256, later=later)
     return spec, images, replace(images, workers=0).train_batches().phases
 
 
-def hierarchy() -> tuple[FamilySpec, DataSpec, tuple[Phase, ...]]:
+def hierarchy() -> tuple[PretrainSpec, DataSpec, tuple[Phase, ...]]:
     """A Twins on visible tokens that grows after its first epoch, HOG cells per level, tokens of the fine grids thrown."""
     args = {"img_size": 96, "embed_dims": [8, 16, 24, 32], "depths": [2, 2, 2, 2], "num_heads": [1, 1, 2, 2]}
     spec = replace(
@@ -79,7 +79,7 @@ def hierarchy() -> tuple[FamilySpec, DataSpec, tuple[Phase, ...]]:
     return spec, images, replace(images, workers=0).train_batches().phases
 
 
-def shifted() -> tuple[FamilySpec, DataSpec]:
+def shifted() -> tuple[PretrainSpec, DataSpec]:
     """A Swin on visible tokens with shifted windows, and the same targets and thrown tokens as `hierarchy`."""
     twins, _, _ = hierarchy()
     args = {
@@ -93,11 +93,11 @@ def shifted() -> tuple[FamilySpec, DataSpec]:
     return spec, data(size=(96, 96), batch_size=16, test_fraction=0.82)
 
 
-def layout(stages: int = 4, blocks: int = 4) -> Layout:
-    return Layout(consecutive(blocks, stages), gpus=0.0, cpus=0.3, loader_cpus=0.2, threads=1)
+def layout(stages: int = 4, blocks: int = 4) -> StageLayout:
+    return StageLayout(consecutive(blocks, stages), gpus=0.0, cpus=0.3, loader_cpus=0.2, threads=1)
 
 
-def in_process(spec: FamilySpec | None = None, stages: int = 4) -> InProcessStages:
+def in_process(spec: PretrainSpec | None = None, stages: int = 4) -> InProcessStages:
     spec = spec or family()
     return InProcessStages(spec, data().train_batches, consecutive(len(spec.blocks), stages), threads=1)
 
@@ -131,7 +131,7 @@ def train(
     ear: Ear | None = None,
     stop: StopRequest | None = None,
     max_restarts: int = 0,
-    micros: int = 1,
+    grad_accum_steps: int = 1,
     keep: int = 2,
     phases: tuple[Phase, ...] = (),
 ) -> PretrainResult:
@@ -140,11 +140,11 @@ def train(
     epochs = (
         steps // STEPS_PER_EPOCH if not phases else phase_at(phases, steps - 1).epoch_of(steps - 1)[0] + 1
     )
-    phases = phases or constant(STEPS_PER_EPOCH, 16, micros, (16, 16))
-    plan = RunPlan(
+    phases = phases or constant(STEPS_PER_EPOCH, 16, grad_accum_steps, (16, 16))
+    plan = TrainingSchedule(
         epochs=epochs,
         phases=phases,
-        lr=CosineSchedule(1.6e-2 / micros, 0.5, epochs, phases),
+        lr=CosineSchedule(1.6e-2 / grad_accum_steps, 0.5, epochs, phases),
         window=2 * len(stages.places),
         checkpoint_epochs=every / STEPS_PER_EPOCH,
         max_bad_images=0,

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from bim.orchestrator.config.cli import load_settings
-from bim.orchestrator.distributed.placement import ClusterResources, plan_layout
+from bim.orchestrator.distributed.placement import ClusterResources, compute_layout
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "cluster.yaml").read_text(encoding="utf-8")
@@ -148,7 +148,7 @@ def test_every_block_of_the_large_recipe_gets_a_gpu_of_its_own() -> None:
         kind: sum(t.get("min_workers", 1) * t["resources"].get(kind, 0) for t in types)
         for kind in ("CPU", "GPU")
     }
-    layout = plan_layout(settings.num_blocks, ClusterResources(have["CPU"], have["GPU"]))
+    layout = compute_layout(settings.num_blocks, ClusterResources(have["CPU"], have["GPU"]))
     assert layout.places == tuple((k,) for k in range(settings.num_blocks))
     assert layout.gpus == 1.0
     assert layout.loader_cpus >= 1.0

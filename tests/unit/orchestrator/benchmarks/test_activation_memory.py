@@ -6,12 +6,12 @@ from torch import nn
 
 from bim.orchestrator.benchmarks.activation_memory import counting_saved, saved_activations, saved_in_step
 from bim.orchestrator.training.build import build_local_mim
-from bim.orchestrator.training.spec import DecoderSpec, FamilySpec, Precision
+from bim.orchestrator.training.spec import DecoderSpec, Precision, PretrainSpec
 
 
-def tiny(blocks: int) -> FamilySpec:
+def tiny(blocks: int) -> PretrainSpec:
     args = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
-    return FamilySpec(
+    return PretrainSpec(
         "vit_tiny_patch16_224",
         args,
         (4 // blocks,) * blocks,

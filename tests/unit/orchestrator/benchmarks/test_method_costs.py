@@ -20,7 +20,7 @@ from bim.orchestrator.benchmarks.method_costs import (
     sampler_seconds,
 )
 from bim.orchestrator.evaluation.model_cost import block_gflops
-from bim.orchestrator.training.build import backbone_of
+from bim.orchestrator.training.build import open_spec_backbone
 from bim.orchestrator.training.spec import DecoderSpec, Precision
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
@@ -97,7 +97,7 @@ def test_light_decoders_take_the_weight_from_the_fine_grids() -> None:
     equal = family("swin_tiny_patch4_window7_224", (2, 2, 6, 2), SMALL_DECODER)
     light = light_decoders(equal)
     assert [decoder.dim for decoder in light.decoders] == [64, 128, 256, 256]
-    backbone = backbone_of(equal)
+    backbone = open_spec_backbone(equal)
     costs = [
         [decoder for _, decoder in block_gflops(spec, backbone, backbone.image_size)]
         for spec in (equal, light)
@@ -109,7 +109,7 @@ def test_light_decoders_take_the_weight_from_the_fine_grids() -> None:
 def test_separate_runs_of_a_pyramids_depths_are_shorter_pyramids() -> None:
     runs = depth_runs("swin_tiny_patch4_window7_224", (2, 2, 6, 2), SMALL_DECODER)
     assert [list(run.model_args["depths"]) for run in runs] == [[2], [2, 2], [2, 2, 6], [2, 2, 6, 2]]
-    assert [backbone_of(run).blocks[-1].depth for run in runs] == [2, 4, 10, 12]
+    assert [open_spec_backbone(run).blocks[-1].depth for run in runs] == [2, 4, 10, 12]
 
 
 def test_attention_is_counted_whatever_kernel_would_compute_it() -> None:

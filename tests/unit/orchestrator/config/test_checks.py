@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from bim.orchestrator.config.checks import without_effect
+from bim.orchestrator.config.checks import ineffective_settings
 from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.config.transforms import with_changes
 
@@ -34,4 +34,4 @@ from bim.orchestrator.config.transforms import with_changes
 def test_a_setting_that_changes_nothing_beside_the_others_is_told(
     changes: dict[str, Any], said: list[str]
 ) -> None:
-    assert without_effect(with_changes(load_settings([]), changes)) == said
+    assert ineffective_settings(with_changes(load_settings([]), changes)) == said

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 from bim.orchestrator.data.decode import MAX_PIXELS, decode_rgb
-from bim.orchestrator.data.errors import BadImage
+from bim.orchestrator.data.errors import ImageDecodeError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torchvision"),
@@ -190,21 +190,21 @@ def test_truncated_files_are_bad(kind: str):
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     data = saved(Image.fromarray(noise), kind)
     for length in (len(data) // 10, len(data) // 2):
-        with pytest.raises(BadImage, match=r"^x: .+") as caught:
+        with pytest.raises(ImageDecodeError, match=r"^x: .+") as caught:
             decode_rgb(data[:length], "x")
         assert "0x" not in caught.value.reason  # the reason is the same in every process
 
 
 def test_empty_and_foreign_bytes_are_bad():
-    with pytest.raises(BadImage, match=r"empty"):
+    with pytest.raises(ImageDecodeError, match=r"empty"):
         decode_rgb(b"", "x")
-    with pytest.raises(BadImage, match=r"none of BMP, GIF, JPEG"):
+    with pytest.raises(ImageDecodeError, match=r"none of BMP, GIF, JPEG"):
         decode_rgb(b"<html>not found</html>", "x")
 
 
 def test_formats_whose_readers_start_programs_are_not_tried():
     data = saved(Image.new("RGB", (4, 4)), "EPS")
-    with pytest.raises(BadImage, match=r"none of"):
+    with pytest.raises(ImageDecodeError, match=r"none of"):
         decode_rgb(data, "x")
 
 
@@ -219,30 +219,30 @@ def test_flipped_bytes_are_bad_or_decoded_but_nothing_else():
                 damaged[place] = chance.integers(256)
             try:
                 decode_rgb(bytes(damaged), "x")
-            except BadImage as error:
+            except ImageDecodeError as error:
                 assert error.reason  # noqa: PT017  both outcomes are right
 
 
 def test_a_decompression_bomb_is_bad_before_it_is_decoded():
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
-    with pytest.raises(BadImage, match=r"pixels"):
+    with pytest.raises(ImageDecodeError, match=r"pixels"):
         decode_rgb(data, "x")
 
 
 def test_the_pixel_limit_holds_when_pillows_is_lifted(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     header = struct.pack(">IIBBBBB", MAX_PIXELS, 2, 8, 2, 0, 0, 0)
-    with pytest.raises(BadImage, match=f"more than {MAX_PIXELS}"):
+    with pytest.raises(ImageDecodeError, match=f"more than {MAX_PIXELS}"):
         decode_rgb(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b""), "x")
 
 
 def test_32_bit_pixels_of_unknown_range_are_bad():
     data = saved(Image.fromarray(np.ones((2, 2), dtype=np.float32)), "TIFF")
-    with pytest.raises(BadImage, match=r"32-bit.*8 or 16 bits"):
+    with pytest.raises(ImageDecodeError, match=r"32-bit.*8 or 16 bits"):
         decode_rgb(data, "x")
 
 
 def test_bad_image_survives_pickling():
-    error = pickle.loads(pickle.dumps(BadImage("a.png", "cut short")))
+    error = pickle.loads(pickle.dumps(ImageDecodeError("a.png", "cut short")))
     assert (error.name, error.reason, str(error)) == ("a.png", "cut short", "a.png: cut short")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from bim.orchestrator.data.errors import BadImage, DataError
+from bim.orchestrator.data.errors import DataError, ImageDecodeError
 from bim.orchestrator.data.folder import FolderSource
 
 Make = Callable[..., Path]
@@ -81,7 +81,7 @@ def test_damaged_and_vanished_files_are_bad_images(image_folder: Make):
     source = FolderSource(folder)
     (folder / "b.png").unlink()
     for index, reason in enumerate(("truncated", "cannot be read: No such file", "empty")):
-        with pytest.raises(BadImage, match=reason) as caught:
+        with pytest.raises(ImageDecodeError, match=reason) as caught:
             source.load(index)
         assert caught.value.name == "abc"[index] + ".png"
 

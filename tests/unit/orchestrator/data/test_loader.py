@@ -9,7 +9,7 @@ import pytest
 
 from bim.orchestrator.data.crops import centre_view
 from bim.orchestrator.data.digits import DigitsSource
-from bim.orchestrator.data.errors import DataError, TooManyBadImages
+from bim.orchestrator.data.errors import DataError, TooManyCorruptImagesError
 from bim.orchestrator.data.folder import FolderSource
 from bim.orchestrator.data.loader import Batch, TrainBatches, eval_images
 from bim.orchestrator.data.parquet import ParquetSource
@@ -134,7 +134,8 @@ def test_a_bad_image_is_replaced_and_reported_each_time(image_folder: Make):
 def test_data_without_a_readable_image_ends_with_its_name(image_folder: Make):
     folder = image_folder("a.png", "b.png", damaged=("a.png", "b.png"))
     with pytest.raises(
-        TooManyBadImages, match=r"32 images of .* in a row could not be read, the last being [ab]\.png"
+        TooManyCorruptImagesError,
+        match=r"32 images of .* in a row could not be read, the last being [ab]\.png",
     ):
         train_batches(FolderSource(folder), batch_size=2).batch(0)
 
@@ -201,7 +202,7 @@ def test_evaluation_of_nothing_yields_nothing():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_later_phase_changes_size_and_batch_from_its_epoch_on(workers: int):
     source = DigitsSource()
-    later = (PhaseSpec(2, (8, 8), 2, micros=2),)
+    later = (PhaseSpec(2, (8, 8), 2, grad_accum_steps=2),)
     batches = train_batches(source, indices=np.arange(12), later=later, workers=workers)
     steady = train_batches(source, indices=np.arange(12), size=(8, 8), batch_size=2, accumulate=2)
     try:

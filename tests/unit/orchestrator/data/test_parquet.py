@@ -13,7 +13,7 @@ import pytest
 from torch import Tensor
 
 import bim.orchestrator.data.parquet as parquet
-from bim.orchestrator.data.errors import BadImage, DataError
+from bim.orchestrator.data.errors import DataError, ImageDecodeError
 from bim.orchestrator.data.parquet import ParquetSource
 from bim.orchestrator.data.sampler import epoch_order
 from bim.orchestrator.data.splits import make_splits
@@ -151,7 +151,7 @@ def test_rows_without_bytes_and_damaged_rows_are_bad_images(tmp_path: Path):
     pq.write_table(pa.table({"image": pa.array(rows, kind)}), file)
     source = ParquetSource(file, [file])
     for index, reason in enumerate(("no image bytes", "no image bytes", "none of BMP")):
-        with pytest.raises(BadImage, match=f"a.parquet row {index}: .*{reason}"):
+        with pytest.raises(ImageDecodeError, match=f"a.parquet row {index}: .*{reason}"):
             source.load(index)
 
 
@@ -164,7 +164,7 @@ def test_a_damaged_row_group_makes_its_rows_bad_and_no_others(shard: Make):
     file.write_bytes(data)
     source = ParquetSource(file, [file])
     source.load(3)
-    with pytest.raises(BadImage, match=r"row 5: its row group cannot be read"):
+    with pytest.raises(ImageDecodeError, match=r"row 5: its row group cannot be read"):
         source.load(5)
 
 

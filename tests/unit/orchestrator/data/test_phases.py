@@ -4,7 +4,7 @@ import pytest
 
 from bim.orchestrator.data.phases import PhaseSpec, constant, phase_at, phases_on, steps_until
 
-SPECS = (PhaseSpec(0, (16, 16), 8), PhaseSpec(2, (24, 24), 4, micros=3), PhaseSpec(3, (32, 32), 4))
+SPECS = (PhaseSpec(0, (16, 16), 8), PhaseSpec(2, (24, 24), 4, grad_accum_steps=3), PhaseSpec(3, (32, 32), 4))
 
 
 def test_steps_are_counted_through_all_phases() -> None:
@@ -22,7 +22,7 @@ def test_every_step_belongs_to_one_epoch_of_one_phase() -> None:
 
 
 def test_a_steady_run_is_one_phase_without_an_end() -> None:
-    (phase,) = constant(5, 8, micros=2)
+    (phase,) = constant(5, 8, grad_accum_steps=2)
     assert phase.images_per_step == 16
     assert phase_at((phase,), 10_000).epoch_of(10_001) == (2000, 1)
 

@@ -17,7 +17,7 @@ import pytest
 
 from bim.orchestrator.data.crops import RandomCrop
 from bim.orchestrator.data.digits import DigitsSource
-from bim.orchestrator.data.errors import TooManyBadImages
+from bim.orchestrator.data.errors import TooManyCorruptImagesError
 from bim.orchestrator.data.folder import FolderSource
 from bim.orchestrator.data.loader import TrainBatches
 from bim.orchestrator.data.prefetch import Prefetcher
@@ -89,7 +89,7 @@ def test_an_error_inside_a_worker_is_raised_as_itself_with_its_traceback(tmp_pat
     (tmp_path / "a.png").write_bytes(b"junk")
     (tmp_path / "b.png").write_bytes(b"junk")
     batches = train_batches(FolderSource(tmp_path), workers=1, batch_size=2)
-    with pytest.raises(TooManyBadImages, match="in a row could not be read") as caught:
+    with pytest.raises(TooManyCorruptImagesError, match="in a row could not be read") as caught:
         batches.batch(0)
     assert "in a data worker" in caught.value.__notes__[0]
     batches.close()

@@ -2,11 +2,16 @@ from __future__ import annotations
 
 import pytest
 
-from bim.orchestrator.distributed.placement import ClusterResources, PlacementError, consecutive, plan_layout
+from bim.orchestrator.distributed.placement import (
+    ClusterResources,
+    PlacementError,
+    compute_layout,
+    consecutive,
+)
 
 
 def test_a_block_per_gpu_when_there_are_enough() -> None:
-    layout = plan_layout(4, ClusterResources(cpus=32, gpus=8))
+    layout = compute_layout(4, ClusterResources(cpus=32, gpus=8))
     assert layout.places == ((0,), (1,), (2,), (3,))
     assert layout.gpus == 1
     assert layout.bundles[1] == {"CPU": 1.0, "GPU": 1.0}
@@ -14,13 +19,13 @@ def test_a_block_per_gpu_when_there_are_enough() -> None:
 
 
 def test_several_consecutive_blocks_per_stage_when_there_are_fewer_gpus() -> None:
-    assert plan_layout(4, ClusterResources(16, 2)).places == ((0, 1), (2, 3))
-    assert plan_layout(4, ClusterResources(16, 3)).places == ((0,), (1, 2), (3,))
-    assert plan_layout(4, ClusterResources(16, 1)).places == ((0, 1, 2, 3),)
+    assert compute_layout(4, ClusterResources(16, 2)).places == ((0, 1), (2, 3))
+    assert compute_layout(4, ClusterResources(16, 3)).places == ((0,), (1, 2), (3,))
+    assert compute_layout(4, ClusterResources(16, 1)).places == ((0, 1, 2, 3),)
 
 
 def test_shares_of_the_cpus_when_there_are_no_gpus() -> None:
-    layout = plan_layout(4, ClusterResources(2, 0))
+    layout = compute_layout(4, ClusterResources(2, 0))
     assert len(layout.places) == 4
     assert layout.gpus == 0
     assert sum(b["CPU"] for b in layout.bundles) <= 2.0
@@ -28,11 +33,11 @@ def test_shares_of_the_cpus_when_there_are_no_gpus() -> None:
 
 
 def test_a_fraction_shares_one_gpu() -> None:
-    assert plan_layout(4, ClusterResources(16, 1), gpus_per_stage=0.25).places == ((0,), (1,), (2,), (3,))
+    assert compute_layout(4, ClusterResources(16, 1), gpus_per_stage=0.25).places == ((0,), (1,), (2,), (3,))
 
 
 def test_no_share_is_larger_than_what_one_machine_has() -> None:
-    layout = plan_layout(
+    layout = compute_layout(
         4, ClusterResources(cpus=4, gpus=0, nodes=2)
     )  # 2 machines of 2 CPUs: three actors on one
     assert layout.cpus == layout.loader_cpus == 0.66
@@ -41,7 +46,7 @@ def test_no_share_is_larger_than_what_one_machine_has() -> None:
 
 def test_a_cluster_without_workers_is_refused_with_what_to_do() -> None:
     with pytest.raises(PlacementError, match=r"no CPUs for stages yet; .*placement\.wait_s"):
-        plan_layout(4, ClusterResources(0, 0))
+        compute_layout(4, ClusterResources(0, 0))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +62,7 @@ def test_a_cluster_without_workers_is_refused_with_what_to_do() -> None:
 )
 def test_what_does_not_fit_is_refused_with_both_sides(asked: dict, message: str) -> None:
     with pytest.raises(PlacementError, match=message):
-        plan_layout(4, ClusterResources(2, 0), **asked)
+        compute_layout(4, ClusterResources(2, 0), **asked)
 
 
 @pytest.mark.parametrize(("blocks", "stages"), [(4, 1), (4, 3), (7, 3), (12, 5), (5, 5)])

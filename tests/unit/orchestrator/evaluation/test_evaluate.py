@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from bim.models.tokens import normalize_images
-from bim.orchestrator.data.errors import BadImage
+from bim.orchestrator.data.errors import ImageDecodeError
 from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.evaluation import evaluate as evaluation
+from bim.orchestrator.evaluation import features
 from bim.orchestrator.evaluation.evaluate import evaluate_variants, rankme, raw_pixels
 from bim.orchestrator.evaluation.features import embed
 from bim.orchestrator.evaluation.records import DepthReport
@@ -46,7 +47,7 @@ class Blobs:
     def load(self, index: int) -> Tensor:
         self.loads += 1
         if index in self.bad:
-            raise BadImage(self.item_name(index), "made so")
+            raise ImageDecodeError(self.item_name(index), "made so")
         image = torch.randint(0, 120, (3, 16, 16), generator=torch.Generator().manual_seed(index))
         image[0 if index % 2 == 0 else 2] += 30
         return image.to(torch.uint8)
@@ -209,13 +210,13 @@ def test_raw_pixels_of_large_images_are_averaged_over_cells(monkeypatch: pytest.
 
 def test_a_large_split_is_sampled_by_the_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     indices = np.arange(100, 200)
-    drawn = evaluation.drawn(indices, 10, seed=3)
+    drawn = features.subsample(indices, 10, seed=3)
     assert len(np.unique(drawn)) == 10
     assert np.array_equal(drawn, np.sort(drawn))
     assert set(drawn) <= set(indices)
-    assert np.array_equal(drawn, evaluation.drawn(indices, 10, seed=3))
-    assert not np.array_equal(drawn, evaluation.drawn(indices, 10, seed=4))
-    assert np.array_equal(evaluation.drawn(indices, 100, seed=3), indices)
+    assert np.array_equal(drawn, features.subsample(indices, 10, seed=3))
+    assert not np.array_equal(drawn, features.subsample(indices, 10, seed=4))
+    assert np.array_equal(features.subsample(indices, 100, seed=3), indices)
 
 
 def test_raw_pixels_without_labels_are_refused() -> None:

@@ -10,7 +10,7 @@ from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.config.transforms import settings_to_mapping, with_changes
 from bim.orchestrator.config.validate import settings_from_mapping
 from bim.orchestrator.distributed.placement import ClusterResources, shares
-from bim.orchestrator.jobs.members import Problems, members
+from bim.orchestrator.jobs.members import ErrorCollector, members
 
 VIT, SWIN = "vit_small_patch16_224", "swin_tiny_patch4_window7_224"
 
@@ -94,7 +94,7 @@ def test_a_list_per_block_that_does_not_fit_names_the_backbone() -> None:
 
 
 def test_what_is_wrong_with_all_backbones_is_told_once_and_the_rest_by_name() -> None:
-    problems = Problems(ValueError)
+    problems = ErrorCollector(ValueError)
     for name, text in (("a", "both\nonly a"), ("b", "both")):
         with problems.of(name):
             raise ValueError(text)

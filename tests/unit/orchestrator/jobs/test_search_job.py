@@ -16,9 +16,9 @@ from bim.orchestrator.runs.output_dir import OutputError
 from bim.orchestrator.search.results import (
     FOLDER,
     RECORD,
-    Point,
     SearchResult,
     TrialRow,
+    TrialScore,
     load_result,
     save_result,
 )
@@ -35,8 +35,8 @@ def begun(out: Path, finished: bool = False, **asked: object) -> SearchResult:
     prepared = prepare(load_settings(["--out", str(out)]))
     settings = prepared.family.settings
     rows = (
-        TrialRow(0, {"mask.ratio": 0.75}, "finished", "", (Point(12, 0.5, {2: 0.5}),), 1.0),
-        TrialRow(1, {"mask.ratio": 0.6}, "finished", "", (Point(12, 0.6, {2: 0.6}),), 1.0),
+        TrialRow(0, {"mask.ratio": 0.75}, "finished", "", (TrialScore(12, 0.5, {2: 0.5}),), 1.0),
+        TrialRow(1, {"mask.ratio": 0.6}, "finished", "", (TrialScore(12, 0.6, {2: 0.6}),), 1.0),
     )
     result = SearchResult(
         "knn_top1", 180, 12, {"mask.ratio": 0.75}, settings.search.model_dump(mode="json") | asked,

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from bim.orchestrator.config.cli import load_settings
-from bim.orchestrator.distributed.placement import Layout, consecutive
-from bim.orchestrator.evaluation.records import Assessment, DepthReport
+from bim.orchestrator.distributed.placement import StageLayout, consecutive
+from bim.orchestrator.evaluation.records import DepthReport, EvaluationResult
 from bim.orchestrator.export.model_card import CardFacts
 from bim.orchestrator.jobs import concurrent_runs as courses
-from bim.orchestrator.jobs import several as side_by_side
-from bim.orchestrator.jobs.concurrent_runs import Course, note_failure
-from bim.orchestrator.jobs.evaluate_checkpoint import AssessJob
-from bim.orchestrator.jobs.job import assess_job
+from bim.orchestrator.jobs import several
+from bim.orchestrator.jobs.concurrent_runs import BackboneRun, record_failure
+from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask
+from bim.orchestrator.jobs.job import evaluation_task
 from bim.orchestrator.jobs.several import prepare_several
 from bim.orchestrator.runs.provenance import collect
 from bim.orchestrator.training.errors import TrainingError
@@ -73,7 +73,7 @@ class Recorder:
     def describe(self, markdown: str, pictures: list[str]) -> None: ...
 
 
-def trained(out: Path, gpus: float = 0.0, backend: str = "ray", baseline: str = "none") -> Course:
+def trained(out: Path, gpus: float = 0.0, backend: str = "ray", baseline: str = "none") -> BackboneRun:
     """A backbone that was trained and assessed, and not timed."""
     small = f"""--placement.backend {backend} --baseline {baseline} --decoder.dim 32 --decoder.num_heads 1
     --out {out}"""
@@ -84,26 +84,26 @@ def trained(out: Path, gpus: float = 0.0, backend: str = "ray", baseline: str = 
     prepared.family.out.mkdir(parents=True)
     plans, jobs, found = [], [], []
     for family in families:
-        layout = Layout(consecutive(family.settings.num_blocks, 1), gpus, 1.0, 0.0, threads=1)
+        layout = StageLayout(consecutive(family.settings.num_blocks, 1), gpus, 1.0, 0.0, threads=1)
         plans.append((family, layout))
-        jobs.append(assess_job(family, layout, CardFacts("a", 0), (2, 4), references=False))
+        jobs.append(evaluation_task(family, layout, CardFacts("a", 0), (2, 4), references=False))
         reports = tuple(DepthReport(depth, 1000 * depth, 0.1 * depth) for depth in (2, 4))
         folders = {depth: str(family.out / "variants" / f"depth{depth:02d}") for depth in (2, 4)}
-        found.append(Assessment(reports, (), {}, folders, {}))
+        found.append(EvaluationResult(reports, (), {}, folders, {}))
     said: list[str] = []
     tracker: Any = Recorder()
-    course = Course(member.name, prepared, plans, "fp32", collect(), tracker, said.append, jobs, found)
+    course = BackboneRun(member.name, prepared, plans, "fp32", collect(), tracker, said.append, jobs, found)
     assert course.measured
-    assert course.to_be_timed
+    assert course.latency_pending
     return course
 
 
-def with_latencies(job: AssessJob, found: Assessment) -> Assessment:
+def with_latencies(job: EvaluationTask, found: EvaluationResult) -> EvaluationResult:
     reports = [replace(r, latency_ms_b1=1.0, latency_ms_b64=2.0, device="a device") for r in found.reports]
     return replace(found, reports=tuple(reports))
 
 
-def latencies(course: Course) -> list[object]:
+def latencies(course: BackboneRun) -> list[object]:
     rows = json.loads((course.prepared.family.out / "summary.json").read_text())
     return [row["latency_b1_ms"] for row in rows if row["weights"] == "trained"]
 
@@ -114,13 +114,13 @@ def test_without_a_gpu_of_ray_the_main_thread_times(
 ) -> None:
     where: list[object] = []
 
-    def timed(job: AssessJob, found: Assessment) -> Assessment:
+    def timed(job: EvaluationTask, found: EvaluationResult) -> EvaluationResult:
         where.append((os.getpid(), threading.current_thread()))
         return with_latencies(job, found)
 
-    monkeypatch.setattr(side_by_side, "timed", timed)
+    monkeypatch.setattr(several, "add_latency", timed)
     course = trained(tmp_path / "run", gpus, backend)
-    assert side_by_side._record(course).failed is None
+    assert several._record(course).failed is None
     assert where == [(os.getpid(), threading.main_thread())]
     assert latencies(course) == [1.0, 1.0]
 
@@ -130,13 +130,15 @@ def test_what_shared_a_gpu_is_timed_where_its_stages_were(
 ) -> None:
     asked: list[tuple[str, float, str]] = []
 
-    def beside(function: Any, layout: Layout, job: AssessJob, found: Assessment) -> Assessment:
+    def beside(
+        function: Any, layout: StageLayout, job: EvaluationTask, found: EvaluationResult
+    ) -> EvaluationResult:
         asked.append((function.__name__, layout.gpus, job.device))
         return with_latencies(job, found)
 
-    monkeypatch.setattr(side_by_side, "run_beside_stages", beside)
+    monkeypatch.setattr(several, "run_on_worker", beside)
     course = trained(tmp_path / "run", gpus=0.25)
-    assert side_by_side._record(course).failed is None
+    assert several._record(course).failed is None
     assert asked == [("timed", 0.25, "cuda")]
     assert latencies(course) == [1.0, 1.0]
 
@@ -144,14 +146,14 @@ def test_what_shared_a_gpu_is_timed_where_its_stages_were(
 def test_what_cannot_be_timed_is_finished_without_latencies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def timed(job: AssessJob, found: Assessment) -> Assessment:
+    def timed(job: EvaluationTask, found: EvaluationResult) -> EvaluationResult:
         if "baseline" in job.out:
             raise RuntimeError("Found no NVIDIA driver on your system.\nPlease check that you have one.")
         return with_latencies(job, found)
 
-    monkeypatch.setattr(side_by_side, "timed", timed)
+    monkeypatch.setattr(several, "add_latency", timed)
     course = trained(tmp_path / "run", baseline="mae")
-    result = side_by_side._record(course)
+    result = several._record(course)
     tracker: Any = course.tracker
     assert result.failed is course.failed is None
     assert tracker.status == "FINISHED"
@@ -167,14 +169,14 @@ def test_what_cannot_be_timed_is_finished_without_latencies(
 def test_without_labels_ranks_are_told_averaged_and_pictured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(side_by_side, "timed", with_latencies)
+    monkeypatch.setattr(several, "add_latency", with_latencies)
     course = trained(tmp_path / "run")
     unranked = course.found[0].reports
     assert courses._scores(unranked) == "measured and exported 2 depths"
     reports = tuple(replace(report, rankme=10.0 * report.depth, n_ranked=42) for report in unranked)
     assert courses._scores(reports) == "RankMe by depth 20.0, 40.0"
     course.found[0] = replace(course.found[0], reports=reports)
-    result = side_by_side._record(course)
+    result = several._record(course)
     tracker: Any = course.tracker
     assert tracker.metrics == {"mean_rankme": 30.0}
     assert tracker.pictures == ["rankme_against_latency", "loss_by_block"]
@@ -185,17 +187,17 @@ def test_without_labels_ranks_are_told_averaged_and_pictured(
 def test_a_failure_leaves_its_traceback_and_its_tag_until_the_backbone_is_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(side_by_side, "timed", with_latencies)
+    monkeypatch.setattr(several, "add_latency", with_latencies)
     course = trained(tmp_path / "run")
     tracker: Any = course.tracker
     kept = course.prepared.family.out / "failure.txt"
-    note_failure(course, ZeroDivisionError("by nothing"))
+    record_failure(course, ZeroDivisionError("by nothing"))
     assert "ZeroDivisionError: by nothing" in kept.read_text()
-    assert side_by_side._record(course).failed == "ZeroDivisionError: by nothing"
+    assert several._record(course).failed == "ZeroDivisionError: by nothing"
     assert tracker.tags == {"failed": "ZeroDivisionError: by nothing"}
     assert tracker.status == "FAILED"
     course.failed = None
-    assert side_by_side._record(course).failed is None
+    assert several._record(course).failed is None
     assert not kept.exists()
     assert tracker.tags == {}
     assert tracker.status == "FINISHED"
@@ -203,7 +205,7 @@ def test_a_failure_leaves_its_traceback_and_its_tag_until_the_backbone_is_finish
 
 def test_a_traceback_belongs_to_the_last_failure(tmp_path: Path) -> None:
     course = trained(tmp_path / "run")
-    note_failure(course, ZeroDivisionError("by nothing"))
-    note_failure(course, TrainingError("the loss is not finite"))
+    record_failure(course, ZeroDivisionError("by nothing"))
+    record_failure(course, TrainingError("the loss is not finite"))
     assert course.failed == "the loss is not finite"
     assert not (course.prepared.family.out / "failure.txt").exists()

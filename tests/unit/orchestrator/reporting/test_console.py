@@ -29,7 +29,7 @@ def test_an_epoch_is_one_line_with_every_blocks_loss() -> None:
 
 
 def test_waiting_for_plans_of_masks_is_told_where_it_costs_time() -> None:
-    report = EpochReport(3, 60, {0: 0.81}, 1234.4, 0.02, 72, plan_wait=0.31)
+    report = EpochReport(3, 60, {0: 0.81}, 1234.4, 0.02, 72, mask_wait=0.31)
     assert "data wait 2%  mask wait 31%  to go" in epoch_line(report)
 
 

@@ -24,7 +24,7 @@ from bim.orchestrator.reporting.figures.reconstruction import (
     save_reconstructions,
 )
 from bim.orchestrator.reporting.figures.style import GREY, write_png
-from bim.orchestrator.search.results import Point, SearchResult, TrialRow
+from bim.orchestrator.search.results import SearchResult, TrialRow, TrialScore
 
 RAW = {"knn_top1": 0.98, "knn_top1_se": 0.007, "linear_top1": 0.966, "linear_top1_se": 0.01}
 
@@ -238,7 +238,7 @@ def test_what_are_no_pixels_is_shown_beside_the_true_target() -> None:
 def trial(
     number: int, score: float | None, gflops: float, status: str = "finished", epoch: int = 4
 ) -> TrialRow:
-    curve = () if score is None else (Point(epoch, score, {2: score}),)
+    curve = () if score is None else (TrialScore(epoch, score, {2: score}),)
     return TrialRow(number, {}, status, "", curve, gflops)  # type: ignore[arg-type]
 
 

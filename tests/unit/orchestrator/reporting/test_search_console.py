@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bim.orchestrator.reporting.search_console import SearchProgress, closing, opening
-from bim.orchestrator.search.results import Point, SearchResult, TrialRow
+from bim.orchestrator.search.results import SearchResult, TrialRow, TrialScore
 from bim.orchestrator.search.space import Choice, Range
 from bim.orchestrator.text import wrapped
 
@@ -28,7 +28,7 @@ class Sink:
 
 
 def row(number: int, ratio: float, *scores: float, **changes: str) -> TrialRow:
-    curve = tuple(Point(3 * (i + 1), score, {2: score}) for i, score in enumerate(scores))
+    curve = tuple(TrialScore(3 * (i + 1), score, {2: score}) for i, score in enumerate(scores))
     made = TrialRow(number, OWN | {"mask.ratio": ratio}, curve=curve)
     return replace(made, **changes)  # type: ignore[arg-type]
 
@@ -89,7 +89,7 @@ def test_the_opening_tells_how_long_it_may_take_and_what_is_tried() -> None:
         "optim.blr": Range(1e-3, 1e-1, log=True, whole=False),
         "decoder.throw_ratio": Choice((0.0,)),
     }
-    lines = opening(EMPTY, 6, space, trials=4, side_by_side=2, at_most_s=100)
+    lines = opening(EMPTY, 6, space, trials=4, run_concurrently=2, at_most_s=100)
     text = " ".join(" ".join(lines).split())
     assert "4 trials of 12 epochs, 2 side by side, ranked by kNN top-1 of 180 validation images" in text
     assert "after 6 epochs at the soonest" in text

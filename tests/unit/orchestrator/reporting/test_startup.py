@@ -8,7 +8,7 @@ from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.distributed.placement import ClusterResources
 from bim.orchestrator.jobs.job import prepare
 from bim.orchestrator.reporting.startup import opening_lines
-from bim.orchestrator.runs.train import layout_of
+from bim.orchestrator.runs.train import resolve_layout
 
 
 def opening(*argv: str, out: Path) -> list[str]:
@@ -16,7 +16,7 @@ def opening(*argv: str, out: Path) -> list[str]:
         [*argv, "--placement.backend", "in_process", "--search.trials", "0", "--out", str(out)]
     )
     prepared = prepare(settings)
-    return opening_lines(prepared.family, prepared, layout_of(settings, ClusterResources(1, 0)))
+    return opening_lines(prepared.family, prepared, resolve_layout(settings, ClusterResources(1, 0)))
 
 
 def notes_of(lines: list[str]) -> list[str]:

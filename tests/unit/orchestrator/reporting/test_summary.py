@@ -12,7 +12,7 @@ from bim.orchestrator.evaluation.records import DepthReport
 from bim.orchestrator.reporting.summary import (
     COLUMNS,
     Row,
-    leads_over_random,
+    improvements_over_random,
     render_table,
     summary_rows,
     write_summary,
@@ -169,7 +169,7 @@ def test_leads_over_random_are_means_over_runs_with_one_runs_error() -> None:
             {"weights": "random", "depth": 2, "knn_top1": random, "linear_top1": random, **both},
         ]
 
-    knn, linear = leads_over_random([run(0.9, 0.7), run(0.8, 0.7)])
+    knn, linear = improvements_over_random([run(0.9, 0.7), run(0.8, 0.7)])
     assert (knn.depth, knn.score, linear.score) == (2, "knn_top1", "linear_top1")
     assert knn.mean == pytest.approx(0.15)
     assert knn.least == pytest.approx(0.1)
@@ -179,4 +179,4 @@ def test_leads_over_random_are_means_over_runs_with_one_runs_error() -> None:
 def test_a_run_without_scores_is_refused_by_name() -> None:
     rows: list[Row] = [{"weights": "trained", "depth": 2, "knn_top1": None}]
     with pytest.raises(ValueError, match="no knn_top1 of depth 2"):
-        leads_over_random([rows])
+        improvements_over_random([rows])

@@ -10,12 +10,12 @@ import pytest
 
 from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.config.transforms import with_changes
-from bim.orchestrator.distributed.placement import Layout, PlacementError
+from bim.orchestrator.distributed.placement import PlacementError, StageLayout
 from bim.orchestrator.search import controller as search_watch
-from bim.orchestrator.search.controller import SearchSpec, Watch, grace_of
+from bim.orchestrator.search.controller import SearchController, SearchSpec, grace_of
 from bim.orchestrator.search.objective import ObjectiveSpec
 from bim.orchestrator.search.results import SearchResult, TrialRow, load_result
-from bim.orchestrator.search.trial import TrialPlan
+from bim.orchestrator.search.trial import TrialSpec
 from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.errors import TrainingError
 
@@ -51,7 +51,7 @@ class Heard:
 
 @dataclass
 class Scene:
-    watch: Watch
+    watch: SearchController
     heard: Heard
     stop: StopRequest
     ended: list[str]
@@ -60,12 +60,12 @@ class Scene:
 
 @pytest.fixture
 def scene(tmp_path: Path) -> Scene:
-    layout = Layout(((0,),), 0.0, 0.5, 0.4, 1)
-    plan = TrialPlan({}, layout, "fp32", str(tmp_path / "search" / "trials"), ObjectiveSpec(), "")
+    layout = StageLayout(((0,),), 0.0, 0.5, 0.4, 1)
+    plan = TrialSpec({}, layout, "fp32", str(tmp_path / "search" / "trials"), ObjectiveSpec(), "")
     empty = SearchResult("knn_top1", 100, 4, OWN)
     heard, stop, ended = Heard(), StopRequest(), list[str]()
     spec = SearchSpec(load_settings([]), {}, plan, empty)
-    watch = Watch(spec, tmp_path, heard, stop, end=lambda: ended.append("ended"))
+    watch = SearchController(spec, tmp_path, heard, stop, end=lambda: ended.append("ended"))
     return Scene(watch, heard, stop, ended, tmp_path)
 
 
@@ -156,7 +156,7 @@ def test_a_signal_ends_the_search_at_the_next_step(scene: Scene) -> None:
 def test_a_cluster_without_room_for_a_trial_is_not_waited_for_without_end(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search_watch, "ROOM_S", -1.0)
+    monkeypatch.setattr(search_watch, "PLACEMENT_TIMEOUT_S", -1.0)
     scene.watch._began -= 1
     scene.watch.on_step([])
     assert isinstance(scene.watch.error, PlacementError)

@@ -21,12 +21,12 @@ from bim.orchestrator.search.objective import (
     score_weights,
     training_gflops,
 )
-from bim.orchestrator.training.build import backbone_of, build_local_mim
+from bim.orchestrator.training.build import build_local_mim, open_spec_backbone
 from bim.orchestrator.training.checkpoint import save_block
 from bim.orchestrator.training.depth_variants import random_variants
-from bim.orchestrator.training.spec import DecoderSpec, FamilySpec, OptimSpec
+from bim.orchestrator.training.spec import DecoderSpec, OptimSpec, PretrainSpec
 
-SPEC = FamilySpec(
+SPEC = PretrainSpec(
     backbone="vit_tiny_patch16_224",
     model_args={"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2},
     blocks=(2, 2),
@@ -43,7 +43,7 @@ def weights() -> list[dict[str, Tensor]]:
 
 
 def test_the_score_is_the_evaluations_knn_on_the_validation_split_averaged_over_the_depths() -> None:
-    source, backbone = digits(), backbone_of(SPEC)
+    source, backbone = digits(), open_spec_backbone(SPEC)
     score = score_weights(SPEC, backbone, weights(), (source, SPLITS), HOW)
     as_test = Splits(SPLITS.train, SPLITS.test, SPLITS.val)
     variants = random_variants(SPEC, backbone, (2, 4))
@@ -62,7 +62,7 @@ def test_a_committed_checkpoint_is_scored_like_its_weights(tmp_path: Path) -> No
         save_block(tmp_path, k, state, {})
     images = (digits(), SPLITS)
     assert score_checkpoint(SPEC, images, HOW, tmp_path) == score_weights(
-        SPEC, backbone_of(SPEC), weights(), images, HOW
+        SPEC, open_spec_backbone(SPEC), weights(), images, HOW
     )
 
 
@@ -71,7 +71,7 @@ def test_the_test_split_is_never_looked_at() -> None:
     seen: list[int] = []
     load = source.load
     source.load = lambda index: (seen.append(index), load(index))[1]  # type: ignore[method-assign, func-returns-value]
-    score_weights(SPEC, backbone_of(SPEC), weights(), (source, SPLITS), HOW)
+    score_weights(SPEC, open_spec_backbone(SPEC), weights(), (source, SPLITS), HOW)
     assert set(seen) == {*SPLITS.train.tolist(), *SPLITS.val.tolist()}
 
 
@@ -79,7 +79,7 @@ def test_without_labels_or_a_validation_split_the_rank_of_the_training_images_co
     source = digits()
     no_val = Splits(SPLITS.train, SPLITS.val[:0], SPLITS.test)
     assert (metric_of(source, SPLITS), metric_of(source, no_val)) == ("knn_top1", "rankme")
-    score = score_weights(SPEC, backbone_of(SPEC), weights(), (source, no_val), HOW)
+    score = score_weights(SPEC, open_spec_backbone(SPEC), weights(), (source, no_val), HOW)
     assert score.metric == "rankme"
     assert score.images == 200
     assert all(1 < rank < 32 for rank in score.by_depth.values())

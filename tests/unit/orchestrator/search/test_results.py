@@ -11,10 +11,10 @@ from bim.orchestrator.search.results import (
     BEST,
     FOLDER,
     TABLE,
-    Point,
     SearchResult,
     Status,
     TrialRow,
+    TrialScore,
     best_line,
     changes_of_best,
     counted,
@@ -31,7 +31,11 @@ def row(
     number: int, score: float | None, gflops: float = 1.0, status: Status = "finished", epoch: int = 4
 ) -> TrialRow:
     ratio = 0.75 if number == 0 else 0.5 + number / 100
-    points = () if score is None else (Point(2, score / 2, {2: score / 2}), Point(epoch, score, {2: score}))
+    points = (
+        ()
+        if score is None
+        else (TrialScore(2, score / 2, {2: score / 2}), TrialScore(epoch, score, {2: score}))
+    )
     changes = {"mask.ratio": ratio, "schedule.resolution": None}
     return TrialRow(number, changes, status, "why", points, gflops, 100.0, f"t{number}")
 
@@ -82,7 +86,7 @@ def test_the_outcome_names_the_setting_the_gain_and_how_far_chance_reaches() -> 
 
 
 def test_a_score_of_the_same_epoch_is_replaced() -> None:
-    curve = row(0, 0.5).with_point(Point(2, 0.9, {2: 0.9})).curve
+    curve = row(0, 0.5).with_point(TrialScore(2, 0.9, {2: 0.9})).curve
     assert [(point.epoch, point.score) for point in curve] == [(2, 0.9), (4, 0.5)]
 
 

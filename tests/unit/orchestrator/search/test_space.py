@@ -15,12 +15,12 @@ from bim.orchestrator.search.space import (
     Choice,
     Range,
     Space,
+    baseline_values,
     changes_text,
     combinations,
     decoded,
     draw_settings,
     encoded,
-    own_values,
     space_of,
 )
 
@@ -130,7 +130,7 @@ def test_what_cannot_be_searched_is_told_before_anything_starts(asked: dict[str,
 def test_settings_are_drawn_without_repetition_the_recipes_own_first() -> None:
     made = settings()
     found = space()
-    own = own_values(made, found)
+    own = baseline_values(made, found)
     drawn = draw_settings(found, own, 30, seed=1)
     assert drawn[0] == own == {"mask.ratio": 0.75, "decoder.throw_ratio": 0.0, "schedule.resolution": None}
     assert len({str(point) for point in drawn}) == 30 == combinations(found)
@@ -141,7 +141,7 @@ def test_settings_are_drawn_without_repetition_the_recipes_own_first() -> None:
 
 def test_a_few_trials_see_every_value_of_a_setting() -> None:
     found = space({"mask.ratio": [0.5, 0.6], "boundary_noise": [0.1, 0.2, 0.3]})
-    own = own_values(settings(), {"mask.ratio": 0, "boundary_noise": 0})
+    own = baseline_values(settings(), {"mask.ratio": 0, "boundary_noise": 0})
     drawn = draw_settings(found, own, 5, seed=0)
     assert {point["boundary_noise"] for point in drawn} == {0.0, 0.1, 0.2, 0.3}
     assert {point["mask.ratio"] for point in drawn} == {0.5, 0.6, 0.75}

@@ -9,19 +9,25 @@ import torch
 
 from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.data.phases import PhaseSpec, phases_on
-from bim.orchestrator.runs.prepare import make_family
-from bim.orchestrator.search.time_estimate import LEAST_START_S, Pace, pace, start_seconds, trial_seconds
+from bim.orchestrator.runs.prepare import resolve_run
+from bim.orchestrator.search.time_estimate import (
+    LEAST_START_S,
+    Throughput,
+    measure_throughput,
+    start_seconds,
+    trial_seconds,
+)
 
 
 def test_a_trial_takes_its_training_and_its_scores() -> None:
     phases = phases_on([PhaseSpec(0, (32, 32), 10)], 100)
-    seconds = trial_seconds(Pace(0.01, 0.001), phases, epochs=5, every=2, scored=200, speedup=2.0)
+    seconds = trial_seconds(Throughput(0.01, 0.001), phases, epochs=5, every=2, scored=200, speedup=2.0)
     assert seconds == pytest.approx(5 * 100 * 0.01 / 2 + 3 * 200 * 0.001)
 
 
 def test_smaller_images_take_less() -> None:
     phases = phases_on([PhaseSpec(0, (32, 32), 10), PhaseSpec(2, (64, 64), 10)], 100)
-    seconds = trial_seconds(Pace(0.01, 0.0), phases, epochs=4, every=4, scored=0, speedup=1.0)
+    seconds = trial_seconds(Throughput(0.01, 0.0), phases, epochs=4, every=4, scored=0, speedup=1.0)
     assert seconds == pytest.approx(2 * 100 * 0.01 + 2 * 100 * 0.01 * 4)
 
 
@@ -32,8 +38,8 @@ def test_processes_start_at_the_pace_of_the_cores() -> None:
 
 def test_the_pace_is_measured_and_leaves_the_threads_as_they_were(tmp_path: Path) -> None:
     args = "{img_size: 16, patch_size: 4, embed_dim: 32, depth: 4, num_heads: 2}"
-    family, _, _ = make_family(load_settings(["--backbone.model_args", args]), tmp_path)
+    family, _, _ = resolve_run(load_settings(["--backbone.model_args", args]), tmp_path)
     before = torch.get_num_threads()
-    found = pace(family.spec, family.data, "cpu", 1)
+    found = measure_throughput(family.spec, family.data, "cpu", 1)
     assert torch.get_num_threads() == before
     assert 0 < found.score_s < found.train_s < 1

@@ -14,17 +14,17 @@ from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.data.phases import PhaseSpec, phases_on
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import Splits
-from bim.orchestrator.distributed.placement import ClusterResources, Layout, PlacementError
-from bim.orchestrator.runs.prepare import Family, make_family
+from bim.orchestrator.distributed.placement import ClusterResources, PlacementError, StageLayout
+from bim.orchestrator.runs.prepare import ResolvedRun, resolve_run
 from bim.orchestrator.search.objective import ObjectiveSpec, score_checkpoint
 from bim.orchestrator.search.trial import (
     DRIVER_CPUS,
     InfeasibleSettings,
     Scorer,
-    TrialPlan,
+    TrialSpec,
     run_trial,
     trial_epochs,
-    trial_room,
+    trial_placement,
     trial_settings,
     whole_epochs,
 )
@@ -76,7 +76,7 @@ def test_a_trial_is_never_longer_than_the_run() -> None:
 def test_as_many_trials_run_side_by_side_as_the_cluster_has_room_for(
     cluster: ClusterResources, argv: str, places: int, beside: int
 ) -> None:
-    layout, found = trial_room(settings(*argv.split(), "--search.trials", "8"), cluster)
+    layout, found = trial_placement(settings(*argv.split(), "--search.trials", "8"), cluster)
     assert (len(layout.places), found) == (places, beside)
     asked = sum(bundle["CPU"] for bundle in layout.bundles) + DRIVER_CPUS
     assert asked * beside <= cluster.cpus + 1e-6
@@ -85,7 +85,7 @@ def test_as_many_trials_run_side_by_side_as_the_cluster_has_room_for(
 def test_a_trial_that_does_not_fit_at_all_is_refused() -> None:
     argv = ["--search.trials", "8", "--search.trial_stages", "4", "--placement.gpus_per_stage", "1"]
     with pytest.raises(PlacementError, match="4 stages of 1 GPU each"):
-        trial_room(settings(*argv), ClusterResources(8, 1))
+        trial_placement(settings(*argv), ClusterResources(8, 1))
 
 
 def test_steps_inside_an_epoch_end_none() -> None:
@@ -106,17 +106,17 @@ class Recorder:
             raise KeyboardInterrupt
 
 
-def scorer(family: Family, images: tuple[Source, Splits]) -> Scorer:
+def scorer(family: ResolvedRun, images: tuple[Source, Splits]) -> Scorer:
     return lambda spec, checkpoint: score_checkpoint(spec, images, ObjectiveSpec(), checkpoint)
 
 
-def plan(folder: Path, *argv: str) -> TrialPlan:
+def plan(folder: Path, *argv: str) -> TrialSpec:
     made = settings(
         "--placement.backend", "in_process", "--schedule.epochs", "5", "--search.every_epochs", "1", *argv
     )
-    layout = Layout(((0, 1, 2, 3),), gpus=0.0, cpus=1.0, loader_cpus=0.0, threads=1)
-    fingerprint = make_family(made, folder)[0].fingerprint
-    return TrialPlan(settings_to_mapping(made), layout, "fp32", str(folder), ObjectiveSpec(), fingerprint)
+    layout = StageLayout(((0, 1, 2, 3),), gpus=0.0, cpus=1.0, loader_cpus=0.0, threads=1)
+    fingerprint = resolve_run(made, folder)[0].fingerprint
+    return TrialSpec(settings_to_mapping(made), layout, "fp32", str(folder), ObjectiveSpec(), fingerprint)
 
 
 def test_a_trial_reports_its_score_every_so_many_epochs_and_at_its_end(tmp_path: Path) -> None:

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from bim.orchestrator.tracking.background_upload import Courier, Debts
+from bim.orchestrator.tracking.background_upload import BackgroundUploader, RetryQueue
 from bim.orchestrator.tracking.metric_log import MetricLog
-from bim.orchestrator.tracking.records import Point
+from bim.orchestrator.tracking.records import MetricPoint
 
 
 class Store:
     """Takes points, unless it is away."""
 
     def __init__(self) -> None:
-        self.points: list[Point] = []
+        self.points: list[MetricPoint] = []
         self.away = False
 
-    def __call__(self, points: Sequence[Point]) -> None:
+    def __call__(self, points: Sequence[MetricPoint]) -> None:
         if self.away:
             raise ConnectionError("nobody home\nand a long story")
         self.points += points
@@ -53,7 +53,7 @@ def test_the_courier_says_once_that_the_store_is_away_and_once_that_it_is_back(
             tried.release()
 
     store.away = True
-    courier = Courier([job], "http://store", "metrics.jsonl", interval=0.001, patience=0.005)
+    courier = BackgroundUploader([job], "http://store", "metrics.jsonl", interval=0.001, patience=0.005)
     metrics.append(0, {"loss": 1.0})
     for _ in range(10):
         assert tried.acquire(timeout=5)
@@ -71,14 +71,14 @@ def test_the_courier_says_once_that_the_store_is_away_and_once_that_it_is_back(
 
 def test_closing_does_not_wait_for_a_store_that_hangs(metrics: MetricLog) -> None:
     hang = threading.Event()
-    courier = Courier([hang.wait], "store", "metrics.jsonl", interval=0.001)
+    courier = BackgroundUploader([hang.wait], "store", "metrics.jsonl", interval=0.001)
     assert not courier.close(timeout=0.05)
     hang.set()
 
 
 def test_closing_gives_the_store_a_last_chance_even_in_a_long_pause(metrics: MetricLog, store: Store) -> None:
     metrics.append(0, {"loss": 1.0})
-    courier = Courier([lambda: metrics.deliver(store)], "store", "metrics.jsonl", interval=3600)
+    courier = BackgroundUploader([lambda: metrics.deliver(store)], "store", "metrics.jsonl", interval=3600)
     assert courier.close(timeout=5)
     assert store.series("loss") == [(0, 1.0)]
 
@@ -91,7 +91,7 @@ class Shop:
         self.taken: list[str] = []
         self.asked = 0
         self.known_away = False
-        self.debts = Debts("shop", lambda error: isinstance(error, ValueError), lambda: self.known_away)
+        self.debts = RetryQueue("shop", lambda error: isinstance(error, ValueError), lambda: self.known_away)
 
     def bring(self, what: str, broken: bool = False) -> str | None:
         def job() -> str:

@@ -9,13 +9,13 @@ import pytest
 
 from bim.orchestrator.tracking.descriptions import (
     depth_rows,
-    headline,
+    downsample,
     loading_note,
     picture,
     results_table,
     rounded,
     runs_view,
-    thinned,
+    summary_line,
 )
 from bim.orchestrator.tracking.records import DepthRecord
 
@@ -34,19 +34,19 @@ def record(depth: int, metrics: dict[str, float] | None = None, series: str = ""
 
 
 def test_a_headline_says_worth_before_cost() -> None:
-    assert headline(record(6)) == (
+    assert summary_line(record(6)) == (
         "kNN top-1 0.912 ± 0.015, linear probe top-1 0.950, 2.69 M parameters, 0.361 GFLOPs, 9.4 ms per image"
     )
 
 
 def test_without_labels_the_rank_says_what_a_variant_is_worth() -> None:
     ranked = record(6, {"rankme": 31.26, "params": 1e6})
-    assert headline(ranked) == "RankMe 31.3, 1.00 M parameters"
+    assert summary_line(ranked) == "RankMe 31.3, 1.00 M parameters"
     assert depth_rows([ranked]) == [{"model": "depth 6", "RankMe": "31.3", "parameters": "1.00 M"}]
 
 
 def test_a_headline_leaves_out_what_was_not_measured() -> None:
-    assert headline(record(6, {"params": 1e6})) == "1.00 M parameters"
+    assert summary_line(record(6, {"params": 1e6})) == "1.00 M parameters"
 
 
 def test_a_table_keeps_its_columns_aligned_and_leaves_out_what_nobody_measured() -> None:
@@ -67,11 +67,11 @@ def test_a_baseline_has_its_own_names() -> None:
 
 def test_a_long_curve_keeps_its_ends_and_its_order() -> None:
     curve = [(step, float(step)) for step in range(12_345)]
-    thin = thinned(curve, 100)
+    thin = downsample(curve, 100)
     assert len(thin) == 100
     assert (thin[0], thin[-1]) == (curve[0], curve[-1])
     assert thin == sorted(set(thin))
-    assert thinned(curve[:50], 100) == curve[:50]
+    assert downsample(curve[:50], 100) == curve[:50]
 
 
 @pytest.mark.parametrize(

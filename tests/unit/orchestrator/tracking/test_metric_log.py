@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 
 from bim.orchestrator.tracking.metric_log import BATCH, MetricLog
-from bim.orchestrator.tracking.records import Point
+from bim.orchestrator.tracking.records import MetricPoint
 
 
 class Store:
     """Takes points, unless it is away."""
 
     def __init__(self) -> None:
-        self.points: list[Point] = []
+        self.points: list[MetricPoint] = []
         self.away = False
         self.calls = 0
 
-    def __call__(self, points: Sequence[Point]) -> None:
+    def __call__(self, points: Sequence[MetricPoint]) -> None:
         self.calls += 1
         if self.away:
             raise ConnectionError("nobody home\nand a long story")
@@ -104,7 +104,7 @@ def test_a_rewind_while_a_batch_is_under_way_is_honoured(metrics: MetricLog, sto
     for step in range(5):
         metrics.append(step, {"loss": float(step)})
 
-    def slow(points: Sequence[Point]) -> None:
+    def slow(points: Sequence[MetricPoint]) -> None:
         if not store.points:
             metrics.rewind(1)
             metrics.append(2, {"loss": 2.0, "new": 1.0})
@@ -141,7 +141,7 @@ def test_what_arrived_before_a_failure_is_remembered(metrics: MetricLog, store: 
     for step in range(150):
         metrics.append(step, {f"m{i}": i for i in range(20)})
 
-    def breaks(points: Sequence[Point]) -> None:
+    def breaks(points: Sequence[MetricPoint]) -> None:
         store.away = store.calls == 1
         store(points)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bim.orchestrator.tracking.store import StoreAddress, gist, http_patience, in_turn
+from bim.orchestrator.tracking.store import StoreAddress, exclusive_lock, http_timeouts, summarize_error
 
 
 def test_passwords_are_never_shown() -> None:
@@ -69,7 +69,7 @@ def test_a_database_server_that_is_not_there_is_found_out_at_once() -> None:
 def test_patience_is_given_back_and_the_users_own_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
-    with http_patience(1, 5):
+    with http_timeouts(1, 5):
         assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
         assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
@@ -97,7 +97,7 @@ def test_patience_is_given_back_and_the_users_own_is_kept(monkeypatch: pytest.Mo
     ],
 )
 def test_the_gist_of_an_error_is_short(text: str, expected: str) -> None:
-    assert gist(ValueError(text)) == expected
+    assert summarize_error(ValueError(text)) == expected
 
 
 def test_one_process_at_a_time_opens_a_sqlite_store(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_one_process_at_a_time_opens_a_sqlite_store(tmp_path: Path) -> None:
 
     def use() -> None:
         nonlocal inside, most
-        with in_turn(StoreAddress(f"sqlite:///{tmp_path}/x.db")):
+        with exclusive_lock(StoreAddress(f"sqlite:///{tmp_path}/x.db")):
             inside += 1
             most = max(most, inside)
             time.sleep(0.05)
@@ -125,15 +125,18 @@ def test_nobody_waits_for_another_store_a_server_or_a_process_that_hangs(
 ) -> None:
     started = time.monotonic()
     with (
-        in_turn(StoreAddress(f"sqlite:///{tmp_path}/a.db")),
-        in_turn(StoreAddress(f"sqlite:///{tmp_path}/b.db")),
+        exclusive_lock(StoreAddress(f"sqlite:///{tmp_path}/a.db")),
+        exclusive_lock(StoreAddress(f"sqlite:///{tmp_path}/b.db")),
     ):
         assert time.monotonic() - started < 1
-    with in_turn(StoreAddress("http://localhost:5000")), in_turn(StoreAddress("http://localhost:5000")):
-        assert time.monotonic() - started < 1
-    monkeypatch.setattr("bim.orchestrator.tracking.store.TURN_SECONDS", 0.2)
     with (
-        in_turn(StoreAddress(f"sqlite:///{tmp_path}/a.db")),
-        in_turn(StoreAddress(f"sqlite:///{tmp_path}/a.db")),
+        exclusive_lock(StoreAddress("http://localhost:5000")),
+        exclusive_lock(StoreAddress("http://localhost:5000")),
+    ):
+        assert time.monotonic() - started < 1
+    monkeypatch.setattr("bim.orchestrator.tracking.store.LOCK_TIMEOUT_S", 0.2)
+    with (
+        exclusive_lock(StoreAddress(f"sqlite:///{tmp_path}/a.db")),
+        exclusive_lock(StoreAddress(f"sqlite:///{tmp_path}/a.db")),
     ):
         assert 0.2 < time.monotonic() - started < 2

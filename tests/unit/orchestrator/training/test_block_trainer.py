@@ -8,10 +8,10 @@ from bim.models.masks.plan import block_plans, random_order
 from bim.models.seeding import generator
 from bim.orchestrator.training.block_trainer import BlockTrainer, decay_groups
 from bim.orchestrator.training.build import build_local_mim
-from bim.orchestrator.training.errors import NonFiniteLoss
-from bim.orchestrator.training.spec import DecoderSpec, FamilySpec, OptimSpec
+from bim.orchestrator.training.errors import NonFiniteLossError
+from bim.orchestrator.training.spec import DecoderSpec, OptimSpec, PretrainSpec
 
-SPEC = FamilySpec(
+SPEC = PretrainSpec(
     backbone="vit_tiny_patch16_224",
     model_args={"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2},
     blocks=(1, 1),
@@ -64,7 +64,7 @@ def test_a_loss_that_is_not_finite_is_refused_before_the_weights_are_touched(bad
     t = trainer()
     before = t.weights()
     with pytest.raises(
-        NonFiniteLoss, match=r"loss of block 0 is not finite at step 7 \(learning rate 0\.001\)"
+        NonFiniteLossError, match=r"loss of block 0 is not finite at step 7 \(learning rate 0\.001\)"
     ):
         step(t, 7, images=torch.full_like(IMAGES, bad))
     assert same(before, t.weights())
@@ -73,8 +73,8 @@ def test_a_loss_that_is_not_finite_is_refused_before_the_weights_are_touched(bad
 def test_two_micro_batches_are_one_step_of_their_mean_gradient() -> None:
     one, two = trainer(), trainer()
     step(one)
-    step(two, micro=0, micros=2)
-    step(two, micro=1, micros=2)
+    step(two, micro=0, grad_accum_steps=2)
+    step(two, micro=1, grad_accum_steps=2)
     assert all(torch.allclose(one.weights()[k], w, atol=1e-6) for k, w in two.weights().items())
 
 

@@ -7,12 +7,12 @@ import torch
 from bim.models.tokens import normalize_images
 from bim.orchestrator.data.digits import DigitsSource
 from bim.orchestrator.data.loader import eval_images
-from bim.orchestrator.training.build import backbone_of, build_local_mim, plans_of_step
-from bim.orchestrator.training.spec import DecoderSpec, FamilySpec, TargetSpec
+from bim.orchestrator.training.build import build_local_mim, mask_plans, open_spec_backbone
+from bim.orchestrator.training.spec import DecoderSpec, PretrainSpec, TargetSpec
 
 
 def test_a_new_hog_decoder_begins_near_its_target() -> None:
-    spec = FamilySpec(
+    spec = PretrainSpec(
         backbone="vit_tiny_patch16_224",
         model_args={"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 1, "num_heads": 3},
         blocks=(1,),
@@ -23,7 +23,7 @@ def test_a_new_hog_decoder_begins_near_its_target() -> None:
     _, pixels = next(iter(eval_images(DigitsSource(), np.arange(64), (32, 32), 64)))
     images = normalize_images(torch.from_numpy(pixels), spec.mean, spec.std)
     module = build_local_mim(spec, 0)
-    plan = plans_of_step(spec, backbone_of(spec), (32, 32), 64, step=0, micro=0)[0]
+    plan = mask_plans(spec, open_spec_backbone(spec), (32, 32), 64, step=0, micro=0)[0]
     with torch.no_grad():
         loss = float(module(images, images, plan).loss)
     wanted = module.targets(images)

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from bim.orchestrator.data.errors import TooManyBadImages
+from bim.orchestrator.data.errors import TooManyCorruptImagesError
 from bim.orchestrator.data.phases import PhaseSpec, constant, phases_on
 from bim.orchestrator.files import atomic_write
 from bim.orchestrator.training.callbacks import EpochReport, StopRequest
 from bim.orchestrator.training.checkpoint import CheckpointStore, FileRecord, Manifest
-from bim.orchestrator.training.errors import NonFiniteLoss, StageFailure
-from bim.orchestrator.training.loop import PretrainResult, RunPlan, pretrain
-from bim.orchestrator.training.messages import Order, StageReport, StepReport
+from bim.orchestrator.training.errors import NonFiniteLossError, StageFailure
+from bim.orchestrator.training.loop import PretrainResult, TrainingSchedule, pretrain
+from bim.orchestrator.training.messages import StageReport, StepReport, StepRequest
 from bim.orchestrator.training.restart_policy import RestartPolicy
 
 
@@ -28,10 +28,10 @@ class CountingStages:
     def __init__(self, failures: dict[int, BaseException] | None = None) -> None:
         self.failures = dict(failures or {})
         self.updates = 0
-        self.orders: list[Order] = []
+        self.orders: list[StepRequest] = []
         self.restores: list[int] = []
         self.most_under_way = 0
-        self._under_way = 0
+        self._in_flight = 0
         self.bad: dict[int, tuple[tuple[str, str], ...]] = {}
 
     def start(self) -> None: ...
@@ -40,16 +40,16 @@ class CountingStages:
         self.updates = 0 if checkpoint is None else int((checkpoint / "updates").read_text())
         self.restores.append(step)
 
-    def submit(self, order: Order) -> Any:
-        self._under_way += 1
-        self.most_under_way = max(self.most_under_way, self._under_way)
+    def submit(self, order: StepRequest) -> Any:
+        self._in_flight += 1
+        self.most_under_way = max(self.most_under_way, self._in_flight)
         if order.step in self.failures:
             return StageFailure(
                 "stage 1 (block 1)", f"at step {order.step}", self.failures.pop(order.step), died=False
             )
         self.orders.append(order)
         files: tuple[FileRecord, ...] = ()
-        if order.last_micro:
+        if order.is_last_micro_step:
             self.updates += 1
             if order.checkpoint:
                 files = self.save(Path(order.checkpoint))
@@ -57,13 +57,13 @@ class CountingStages:
         return StepReport(order, (report,), self.bad.get(order.step, ()), 0.0, 0.0)
 
     def settle(self, pending: Any) -> StepReport:
-        self._under_way -= 1
+        self._in_flight -= 1
         if isinstance(pending, BaseException):
             raise pending
         return pending
 
-    def abandon(self, pending: Sequence[Any]) -> None:
-        self._under_way = 0
+    def cancel_pending(self, pending: Sequence[Any]) -> None:
+        self._in_flight = 0
 
     def save(self, checkpoint: Path) -> tuple[FileRecord, ...]:
         checkpoint.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ class Ear:
         self.said.append(text)
 
 
-def plan(**changes: Any) -> RunPlan:
+def plan(**changes: Any) -> TrainingSchedule:
     settings: dict[str, Any] = {
         "epochs": 3,
         "phases": constant(5, 8),
@@ -106,7 +106,7 @@ def plan(**changes: Any) -> RunPlan:
         "checkpoint_epochs": 4 / 5,
         "max_bad_images": 1,
     }
-    return RunPlan(**(settings | changes))
+    return TrainingSchedule(**(settings | changes))
 
 
 def run(
@@ -147,9 +147,9 @@ def test_no_more_than_the_window_is_under_way(tmp_path: Path) -> None:
 
 def test_micro_batches_come_in_order_and_only_the_last_is_marked(tmp_path: Path) -> None:
     stages = CountingStages()
-    run(stages, tmp_path, phases=constant(5, 8, micros=3))
+    run(stages, tmp_path, phases=constant(5, 8, grad_accum_steps=3))
     assert [(o.step, o.micro) for o in stages.orders[:6]] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
-    assert all(o.last_micro for o in stages.orders if o.checkpoint)
+    assert all(o.is_last_micro_step for o in stages.orders if o.checkpoint)
     assert stages.updates == 15
 
 
@@ -165,7 +165,7 @@ def test_a_failed_step_rewinds_to_the_last_commit_and_is_said(tmp_path: Path, fa
 
 def test_when_restarts_are_used_up_the_user_sees_what_the_code_raised(tmp_path: Path) -> None:
     class Stubborn(CountingStages):
-        def submit(self, order: Order) -> Any:
+        def submit(self, order: StepRequest) -> Any:
             if order.step == 6:
                 return StageFailure("stage 0 (block 0)", "at step 6", KeyError("their own"), died=False)
             return super().submit(order)
@@ -178,8 +178,10 @@ def test_when_restarts_are_used_up_the_user_sees_what_the_code_raised(tmp_path: 
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_at_once(tmp_path: Path) -> None:
-    stages = CountingStages({6: NonFiniteLoss("loss", 1, 6, 0.1)})
-    with pytest.raises(NonFiniteLoss, match=r"loss of block 1 is not finite at step 6 \(learning rate 0.1\)"):
+    stages = CountingStages({6: NonFiniteLossError("loss", 1, 6, 0.1)})
+    with pytest.raises(
+        NonFiniteLossError, match=r"loss of block 1 is not finite at step 6 \(learning rate 0.1\)"
+    ):
         run(stages, tmp_path)
     assert stages.restores == [0]
 
@@ -206,7 +208,7 @@ def test_a_stop_request_ends_with_a_checkpoint_of_where_the_run_stands(tmp_path:
 def test_too_many_unreadable_images_stop_the_run_and_name_the_last(tmp_path: Path) -> None:
     stages, ear = CountingStages(), Ear()
     stages.bad = {1: (("a.jpg", "truncated"),), 2: (("a.jpg", "truncated"),), 3: (("b.jpg", "empty"),)}
-    with pytest.raises(TooManyBadImages, match=r"2 images could not be read.*b\.jpg"):
+    with pytest.raises(TooManyCorruptImagesError, match=r"2 images could not be read.*b\.jpg"):
         run(stages, tmp_path, ear)
     assert sum("a.jpg" in text for text in ear.said) == 1
 
@@ -222,15 +224,15 @@ def test_a_cut_short_checkpoint_is_passed_over_and_that_is_said(tmp_path: Path) 
 
 def test_the_pipeline_is_drained_where_a_phase_ends_and_its_last_step_is_saved(tmp_path: Path) -> None:
     class Watched(CountingStages):
-        def submit(self, order: Order) -> Any:
+        def submit(self, order: StepRequest) -> Any:
             if order.step == 10 and order.micro == 0:
-                assert self._under_way == 0
+                assert self._in_flight == 0
             return super().submit(order)
 
-    phases = phases_on([PhaseSpec(0, (8, 8), 8), PhaseSpec(2, (16, 16), 4, micros=2)], images=40)
+    phases = phases_on([PhaseSpec(0, (8, 8), 8), PhaseSpec(2, (16, 16), 4, grad_accum_steps=2)], images=40)
     stages, ear = Watched(), Ear()
     run(stages, tmp_path, ear, phases=phases, checkpoint_epochs=2.5)
-    assert [o.micros for o in stages.orders] == [1] * 10 + [2] * 10
+    assert [o.grad_accum_steps for o in stages.orders] == [1] * 10 + [2] * 10
     assert ear.checkpoints == [10, 15]
     assert [e.epoch for e in ear.epochs] == [1, 2, 3]
 

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from bim.orchestrator.data.loader import Batch
-from bim.orchestrator.training.build import backbone_of, plans_of_step
-from bim.orchestrator.training.errors import NonFiniteLoss, OutOfOrder, StageFailure
-from bim.orchestrator.training.messages import Order
+from bim.orchestrator.training.build import mask_plans, open_spec_backbone
+from bim.orchestrator.training.errors import NonFiniteLossError, StageFailure, StepOrderError
+from bim.orchestrator.training.messages import StepRequest
 from bim.orchestrator.training.restart_policy import RestartPolicy
-from bim.orchestrator.training.spec import DecoderSpec, FamilySpec
+from bim.orchestrator.training.spec import DecoderSpec, PretrainSpec
 from bim.orchestrator.training.stage import Stage
 from bim.orchestrator.training.stage_group import InProcessStages
 from bim.orchestrator.training.transport import Payload
 
-SPEC = FamilySpec(
+SPEC = PretrainSpec(
     backbone="vit_tiny_patch16_224",
     model_args={"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2},
     blocks=(1, 1, 1, 1),
@@ -40,7 +40,7 @@ class Loader:
 
 
 def stages(
-    places: tuple[tuple[int, ...], ...], loader: Loader | None = None, spec: FamilySpec = SPEC
+    places: tuple[tuple[int, ...], ...], loader: Loader | None = None, spec: PretrainSpec = SPEC
 ) -> InProcessStages:
     group = InProcessStages(spec, lambda: loader or Loader(), places)
     group.restore(None, 0)
@@ -51,13 +51,17 @@ def test_a_stage_refuses_every_step_but_its_own_next_one() -> None:
     stage = Stage(SPEC, (0,))
     stage.restore(None, 5)
     before = stage.weights()
-    for wrong in (Order(4, 1e-3), Order(6, 1e-3), Order(5, 1e-3, micro=1, micros=2)):
-        with pytest.raises(OutOfOrder, match=r"stand at \(step, micro\) \(5, 0\)"):
+    for wrong in (
+        StepRequest(4, 1e-3),
+        StepRequest(6, 1e-3),
+        StepRequest(5, 1e-3, micro=1, grad_accum_steps=2),
+    ):
+        with pytest.raises(StepOrderError, match=r"stand at \(step, micro\) \(5, 0\)"):
             stage.train_step(wrong, Payload("uint8", IMAGES), None)
     assert all(
         torch.equal(a, b) for a, b in zip(before[0].values(), stage.weights()[0].values(), strict=True)
     )
-    stage.train_step(Order(5, 1e-3), Payload("uint8", IMAGES), None)
+    stage.train_step(StepRequest(5, 1e-3), Payload("uint8", IMAGES), None)
 
 
 @pytest.mark.parametrize("places", [((0, 1, 2, 3),), ((0, 1), (2, 3)), ((0,), (1, 2), (3,))])
@@ -69,21 +73,21 @@ def test_where_blocks_live_does_not_change_a_bit(places: tuple[tuple[int, ...], 
     apart, together = stages(((0,), (1,), (2,), (3,)), spec=spec), stages(places, spec=spec)
     for group in (apart, together):
         for step in range(3):
-            group.settle(group.submit(Order(step, 1e-3)))
+            group.settle(group.submit(StepRequest(step, 1e-3)))
     a, b = apart.weights(), together.weights()
     assert all(torch.equal(a[k][name], b[k][name]) for k in a for name in a[k])
 
 
 def test_masks_are_a_function_of_seed_step_and_micro_batch() -> None:
     def order(step: int, micro: int = 0) -> torch.Tensor:
-        return plans_of_step(SPEC, backbone_of(SPEC), (16, 16), 4, step, micro)[0].order
+        return mask_plans(SPEC, open_spec_backbone(SPEC), (16, 16), 4, step, micro)[0].order
 
     assert torch.equal(order(3), order(3))
     assert not torch.equal(order(3), order(4))
     assert not torch.equal(order(3), order(3, 1))
 
 
-SWIN = FamilySpec(
+SWIN = PretrainSpec(
     backbone="swin_tiny_patch4_window7_224",
     model_args={
         "img_size": 96,
@@ -111,7 +115,7 @@ def test_a_swin_on_visible_tokens_is_the_same_wherever_its_blocks_live() -> None
     groups = [swin_stages(places) for places in (((0, 1, 2, 3, 4),), ((0,), (1, 2), (3, 4)))]
     for group in groups:
         for step in range(2):
-            report = group.settle(group.submit(Order(step, 1e-3)))
+            report = group.settle(group.submit(StepRequest(step, 1e-3)))
             blocks = {k: found for stage in report.stages for k, found in stage.blocks.items()}
             assert {"loss_thrown", "loss_newly_dropped"} <= set(blocks[2])
     a, b = (group.weights() for group in groups)
@@ -125,20 +129,20 @@ def test_a_batch_shares_its_mask_where_the_family_does_unless_told_otherwise(
     from dataclasses import replace
 
     spec = replace(SWIN, mask_per_batch=asked)
-    plan = plans_of_step(spec, backbone_of(spec), (96, 128), 4, step=0, micro=0)[2]
+    plan = mask_plans(spec, open_spec_backbone(spec), (96, 128), 4, step=0, micro=0)[2]
     assert torch.equal(plan.order, plan.order[:1].expand(4, -1)) is shared
     assert plan.layout is not None
     assert plan.layout.levels[2].groups[0, 0].slots.shape[0] == (1 if shared else 4)  # type: ignore[attr-defined]
     for indices in (plan.decode, plan.thrown):
         assert indices.shape[1] > 0
         assert torch.equal(indices, indices[:1].expand(4, -1)) is shared
-    vit = plans_of_step(SPEC, backbone_of(SPEC), (16, 16), 4, step=0, micro=0)[0]
+    vit = mask_plans(SPEC, open_spec_backbone(SPEC), (16, 16), 4, step=0, micro=0)[0]
     assert not torch.equal(vit.order, vit.order[:1].expand(4, -1))
 
 
 def test_an_error_is_told_with_its_place_when_the_step_is_settled() -> None:
     group = stages(((0, 1), (2, 3)), Loader(fails_at=0))
-    pending = group.submit(Order(0, 1e-3))
+    pending = group.submit(StepRequest(0, 1e-3))
     with pytest.raises(StageFailure, match=r"the data loader failed at step 0 \(OSError: the disk is gone\)"):
         group.settle(pending)
 
@@ -148,11 +152,11 @@ def test_a_stage_is_named_by_its_blocks() -> None:
 
     group = stages(((0, 1), (2, 3)), spec=replace(SPEC, mean=(float("nan"),) * 3))
     with pytest.raises(
-        StageFailure, match=r"stage 0 \(blocks 0-1\) failed at step 0 \(NonFiniteLoss"
+        StageFailure, match=r"stage 0 \(blocks 0-1\) failed at step 0 \(NonFiniteLossError"
     ) as caught:
-        group.settle(group.submit(Order(0, 1e-3)))
+        group.settle(group.submit(StepRequest(0, 1e-3)))
     assert not RestartPolicy(3).restarts(caught.value, 0)
-    assert isinstance(caught.value.cause, NonFiniteLoss)
+    assert isinstance(caught.value.cause, NonFiniteLossError)
 
 
 def test_a_step_that_raised_is_worth_a_restart_until_they_are_used_up() -> None:
@@ -165,18 +169,18 @@ def test_a_step_that_raised_is_worth_a_restart_until_they_are_used_up() -> None:
 def test_a_plan_is_made_while_the_step_before_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
-    def slow(spec: FamilySpec, backbone: object, size: tuple[int, int], *what: object) -> object:
+    def slow(spec: PretrainSpec, backbone: object, size: tuple[int, int], *what: object) -> object:
         time.sleep(0.3)
         made.append((size, *what[:2]))
-        return plans_of_step(spec, backbone, size, *what)  # type: ignore[arg-type]
+        return mask_plans(spec, backbone, size, *what)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("bim.orchestrator.training.stage.plans_of_step", slow)
+    monkeypatch.setattr("bim.orchestrator.training.stage.mask_plans", slow)
     stage = Stage(SPEC, (0,))
     stage.restore(None, 0)
     waits = []
     for step, images in enumerate((IMAGES, IMAGES, IMAGES[..., :12])):
-        _, report = stage.train_step(Order(step, 1e-3), Payload("uint8", images), None)
-        waits.append(report.plan_wait_s)
+        _, report = stage.train_step(StepRequest(step, 1e-3), Payload("uint8", images), None)
+        waits.append(report.mask_wait_s)
         time.sleep(0.5)  # other stages are at work
     assert waits[0] >= 0.3
     assert waits[1] < 0.1
@@ -187,12 +191,12 @@ def test_a_plan_is_made_while_the_step_before_is_under_way(monkeypatch: pytest.M
 def test_waiting_for_a_plan_is_told_and_is_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(*what: object) -> object:
         time.sleep(0.5)
-        return plans_of_step(*what)  # type: ignore[arg-type]
+        return mask_plans(*what)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("bim.orchestrator.training.stage.plans_of_step", slow)
+    monkeypatch.setattr("bim.orchestrator.training.stage.mask_plans", slow)
     stage = Stage(SPEC, (0,))
     stage.restore(None, 0)
-    _, report = stage.train_step(Order(0, 1e-3), Payload("uint8", IMAGES), None)
-    assert report.plan_wait_s >= 0.5
-    assert report.idle_s >= report.plan_wait_s
+    _, report = stage.train_step(StepRequest(0, 1e-3), Payload("uint8", IMAGES), None)
+    assert report.mask_wait_s >= 0.5
+    assert report.idle_s >= report.mask_wait_s
     assert report.busy_s < 0.5
