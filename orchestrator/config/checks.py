@@ -1,4 +1,4 @@
-"""Settings that cannot be honoured together, or have no effect together: one sentence each. Pure; serves `settings.py`."""
+"""Settings that contradict each other, and settings that have no effect: one sentence each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PER_BLOCK = (
 
 
 def contradictions(s: Settings) -> list[str]:
-    """What no single setting shows: one sentence for each pair that cannot be honoured."""
+    """One sentence for each pair of settings that contradict each other."""
     blocks = s.num_blocks
     problems = [
         f"{key} lists {given} values for {blocks} blocks: give one for each block, or one for all"
@@ -79,15 +79,15 @@ def ineffective_settings(s: Settings) -> list[str]:
             ("decoder.recovery", "decoder.sampler", "decoder.thrown_weight"),
         ),
         (s.decoder.recovery == "none", "thrown tokens are not recovered", ("decoder.thrown_weight",)),
-        (len(ratios) == 1, "mask.ratio is the same for all blocks", ("mask.score_newly_dropped",)),
+        (len(ratios) == 1, "mask.ratio is the same for all blocks", ("mask.loss_on_newly_masked",)),
         (s.num_blocks == 1, "there is one block", ("boundary_noise",)),
     )
-    said: dict[str, str] = {}
+    reason_of_key: dict[str, str] = {}
     for holds, reason, keys in reasons:
         for key in keys:
             if holds and _changed(s, key):
-                said.setdefault(key, reason)
-    return [f"{key} has no effect: {reason}" for key, reason in said.items()]
+                reason_of_key.setdefault(key, reason)
+    return [f"{key} has no effect: {reason}" for key, reason in reason_of_key.items()]
 
 
 def _changed(s: Settings, key: str) -> bool:

@@ -1,6 +1,6 @@
-"""Says in words what a setting may be and what is wrong with one, for --help and for errors.
+"""What a setting may be and what is wrong with one, in words, for `--help` and for errors.
 
-Pure functions over a setting's JSON schema and pydantic's list of errors, without pydantic. Serves `settings.py`.
+Pure functions over the JSON schema of the settings and the list of errors of pydantic.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SettingInfo:
-    """One setting, as --help and error messages speak of it.
+    """One setting, as `--help` and error messages show it.
 
     Args:
         key: dotted name, `mask.ratio`; `group` is what stands before the last dot, "" at the top level.
@@ -42,7 +42,7 @@ class SettingInfo:
 
 def setting_infos(schema: Mapping[str, Any]) -> dict[str, SettingInfo]:
     """Every setting of a JSON schema with one level of groups (`$ref`s), by dotted key, in field order."""
-    found = {}
+    infos = {}
 
     def visit(properties: Mapping[str, Any], required: Iterable[str], group: str) -> None:
         for name, entry in properties.items():
@@ -51,10 +51,10 @@ def setting_infos(schema: Mapping[str, Any]) -> dict[str, SettingInfo]:
                 visit(inner["properties"], inner.get("required", ()), name)
             else:
                 key = f"{group}.{name}" if group else name
-                found[key] = _info(key, group, entry, name in required)
+                infos[key] = _info(key, group, entry, name in required)
 
     visit(schema["properties"], schema.get("required", ()), "")
-    return found
+    return infos
 
 
 def group_titles(schema: Mapping[str, Any]) -> dict[str, str]:
@@ -153,7 +153,7 @@ def join_or(names: Sequence[str]) -> str:
 
 
 def format_value(value: Any) -> str:
-    """A value as one would write it in YAML; text in quotes, long values cut."""
+    """A value as YAML writes it; text in quotes, long values truncated to 70 characters."""
     text = f"'{value}'" if isinstance(value, str) else json.dumps(value, default=str)
     if isinstance(value, list):
         text = f"[{', '.join(map(format_value, value))}]"
@@ -163,8 +163,8 @@ def format_value(value: Any) -> str:
 
 
 def nearest(key: str, known: Sequence[str]) -> list[str]:
-    """Known settings that somebody who wrote `key` may have meant; the best first, at most two."""
-    asked = key.replace("-", "_")
+    """Known settings that are most like `key`, at most two, the best first."""
+    wanted_key = key.replace("-", "_")
     last = asked.rsplit(".", 1)[-1]
     same_end = [k for k in known if k.rsplit(".", 1)[-1] == last]
     if same_end:
@@ -183,7 +183,7 @@ def nearest(key: str, known: Sequence[str]) -> list[str]:
 
 
 def unknown(key: str, known: Sequence[str]) -> str:
-    """The message for a setting that there is not."""
+    """The message for a setting that does not exist."""
     close = nearest(key, known)
     hint = f"did you mean {join_or([repr(k) for k in close])}?" if close else "--help lists all settings"
     return f"unknown setting '{key}'; {hint}"
@@ -204,7 +204,7 @@ def explain(
         typed: dotted key -> text of values from the command line, which are shown as they were typed.
     """
     typed = typed or {}
-    said: dict[str, str] = {}
+    sentences: dict[str, str] = {}
     groups: dict[str, list[str]] = {}
     for info in infos.values():
         if info.group:
@@ -212,27 +212,27 @@ def explain(
     for error in errors:
         loc = [str(part) for part in error["loc"]]
         key = next((".".join(loc[:n]) for n in (2, 1) if ".".join(loc[:n]) in infos), ".".join(loc))
-        if error["type"] == "value_error" and key in infos:  # said in its own words
-            said.setdefault(key, str(error.get("ctx", {}).get("error", error.get("msg"))))
+        if error["type"] == "value_error" and key in infos:  # the validator wrote the sentence
+            sentences.setdefault(key, str(error.get("ctx", {}).get("error", error.get("msg"))))
         elif error["type"] == "extra_forbidden":
-            said.setdefault(key, _misplaced(key, infos, _look_up(given, loc)))
+            sentences.setdefault(key, _misplaced(key, infos, _look_up(given, loc)))
         elif error["type"] == "missing" and key in groups:
             for inner in groups[key]:
                 if infos[inner].required:
-                    said.setdefault(inner, _missing(infos[inner]))
+                    sentences.setdefault(inner, _missing(infos[inner]))
         elif error["type"] == "missing" and len(loc) <= 2:
-            said.setdefault(key, _missing(infos[key]))
+            sentences.setdefault(key, _missing(infos[key]))
         elif key in groups:
-            said.setdefault(key, f"'{key}' is a group of settings, not one: {', '.join(groups[key])}")
+            sentences.setdefault(key, f"'{key}' is a group of settings, not one: {', '.join(groups[key])}")
         elif key in infos:
             if infos[key].is_open and len(loc) > 2:
                 key = ".".join(loc[:3])
-            said.setdefault(
+            sentences.setdefault(
                 key, _wrong(key, infos, _look_up(given, loc[: 1 + key.count(".")]), typed.get(key))
             )
-        else:  # contradictions between settings come in their own words, one a line
-            said.setdefault(key, str(error.get("ctx", {}).get("error", error.get("msg"))))
-    return list(said.items())
+        else:  # a validator of several settings wrote the sentences, one a line
+            sentences.setdefault(key, str(error.get("ctx", {}).get("error", error.get("msg"))))
+    return list(sentences.items())
 
 
 def _wrong(key: str, infos: Mapping[str, SettingInfo], value: Any, typed: str | None) -> str:

@@ -1,6 +1,6 @@
-"""Reads and writes settings as YAML text, and finds the recipes that come with the package.
+"""Settings as YAML text, and the recipes that come with the package.
 
-Knows no setting: it returns plain dicts, lists and scalars. Scalars are read by YAML 1.2's rules (PyYAML alone
+Values are plain dicts, lists and scalars, unchecked. Scalars are read by YAML 1.2's rules (PyYAML alone
 follows 1.1): `1e-4` is a number, `yes`, `no` and `2024-01-01` are text. A key that appears twice is an error.
 """
 

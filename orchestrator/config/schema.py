@@ -1,95 +1,50 @@
-"""The settings of a run: typed, frozen, complete before anything starts. The only place that uses pydantic.
+"""The settings of a run: typed, frozen, complete before anything starts.
 
-Checks what can be checked without the backbone and the data; `resolve.py` and the data sources do the rest. A
-wrong setting is a `SettingsError` whose lines each name a key, its value and what is allowed.
+Checks what can be checked without the backbone and the data; `runs/resolve.py` and the data sources
+do the rest. Each line of a `SettingsError` names a key, its value and what is allowed.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from bim.orchestrator.config.messages import SettingInfo, explain, format_value, group_titles, setting_infos
+from bim.orchestrator.config.backbone_entry import BackboneEntries, parse_backbone_entries
+from bim.orchestrator.config.field_types import (
+    Betas,
+    Count,
+    Counts,
+    CropScale,
+    Fraction,
+    Fractions,
+    HeldOut,
+    HeldOuts,
+    Identifier,
+    Location,
+    ModelArg,
+    NotNegative,
+    OutPath,
+    Phases,
+    Positive,
+    SearchSpace,
+    SearchValues,
+    Section,
+    Seed,
+    TargetName,
+    TargetNames,
+    Text,
+)
+from bim.orchestrator.config.messages import SettingInfo, group_titles, setting_infos
 
 
 class SettingsError(ValueError):
     """One or more settings are wrong; one clear sentence a line."""
 
 
-def _tuple_if_list(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _home(value: object) -> object:
-    return os.path.expanduser(value) if isinstance(value, str) else value
-
-
-def _path_if_text(value: object) -> object:
-    return Path(os.path.expanduser(value)) if isinstance(value, str) and value else value
-
-
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-HeldOut = Annotated[float, Field(ge=0, lt=1)]
-Text = Annotated[str, Field(min_length=1)]
-Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Location = Annotated[str, BeforeValidator(_home), Field(min_length=1)]
-OutPath = Annotated[Path, BeforeValidator(_path_if_text)]
-Counts = Annotated[tuple[Count, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
-Shares = Annotated[tuple[Fraction, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
-TwoShares = Annotated[
-    tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]],
-    BeforeValidator(_tuple_if_list),
-]
-HeldOuts = Annotated[tuple[HeldOut, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
-TargetName = Literal["pixels", "hog"]
-TargetNames = Annotated[tuple[TargetName, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
-Phase = Annotated[tuple[int | float, ...], BeforeValidator(_tuple_if_list), Field(min_length=2, max_length=4)]
-Phases = Annotated[tuple[Phase, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
-Betas = Annotated[tuple[HeldOut, HeldOut], BeforeValidator(_tuple_if_list)]
-SearchValues = list[Any] | dict[str, bool | int | float] | None
-_Plain = bool | int | float | str
-ModelArg = _Plain | list[_Plain | list[_Plain]] | None  # timm's window_size: [[4, 4], [8, 8]]
-
-
-def _search_space(value: object) -> object:
-    """Raises ValueError for single values, in words that name the key."""
-    if isinstance(value, dict):
-        problems = [
-            f"search.space: {key} must be a list of values to try, or {{low: a, high: b}}, not {format_value(tried)}; "
-            f"to set it without a search give --{key} {format_value(tried)}"
-            for key, tried in value.items()
-            if not (tried is None or isinstance(tried, list | dict))
-        ]
-        if problems:
-            raise ValueError("\n".join(problems))
-    return value
-
-
-SearchSpace = Annotated[dict[str, SearchValues], BeforeValidator(_search_space)]
-
-
-class _Group(BaseModel):
-    # Strict: "4" in a file is text, True is no number. Lists become tuples, text a path, where declared.
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        validate_default=True,
-        protected_namespaces=(),
-    )
-
-
-class BackboneSettings(_Group):
+class BackboneSettings(Section):
     name: Text = Field(description="timm name; a new name drops the recipe's model_args")
     model_args: dict[str, ModelArg] = Field(
         default_factory=dict,
@@ -98,294 +53,266 @@ class BackboneSettings(_Group):
     )
 
 
-class BackboneEntry(_Group):
-    """One of several backbones: what it has of its own; everything else is the run's."""
-
-    name: Text = Field(description="timm name")
-    model_args: dict[str, ModelArg] | None = Field(
-        default=None,
-        description="timm keywords; null: timm's own values",
-        examples=[{"img_size": 128, "depth": 8}],
-    )
-    blocks: Count | Counts | None = Field(
-        default=None, description="null: as in the run", examples=[4, [2, 2, 6, 2]]
-    )
-    called: Identifier | None = Field(
-        default=None, description="its folder and its name in tables; null: its timm name"
-    )
-    settings: dict[str, Any] = Field(
-        default_factory=dict,
-        description="other settings of its own, by dotted key",
-        examples=[{"optim.blr": 1.0e-3, "decoder.dim": 128}],
-    )
-
-
-def _backbone_entries(value: object) -> object:
-    """Names joined by commas, or a list of names and mappings. Raises ValueError in words that name the entry."""
-    if isinstance(value, str):
-        value = [name.strip() for name in value.split(",")]
-    if not isinstance(value, list):
-        return value
-    infos, found, problems = setting_infos(BackboneEntry.model_json_schema()), [], []
-    for number, entry in enumerate(value, 1):
-        given = {"name": entry} if isinstance(entry, str) else entry
-        if not isinstance(given, dict):
-            problems.append(
-                f"backbones: entry {number} must be a timm name or a mapping, not {format_value(entry)}"
-            )
-            continue
-        try:
-            found.append(BackboneEntry.model_validate(given))
-        except ValidationError as error:
-            said = explain(error.errors(), given, infos)
-            problems += [f"backbones: entry {number}: {text}" for _, text in said]
-    if problems:
-        raise ValueError("\n".join(problems))
-    return tuple(found)
-
-
-BackboneEntries = Annotated[
-    tuple[BackboneEntry, ...], BeforeValidator(_backbone_entries), Field(min_length=1)
-]
-
-
-class MaskSettings(_Group):
-    ratio: Fraction | Shares = Field(
+class MaskSettings(Section):
+    ratio: Fraction | Fractions = Field(
         default=(0.6, 0.75),
-        description="share of mask units hidden: one for all blocks, [of the first, of the last] with even steps between, "
-        "or one for each block; must not decrease. Where all tokens are encoded, of two the last holds for all",
+        description="fraction of mask units hidden: one for all blocks, [first block, last block] with even steps between, "
+        "or one per block; must not decrease. Where all tokens are encoded, the last value holds for all blocks",
         examples=[0.75, [0.6, 0.75]],
     )
     encode: Literal["auto", "visible", "all"] = Field(
         default="auto",
-        description="visible: masked units are never computed (MAE); all: they are painted over (FastMIM); auto: visible "
-        "where the backbone can",
+        description="visible: the encoder skips masked units (MAE); all: it sees them as mask tokens (FastMIM, SimMIM); "
+        "auto: visible where the backbone supports it",
     )
     per_batch: bool | None = Field(
         default=None,
-        description="one mask for all images of a batch; null: for Swin and Twins on visible tokens, where one per image "
-        "costs the host much time (docs/costs.md)",
+        description="one mask for all images of a batch; null: true for Swin and Twins on visible tokens, where one "
+        "mask per image costs much host time",
     )
     sweep_groups: bool = Field(
         default=False,
-        description="Swin and Twins: try every size of window groups, in place of the published rule; dearer for the host",
+        description="Swin and Twins: try every window group size instead of the published rule; more host time",
     )
-    score_newly_dropped: bool = Field(default=True, description="later blocks also predict what block 0 saw")
+    loss_on_newly_masked: bool = Field(
+        default=True, description="later blocks also predict the mask units that block 0 saw"
+    )
 
 
-class DecoderSettings(_Group):
-    depth: Count | Counts = Field(default=1, description="layers", examples=[1, [1, 1, 2, 2]])
-    dim: Count | Counts = Field(default=256, description="width", examples=[256, [128, 128, 256, 256]])
+class DecoderSettings(Section):
+    depth: Count | Counts = Field(
+        default=1, description="layers of a local decoder", examples=[1, [1, 1, 2, 2]]
+    )
+    dim: Count | Counts = Field(
+        default=256, description="width of a local decoder", examples=[256, [128, 128, 256, 256]]
+    )
     num_heads: Count | Counts | None = Field(
         default=None, description="attention heads; null: one per 32 of width", examples=[8, [4, 4, 8, 8]]
     )
     throw_ratio: HeldOut | HeldOuts = Field(
         default=0.0,
-        description="share of all tokens that no decoder layer sees (PR-MIM); 0: none",
+        description="fraction of all tokens that no decoder layer sees (PR-MIM); 0: none",
         examples=[0.5, [0.5, 0.5, 0.25, 0.25]],
     )
     recovery: Literal["aggregate", "none"] = Field(
         default="aggregate",
-        description="thrown tokens are recovered from decoded neighbours, or not predicted",
+        description="aggregate: recover thrown tokens from decoded neighbors; none: do not predict them",
     )
     sampler: Literal["furthest", "furthest_from_visible", "random", "cells"] = Field(
-        default="furthest", description="how the masked tokens that are decoded are chosen"
+        default="furthest", description="choice of the masked tokens to decode"
     )
     thrown_weight: Positive = Field(
-        default=1.0, description="of a recovered token in the loss; of a decoded one: 1"
+        default=1.0, description="loss weight of a recovered token; a decoded one has 1"
     )
 
 
-class TargetSettings(_Group):
+class TargetSettings(Section):
     name: TargetName | TargetNames = Field(
         default="pixels",
-        description="what a decoder predicts of a masked token: its pixels, or HOG (FastMIM)",
+        description="what a decoder predicts of a masked token: pixels, or HOG (FastMIM)",
         examples=["hog", ["hog", "hog", "pixels", "pixels"]],
     )
     normalize: bool = Field(
-        default=True, description="pixels by their token's mean and deviation; HOG by its cell's length"
+        default=True, description="pixels by the mean and std of their token; HOG by the norm of its cell"
     )
     cell: Count | Counts = Field(
-        default=8, description="side of a HOG cell in pixels", examples=[8, [4, 8, 16, 32]]
+        default=8, description="side of a HOG cell, pixels", examples=[8, [4, 8, 16, 32]]
     )
-    bins: Count = Field(default=9, description="orientations of a HOG cell")
+    bins: Count = Field(default=9, description="orientation bins of a HOG cell")
 
 
-class DataSettings(_Group):
+class DataSettings(Section):
     source: Location = Field(description="digits, a path, or torchvision:NAME[:ROOT]")
-    image_column: Text | None = Field(default=None, description="of Parquet; null: found by its type")
-    label_column: Text | None = Field(default=None, description="of Parquet; null: 'label' if there is one")
-    batch_size: Count = Field(description="images per micro-batch of the whole run, not per GPU")
+    image_column: Text | None = Field(
+        default=None, description="image column of Parquet files; null: found by its type"
+    )
+    label_column: Text | None = Field(
+        default=None, description="label column of Parquet files; null: 'label' if present"
+    )
+    batch_size: Count = Field(description="images per micro-batch, of the whole run, not per GPU")
     accumulate: Count = Field(default=1, description="micro-batches per optimizer step")
-    workers: Annotated[int, Field(ge=0)] = Field(default=2, description="loading processes; 0: load in place")
-    crop_scale: TwoShares = Field(
-        default=(0.2, 1.0), description="random resized crop, share of the area", examples=[[0.2, 1.0]]
+    workers: Annotated[int, Field(ge=0)] = Field(
+        default=2, description="data loading processes; 0: load in the loader itself"
     )
-    flip: bool = Field(default=True, description="mirror half of the training images")
-    val_fraction: HeldOut = Field(default=0.1, description="share of images held out for validation")
-    test_fraction: HeldOut = Field(default=0.2, description="share of images held out for the final scores")
-    split_seed: Seed = Field(default=0, description="seed of the three splits, apart from --seed")
+    crop_scale: CropScale = Field(
+        default=(0.2, 1.0), description="random resized crop, fraction of the area", examples=[[0.2, 1.0]]
+    )
+    flip: bool = Field(default=True, description="random horizontal flip")
+    val_fraction: HeldOut = Field(default=0.1, description="fraction of images held out for validation")
+    test_fraction: HeldOut = Field(
+        default=0.2, description="fraction of images held out for the final metrics"
+    )
+    split_seed: Seed = Field(default=0, description="seed of the three splits; independent of seed")
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.01, description="stop above this share of unreadable images"
+        default=0.01, description="stop above this fraction of unreadable images"
     )
 
 
-class ScheduleSettings(_Group):
+class ScheduleSettings(Section):
     epochs: Count = Field(description="passes over the training split")
-    warmup_epochs: NotNegative = Field(default=0.0, description="linear, from 0; a cosine to 0 follows")
+    warmup_epochs: NotNegative = Field(
+        default=0.0, description="epochs of linear warm-up from 0; a cosine to 0 follows"
+    )
     resolution: Phases | None = Field(
         default=None,
-        description="[from, pixels] or [from, pixels, batch_size, accumulate]: training size from an epoch or a share of "
-        "the run on; null: the backbone's own",
+        description="[start, pixels] or [start, pixels, batch_size, accumulate]: training size from an epoch, or a "
+        "fraction of the run, on; null: the backbone's image size",
         examples=[[[0, 128], [0.5, 160], [0.75, 192]]],
     )
 
 
-class OptimSettings(_Group):
+class OptimSettings(Section):
     blr: Positive = Field(default=1.5e-4, description="lr = blr x batch_size x accumulate / 256")
-    weight_decay: NotNegative = Field(default=0.05, description="none on norms, biases and tokens")
-    betas: Betas = Field(default=(0.9, 0.95), description="AdamW's", examples=[[0.9, 0.95]])
+    weight_decay: NotNegative = Field(
+        default=0.05, description="AdamW weight decay; none on norms, biases and tokens"
+    )
+    betas: Betas = Field(default=(0.9, 0.95), description="AdamW betas", examples=[[0.9, 0.95]])
     clip_grad: Positive | None = Field(
-        default=None, description="bound of a block's gradient norm; null: none"
+        default=None, description="maximum gradient norm of a block; null: no clipping"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto", description="auto: bf16 where the device has it"
     )
 
 
-class CheckpointSettings(_Group):
-    every_epochs: Positive = Field(default=10.0, description="epochs from one checkpoint to the next")
-    keep: Count = Field(default=2, description="newest checkpoints that stay on disk")
+class CheckpointSettings(Section):
+    every_epochs: Positive = Field(default=10.0, description="epochs between checkpoints")
+    keep: Count = Field(default=2, description="number of newest checkpoints kept on disk")
 
 
-class EvaluationSettings(_Group):
-    knn_k: Count = Field(default=20, description="neighbours of the weighted kNN")
+class EvaluationSettings(Section):
+    knn_k: Count = Field(default=20, description="neighbors of the weighted kNN")
     knn_temperature: Positive = Field(
-        default=0.07, description="T in a neighbour's weight, exp(similarity / T)"
+        default=0.07, description="temperature T of a neighbor's weight, exp(similarity / T)"
     )
-    batch_size: Count = Field(default=256, description="images embedded at a time")
+    batch_size: Count = Field(default=256, description="images per forward pass")
     latency: bool = Field(default=True, description="measure ms per forward pass at batch 1 and 64")
 
 
-class FailureSettings(_Group):
+class FailureSettings(Section):
     max_restarts: Annotated[int, Field(ge=0)] = Field(
-        default=3, description="times to go back to the last checkpoint"
+        default=3, description="maximum number of restarts from the last checkpoint"
     )
 
 
-class PlacementSettings(_Group):
+class PlacementSettings(Section):
     backend: Literal["ray", "in_process"] = Field(
-        default="ray", description="Ray actors, or all in this process"
+        default="ray", description="ray: one actor per stage; in_process: all stages in this process"
     )
-    stages: Count | None = Field(default=None, description="places for blocks; null: as many as fit")
+    stages: Count | None = Field(default=None, description="number of pipeline stages; null: as many as fit")
     gpus_per_stage: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        default=None, description="GPUs, at most 1; 0.5: shared by two; null: as there are"
+        default=None, description="GPUs per stage, at most 1; 0.5: two stages share one; null: as available"
     )
     cpus_per_stage: NotNegative | None = Field(
-        default=None, description="CPU cores asked for; null: as there are"
+        default=None, description="CPU cores per stage; null: as available"
     )
     threads_per_stage: Count | None = Field(
-        default=None, description="torch's CPU threads; null: the stage's cores"
+        default=None, description="torch CPU threads per stage; null: the cores of the stage"
     )
-    window: Count | None = Field(default=None, description="micro-batches under way; null: 2 x stages")
-    wait_s: NotNegative = Field(default=0.0, description="seconds that an autoscaling cluster gets to grow")
+    window: Count | None = Field(default=None, description="micro-batches in flight; null: 2 x stages")
+    wait_s: NotNegative = Field(default=0.0, description="seconds to wait for an autoscaling cluster to grow")
 
 
-class SearchSettings(_Group):
+class SearchSettings(Section):
     trials: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="settings that Ray Tune tries before the run; 0: no search"
+        default=0, description="number of Ray Tune trials before the run; 0: no search"
     )
-    resume: bool = Field(default=False, description="continue the search in --out that was cut off")
+    resume: bool = Field(default=False, description="continue the interrupted search in --out")
     space: SearchSpace = Field(
         default_factory=lambda: dict[str, SearchValues].fromkeys(
             ("mask.ratio", "decoder.throw_ratio", "schedule.resolution")
         ),
-        description="dotted key: values to try, or {low, high, log} for numbers; null: our own choice",
+        description="dotted key: values to try, or {low, high, log} for numbers; null: the built-in space of that key",
         examples=[{"mask.ratio": None, "optim.blr": [1.0e-3, 4.0e-3]}],
     )
     trial_epochs: Count | None = Field(
-        default=None, description="of a trial that is not stopped early, at most the run's; null: the run's"
+        default=None, description="epochs of a trial that is not stopped early; null: those of the run"
     )
     grace_epochs: Count | None = Field(
         default=None,
-        description="epochs before a trial may be stopped (ASHA); null: half of its epochs, and its warm-up",
+        description="ASHA grace period, epochs; null: half of a trial and its warm-up",
     )
-    every_epochs: Count = Field(default=1, description="epochs from one score of a trial to the next")
+    every_epochs: Count = Field(default=1, description="epochs between two scores of a trial")
     reduction_factor: Annotated[int, Field(ge=2)] = Field(
-        default=2, description="ASHA goes on with the best 1 / this share"
+        default=2, description="ASHA reduction factor: the best 1 / factor of the trials go on"
     )
     trial_stages: Count | None = Field(
-        default=None, description="places for the blocks of a trial; null: as in the run"
+        default=None, description="pipeline stages of a trial; null: as in the run"
     )
-    concurrent: Count | None = Field(default=None, description="trials side by side; null: as many as fit")
+    concurrent: Count | None = Field(default=None, description="concurrent trials; null: as many as fit")
     searcher: Literal["random", "optuna"] = Field(
-        default="random", description="optuna needs: pip install '.[optuna]'"
+        default="random", description="search algorithm; optuna needs: pip install '.[optuna]'"
     )
 
 
-class TrackingSettings(_Group):
-    uri: Text | None = Field(default=None, description="MLflow's store; null: MLflow's own default")
-    experiment: Text = Field(default="bim", description="MLflow's experiment")
-    model_name: Text | None = Field(default=None, description="registered models; null: named after the run")
+class TrackingSettings(Section):
+    uri: Text | None = Field(default=None, description="MLflow tracking URI; null: MLflow's default")
+    experiment: Text = Field(default="bim", description="MLflow experiment")
+    model_name: Text | None = Field(
+        default=None, description="name of the registered models; null: named after the run"
+    )
 
 
-class Settings(_Group):
-    """Everything that a run depends on. Made by `settings_from_mapping`, or `command_line.load_settings`."""
+class Settings(Section):
+    """Everything that a run depends on. Made by `validate.settings_from_mapping` or `cli.load_settings`."""
 
-    name: Identifier = Field(description="of the run, in MLflow")
+    name: Identifier = Field(description="name of the run in MLflow")
     out: OutPath | None = Field(
-        default=None, description="output folder; null: a new one, named after the run"
+        default=None, description="output directory; null: a new one named after the run"
     )
     resume: bool = Field(default=False, description="continue the run in --out from its last checkpoint")
-    seed: Seed = Field(default=0, description="of weights, masks, sample order and augmentation")
+    seed: Seed = Field(default=0, description="seed of weights, masks, sample order and augmentation")
     init_from: Location | None = Field(
-        default=None, description="weights: timm name, timm folder or .safetensors"
+        default=None,
+        description="initial weights: timm name, timm folder or .safetensors; not the same as resume",
     )
     blocks: Count | Counts = Field(
-        default=4, description="how many, or the layers of each; 1: ordinary MAE", examples=[4, [3, 3, 3, 3]]
+        default=4,
+        description="number of blocks, or the layers of each; 1: ordinary MAE",
+        examples=[4, [3, 3, 3, 3]],
     )
     baseline: Literal["none", "mae"] = Field(
-        default="none", description="mae: also one run with blocks 1, cut to every depth"
+        default="none",
+        description="mae: also train one end-to-end run (blocks 1) and truncate it at every depth",
     )
     boundary_noise: NotNegative = Field(
-        default=0.0, description="noise on what enters a later block, in deviations of it; 0: none"
+        default=0.0,
+        description="std of Gaussian noise on the input of later blocks, relative to the activation std; 0: none",
     )
     backbones: BackboneEntries | None = Field(
         default=None,
-        description="several backbones side by side, in place of backbone: names joined by commas, or a list of names and "
-        "mappings {name, model_args, blocks, called, settings}",
+        description="several backbones in one run, instead of backbone: names joined by commas, or a list of names and "
+        "mappings {name, model_args, blocks, alias, settings}",
         examples=["vit_small_patch16_224,swin_tiny_patch4_window7_224"],
         json_schema_extra={"allowed": "timm names joined by commas, or a list of names and mappings"},
     )
-    backbone: BackboneSettings = Field(description="the timm model that is trained")
-    mask: MaskSettings = Field(default_factory=MaskSettings, description="what the encoder does not see")
+    backbone: BackboneSettings = Field(description="timm model to pretrain")
+    mask: MaskSettings = Field(default_factory=MaskSettings, description="masking")
     decoder: DecoderSettings = Field(
         default_factory=DecoderSettings,
-        description="the local decoder of a block; a list has one value per block",
+        description="local decoder of a block; a list has one value per block",
     )
-    target: TargetSettings = Field(default_factory=TargetSettings, description="what is predicted")
-    data: DataSettings = Field(description="the images, and how they are served")
-    schedule: ScheduleSettings = Field(description="how long it trains")
+    target: TargetSettings = Field(default_factory=TargetSettings, description="prediction target")
+    data: DataSettings = Field(description="data loading")
+    schedule: ScheduleSettings = Field(description="training schedule")
     optim: OptimSettings = Field(default_factory=OptimSettings, description="AdamW, one for every block")
-    checkpoint: CheckpointSettings = Field(
-        default_factory=CheckpointSettings, description="how much a crash can cost"
-    )
+    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings, description="checkpointing")
     evaluation: EvaluationSettings = Field(
-        default_factory=EvaluationSettings, description="the scores of every depth"
+        default_factory=EvaluationSettings, description="evaluation of every depth"
     )
-    failures: FailureSettings = Field(default_factory=FailureSettings, description="when a stage is lost")
+    failures: FailureSettings = Field(default_factory=FailureSettings, description="failure handling")
     placement: PlacementSettings = Field(
         default_factory=PlacementSettings,
-        description="where the blocks live; a stage holds one or several",
+        description="pipeline stages; a stage holds one or several consecutive blocks",
     )
     search: SearchSettings = Field(
-        default_factory=SearchSettings, description="trials of other settings before the run, by Ray Tune"
+        default_factory=SearchSettings, description="hyperparameter search with Ray Tune before the run"
     )
-    tracking: TrackingSettings = Field(default_factory=TrackingSettings, description="the record in MLflow")
+    tracking: TrackingSettings = Field(default_factory=TrackingSettings, description="MLflow")
 
     @property
     def num_blocks(self) -> int:
-        """How many blocks, however `blocks` was written."""
+        """Number of blocks."""
         return self.blocks if isinstance(self.blocks, int) else len(self.blocks)
 
     def per_block(self, key: str) -> tuple[Any, ...]:
@@ -402,20 +329,25 @@ class Settings(_Group):
         """With several backbones no single one has to be named."""
         single = values.get("backbone") or {} if isinstance(values, dict) else None
         if isinstance(single, dict) and values.get("backbones") and "name" not in single:
-            entries = _backbone_entries(values["backbones"])
+            entries = parse_backbone_entries(values["backbones"])
             if isinstance(entries, tuple) and entries:
                 return values | {"backbone": single | {"name": entries[0].name}}
         return values
 
 
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, as `settings.schema.json` beside this file holds it for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Settings.model_json_schema()}
+
+
 @cache
 def all_settings() -> dict[str, SettingInfo]:
-    """Every setting by its dotted key, in the order of --help."""
+    """Every setting by its dotted key, in the order of `--help-all`."""
     return setting_infos(Settings.model_json_schema())
 
 
 def setting_groups() -> dict[str, str]:
-    """Group name -> what it is about, in the order of --help."""
+    """Group name -> title, in the order of `--help-all`."""
     return group_titles(Settings.model_json_schema())
 
 

@@ -1,4 +1,4 @@
-"""What is done with settings as a whole: changed, compared, written down. `settings.py` says what they are."""
+"""Settings as a whole: changed, compared, written as YAML."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def settings_to_yaml(settings: Settings) -> str:
 
 
 def with_changes(settings: Settings, changes: Mapping[str, Any]) -> Settings:
-    """Settings that differ in some dotted keys, validated anew: `with_changes(s, {"blocks": 1})`."""
+    """Settings that differ in some dotted keys, validated again: `with_changes(s, {"blocks": 1})`."""
     values = settings_to_mapping(settings)
     for key, value in changes.items():
         values = overlaid(values, key.split("."), value)
@@ -56,10 +56,10 @@ def with_changes(settings: Settings, changes: Mapping[str, Any]) -> Settings:
 
 
 def end_to_end(settings: Settings) -> Settings:
-    """The same run as ordinary MAE: one block, all masked tokens decoded, normalised pixels, one image size.
+    """The same run as ordinary MAE: one block, all masked tokens decoded, normalized pixels, one image size.
 
-    Masked units are never computed, but in a backbone that can only paint them over (ConvNeXt, ResNet, PVTv2). Of what is
-    listed per block and is MAE's too (mask ratio, decoder), the deepest block's value.
+    The encoder skips masked units, except in backbones that can only see them as mask tokens (ConvNeXt, ResNet,
+    PVTv2). Settings of MAE that are listed per block (mask ratio, decoder) take the value of the deepest block.
     """
     last = {key: settings.per_block(key)[-1] for key in PER_BLOCK}
     ordinary = {
@@ -78,7 +78,7 @@ def end_to_end(settings: Settings) -> Settings:
 
 
 def overlaid(values: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
-    """A copy of nested values with one of them replaced or added; groups on the way are made if absent."""
+    """A copy of nested values with one of them replaced or added; missing groups are added."""
     copy = deepcopy(dict(values))
     inner = copy
     for part in path[:-1]:
@@ -108,14 +108,14 @@ def differing_keys(a: Settings, b: Settings) -> list[str]:
 
 
 def changes_weights(key: str) -> bool:
-    """Whether a setting, by its dotted key, has a say in the trained weights (see MAY_DIFFER_ON_RESUME)."""
+    """Whether a setting, by its dotted key, changes the trained weights (see MAY_DIFFER_ON_RESUME)."""
     return not any(
         key == free or (free.endswith(".") and key.startswith(free)) for free in MAY_DIFFER_ON_RESUME
     )
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
+    leaves: list[tuple[str, Any]] = []
     for key, value in values.items():
-        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-    return found
+        leaves += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return leaves

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from bim.orchestrator.config.checks import contradictions
 from bim.orchestrator.config.messages import explain
+from bim.orchestrator.config.renamed import with_new_keys
 from bim.orchestrator.config.schema import Settings, SettingsError, all_settings, setting_groups
 
 
@@ -26,14 +27,13 @@ def settings_from_mapping(
     """
     typed = typed or {}
     groups = setting_groups()
-    given = {key: value for key, value in values.items() if not (value is None and key in groups)}
+    given = {k: v for k, v in with_new_keys(values).items() if not (v is None and k in groups)}
     try:
         settings = Settings.model_validate(given)
     except ValidationError as error:
-        said = explain(error.errors(), given, all_settings(), typed)
-        lines = [f"{file}: {text}" if file and key and key not in typed else text for key, text in said]
+        problems = explain(error.errors(), given, all_settings(), typed)
+        lines = [f"{file}: {text}" if file and key and key not in typed else text for key, text in problems]
         raise SettingsError("\n".join(lines)) from None
-    problems = contradictions(settings)
-    if problems:
-        raise SettingsError("\n".join(problems))
+    if disagreements := contradictions(settings):
+        raise SettingsError("\n".join(disagreements))
     return settings

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bim.orchestrator.config.backbone_entry import BackboneEntry
 from bim.orchestrator.config.messages import format_value, unknown
-from bim.orchestrator.config.schema import BackboneEntry, Settings, SettingsError, all_settings
+from bim.orchestrator.config.schema import Settings, SettingsError, all_settings
 from bim.orchestrator.config.transforms import with_changes
 
 RUN_LEVEL_SETTINGS = (
@@ -149,12 +150,12 @@ def _other_settings(entry: BackboneEntry) -> dict[str, Any]:
 
 def _names(entries: Sequence[BackboneEntry]) -> list[str]:
     """A name for every entry, fit for a folder; a number tells those apart that have the same."""
-    wanted = [re.sub(r"[^A-Za-z0-9._-]+", "-", entry.called or entry.name).strip(".-_") for entry in entries]
+    wanted = [re.sub(r"[^A-Za-z0-9._-]+", "-", entry.alias or entry.name).strip(".-_") for entry in entries]
     found: list[str] = []
     for name, entry in zip(wanted, entries, strict=True):
-        if entry.called is not None and _is_in(name, [*RESERVED_NAMES, *found]):
+        if entry.alias is not None and _is_in(name, [*RESERVED_NAMES, *found]):
             raise SettingsError(
-                f"backbones: the name {format_value(entry.called)} is taken; call this one otherwise"
+                f"backbones: the name {format_value(entry.alias)} is taken; give this one another alias"
             )
         number, free = 1, name or "backbone"
         while _is_in(free, [*RESERVED_NAMES, *found]):

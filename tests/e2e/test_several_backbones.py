@@ -33,12 +33,12 @@ pytestmark = pytest.mark.slow
 
 VIT = {
     "name": "vit_tiny_patch16_224",
-    "called": "vit",
+    "alias": "vit",
     "model_args": {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2},
 }
 SWIN = {
     "name": "swin_tiny_patch4_window7_224",
-    "called": "swin",
+    "alias": "swin",
     "model_args": {
         "img_size": 32,
         "patch_size": 2,

@@ -52,7 +52,7 @@ class Scene:
             --schedule.warmup_epochs 0 --decoder.dim 32 --decoder.num_heads 1 --evaluation.latency false
             --placement.stages 1 --placement.cpus_per_stage 1.5 --placement.threads_per_stage 1
             --out {out / "run"}"""
-        backbones = json.dumps([entry | {"called": name} for name in ("a", "b")])
+        backbones = json.dumps([entry | {"alias": name} for name in ("a", "b")])
         settings = load_settings([*tiny.split(), "--backbones", backbones])
         tracker: Any = Sink()
         self.courses: list[BackboneRun] = []

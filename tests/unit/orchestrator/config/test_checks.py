@@ -22,10 +22,10 @@ from bim.orchestrator.config.transforms import with_changes
             ["decoder.thrown_weight has no effect: thrown tokens are not recovered"],
         ),
         (
-            {"mask.score_newly_dropped": False},
-            ["mask.score_newly_dropped has no effect: mask.ratio is the same for all blocks"],
+            {"mask.loss_on_newly_masked": False},
+            ["mask.loss_on_newly_masked has no effect: mask.ratio is the same for all blocks"],
         ),
-        ({"mask.score_newly_dropped": False, "mask.ratio": [0.5, 0.6, 0.7, 0.8]}, []),
+        ({"mask.loss_on_newly_masked": False, "mask.ratio": [0.5, 0.6, 0.7, 0.8]}, []),
         ({"blocks": 1, "boundary_noise": 0.1}, ["boundary_noise has no effect: there is one block"]),
         ({"boundary_noise": 0.1}, []),
         ({}, []),

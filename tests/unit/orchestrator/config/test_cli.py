@@ -3,11 +3,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from bim.orchestrator.config.cli import help_text, load_settings
+from bim.orchestrator.config.cli import load_settings
+from bim.orchestrator.config.help_page import COMMON, help_text
 from bim.orchestrator.config.recipes import DEFAULT_RECIPE, bundled_recipes
 from bim.orchestrator.config.schema import SettingsError, all_settings
 from bim.orchestrator.config.transforms import settings_to_yaml
@@ -110,7 +112,7 @@ def test_another_backbone_does_not_inherit_the_arguments_of_the_recipe_s() -> No
         (
             ["--mask", "0.6"],
             "'mask' is a group of settings, not one: mask.ratio, mask.encode, mask.per_batch, mask.sweep_groups, "
-            "mask.score_newly_dropped",
+            "mask.loss_on_newly_masked",
         ),
         (["--schedule.epochs", "1e2"], "schedule.epochs must be a whole number of at least 1, not 1e2"),
         (["--seed", "-1"], "seed must be a whole number of at least 0, not -1"),
@@ -141,7 +143,7 @@ def test_another_backbone_does_not_inherit_the_arguments_of_the_recipe_s() -> No
         (["--baseline", "hog"], "baseline must be none or mae, not 'hog'"),
         (
             ["seed", "3"],
-            "unexpected 'seed', '3': settings are written --key value, and a value with spaces needs quotes",
+            "unexpected arguments 'seed', '3': settings are written --key value, and a value with spaces needs quotes",
         ),
         (
             ["--recipe"],
@@ -245,13 +247,66 @@ def test_version_prints_and_leaves_with_status_0(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.startswith("bim-orchestrator")
 
 
-def test_help_has_every_setting_and_recipe_in_a_hundred_columns() -> None:
-    lines = help_text().splitlines()
-    assert max(len(line) for line in lines) <= 100
-    options = [line.split()[0] for line in lines if line.startswith("  --")]
-    assert options == ["--recipe", "--help,", "--version", *(f"--{key}" for key in all_settings())]
-    for recipe in bundled_recipes():
-        assert any(line.strip().startswith(recipe) for line in lines)
+def options_of(text: str) -> list[str]:
+    return [line.split()[0].removeprefix("--") for line in text.splitlines() if line.startswith("  --")]
+
+
+def test_help_shows_the_common_settings_and_help_all_every_one_in_a_hundred_columns() -> None:
+    common = [key for keys in COMMON.values() for key in keys]
+    assert len(common) == len(set(common)) == 25
+    for text, keys in ((help_text(), common), (help_text(every_setting=True), list(all_settings()))):
+        assert max(len(line) for line in text.splitlines()) <= 100
+        assert [option for option in options_of(text) if option in all_settings()] == keys
+        for recipe in bundled_recipes():
+            assert any(line.strip().startswith(recipe) for line in text.splitlines())
+
+
+@pytest.mark.parametrize("flag", ["--help", "--help-all"])
+def test_help_shows_the_values_of_the_recipe_that_is_named(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        load_settings(["--recipe", "vit_base_imagenet", flag])
+    shown = capsys.readouterr().out
+    assert "[vit_base_patch16_224]" in shown
+    assert "Settings, each with its value in vit_base_imagenet in brackets" in shown
+
+
+def test_help_of_a_recipe_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(SettingsError, match="no recipe and no file is called 'nope'"):
+        load_settings(["--recipe", "nope", "--help"])
+
+
+def test_print_config_prints_a_recipe_that_gives_equal_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        load_settings(["--seed", "3", "--print-config"])
+    assert left.value.code == 0
+    saved = tmp_path / "printed.yaml"
+    saved.write_text(capsys.readouterr().out)
+    assert load_settings(["--recipe", str(saved)]) == load_settings(["--seed", "3"])
+
+
+def test_print_config_of_wrong_settings_is_an_error() -> None:
+    with pytest.raises(SettingsError, match="seed must be"):
+        load_settings(["--seed", "x", "--print-config"])
+
+
+def test_flags_that_are_no_settings_may_stand_anywhere() -> None:
+    assert load_settings(["--verbose", "--seed", "3", "--quiet"]) == load_settings(["--seed", "3"])
+
+
+@pytest.mark.parametrize("options", [["--help"], ["--mask.ration", "0.5"]])
+def test_what_needs_neither_torch_nor_data_is_answered_within_a_second(options: list[str]) -> None:
+    code = f"import sys; from bim.orchestrator.config.cli import load_settings; load_settings({options!r})"
+    started = time.perf_counter()
+    for _ in range(3):  # the fastest of three: the machine may be busy
+        begun = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+        if time.perf_counter() - begun < 1:
+            return
+    pytest.fail(f"three answers took {time.perf_counter() - started:.1f} s")
 
 
 def test_the_examples_of_the_help_are_accepted() -> None:

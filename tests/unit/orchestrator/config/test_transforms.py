@@ -61,7 +61,7 @@ def test_what_is_missing_is_asked_for_by_its_dotted_name_and_meaning() -> None:
     assert str(caught.value).splitlines() == [
         "mine.yaml: missing setting 'backbone.name' (text): timm name; a new name drops the recipe's model_args",
         "mine.yaml: missing setting 'data.batch_size' (a whole number of at least 1): "
-        "images per micro-batch of the whole run, not per GPU",
+        "images per micro-batch, of the whole run, not per GPU",
         "mine.yaml: missing setting 'schedule.epochs' (a whole number of at least 1): "
         "passes over the training split",
     ]
@@ -113,7 +113,7 @@ def test_a_group_whose_lines_are_all_commented_out_counts_as_not_given() -> None
         (
             {"mask": 0.6},
             "'mask' is a group of settings, not one: mask.ratio, mask.encode, mask.per_batch, mask.sweep_groups, "
-            "mask.score_newly_dropped",
+            "mask.loss_on_newly_masked",
         ),
     ],
 )

@@ -1,0 +1,83 @@
+"""The types of settings: bounds as annotated types, lists read as tuples, text as paths."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from bim.orchestrator.config.messages import format_value
+
+
+def _tuple_if_list(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _home(value: object) -> object:
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def _path_if_text(value: object) -> object:
+    return Path(os.path.expanduser(value)) if isinstance(value, str) and value else value
+
+
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+HeldOut = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Location = Annotated[str, BeforeValidator(_home), Field(min_length=1)]
+OutPath = Annotated[Path, BeforeValidator(_path_if_text)]
+Counts = Annotated[tuple[Count, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
+Fractions = Annotated[tuple[Fraction, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
+CropScale = Annotated[
+    tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]],
+    BeforeValidator(_tuple_if_list),
+]
+HeldOuts = Annotated[tuple[HeldOut, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
+TargetName = Literal["pixels", "hog"]
+TargetNames = Annotated[tuple[TargetName, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
+PhaseEntry = Annotated[
+    tuple[int | float, ...], BeforeValidator(_tuple_if_list), Field(min_length=2, max_length=4)
+]
+Phases = Annotated[tuple[PhaseEntry, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
+Betas = Annotated[tuple[HeldOut, HeldOut], BeforeValidator(_tuple_if_list)]
+SearchValues = list[Any] | dict[str, bool | int | float] | None
+_Plain = bool | int | float | str
+ModelArg = _Plain | list[_Plain | list[_Plain]] | None  # timm's window_size: [[4, 4], [8, 8]]
+
+
+def _search_space(value: object) -> object:
+    """Raises ValueError for single values, in words that name the key."""
+    if isinstance(value, dict):
+        problems = [
+            f"search.space: {key} must be a list of values to try, or {{low: a, high: b}}, not {format_value(tried)}; "
+            f"to set it without a search give --{key} {format_value(tried)}"
+            for key, tried in value.items()
+            if not (tried is None or isinstance(tried, list | dict))
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+    return value
+
+
+SearchSpace = Annotated[dict[str, SearchValues], BeforeValidator(_search_space)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown keys."""
+
+    # Strict: "4" in a file is text, True is no number. Lists become tuples, text a path, where declared.
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        protected_namespaces=(),
+    )
