@@ -165,17 +165,19 @@ def format_value(value: Any) -> str:
 def nearest(key: str, known: Sequence[str]) -> list[str]:
     """Known settings that are most like `key`, at most two, the best first."""
     wanted_key = key.replace("-", "_")
-    last = asked.rsplit(".", 1)[-1]
+    last = wanted_key.rsplit(".", 1)[-1]
     same_end = [k for k in known if k.rsplit(".", 1)[-1] == last]
     if same_end:
-        return same_end[:2] if "." not in asked else difflib.get_close_matches(asked, same_end, 1, 0.0)
-    dotted = [k for k in known if k.replace(".", "_") == asked.replace(".", "_")]
+        return (
+            same_end[:2] if "." not in wanted_key else difflib.get_close_matches(wanted_key, same_end, 1, 0.0)
+        )
+    dotted = [k for k in known if k.replace(".", "_") == wanted_key.replace(".", "_")]
     if dotted:
         return dotted
     begun = [k for k in known if f"{k.rsplit('.', 1)[-1]}_".startswith(f"{last}_")]
     if begun:  # a first word alone: gpus, batch, warmup
-        return begun[:2] if "." not in asked else difflib.get_close_matches(asked, begun, 1, 0.0)
-    close = difflib.get_close_matches(asked, known, 1, 0.7)
+        return begun[:2] if "." not in wanted_key else difflib.get_close_matches(wanted_key, begun, 1, 0.0)
+    close = difflib.get_close_matches(wanted_key, known, 1, 0.7)
     if close:
         return close
     ends = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
