@@ -77,7 +77,7 @@ def test_loss_and_predictions_agree(golden: dict[str, Tensor], fastmim: LocalMIM
     torch.testing.assert_close(fastmim.decoder(step.activations, plan), expected, rtol=0, atol=1e-5)
 
 
-def test_gradients_of_the_patch_embedding_and_of_the_colour_agree(
+def test_gradients_of_the_patch_embedding_and_of_the_color_agree(
     golden: dict[str, Tensor], fastmim: LocalMIM, plan: MaskPlan
 ) -> None:
     fastmim(golden["image"], golden["image"], plan).loss.backward()

@@ -1,4 +1,5 @@
-"""On visible tokens our Swin is GreenMIM's: against tensors computed with its authors' implementation (tests/data/golden/README.md)."""
+"""On visible tokens our Swin is GreenMIM's: against tensors computed with its authors' implementation
+(tests/data/golden/README.md)."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ def encoded(
     assert isinstance(backbone, SwinBackbone)
     order = golden["mask"].argsort(dim=1, stable=True).repeat(2, 1)
     order = torch.cat([order[:, :4].flip(1), order[:, 4:]], dim=1) if reverse else order
-    scales = [backbone.unit // info.stride for info in backbone.blocks]
+    scales = [backbone.mask_unit_px // info.stride for info in backbone.blocks]
     plans: list[MaskPlan] = list(block_plans(order, (4, 4), [4] * blocks, scales, True))
     x, parameters = golden["image"], {}
     for index, plan in enumerate(plans):

@@ -1,4 +1,5 @@
-"""With one block our model is MAE: against tensors computed with its authors' implementation (tests/data/golden/README.md)."""
+"""With one block our model is MAE: against tensors computed with its authors' implementation
+(tests/data/golden/README.md)."""
 
 from __future__ import annotations
 
