@@ -1,1 +1,1 @@
-"""Plain torch and timm: backbones cut into blocks, mask plans, decoders, targets, local losses. Knows no Ray, no MLflow."""
+"""Plain torch and timm: backbones cut into blocks, mask plans, decoders, targets and local losses."""

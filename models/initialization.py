@@ -1,4 +1,4 @@
-"""MAE's initialisation of a transformer's parameters, for encoder blocks and decoders alike."""
+"""Initialization of transformer parameters as in MAE (arXiv 2111.06377), for encoder blocks and decoders."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from torch import nn
 TOKEN_STD = 0.02
 
 
-def start_near_(head: nn.Linear, gain: float, bias: float) -> None:
-    """Bring the first predictions of a freshly initialised head near its target in place; see `targets.Target.start`."""
+def scale_head_init_(head: nn.Linear, gain: float, bias: float) -> None:
+    """Scale a new head in place so that its first predictions are near the target; see `targets.Target.head_init`."""
     with torch.no_grad():
         head.weight.mul_(gain)
         head.bias.fill_(bias)
 
 
 def mae_init_(module: nn.Module) -> None:
-    """Initialise all linear layers and patch embeddings below `module` in place, from torch's global CPU
-    generator.
+    """Initialize all linear layers and patch embeddings below `module` in place, from torch's global CPU generator.
 
-    Xavier-uniform weights, a convolution's taken as the linear map it is on a flattened patch, and zero
-    biases. Norms and LayerScales keep the values they were built with. Call it inside `seeding.forked_rng`.
+    Weights are Xavier-uniform, a convolution's as those of the linear map of a flattened patch; biases are zero. Norms and
+    LayerScales are unchanged. Call it inside `seeding.forked_rng`.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):

@@ -1,4 +1,4 @@
-"""Where mixed precision must not reach."""
+"""Computations that mixed precision must not change."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Inside, autocast is off for `device`: operations run in the precision of their operands.
+def autocast_disabled(device: torch.device) -> AbstractContextManager[object]:
+    """A context without autocast for `device`: operations run in the precision of their operands.
 
-    The meta device, on which costs are counted, knows no autocast and would refuse to switch it off.
+    The meta device, on which costs are counted, has no autocast and raises if it is disabled.
     """
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()

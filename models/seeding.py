@@ -1,9 +1,8 @@
-"""Randomness as a function of names and numbers, so that resuming a run is arithmetic and no stage depends on
-another.
+"""Random numbers as a function of names and numbers: a run resumes at any step, and no stage depends on another.
 
-Everything random in the project is drawn on the CPU from `generator(seed, ...)`, or inside `forked_rng(seed, ...)` where a
-library draws from torch's own generator. The noise on a boundary alone, too much to carry over in every step, is drawn where
-the tokens are, and depends on the kind of device. No function here, or anywhere, sets a seed that outlives it.
+Random numbers are drawn on the CPU from `generator(seed, ...)`, or inside `forked_rng(seed, ...)` where a library uses
+torch's global generator. Only the boundary noise is drawn on the device of the tokens and depends on its type. No
+function changes the global seed beyond its own call.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ def generator(*parts: int | str) -> torch.Generator:
 
 @contextmanager
 def forked_rng(*parts: int | str) -> Iterator[None]:
-    """Inside, torch's global CPU generator is seeded by `parts`; on leaving, it is as it was before.
+    """A context in which torch's global CPU generator is seeded by `parts`; its state is restored on exit.
 
-    For constructors that draw their parameters from the global generator (`nn.Linear`, timm). Accelerators'
-    generators are left alone: modules are built on the CPU.
+    For constructors that draw parameters from the global generator (`nn.Linear`, timm). Generators of accelerators are
+    unchanged: modules are built on the CPU.
     """
     with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would seed every accelerator too, and fork_rng(devices=[]) would not give that back.
+        # torch.manual_seed also seeds every accelerator, which fork_rng(devices=[]) does not restore.
         torch.random.default_generator.manual_seed(derive_seed(*parts))
         yield

@@ -1,27 +1,28 @@
-"""Modules made of the levels of a timm pyramid: a block to train, the first levels alone, a feature map pooled.
+"""Modules made of the levels of a timm pyramid: a block to train, the first levels alone, a pooled feature map.
 
-They run timm's own modules under timm's own names; which ones belong where is decided in `dense.py`.
+They run timm's modules under timm's names; `dense.py` decides which ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
-from bim.models.backbones.paint import Paint
+from bim.models.backbones.mask_fill import MaskFill
 from bim.models.masks.plan import MaskPlan
 
-# Where a block keeps timm's modules; what follows in a key is timm's name.
+# The prefix of timm's names in the state dict of a block.
 PARTS = "parts."
 
 
 class DenseBlock(nn.Module):
-    """Consecutive levels of a timm pyramid; the first block takes images, the others the tokens of the block before.
+    """Consecutive levels of a timm pyramid; the first block takes images, the others tokens of the previous block.
 
-    Modules are named as in timm below `parts`. scale: tokens per side of a mask unit in what it takes; unit: pixels per
-    side of one. opening: a norm that in timm ends the level before, and that works on tokens.
+    parts: timm's modules by their paths, named so below `parts`. scale: tokens per side of a mask unit in the input.
+    opening: modules that end the previous level in timm and are applied to the tokens.
     """
 
     def __init__(
@@ -29,15 +30,14 @@ class DenseBlock(nn.Module):
         parts: Mapping[str, nn.Module],
         channels_last: bool,
         scale: int,
-        paint: Paint | None = None,
-        opening: tuple[str, nn.Module] | None = None,
+        mask_fill: MaskFill | None = None,
+        opening: Mapping[str, nn.Module] = MappingProxyType({}),
     ) -> None:
         super().__init__()
-        self.paint = paint
+        self.paint = mask_fill  # the name in checkpoints
         self.parts = nn.Module()
-        for path, module in ((opening,) if opening else ()) + tuple(parts.items()):
-            place(self.parts, path, module)
-        self.opening = opening[0] if opening else None
+        add_modules(self.parts, {**opening, **parts})
+        self.opening = tuple(opening)
         self.chain = tuple(parts)
         self.channels_last = channels_last
         self.scale = scale
@@ -56,8 +56,7 @@ class DenseBlock(nn.Module):
                     f"{x.shape[1]} tokens are not the {grid[0]} x {grid[1]} of the plan's {plan.grid[0]} x {plan.grid[1]} "
                     "units"
                 )
-            if self.opening is not None:
-                x = self.parts.get_submodule(self.opening)(x)
+            x = run_chain(self.parts.get_submodule, self.opening, x)
             x = to_map(x, grid, self.channels_last)
         return to_tokens(run_chain(self.parts.get_submodule, self.chain, x), self.channels_last)
 
@@ -65,25 +64,24 @@ class DenseBlock(nn.Module):
 class LevelsOnly(nn.Module):
     """The first levels of a timm pyramid whose class cannot be built without the others.
 
-    Has what is asked of a timm model that embeds: `forward_features` (the last level's map), `forward_head` and `forward`
-    (its mean over places). Modules are named as in timm, so that the weights fit timm's `features_only` model.
+    It has `forward_features` (the last level's map), `forward_head` and `forward` (the mean of the map) as a timm model
+    that embeds. Modules have timm's names, so that the weights fit timm's `features_only` model.
     """
 
     def __init__(self, model: Any, paths: Sequence[str], width: int, channels_last: bool) -> None:
         super().__init__()
         self.chain = tuple(paths)
-        for path in self.chain:
-            place(self, path, model.get_submodule(path))
+        add_modules(self, {path: model.get_submodule(path) for path in self.chain})
         self.channels_last = channels_last
         self.num_features = width
         self.pretrained_cfg: dict[str, Any] = dict(model.pretrained_cfg)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> the map (B, C, h, w), or (B, h, w, C) where timm's class has it so."""
+        """(B, 3, H, W) -> the map (B, C, h, w), or (B, h, w, C) for timm classes with channels last."""
         return run_chain(self.get_submodule, self.chain, x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The map -> (B, C), its mean; there is no classifier that `pre_logits` could leave out."""
+        """The map -> (B, C), its mean; `pre_logits` has no effect without a classifier."""
         return to_tokens(x, self.channels_last).mean(dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,7 +90,7 @@ class LevelsOnly(nn.Module):
 
 
 class PooledMap(nn.Module):
-    """timm's `features_only` model of one map, with that map's mean over places as its output (B, C)."""
+    """timm's `features_only` model of one map, with the mean of that map as its output (B, C)."""
 
     def __init__(self, model: nn.Module, channels_last: bool) -> None:
         super().__init__()
@@ -116,17 +114,18 @@ def to_tokens(feature: Tensor, channels_last: bool) -> Tensor:
     return feature.flatten(1, 2) if channels_last else feature.flatten(2).transpose(1, 2).contiguous()
 
 
-def place(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Register `module` below `root` at a dotted path, with plain modules in between, so that names stay timm's."""
-    *outer, last = path.split(".")
-    for name in outer:
-        if name not in dict(root.named_children()):
-            root.add_module(name, nn.Module())
-        root = root.get_submodule(name)
-    root.add_module(last, module)
+def add_modules(root: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Register modules at dotted paths below `root`, with plain modules as parents, so that names stay timm's."""
+    for path, module in modules.items():
+        names = path.split(".")
+        for parent in (".".join(names[:length]) for length in range(1, len(names))):
+            if parent not in dict(root.named_modules()):
+                root.set_submodule(parent, nn.Module())
+        root.set_submodule(path, module)
 
 
-def run_chain(part: Callable[[str], nn.Module], paths: Sequence[str], x: Tensor) -> Tensor:
+def run_chain(get_module: Callable[[str], nn.Module], paths: Sequence[str], x: Tensor) -> Tensor:
+    """Apply the modules at `paths` one after the other."""
     for path in paths:
-        x = part(path)(x)
+        x = get_module(path)(x)
     return x

@@ -1,8 +1,7 @@
-"""timm's SwinTransformer (v1) as a backbone that computes on visible tokens only: group window attention without a roll
-(GreenMIM, papers.md 4.2).
+"""timm's SwinTransformer (v1) on visible tokens only: group window attention without a cyclic shift.
 
-Tables of relative positions are made for the nominal window and used as they are on smaller grids; a variant built for such
-a grid has the part of them that is used there. Painted images are `dense.py`'s.
+Bias tables have the size of the nominal window on every grid; a variant for a smaller grid gets the part that it uses.
+`dense.py` is the Swin that encodes all tokens.
 """
 
 from __future__ import annotations
@@ -10,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from bim.models.backbones.bias_tables import BIAS_TABLE, inner_table, resampled, with_inner_table
 from bim.models.backbones.cuts import Span
 from bim.models.backbones.hierarchy import Hierarchy, LevelInfo
-from bim.models.backbones.pyramid_weights import BIAS_TABLE, resized
 from bim.models.backbones.visible_block import VisibleBlock
-from bim.models.masks.level_plans import LevelNeed, LevelPlan
+from bim.models.backbones.weights import Weights
+from bim.models.masks.level_indices import LevelIndices, LevelRequirements
 from bim.models.masks.plan import MaskPlan
-from bim.models.masks.window_groups import Pair, table_rows, window_on
-from bim.models.visible import linear_convolution, merge_patches, visible_patches, window_attention
+from bim.models.masks.window_groups import Pair, num_table_rows, window_on
+from bim.models.visible import merge_patches, patch_linear, visible_patches, window_attention
 
 
 class SwinBlock(VisibleBlock):
@@ -32,13 +31,13 @@ class SwinBlock(VisibleBlock):
             return merge_patches(self.part(f"layers.{level}.downsample"), x, self.scales[level - 1])
         embed = self.part("patch_embed")
         patches = visible_patches(x, plan, embed.patch_size[0])
-        tokens: Tensor = embed.norm(linear_convolution(embed.proj, patches))
+        tokens: Tensor = embed.norm(patch_linear(embed.proj, patches))
         return tokens
 
-    def run_layer(self, x: Tensor, level: int, layer: int, plan: LevelPlan) -> Tensor:
-        """See `VisibleBlock.run_layer`: timm's SwinTransformerBlock; every second one has its windows shifted."""
+    def run_layer(self, x: Tensor, level: int, layer: int, indices: LevelIndices) -> Tensor:
+        """See `VisibleBlock.run_layer`: timm's SwinTransformerBlock, shifted in every second layer."""
         module = self.part(f"layers.{level}.blocks.{layer}")
-        groups = plan.groups[shift_of(layer, module.window_size)]
+        groups = indices.groups[shift_of(layer, module.window_size)]
         table = module.attn.relative_position_bias_table
         x = x + window_attention(module.attn, module.norm1(x), groups, table)
         mixed: Tensor = x + module.mlp(module.norm2(x))
@@ -49,9 +48,9 @@ class SwinBackbone(Hierarchy):
     """A timm SwinTransformer on visible tokens; see `Hierarchy`."""
 
     block_class = SwinBlock
-    # `always_partition` keeps windows and tables nominal on small grids; both leave timm's own forward pass unused.
+    # `always_partition` keeps windows and tables nominal on small grids; timm's forward pass is not used.
     block_args: ClassVar[dict[str, Any]] = {"always_partition": True, "strict_img_size": False}
-    variant_only: ClassVar[dict[str, Any]] = {"strict_img_size": False}
+    variant_only_args: ClassVar[dict[str, Any]] = {"strict_img_size": False}
     per_level = ("depths", "num_heads", "head_dim", "window_size", "mlp_ratio")
 
     def read_levels(self, model: Any) -> tuple[LevelInfo, ...]:
@@ -66,11 +65,11 @@ class SwinBackbone(Hierarchy):
             for stage, info in zip(model.layers, model.feature_info, strict=True)
         )
 
-    def need(self, span: Span, scale: int) -> LevelNeed:
-        """See `Hierarchy.need`."""
+    def requirements(self, span: Span, scale: int) -> LevelRequirements:
+        """See `Hierarchy.requirements`."""
         window = self._nominal(span.level)
         shifts = dict.fromkeys(shift_of(layer, window) for layer in range(span.start, span.end))
-        return LevelNeed(span.level, scale, self.levels[span.level].width, window, tuple(shifts))
+        return LevelRequirements(span.level, scale, self.levels[span.level].width, window, tuple(shifts))
 
     def paths(self, span: Span) -> list[str]:
         """See `Hierarchy.paths`."""
@@ -82,40 +81,41 @@ class SwinBackbone(Hierarchy):
         """See `Hierarchy.windows_at`."""
         return [self._window_at(level, size) for level in range(len(self.levels))]
 
-    def sizes_of_levels(self, layers: Sequence[int], grid: Pair) -> dict[str, Any]:
-        """See `Hierarchy.sizes_of_levels`. Windows are nominal: timm makes those that are larger than a map smaller."""
+    def level_args(self, layers: Sequence[int], image_size: Pair) -> dict[str, Any]:
+        """See `Hierarchy.level_args`. Windows are nominal: timm reduces those that are larger than a map."""
         windows = [list(level.window or ()) for level in self.levels[: len(layers)]]
         return {"depths": list(layers), "window_size": windows}
 
-    def fitted(self, trained: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-        """See `Hierarchy.fitted`: of each table, the differences of places that occur in the variant's window."""
-        found = dict(trained)
-        for number, stage in enumerate(model.layers):  # type: ignore[arg-type]
+    def to_variant(self, trained: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+        """See `Backbone.to_variant`: of each bias table, the rows that the variant's window uses."""
+        tables = {}
+        for number, stage in enumerate(model.layers):
             for layer, module in enumerate(stage.blocks):
                 key = f"layers.{number}.blocks.{layer}.attn.{BIAS_TABLE}"
-                found[key] = inner_table(trained[key], self._nominal(number), tuple(module.window_size))
-        return found
+                tables[key] = inner_table(trained[key], self._nominal(number), tuple(module.window_size))
+        return trained | tables
 
-    def received(self, given: dict[str, Tensor], drawn: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See `Hierarchy.received`: a table of the window that fits the level's map goes into the middle of the nominal one,
-        whose other rows stay as drawn; one of another window is resampled."""
-        found = dict(given)
-        for key, (nominal, smaller) in self._tables(given).items():
-            table = given[key]
-            if nominal != smaller and len(table) == table_rows(smaller):
-                found[key] = with_inner_table(drawn[key], table, nominal, smaller)
+    def from_checkpoint(self, weights: Weights, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `Backbone.from_checkpoint`: the inverse of `to_variant`. A bias table of the window that fits the level's map
+        goes into the drawn table of the nominal window; one of another window is resampled."""
+        tensors = weights.take(drawn)
+        for key, (nominal, smaller) in self._table_windows(drawn).items():
+            table = tensors[key]
+            if nominal != smaller and len(table) == num_table_rows(smaller):
+                tensors[key] = with_inner_table(drawn[key], table, nominal, smaller)
             else:
-                found[key] = resized(table, tuple(drawn[key].shape))
-        return found
+                tensors[key] = resampled(table, tuple(drawn[key].shape))
+        return tensors
 
-    def clipped(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """See `Hierarchy.clipped`: tables of windows that are larger than the map."""
+    def variant_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """See `Hierarchy.variant_shapes`: bias tables of windows that are larger than the map."""
         return {
-            key: (table_rows(smaller), *shapes[key][1:]) for key, (_, smaller) in self._tables(shapes).items()
+            key: (num_table_rows(smaller), *shapes[key][1:])
+            for key, (_, smaller) in self._table_windows(shapes).items()
         }
 
-    def _tables(self, keys: Iterable[str]) -> dict[str, tuple[Pair, Pair]]:
-        """Those of timm's names that are tables -> the nominal window of their level, and the one that fits its map."""
+    def _table_windows(self, keys: Iterable[str]) -> dict[str, tuple[Pair, Pair]]:
+        """timm's names of bias tables -> the nominal window of their level, and the one that fits its map."""
         levels = {key: int(key.split(".")[1]) for key in keys if key.endswith(BIAS_TABLE)}
         return {
             key: (self._nominal(level), self._window_at(level, self.image_size))
@@ -132,25 +132,6 @@ class SwinBackbone(Hierarchy):
         return window_on((size[0] // stride, size[1] // stride), self._nominal(level), (0, 0))[0]
 
 
-def inner_table(table: Tensor, window: Pair, smaller: Pair) -> Tensor:
-    """((2 h - 1) (2 w - 1), heads) of an h x w window -> the same of a smaller window: differences keep their rows."""
-    return table[inner_rows(window, smaller)]
-
-
-def with_inner_table(table: Tensor, inner: Tensor, window: Pair, smaller: Pair) -> Tensor:
-    """A copy of `table`, of `window`, in which the differences of places in a smaller window have the rows of `inner`: the
-    inverse of `inner_table`."""
-    return table.index_copy(0, inner_rows(window, smaller), inner.to(table))
-
-
-def inner_rows(window: Pair, smaller: Pair) -> Tensor:
-    """The rows of the table of `window`, ((2 h - 1) (2 w - 1),) in order, whose differences occur in a smaller window."""
-    height, width = (2 * side - 1 for side in window)
-    down, across = (outer - inner for outer, inner in zip(window, smaller, strict=True))
-    rows = torch.arange(height * width).unflatten(0, (height, width))
-    return rows[down : height - down, across : width - across].flatten()
-
-
 def shift_of(layer: int, window: Pair) -> Pair:
-    """How far the windows of a level's layer are moved, as in timm: every second one by half a window."""
+    """Shift of the windows in a level's layer, as in timm: half a window in every second layer."""
     return (window[0] // 2, window[1] // 2) if layer % 2 else (0, 0)

@@ -1,7 +1,8 @@
-"""timm's Twins (SVT, and PCPVT) as a backbone that computes on visible tokens only (GreenMIM, papers.md 4.2).
+"""timm's Twins (SVT and PCPVT) on visible tokens only.
 
-Key and value reduction, a convolution whose stride is its kernel, is a linear map per cell of visible tokens; the depth-wise
-position convolution sees zeros in place of masked tokens. It has no painted form: timm gives Twins no chain of levels.
+Spatial reduction of keys and values, a convolution with stride equal to its kernel, is a linear map of squares of visible
+tokens; masked tokens are zeros for the depth-wise position convolution. There is no Twins that encodes all tokens, since
+timm does not give it as a chain of levels.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from torch import Tensor
 from bim.models.backbones.cuts import Span
 from bim.models.backbones.hierarchy import Hierarchy, LevelInfo
 from bim.models.backbones.visible_block import VisibleBlock
-from bim.models.masks.level_plans import LevelNeed, LevelPlan
+from bim.models.masks.level_indices import LevelIndices, LevelRequirements
 from bim.models.masks.plan import MaskPlan
 from bim.models.masks.window_groups import Pair
 from bim.models.visible import (
-    cells,
-    linear_convolution,
+    merge_tokens,
+    patch_linear,
     position_convolution,
-    reduced_attention,
+    spatial_reduction_attention,
     visible_patches,
     window_attention,
 )
 
 UNSHIFTED = (0, 0)
-SMALLEST_WINDOW = 2  # timm takes 1 for a global layer
+SMALLEST_WINDOW = 2  # timm builds a global layer for 1
 
 
 class TwinsBlock(VisibleBlock):
@@ -38,24 +39,24 @@ class TwinsBlock(VisibleBlock):
         """See `VisibleBlock.open_level`: timm's patch embeddings, of images and of tokens."""
         embed = self.part(f"patch_embeds.{level}")
         side = embed.patch_size[0]
-        patches = cells(x, self.scales[level - 1], side) if level else visible_patches(x, plan, side)
-        tokens: Tensor = embed.norm(linear_convolution(embed.proj, patches))
+        patches = merge_tokens(x, self.scales[level - 1], side) if level else visible_patches(x, plan, side)
+        tokens: Tensor = embed.norm(patch_linear(embed.proj, patches))
         return tokens
 
-    def run_layer(self, x: Tensor, level: int, layer: int, plan: LevelPlan) -> Tensor:
-        """See `VisibleBlock.run_layer`: timm's Block; positions come by convolution, after the first of a level."""
+    def run_layer(self, x: Tensor, level: int, layer: int, indices: LevelIndices) -> Tensor:
+        """See `VisibleBlock.run_layer`: timm's Block, with the position convolution after the first of a level."""
         module = self.part(f"blocks.{level}.{layer}")
         scale = self.scales[level]
         normed = module.norm1(x)
         if isinstance(module.attn, LocallyGroupedAttn):
-            x = x + window_attention(module.attn, normed, plan.groups[UNSHIFTED])
+            x = x + window_attention(module.attn, normed, indices.groups[UNSHIFTED])
         else:
-            x = x + reduced_attention(module.attn, normed, scale)
+            x = x + spatial_reduction_attention(module.attn, normed, scale)
         x = x + module.mlp(module.norm2(x))
         if layer == 0:
-            assert plan.halo is not None
+            assert indices.halo is not None
             conv = self.part(f"pos_block.{level}").proj[0]
-            x = x + position_convolution(conv, x, plan.halo, scale)
+            x = x + position_convolution(conv, x, indices.halo, scale)
         return x
 
 
@@ -76,7 +77,7 @@ class TwinsBackbone(Hierarchy):
         super().__init__(name, blocks, model_args, encode)
 
     def refusal(self, model: Any) -> str | None:
-        """See `Hierarchy.refusal`: keys must be made of whole cells of a unit."""
+        """See `Hierarchy.refusal`: keys must be made of whole squares of a unit's tokens."""
         levels = self.read_levels(model)
         for level, layers in zip(levels, model.blocks, strict=True):
             scale = levels[-1].stride // level.stride
@@ -99,12 +100,12 @@ class TwinsBackbone(Hierarchy):
             levels.append(LevelInfo(len(layers), embed.proj.out_channels, stride, window))
         return tuple(levels)
 
-    def need(self, span: Span, scale: int) -> LevelNeed:
-        """See `Hierarchy.need`. Layers with even numbers have windows, if any has."""
+    def requirements(self, span: Span, scale: int) -> LevelRequirements:
+        """See `Hierarchy.requirements`: layers with even numbers have windows, if any has."""
         level = self.levels[span.level]
         windowed = level.window is not None and span.start + span.start % 2 < span.end
         shifts = (UNSHIFTED,) if windowed else ()
-        return LevelNeed(span.level, scale, level.width, level.window, shifts, halo=span.start == 0)
+        return LevelRequirements(span.level, scale, level.width, level.window, shifts, halo=span.start == 0)
 
     def paths(self, span: Span) -> list[str]:
         """See `Hierarchy.paths`."""
@@ -112,17 +113,13 @@ class TwinsBackbone(Hierarchy):
         layers = [f"blocks.{span.level}.{layer}" for layer in range(span.start, span.end)]
         return (opening if span.start == 0 else []) + layers
 
-    def sizes_of_levels(self, layers: Sequence[int], grid: Pair) -> dict[str, Any]:
-        """See `Hierarchy.sizes_of_levels`. A window larger than its map is made the map's size: timm would fill it up with
-        empty tokens."""
+    def level_args(self, layers: Sequence[int], image_size: Pair) -> dict[str, Any]:
+        """See `Hierarchy.level_args`. A window larger than its map gets the size of the map, since timm pads it with empty
+        tokens."""
         levels = self.levels[: len(layers)]
-        sizes: dict[str, Any] = {
-            "depths": list(layers),
-            "embed_dims": [level.width for level in levels],
-        }
+        sizes: dict[str, Any] = {"depths": list(layers), "embed_dims": [level.width for level in levels]}
         if any(level.window is not None for level in levels):
-            stride = levels[0].stride
-            windows = self.windows_at((grid[0] * stride, grid[1] * stride))[: len(levels)]
+            windows = self.windows_at(image_size)[: len(levels)]
             sizes["wss"] = [window[0] if window else 1 for window in windows]
         return sizes
 

@@ -1,14 +1,13 @@
-"""Reading the weights that a run starts from (`init_from`): timm's pretrained ones, a timm folder, or a file.
+"""Initial weights of a run (`init_from`): timm's pretrained ones, a timm folder, or a file, and whether they fit.
 
-Nothing is unpickled: safetensors, or torch files with `weights_only=True`. Which keys are wanted is the
-family's affair.
+Nothing is unpickled: files are safetensors, or torch files read with `weights_only=True`.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -20,14 +19,14 @@ from torch import Tensor
 from bim.models.seeding import forked_rng
 
 FOLDER_PREFIX = "local-dir:"
-# In the order in which a timm folder is searched.
+# Files of a timm folder, in order of preference.
 FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 class Weights:
-    """Named tensors of one checkpoint, those of a safetensors file read only when taken.
+    """Named tensors of one checkpoint; those of a safetensors file are read when taken.
 
-    source: how to call it in a message. image_size: (height, width) it was trained at, where it says so.
+    source: its name in messages. image_size: (height, width) of its training, where it is stated.
     shapes: of every tensor, by name.
     """
 
@@ -50,17 +49,50 @@ class Weights:
                 self.shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
 
     def take(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors as float32 on the CPU. Raises ValueError if one is not there."""
-        wanted = list(keys)
-        missing = [key for key in wanted if key not in self.shapes]
+        """The named tensors as float32 on the CPU. Raises ValueError if one is missing."""
+        keys = list(keys)
+        missing = [key for key in keys if key not in self.shapes]
         if missing:
             raise ValueError(
-                f"init_from: {self.source} has no '{missing[0]}' ({len(missing)} of {len(wanted)} tensors missing)"
+                f"init_from: {self.source} has no '{missing[0]}' ({len(missing)} of {len(keys)} tensors missing)"
             )
         if self._file is None:
-            return {key: self._tensors[key].float() for key in wanted}
+            return {key: self._tensors[key].float() for key in keys}
         with safe_open(self._file, "pt") as opened:
-            return {key: opened.get_tensor(key).float() for key in wanted}
+            return {key: opened.get_tensor(key).float() for key in keys}
+
+
+def check_fit(
+    weights: Weights,
+    expected: Mapping[str, tuple[int, ...]],
+    parts: Sequence[str],
+    can_resize: Callable[[str, tuple[int, ...], tuple[int, ...]], bool] = lambda key, given, needed: False,
+    is_ignored: Callable[[str], bool] = lambda key: False,
+) -> None:
+    """Raises ValueError if the checkpoint lacks a tensor, has one of another shape, or unknown ones inside `parts`.
+
+    expected: shapes by timm's names. parts: module paths all of whose tensors must be expected, except those that
+    `is_ignored`. can_resize: (key, given shape, needed shape) -> whether the tensor can be resized.
+    """
+    for key, needed in expected.items():
+        given = weights.shapes.get(key)
+        if given is None:
+            raise ValueError(
+                f"init_from: {weights.source} has no '{key}', which the backbone needs; "
+                "check backbone.name and backbone.model_args"
+            )
+        if given != needed and not can_resize(key, given, needed):
+            raise ValueError(
+                f"init_from: '{key}' of {weights.source} has shape {given}, the backbone needs {needed}; "
+                "check backbone.name and backbone.model_args"
+            )
+    # Ignoring a layer, a LayerScale or a norm would make another model of the same weights.
+    prefixes = tuple(f"{path}." for path in parts)
+    for key in weights.shapes:
+        if key.startswith(prefixes) and key not in expected and not is_ignored(key):
+            raise ValueError(
+                f"init_from: {weights.source} has '{key}', which the backbone does not; its layers are of another type"
+            )
 
 
 def open_weights(init_from: str) -> Weights:
@@ -85,15 +117,17 @@ def open_weights(init_from: str) -> Weights:
 
 
 def pretrained_weights(name: str) -> Weights:
-    """timm's own pretrained weights, from its cache or the net."""
+    """timm's pretrained weights, from its cache or the network."""
     try:
         with forked_rng("pretrained"):
             model = timm.create_model(name, pretrained=True)
-    # Hub, network, disk and format errors share no base class; all of them mean the same to the user.
+    except (AssertionError, AttributeError, NameError, TypeError):
+        raise  # bugs, not failed downloads
+    # Errors of the hub, the network, the disk and the format share no other base class.
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"init_from: the pretrained weights of '{name}' cannot be had ({reason}); without a network, give a timm "
+            f"init_from: the pretrained weights of '{name}' cannot be loaded ({reason}); without a network, give a timm "
             "folder or a .safetensors file"
         ) from error
     embed = getattr(model, "patch_embed", None)
@@ -102,7 +136,7 @@ def pretrained_weights(name: str) -> Weights:
 
 
 def folder_weights(folder: Path) -> Weights:
-    """A timm folder: weights beside a config.json that tells the image size."""
+    """A timm folder: weights and a config.json with the image size."""
     file = next((folder / name for name in FOLDER_WEIGHTS if (folder / name).is_file()), None)
     if file is None:
         raise ValueError(f"init_from: the folder '{folder}' holds neither {' nor '.join(FOLDER_WEIGHTS)}")
@@ -133,7 +167,7 @@ def file_weights(file: Path, image_size: tuple[int, int] | None = None) -> Weigh
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        if isinstance(error, UnpicklingError):  # torch's own words advise to trust the file
+        if isinstance(error, UnpicklingError):  # torch's message recommends to trust the file
             reason = "it is no torch file of plain tensors, and nothing else is unpickled"
         raise ValueError(
             f"init_from: '{file}' cannot be read as weights ({reason}); give a .safetensors file"

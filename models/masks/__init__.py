@@ -1,1 +1,1 @@
-"""Which tokens are visible, decoded and thrown: index tensors, pure functions of (seed, step, block)."""
+"""Mask plans: which tokens are visible, decoded and thrown, as pure functions of (seed, step, block)."""

@@ -1,9 +1,7 @@
-"""Which mask units each block encodes, and which tokens its decoder decodes: index tensors over a grid, never a
-boolean of unclear polarity.
+"""Mask plans: which mask units each block encodes and which tokens its decoder decodes, as index tensors.
 
-A plan belongs to one block and one batch. The visible sets of a family's blocks are nested, and tokens travel
-in the order in which they will be dropped, so that crossing a boundary is a slice (BIM, papers.md 1.2). Knows
-nothing of pixels.
+A plan belongs to one block and one batch. The visible sets of the blocks are nested, and tokens travel in the order
+in which they are dropped, so that a block boundary is a slice (BIM, arXiv 2311.17218).
 """
 
 from __future__ import annotations
@@ -15,44 +13,44 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bim.models.masks.sampling import SAMPLERS, kept_count, not_kept
+from bim.models.masks.sampling import SAMPLERS, complement, kept_count
 
 
-class Layout(Protocol):
-    """What an encoder block works out on the CPU from a plan alone, ahead of the step; see `Backbone.prepared`."""
+class EncoderIndices(Protocol):
+    """Index tensors that an encoder block derives from a plan alone, see `Backbone.prepare_plans`."""
 
-    def to(self, device: torch.device | str) -> Layout:
+    def to(self, device: torch.device | str) -> EncoderIndices:
         """The same with its indices on `device`."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class MaskPlan:
-    """What one block keeps, decodes and throws in one batch of B samples (all int64 indices).
+    """The units one block keeps and the tokens it decodes and throws, for a batch of B samples (int64 indices).
 
-    Masks are drawn over U mask *units*. Where a block's tokens are finer than units (early levels of a hierarchical
-    encoder), each unit is a square of scale x scale tokens that share its fate; else units and tokens are the same.
+    Masks are drawn over U mask *units*. Where tokens are finer than units (early levels of a hierarchical encoder), a
+    unit is a square of scale x scale tokens that are masked together; elsewhere units and tokens are the same.
 
     grid: (rows, columns) of units, U = rows * columns; units are numbered row by row.
-    order: (B, U), the units in the order in which their tokens travel; the first `visible` are kept.
-    visible: how many units this block encodes.
-    first_visible: how many units the family's first block encodes (>= visible).
-    decode: (B, Nd), masked *tokens* on `token_grid` that the decoder really decodes, numbered row by row.
-    thrown: (B, Nt), masked tokens that are recovered without the decoder's layers; Nd + Nt = (U - visible) * scale^2.
+    permutation: (B, U), the units in the order in which their tokens travel; the first `visible` are kept.
+    visible: number of units that this block encodes.
+    first_visible: number of units that the backbone's first block encodes (>= visible).
+    decode: (B, Nd), masked *tokens* on `token_grid` that pass the decoder's layers, numbered row by row.
+    thrown: (B, Nt), masked tokens that do not; Nd + Nt = (U - visible) * scale^2.
     scale: tokens per side of a unit.
-    shared: whether all samples have the same indices, as with one mask per batch: then row 0 is all there is to know.
-    layout: what the block's encoder needs beside, if it was worked out ahead; None: the encoder does it, if it needs it.
+    shared: whether all samples have the same indices, as with one mask per batch.
+    encoder_indices: computed ahead of the step by `Backbone.prepare_plans`; None: the block computes what it needs.
     """
 
     grid: tuple[int, int]
-    order: Tensor
+    permutation: Tensor
     visible: int
     first_visible: int
     decode: Tensor
     thrown: Tensor
     scale: int = 1
     shared: bool = False
-    layout: Layout | None = None
+    encoder_indices: EncoderIndices | None = None
 
     @property
     def token_grid(self) -> tuple[int, int]:
@@ -62,7 +60,7 @@ class MaskPlan:
     @property
     def keep(self) -> Tensor:
         """(B, visible): the units this block encodes, in the order of their tokens."""
-        return self.order[:, : self.visible]
+        return self.permutation[:, : self.visible]
 
     @property
     def keep_tokens(self) -> Tensor:
@@ -74,35 +72,34 @@ class MaskPlan:
         """(B, Nd + Nt): all masked tokens, those decoded first, then those thrown."""
         return torch.cat([self.decode, self.thrown], dim=1)
 
-    def once(self, indices: Tensor) -> Tensor:
-        """(B, M) indices of this plan -> (1, M) where all samples share them, else as they are: for what broadcasts."""
+    def unbatched_if_shared(self, indices: Tensor) -> Tensor:
+        """(B, M) indices of this plan -> (1, M) where all samples share them, else unchanged."""
         return indices[:1] if self.shared else indices
 
     def newly_dropped(self, tokens: Tensor) -> Tensor:
-        """(B, M) tokens -> (B, M) bool, True where the family's first block still saw the token's unit.
+        """(B, M) tokens -> (B, M) bool, True where the backbone's first block encodes the token's unit.
 
-        Such units were mixed by attention into the tokens that survive, so predicting them is partly leaked.
+        Attention mixed such units into the tokens that remain, so that predicting them is partly leaked.
         """
-        rank = torch.empty_like(self.order)
-        places = torch.arange(self.order.shape[1], device=self.order.device).expand_as(self.order)
-        rank.scatter_(1, self.order, places)
+        rank = self.permutation.argsort(dim=1)  # the inverse permutation
         return rank.gather(1, token_units(tokens, self.grid, self.scale)) < self.first_visible
 
     def to(self, device: torch.device | str) -> MaskPlan:
         """The same plan with its indices on `device`."""
-        order, decode, thrown = (
-            indices.to(device, non_blocking=True) for indices in (self.order, self.decode, self.thrown)
+        return replace(
+            self,
+            permutation=self.permutation.to(device),
+            decode=self.decode.to(device),
+            thrown=self.thrown.to(device),
+            encoder_indices=self.encoder_indices and self.encoder_indices.to(device),
         )
-        layout = None if self.layout is None else self.layout.to(device)
-        return replace(self, order=order, decode=decode, thrown=thrown, layout=layout)
 
 
 def visible_counts(units: int, ratios: Sequence[float]) -> tuple[int, ...]:
-    """How many of `units` each block sees: n_b = int(N (1 - r_b)), one ratio per block.
+    """Number of visible `units` of each block: n_b = int(N (1 - r_b)), one ratio per block.
 
-    Raises ValueError if a ratio lies outside (0, 1), if a later block masks less than an earlier one (it
-    cannot see tokens that were dropped before it), or if a block is left without a visible or without a
-    masked unit.
+    Raises ValueError if a ratio lies outside (0, 1), if a later block masks less than an earlier one, or if a block has
+    no visible or no masked unit.
     """
     if not ratios:
         raise ValueError("mask.ratio is an empty list; give one ratio for all blocks or one per block")
@@ -115,9 +112,9 @@ def visible_counts(units: int, ratios: Sequence[float]) -> tuple[int, ...]:
         if ratios[block] < ratios[block - 1]:
             raise ValueError(
                 f"mask.ratio falls from {ratios[block - 1]} (block {block - 1}) to {ratios[block]} (block {block}); a later "
-                "block cannot see what an earlier one dropped, so give ratios that never decrease"
+                "block cannot see units that an earlier one dropped; set ratios that never decrease"
             )
-    # The small term undoes the rounding of 1 - r: ten units at 0.9 leave one visible, not int(0.9999999999999998).
+    # The small term undoes the rounding of 1 - r: ten units at 0.9 leave one visible, not int(0.9999999999999998) = 0.
     counts = tuple(int(units * (1.0 - ratio) + 1e-9) for ratio in ratios)
     for block, (count, ratio) in enumerate(zip(counts, ratios, strict=True)):
         if count in (0, units):
@@ -129,10 +126,10 @@ def visible_counts(units: int, ratios: Sequence[float]) -> tuple[int, ...]:
     return counts
 
 
-def random_order(batch: int, units: int, gen: torch.Generator, per_batch: bool = False) -> Tensor:
+def random_permutation(batch: int, units: int, gen: torch.Generator, per_batch: bool = False) -> Tensor:
     """(batch, units) int64: an independent uniform permutation per sample, by argsort of uniform noise as in MAE.
 
-    per_batch: one permutation for all samples, as in GreenMIM, whose index tensors then serve the whole batch.
+    per_batch: one permutation for all samples, as in GreenMIM.
     """
     noise = torch.rand(1 if per_batch else batch, units, generator=gen)
     return noise.argsort(dim=1, stable=True).repeat(batch if per_batch else 1, 1)
@@ -159,22 +156,23 @@ def token_units(tokens: Tensor, grid: tuple[int, int], scale: int) -> Tensor:
 
 
 def block_plans(
-    order: Tensor,
+    permutation: Tensor,
     grid: tuple[int, int],
     visible: Sequence[int],
     scales: Sequence[int] | None = None,
     shared: bool = False,
 ) -> tuple[MaskPlan, ...]:
-    """One plan per block over the same `order` (B, U): block b sees the first visible[b] units and decodes
-    the tokens of all others.
+    """One plan per block over the same `permutation` (B, U): block b sees the first visible[b] units and decodes the
+    tokens of all others.
 
-    scales: tokens per side of a unit in each block's output; None: 1 everywhere. shared: all rows of `order` are equal.
-    Raises ValueError if the grid does not hold U units, if the counts are not nested, or if the scales do not go with
-    them.
+    scales: tokens per side of a unit in each block's output; None: 1 everywhere. shared: all rows are equal.
+    Raises ValueError if the grid does not hold U units, if the counts are not nested, or if the number of scales differs.
     """
-    units = order.shape[1]
+    units = permutation.shape[1]
     if grid[0] * grid[1] != units:
-        raise ValueError(f"a grid of {grid[0]} x {grid[1]} does not hold the {units} units of the order")
+        raise ValueError(
+            f"a grid of {grid[0]} x {grid[1]} does not hold the {units} units of the permutation"
+        )
     if (
         not visible
         or any(not 0 < count < units for count in visible)
@@ -191,11 +189,11 @@ def block_plans(
     return tuple(
         MaskPlan(
             grid=grid,
-            order=order,
+            permutation=permutation,
             visible=count,
             first_visible=visible[0],
-            decode=unit_tokens(order[:, count:], grid, scale),
-            thrown=order[:, units:],
+            decode=unit_tokens(permutation[:, count:], grid, scale),
+            thrown=permutation[:, units:],
             scale=scale,
             shared=shared,
         )
@@ -204,10 +202,10 @@ def block_plans(
 
 
 def partial_plan(plan: MaskPlan, throw_ratio: float, sampler: str, gen: torch.Generator) -> MaskPlan:
-    """The same plan with its masked tokens divided anew into decoded and thrown ones (PR-MIM, papers.md 2.3), for every
-    sample by itself, or once where all samples share their indices.
+    """Divide the masked tokens of a plan into decoded and thrown ones (PR-MIM, arXiv 2411.15746), for every sample by
+    itself, or once where all samples share their indices.
 
-    throw_ratio: share of *all* tokens of the block that are thrown; 0 gives the plan back and draws nothing.
+    throw_ratio: fraction of *all* tokens of the block that are thrown; 0 returns the plan and draws nothing.
     sampler: a name in `sampling.SAMPLERS`. gen: a CPU generator, whatever the plan's device.
     Raises ValueError if the sampler is unknown or the ratio leaves no masked token to the decoder.
     """
@@ -216,10 +214,10 @@ def partial_plan(plan: MaskPlan, throw_ratio: float, sampler: str, gen: torch.Ge
     if throw_ratio == 0:
         return plan
     tokens = plan.token_grid[0] * plan.token_grid[1]
-    masked, visible = plan.once(plan.masked), plan.once(plan.keep_tokens)
+    masked, visible = plan.unbatched_if_shared(plan.masked), plan.unbatched_if_shared(plan.keep_tokens)
     kept = kept_count(tokens, visible.shape[1], throw_ratio)
-    rank = random_order(masked.shape[0], tokens, gen).to(masked.device)
+    rank = random_permutation(masked.shape[0], tokens, gen).to(masked.device)
     decode = SAMPLERS[sampler](masked, visible, plan.token_grid, kept, rank)
-    thrown = not_kept(masked, decode, tokens)
-    batch = plan.order.shape[0]
+    thrown = complement(masked, decode, tokens)
+    batch = plan.permutation.shape[0]
     return replace(plan, decode=decode.expand(batch, -1), thrown=thrown.expand(batch, -1))

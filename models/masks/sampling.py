@@ -1,8 +1,7 @@
-"""Which masked tokens a partial decoder really decodes (PR-MIM, papers.md 2.3): the others are thrown.
+"""Samplers that choose which masked tokens a partial decoder decodes; the others are thrown (PR-MIM, arXiv 2411.15746).
 
-A sampler is a pure function of index tensors and of one random rank per token, so that it gives the same answer on
-every device and for every batch size. `masking.partial_plan` serves callers. To add one: a function and a line in
-`SAMPLERS`.
+A sampler is a pure function of index tensors and of one random rank per token, equal on every device and for every
+batch size; `plan.partial_plan` calls it. To add one: a function and a line in `SAMPLERS`.
 """
 
 from __future__ import annotations
@@ -13,25 +12,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# (masked (B, Nm), visible (B, Nv), grid of tokens, how many to keep, rank (B, N)) -> (B, kept), a subset of `masked`.
-# `rank` is a random permutation of 0..N-1 per sample and settles whatever the sampler leaves open.
+# (masked (B, Nm), visible (B, Nv), grid of tokens, number to keep, rank (B, N)) -> (B, kept), a subset of `masked`.
+# `rank` is a random permutation of 0..N-1 per sample that breaks ties.
 Sampler = Callable[[Tensor, Tensor, tuple[int, int], int, Tensor], Tensor]
 
 
 def kept_count(tokens: int, visible_tokens: int, throw_ratio: float) -> int:
-    """How many masked tokens are decoded: N_k = int(N (1 - t)) - N_v, t being a share of *all* N tokens (papers.md
-    2.2).
+    """Number of masked tokens that are decoded: N_k = int(N (1 - t)) - N_v, t a fraction of *all* N tokens.
 
-    Raises ValueError if t lies outside [0, 1) or leaves no masked token to the decoder; it names the largest t.
+    Raises ValueError, naming the largest t, if t lies outside [0, 1) or leaves no masked token to the decoder.
     """
-    # The small term undoes the rounding of 1 - t: ten tokens at 0.9 leave one, not int(0.9999999999999998).
+    # The small term undoes the rounding of 1 - t: ten tokens at 0.9 leave one, not int(0.9999999999999998) = 0.
     decoded = int(tokens * (1.0 - throw_ratio) + 1e-9) if 0.0 <= throw_ratio < 1.0 else 0
     if decoded > visible_tokens:
         return decoded - visible_tokens
-    most = most_thrown(tokens, visible_tokens)
+    most = max_throw_ratio(tokens, visible_tokens)
     if not 0.0 <= throw_ratio < 1.0:
         raise ValueError(
-            f"decoder.throw_ratio is {throw_ratio}; it is a share of all tokens, from 0 to at most {most:g} here"
+            f"decoder.throw_ratio is {throw_ratio}; it is a fraction of all tokens, from 0 to at most {most:g} here"
         )
     raise ValueError(
         f"decoder.throw_ratio {throw_ratio} of {tokens} tokens leaves the decoder {decoded}, of which {visible_tokens} are "
@@ -39,76 +37,76 @@ def kept_count(tokens: int, visible_tokens: int, throw_ratio: float) -> int:
     )
 
 
-def most_thrown(tokens: int, visible_tokens: int) -> float:
-    """The largest throw ratio that leaves one masked token to decode, rounded down to four digits: it can be copied."""
+def max_throw_ratio(tokens: int, visible_tokens: int) -> float:
+    """The largest throw ratio that leaves one masked token to decode, rounded down to four digits."""
     return math.floor((1.0 - (visible_tokens + 1) / tokens) * 1e4 + 1e-6) / 1e4
 
 
-def furthest(masked: Tensor, visible: Tensor, grid: tuple[int, int], kept: int, rank: Tensor) -> Tensor:
-    """Furthest sampling among the masked tokens: from a random one on, always the masked token that is furthest from
-    those already kept (papers.md 2.3 step 2).
+def farthest_point_sampling(
+    masked: Tensor, visible: Tensor, grid: tuple[int, int], kept: int, rank: Tensor
+) -> Tensor:
+    """PR-MIM's furthest sampling: start at a random masked token, then add the masked token farthest from those kept.
 
-    At N = 196, 75 % masked and t = 0.5 every thrown token has a kept one beside it, so that a 3 x 3 recovery works.
+    At N = 196, 75 % masked and t = 0.5 every thrown token has a kept neighbor, which a 3 x 3 recovery needs.
     """
     return _spread(masked, None, grid, kept, rank)
 
 
-def furthest_from_visible(
+def farthest_from_visible(
     masked: Tensor, visible: Tensor, grid: tuple[int, int], kept: int, rank: Tensor
 ) -> Tensor:
-    """As `furthest`, with the visible tokens taken as kept already: for a recovery that reads kept and visible ones."""
+    """As `farthest_point_sampling`, with the visible tokens counted as kept: for a recovery that reads both."""
     return _spread(masked, visible, grid, kept, rank)
 
 
-def at_random(masked: Tensor, visible: Tensor, grid: tuple[int, int], kept: int, rank: Tensor) -> Tensor:
-    """A uniformly random subset: the baseline."""
+def uniform(masked: Tensor, visible: Tensor, grid: tuple[int, int], kept: int, rank: Tensor) -> Tensor:
+    """A uniformly random subset."""
     return masked.gather(1, rank.gather(1, masked).argsort(dim=1)[:, :kept])
 
 
-def cells(masked: Tensor, visible: Tensor, grid: tuple[int, int], kept: int, rank: Tensor) -> Tensor:
-    """A repeated pattern, as in VideoMAE V2: of each cell of 2 x 2 tokens one diagonal is kept, the same in a whole
-    sample and drawn anew for every sample.
+def checkerboard(masked: Tensor, visible: Tensor, grid: tuple[int, int], kept: int, rank: Tensor) -> Tensor:
+    """VideoMAE V2's running cells (arXiv 2303.16727): one diagonal of each 2 x 2 square of tokens, drawn per sample.
 
-    The count is met exactly: masked tokens on the diagonals come first, others fill up, both in random order.
+    Exactly `kept` tokens are returned: those on the diagonals first, then others, both in random order.
     """
     tokens = rank.shape[1]
     diagonal = (masked // grid[1] + masked % grid[1]) % 2
-    chosen = rank[:, :1] % 2  # the rank of one fixed token is as good as a coin
-    off = (diagonal != chosen).to(rank.dtype)
-    return masked.gather(1, (rank.gather(1, masked) + off * tokens).argsort(dim=1)[:, :kept])
+    drawn_diagonal = rank[:, :1] % 2  # the parity of one token's rank is a fair coin
+    is_off = (diagonal != drawn_diagonal).to(rank.dtype)
+    return masked.gather(1, (rank.gather(1, masked) + is_off * tokens).argsort(dim=1)[:, :kept])
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "furthest": furthest,
-    "furthest_from_visible": furthest_from_visible,
-    "random": at_random,
-    "cells": cells,
+    "furthest": farthest_point_sampling,
+    "furthest_from_visible": farthest_from_visible,
+    "random": uniform,
+    "cells": checkerboard,
 }
 
 
-def not_kept(masked: Tensor, kept: Tensor, tokens: int) -> Tensor:
-    """masked: (B, Nm), kept: (B, Nk) a subset of it -> (B, Nm - Nk), the others in the order of `masked`."""
+def complement(masked: Tensor, kept: Tensor, tokens: int) -> Tensor:
+    """masked: (B, Nm), kept: (B, Nk) a subset -> (B, Nm - Nk), the others in the order of `masked`."""
     is_kept = torch.zeros(masked.shape[0], tokens, dtype=torch.uint8, device=masked.device)
     is_kept.scatter_(1, kept, 1)
-    others = is_kept.gather(1, masked).argsort(dim=1, stable=True)[:, : masked.shape[1] - kept.shape[1]]
-    return masked.gather(1, others)
+    kept_last = is_kept.gather(1, masked).argsort(dim=1, stable=True)
+    return masked.gather(1, kept_last[:, : masked.shape[1] - kept.shape[1]])
 
 
 def _spread(masked: Tensor, seeds: Tensor | None, grid: tuple[int, int], kept: int, rank: Tensor) -> Tensor:
-    """Greedy furthest-point sampling of `kept` tokens out of `masked`, away from `seeds` too; whole batch at once.
+    """Greedy farthest-point sampling of `kept` tokens out of `masked`, away from `seeds` too, for the whole batch.
 
     The score of a token is N d^2 + rank, d its distance to the nearest token kept so far: a whole number, different
-    for each token of a sample, so that the largest is the same one on every device. No table of N x N distances is
-    needed: d^2 is a sum over rows and columns.
+    for each token of a sample, so that the maximum is the same on every device. d^2 is a sum over rows and columns,
+    which avoids a table of N x N distances.
     """
     rows, columns = grid
     batch, tokens = rank.shape
     far = rows**2 + columns**2  # above every squared distance
-    # Half the memory traffic where the scores fit, as they do up to 181 x 181 tokens.
+    # int32 halves the memory traffic; the scores fit up to 181 x 181 tokens.
     rank = rank.to(torch.int32 if tokens * (far + 1) < 2**31 else torch.int64)
     row_gaps, column_gaps = (_squared_gaps(side, rank) for side in grid)
 
-    # None: nothing is kept yet, and the highest rank begins.
+    # Without seeds the token of the highest rank is the first.
     nearest = far if seeds is None else _squared_distances(seeds, row_gaps, column_gaps, far)
     candidates = torch.zeros_like(rank, dtype=torch.bool).scatter_(1, masked, True)
     score = (nearest * tokens + rank).where(candidates, -1)
@@ -118,25 +116,24 @@ def _spread(masked: Tensor, seeds: Tensor | None, grid: tuple[int, int], kept: i
         token = score.argmax(dim=1)  # (B,)
         chosen[:, step] = token
         gaps = row_gaps[token // columns].unsqueeze(2) + column_gaps[token % columns].unsqueeze(1)
-        # A token once kept has d = 0 and so scores below every candidate that is left.
+        # A kept token has d = 0 and scores below every remaining candidate.
         score = torch.minimum(score, gaps.view(batch, tokens) + rank)
     return chosen
 
 
 def _squared_gaps(side: int, like: Tensor) -> Tensor:
     """(side, side): (i - j)^2."""
-    places = torch.arange(side, dtype=like.dtype, device=like.device)
-    return (places.unsqueeze(1) - places).square()
+    positions = torch.arange(side, dtype=like.dtype, device=like.device)
+    return (positions.unsqueeze(1) - positions).square()
 
 
 def _squared_distances(seeds: Tensor, row_gaps: Tensor, column_gaps: Tensor, far: int) -> Tensor:
-    """(B, N): every token's squared distance to the nearest of `seeds` (B, M >= 1), first along rows, then along
-    columns, both exact."""
+    """(B, N): the exact squared distance of each token to the nearest of `seeds` (B, M >= 1)."""
     rows, columns = row_gaps.shape[0], column_gaps.shape[0]
-    blank = torch.full((seeds.shape[0], rows * columns), far, dtype=row_gaps.dtype, device=seeds.device)
-    apart = blank.scatter_(1, seeds, 0).view(-1, rows, columns)
-    along = (apart.unsqueeze(2) + column_gaps).amin(
-        dim=3
-    )  # (B, rows, columns, columns) -> (B, rows, columns)
-    both = (along.transpose(1, 2).unsqueeze(2) + row_gaps).amin(dim=3)  # (B, columns, rows)
-    return both.transpose(1, 2).flatten(1)
+    unseeded = torch.full((seeds.shape[0], rows * columns), far, dtype=row_gaps.dtype, device=seeds.device)
+    seed_distances = unseeded.scatter_(1, seeds, 0).view(-1, rows, columns)
+    # (B, rows, columns, columns) -> (B, rows, columns)
+    along_rows = (seed_distances.unsqueeze(2) + column_gaps).amin(dim=3)
+    # (B, columns, rows, rows) -> (B, columns, rows)
+    distances = (along_rows.transpose(1, 2).unsqueeze(2) + row_gaps).amin(dim=3)
+    return distances.transpose(1, 2).flatten(1)

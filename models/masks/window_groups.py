@@ -1,8 +1,7 @@
-"""Windows of uneven occupancy packed into groups of one size, so that attention runs on visible tokens only (GreenMIM,
-papers.md 4.2).
+"""Group window attention: windows with uneven numbers of visible tokens, packed into groups of one size.
 
-Pure functions over counts and coordinates, on the CPU, that return a frozen record of index tensors. Knows no model and no
-mask plan.
+Attention then runs on visible tokens only (GreenMIM, arXiv 2205.13515). Pure functions over counts and coordinates on
+the CPU that return a frozen record of index tensors.
 """
 
 from __future__ import annotations
@@ -17,54 +16,56 @@ from torch import Tensor
 from bim.models.tokens import gather_tokens
 
 Pair = tuple[int, int]
-# GreenMIM's: up to this many windows' worth of tokens make one group, attention being masked by window.
+# GreenMIM's released code puts up to this many windows' worth of tokens in one group.
 SINGLE_GROUP_WINDOWS = 2
 
 
 @dataclass(frozen=True, eq=False)
 class WindowGroups:
-    """T tokens per sample as G groups of g slots each; a window lies whole in one group, and no token in two slots.
+    """T tokens per sample in G groups of g slots each; a window lies in one group, a token in one slot.
 
     The first dimension P is 1 if one grouping serves the whole batch, else B.
 
-    slots: (P, G * g) int64, the token in each slot; slots left over hold token 0, and nobody sees them.
-    places: (P, T) int64, the slot of each token: the inverse.
-    pairs: (P, G, g, g) int32, for each (query, key) of a group the row of a table of relative positions, or `apart` if the
-    query must not see the key. A slot left over sees itself alone.
-    apart: (2 h - 1) (2 w - 1), the number of rows of the table of an h x w window.
-    in_order: the slots are the tokens as they come, one group of all.
+    token_of_slot: (P, G * g) int64; empty slots hold token 0, which no other slot attends to.
+    slot_of_token: (P, T) int64, the inverse.
+    bias_rows: (P, G, g, g) int32, for each (query, key) of a group the row of the relative position bias table, or
+    `masked_row` if the query must not attend to the key. An empty slot attends to itself only.
+    masked_row: (2 h - 1) (2 w - 1), the number of rows of the table of an h x w window.
+    is_identity: there is one group, whose slots are the tokens in their order.
     """
 
-    slots: Tensor
-    places: Tensor
-    pairs: Tensor
-    apart: int
-    in_order: bool
+    token_of_slot: Tensor
+    slot_of_token: Tensor
+    bias_rows: Tensor
+    masked_row: int
+    is_identity: bool
 
     @property
     def count(self) -> int:
         """G, groups per sample."""
-        return self.pairs.shape[1]
+        return self.bias_rows.shape[1]
 
     @property
     def size(self) -> int:
         """g, slots per group."""
-        return self.pairs.shape[2]
+        return self.bias_rows.shape[2]
 
     def group(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, G * g, C)."""
-        return x if self.in_order else take(x, self.slots)
+        return x if self.is_identity else take(x, self.token_of_slot)
 
     def restore(self, x: Tensor) -> Tensor:
-        """(B, G * g, C) -> (B, T, C): the tokens in their own order, slots left over dropped."""
-        return x if self.in_order else take(x, self.places)
+        """(B, G * g, C) -> (B, T, C): the tokens in their order, without empty slots."""
+        return x if self.is_identity else take(x, self.slot_of_token)
 
     def to(self, device: torch.device | str) -> WindowGroups:
         """The same groups with their indices on `device`."""
-        slots, places, pairs = (
-            index.to(device, non_blocking=True) for index in (self.slots, self.places, self.pairs)
+        return replace(
+            self,
+            token_of_slot=self.token_of_slot.to(device),
+            slot_of_token=self.slot_of_token.to(device),
+            bias_rows=self.bias_rows.to(device),
         )
-        return replace(self, slots=slots, places=places, pairs=pairs)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -73,88 +74,88 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def window_on(grid: Pair, window: Pair, shift: Pair) -> tuple[Pair, Pair]:
-    """The (window, shift) that a grid of tokens really has: along an axis that fits into one window, the whole axis and no
-    shift, as in timm."""
-    fitted = tuple(
-        (side, 0) if side <= width else (width, moved)
-        for side, width, moved in zip(grid, window, shift, strict=True)
+    """The (window, shift) on a grid of tokens: along an axis that fits into one window, the whole axis without a shift,
+    as in timm."""
+    (height, down), (width, across) = (
+        (side, 0) if side <= nominal else (nominal, offset)
+        for side, nominal, offset in zip(grid, window, shift, strict=True)
     )
-    return (fitted[0][0], fitted[1][0]), (fitted[0][1], fitted[1][1])
+    return (height, width), (down, across)
 
 
 def window_of(rows: np.ndarray, columns: np.ndarray, window: Pair, shift: Pair) -> np.ndarray:
     """The number of the window that each token (row, column) lies in; same shape.
 
-    Windows start at `shift` and those at the border are cut off by it, which is what Swin's cyclic roll and its mask come
-    to: nothing is rolled.
+    Windows start at `shift`, and the border cuts off those outside the grid: equal to Swin's masked cyclic shift.
     """
     down = (rows + (window[0] - shift[0])) // window[0]
     across = (columns + (window[1] - shift[1])) // window[1]
-    found: np.ndarray = down * (across.max() + 1) + across
-    return found
+    window_number: np.ndarray = down * (across.max() + 1) + across
+    return window_number
 
 
-def fullest(counts: Sequence[int], capacity: int) -> list[int]:
-    """Indices of counts with the largest sum that does not exceed `capacity`: 0/1 knapsack by dynamic programming.
+def knapsack(counts: Sequence[int], capacity: int) -> list[int]:
+    """Indices of `counts` with the largest sum up to `capacity`: 0/1 knapsack by dynamic programming.
 
-    The sums that can be reached are the bits of one integer. Among equals that one is chosen which ends first.
+    The bits of one integer are the sums that can be reached. Of equal sums the one of the earliest counts is chosen.
     """
-    reach, before, bits = 1, [], (1 << (capacity + 1)) - 1
+    sums, sums_before, bits = 1, [], (1 << (capacity + 1)) - 1
     for count in counts:
-        before.append(reach)
-        reach |= (reach << count) & bits
-        if reach >> capacity:  # full
+        sums_before.append(sums)
+        sums |= (sums << count) & bits
+        if sums >> capacity:  # full
             break
-    total, chosen = reach.bit_length() - 1, []
-    for index in reversed(range(len(before))):
-        if not before[index] >> total & 1:
+    total, chosen = sums.bit_length() - 1, []
+    for index in reversed(range(len(sums_before))):
+        if not sums_before[index] >> total & 1:
             chosen.append(index)
             total -= counts[index]
     return chosen[::-1]
 
 
 def pack(counts: Sequence[int], capacity: int) -> tuple[tuple[int, ...], ...]:
-    """Groups of windows (indices of `counts`), each as full as those that the groups before it have left allow.
+    """Groups of windows (indices of `counts`), each as full as the remaining windows allow.
 
-    counts: tokens per window, none empty. Of equals the larger windows go first, which leaves the small ones to fill gaps.
+    counts: tokens per window. Of equals the larger windows go first, so that small ones fill the gaps.
     Raises ValueError if a window is empty or does not fit into a group.
     """
     if counts and not 0 < min(counts) <= max(counts) <= capacity:
         raise ValueError(f"windows of {min(counts)} to {max(counts)} tokens do not fit groups of {capacity}")
-    left = sorted(range(len(counts)), key=lambda index: -counts[index])
+    remaining = sorted(range(len(counts)), key=lambda window: -counts[window])
     groups = []
-    while left:
-        chosen = fullest([counts[index] for index in left], capacity)
-        groups.append(tuple(left[place] for place in chosen))
-        taken = set(chosen)
-        left = [index for place, index in enumerate(left) if place not in taken]
+    while remaining:
+        chosen = set(knapsack([counts[window] for window in remaining], capacity))
+        groups.append(tuple(window for rank, window in enumerate(remaining) if rank in chosen))
+        remaining = [window for rank, window in enumerate(remaining) if rank not in chosen]
     return tuple(groups)
 
 
-def released_size(counts: Sequence[Sequence[int]], window: Pair) -> int:
-    """Slots per group by the rule of GreenMIM's released code: all tokens in one group if they are few, else the fullest
-    window. counts: tokens per window, for each sample."""
+def default_group_size(counts: Sequence[Sequence[int]], window: Pair) -> int:
+    """Slots per group as in GreenMIM's released code: all tokens if they are few, else those of the fullest window.
+
+    counts: tokens per window, for each sample.
+    """
     tokens = sum(counts[0])
     if tokens <= SINGLE_GROUP_WINDOWS * window[0] * window[1]:
         return tokens
     return max(max(sample) for sample in counts)
 
 
-def swept_size(counts: Sequence[Sequence[int]], width: int) -> int:
-    """Slots per group by GreenMIM's full sweep, from the fullest window to all tokens: those that cost least.
+def optimal_group_size(counts: Sequence[Sequence[int]], width: int) -> int:
+    """Slots per group by GreenMIM's optimal grouping: the cheapest size from the fullest window to all tokens.
 
     counts: tokens per window, for each sample. width: C of the tokens. See `attention_cost`.
     """
     tokens = sum(counts[0])
-    best, least = tokens, float("inf")
+    best_size, lowest_cost = tokens, float("inf")
     for size in range(max(max(sample) for sample in counts), tokens + 1):
-        # No packing wastes less than none, and that bound only grows.
-        if attention_cost(1, size, width) * tokens / size >= least:
+        # The cost without empty slots is a lower bound that grows with the size.
+        if attention_cost(1, size, width) * tokens / size >= lowest_cost:
             break
         cost = attention_cost(max(len(pack(sample, size)) for sample in counts), size, width)
-        if cost < least:
-            best, least = size, cost
-    return best
+        if cost < lowest_cost:
+            best_size, lowest_cost = size, cost
+    return best_size
 
 
 def attention_cost(groups: int, size: int, width: int) -> int:
@@ -173,68 +174,69 @@ def window_groups(
 ) -> WindowGroups:
     """Group tokens by window.
 
-    rows, columns: (P, T) ints, where each token lies on its grid. window, shift: (height, width) as `window_on` gives them.
-    table: the window that the table of relative positions is made for, at least as large. width: C, for the sweep.
-    sweep: choose the size of groups by the full sweep instead of the released rule; dearer, seldom better by much.
-    Packing is done sample by sample on the host; P = 1 is what makes it cheap.
+    rows, columns: (P, T) ints, positions of the tokens on their grid. window, shift: (height, width), see `window_on`.
+    table: the window of the relative position bias table, at least as large. width: C. sweep: `optimal_group_size` in
+    place of `default_group_size`, slower and seldom much better. Samples are packed one by one on the host.
     """
     samples, tokens = rows.shape
     windows, counts = [], []
-    for found in window_of(rows, columns, window, shift):
-        _, numbers, occupied = np.unique(found, return_inverse=True, return_counts=True)
+    for sample_windows in window_of(rows, columns, window, shift):
+        _, numbers, occupancy = np.unique(sample_windows, return_inverse=True, return_counts=True)
         windows.append(numbers.reshape(-1))
-        counts.append(occupied.tolist())
-    size = swept_size(counts, width) if sweep else released_size(counts, window)
+        counts.append(occupancy.tolist())
+    size = optimal_group_size(counts, width) if sweep else default_group_size(counts, window)
     if size == tokens:
-        count, places = 1, np.broadcast_to(np.arange(tokens), (samples, tokens))
+        num_groups, slot_of_token = 1, np.broadcast_to(np.arange(tokens), (samples, tokens))
     else:
-        packed = [pack(sample, size) for sample in counts]
-        count = max(len(groups) for groups in packed)
-        places = np.stack(
-            [slots_of(groups, numbers, size) for groups, numbers in zip(packed, windows, strict=True)]
+        packings = [pack(sample, size) for sample in counts]
+        num_groups = max(len(groups) for groups in packings)
+        slot_of_token = np.stack(
+            [slots_of(groups, numbers, size) for groups, numbers in zip(packings, windows, strict=True)]
         )
-    slots = np.zeros((samples, count * size), dtype=np.int64)
-    # A number of its own for every slot left over: it shares a window with itself alone.
-    inside = np.broadcast_to(-1 - np.arange(count * size), slots.shape).copy()
-    np.put_along_axis(slots, places, np.arange(tokens)[None], axis=1)
-    np.put_along_axis(inside, places, np.stack(windows), axis=1)
-    where = [np.take_along_axis(values, slots, axis=1) for values in (rows, columns)]
-    shape = (samples, count, size)
-    pairs = pair_rows(inside.reshape(shape), where[0].reshape(shape), where[1].reshape(shape), table)
+    token_of_slot = np.zeros((samples, num_groups * size), dtype=np.int64)
+    # Every empty slot is a window of its own, numbered below 0: it attends to itself only.
+    window_of_slot = np.broadcast_to(-1 - np.arange(num_groups * size), token_of_slot.shape).copy()
+    np.put_along_axis(token_of_slot, slot_of_token, np.arange(tokens)[None], axis=1)
+    np.put_along_axis(window_of_slot, slot_of_token, np.stack(windows), axis=1)
+    grouped = (samples, num_groups, size)
+    slot_rows, slot_columns = (
+        np.take_along_axis(values, token_of_slot, axis=1).reshape(grouped) for values in (rows, columns)
+    )
     return WindowGroups(
-        slots=torch.from_numpy(slots),
-        places=torch.from_numpy(places.astype(np.int64)),
-        pairs=torch.from_numpy(pairs),
-        apart=table_rows(table),
-        in_order=size == tokens,
+        token_of_slot=torch.from_numpy(token_of_slot),
+        slot_of_token=torch.from_numpy(slot_of_token.astype(np.int64)),
+        bias_rows=torch.from_numpy(
+            bias_table_rows(window_of_slot.reshape(grouped), slot_rows, slot_columns, table)
+        ),
+        masked_row=num_table_rows(table),
+        is_identity=size == tokens,
     )
 
 
 def slots_of(groups: Sequence[Sequence[int]], windows: np.ndarray, size: int) -> np.ndarray:
-    """(T,) the slot of each token: group after group, window after window. windows: (T,) the window of each token."""
-    group_of = np.empty(sum(len(group) for group in groups), dtype=np.int64)
+    """(T,) slot of each token: group after group, window after window. windows: (T,) the window of each token."""
+    group_of_window = np.empty(sum(len(group) for group in groups), dtype=np.int64)
     for number, group in enumerate(groups):
-        group_of[list(group)] = number
-    mine = group_of[windows]
-    order = np.lexsort((windows, mine))
-    first = np.searchsorted(mine[order], np.arange(len(groups)))
-    slots = np.empty_like(mine)
-    slots[order] = mine[order] * size + np.arange(len(mine)) - first[mine[order]]
+        group_of_window[list(group)] = number
+    group_of_token = group_of_window[windows]
+    permutation = np.lexsort((windows, group_of_token))
+    sorted_groups = group_of_token[permutation]
+    first_of_group = np.searchsorted(sorted_groups, np.arange(len(groups)))
+    slots = np.empty_like(group_of_token)
+    slots[permutation] = sorted_groups * size + np.arange(len(slots)) - first_of_group[sorted_groups]
     return slots
 
 
-def table_rows(window: Pair) -> int:
-    """Rows of Swin's table of relative positions: one per difference of two places in a window."""
+def num_table_rows(window: Pair) -> int:
+    """Rows of Swin's relative position bias table: one per difference of two positions in a window."""
     return (2 * window[0] - 1) * (2 * window[1] - 1)
 
 
-def pair_rows(windows: np.ndarray, rows: np.ndarray, columns: np.ndarray, table: Pair) -> np.ndarray:
-    """(..., g) windows and coordinates -> (..., g, g) int32: rows of the table for (query, key) of one window, else its
-    number of rows."""
-    together = windows[..., :, None] == windows[..., None, :]
+def bias_table_rows(windows: np.ndarray, rows: np.ndarray, columns: np.ndarray, table: Pair) -> np.ndarray:
+    """(..., g) windows and coordinates -> (..., g, g) int32: the table row of each (query, key) of one window, else the
+    table's number of rows."""
+    is_same_window = windows[..., :, None] == windows[..., None, :]
     down = rows[..., :, None] - rows[..., None, :] + table[0] - 1
     across = columns[..., :, None] - columns[..., None, :] + table[1] - 1
-    found: np.ndarray = np.where(together, down * (2 * table[1] - 1) + across, table_rows(table)).astype(
-        np.int32
-    )
-    return found
+    table_row = np.where(is_same_window, down * (2 * table[1] - 1) + across, num_table_rows(table))
+    return table_row.astype(np.int32)

@@ -1,4 +1,4 @@
-"""Prediction targets: image -> what is predicted per token. To add one: a class in a file, a line in `TARGETS`."""
+"""Prediction targets: image -> values of each token. To add one: a class in a file and a line in `TARGETS`."""
 
 from __future__ import annotations
 

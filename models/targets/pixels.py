@@ -1,4 +1,4 @@
-"""Pixels as the prediction target: MAE's per-patch normalised ones, or as they are."""
+"""Pixels as the prediction target, normalized per patch as in MAE (arXiv 2111.06377) or unchanged."""
 
 from __future__ import annotations
 
@@ -7,48 +7,46 @@ from torch import Tensor
 
 from bim.models.tokens import patchify, unpatchify
 
-# MAE adds this to the unbiased variance of a patch, so that flat patches stay finite.
+# MAE adds this to the unbiased variance of a patch, which may be zero.
 VARIANCE_EPS = 1e-6
 
 
 class PixelTarget:
-    """The pixels of each unit of `unit` x `unit`, in (row, column, channel) order; see `targets.Target`.
+    """The pixels of each patch of `patch_px` x `patch_px`, in (row, column, channel) order; see `targets.Target`.
 
-    With `normalize` (MAE's choice) each unit has zero mean and unit variance over its own values.
+    normalize: give each patch zero mean and unit variance over its own values, as MAE does.
     """
 
-    def __init__(self, unit: int, normalize: bool = True) -> None:
-        self.unit = unit
+    def __init__(self, patch_px: int, normalize: bool = True) -> None:
+        self.patch_px = patch_px
         self.normalize = normalize
-        self.out_dim = unit * unit * 3
-        self.start = (1.0, 0.0)
+        self.out_dim = patch_px * patch_px * 3
+        self.head_init = (1.0, 0.0)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """images: (B, 3, H, W) normalised float -> (B, N, out_dim)."""
-        patches = patchify(images, self.unit)
+        """images: (B, 3, H, W) normalized float -> (B, N, out_dim)."""
+        patches = patchify(images, self.patch_px)
         if not self.normalize:
             return patches
         mean, std = patch_statistics(patches)
         return (patches - mean) / std
 
     def to_image(self, prediction: Tensor, images: Tensor) -> Tensor:
-        """(B, N, out_dim) -> (B, 3, H, W) on the scale of `images`, by the statistics of the images' own
-        patches.
+        """(B, N, out_dim) -> (B, 3, H, W) on the scale of `images`.
 
-        A prediction says nothing of a patch's mean and contrast, so a picture of it borrows both from the
-        original.
+        A normalized prediction has no mean and contrast; both are those of the original patch.
         """
         if self.normalize:
-            mean, std = patch_statistics(patchify(images, self.unit))
+            mean, std = patch_statistics(patchify(images, self.patch_px))
             prediction = prediction * std + mean
         return unpatchify(
-            prediction, self.unit, (images.shape[-2] // self.unit, images.shape[-1] // self.unit)
+            prediction, self.patch_px, (images.shape[-2] // self.patch_px, images.shape[-1] // self.patch_px)
         )
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     """(B, N, V) -> mean and standard deviation (unbiased variance plus MAE's eps) of each patch, each (B, N, 1)."""
     mean = patches.mean(dim=-1, keepdim=True)
-    # Tensor.var takes several times as long over a short last dimension on a CPU: a tenth of a small model's step.
+    # Tensor.var is several times slower over a short last dimension on a CPU.
     squares = torch.linalg.vector_norm(patches - mean, dim=-1, keepdim=True).square()
     return mean, (squares / (patches.shape[-1] - 1) + VARIANCE_EPS).sqrt()

@@ -1,4 +1,4 @@
-"""What a prediction target is, for those who add one and those who use one."""
+"""The interface of prediction targets."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from torch import Tensor
 
 
 class Target(Protocol):
-    """An image -> what a decoder predicts for each of its tokens.
+    """An image -> the values that a decoder predicts for each of its tokens.
 
-    out_dim: how many values belong to one token.
-    start: (gain, bias) that make a new decoder's head begin near the target's own scale: its initial weights are multiplied
-        by gain, its biases set to bias. (1, 0) suits values of mean 0 and deviation 1.
+    out_dim: number of values per token.
+    head_init: (gain, bias) that start a decoder's head near the scale of the target: its initial weights are multiplied
+        by gain, its biases set to bias. (1, 0) suits values of mean 0 and standard deviation 1.
     """
 
     out_dim: int
-    start: tuple[float, float]
+    head_init: tuple[float, float]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """images: (B, 3, H, W) normalised float -> (B, N, out_dim), N tokens row by row."""
+        """images: (B, 3, H, W) normalized float -> (B, N, out_dim), N tokens row by row."""
         ...
 
     def to_image(self, prediction: Tensor, images: Tensor) -> Tensor:
-        """prediction: (B, N, out_dim), images: (B, 3, H, W) -> (B, 3, H, W) for a person to look at."""
+        """prediction: (B, N, out_dim), images: (B, 3, H, W) -> (B, 3, H, W), a picture of the prediction."""
         ...

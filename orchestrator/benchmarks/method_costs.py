@@ -18,7 +18,7 @@ import timm.layers
 import torch
 
 from bim.models.backbones import open_backbone
-from bim.models.backbones.backbone import OWNED_ARGS
+from bim.models.backbones.backbone import RESERVED_ARGS
 from bim.models.masks.plan import MaskPlan, partial_plan
 from bim.models.masks.sampling import SAMPLERS
 from bim.orchestrator.benchmarks.activation_memory import autocast, counting_saved, growing, saved_activations
@@ -255,7 +255,7 @@ def depth_runs(backbone: str, layers: tuple[int, ...], decoder: DecoderSpec) -> 
     whole = open_backbone(backbone, layers, {})
     found = []
     for info in whole.blocks:
-        args = {key: v for key, v in whole.variant_args(info.depth).items() if key not in OWNED_ARGS}
+        args = {key: v for key, v in whole.variant_args(info.depth).items() if key not in RESERVED_ARGS}
         found.append(family(backbone, (info.depth,), decoder, model_args=args))
     return found
 

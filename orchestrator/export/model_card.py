@@ -133,6 +133,7 @@ def _use(backbone: Backbone, depth: int, size: tuple[int, int]) -> str:
     more = [usage.sizes.format(size=f"{size[0]} x {size[1]}")]
     if usage.classifier:
         more.insert(0, "`num_classes=10` puts a new classifier on it to fine-tune")
+    options = "; ".join(more)
     return f"""```python
 import timm
 
@@ -142,7 +143,7 @@ x = transform(image).unsqueeze(0)  # PIL image -> (1, 3, {size[0]}, {size[1]})
 embedding = {usage.call}  # (1, {usage.width})
 ```
 
-The embedding is {usage.says}. In the same call {"; ".join(more)}. Upload the folder to open it as `hf-hub:USER/NAME`."""
+The embedding is {usage.description}. In the same call {options}. Upload the folder to open it as `hf-hub:USER/NAME`."""
 
 
 def _training(facts: CardFacts) -> str:

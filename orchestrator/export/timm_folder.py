@@ -163,7 +163,7 @@ def _check_reopened(
     """What timm makes of the folder gives the features of `model`; else the run would deliver something untested."""
     device = next(model.parameters()).device
     with forked_rng("reopen"):
-        reopened = backbone.reopen(folder, depth).to(device)
+        reopened = backbone.load_exported(folder, depth).to(device)
     image = torch.randn(1, 3, *size, generator=generator("reopen")).to(device)
     was_training = model.training
     difference = (model.eval()(image) - reopened(image)).abs().max().item()

@@ -10,9 +10,9 @@ from functools import partial
 
 from bim.models.backbones import open_backbone
 from bim.models.backbones.backbone import Backbone
-from bim.models.decoders.local import decoder_heads
+from bim.models.decoders.decoder import decoder_heads
 from bim.models.masks.plan import visible_counts
-from bim.models.masks.sampling import kept_count, most_thrown
+from bim.models.masks.sampling import kept_count, max_throw_ratio
 from bim.models.targets import TARGETS
 from bim.orchestrator.config.schema import Settings, SettingsError, start_epoch
 from bim.orchestrator.data.phases import PhaseSpec
@@ -115,7 +115,7 @@ def _checks(
     )
     for size in sizes:
         yield partial(backbone.check_size, size)
-        if any(side % backbone.unit for side in size):
+        if any(side % backbone.mask_unit_px for side in size):
             continue
         rows, columns = backbone.grid_at(size)
         yield partial(visible_counts, rows * columns, ratios)
@@ -137,11 +137,11 @@ def _check_thrown(
     """Raises ValueError of the block that bears the least, where several cannot bear what they are told to throw."""
     refused: list[tuple[float, int, str]] = []
     for info, decoder, visible in zip(backbone.blocks, decoders, visible_counts(units, ratios), strict=True):
-        per_unit = (backbone.unit // info.stride) ** 2
+        per_unit = (backbone.mask_unit_px // info.stride) ** 2
         try:
             kept_count(units * per_unit, visible * per_unit, decoder.throw_ratio)
         except ValueError as error:
-            refused.append((most_thrown(units * per_unit, visible * per_unit), info.index, str(error)))
+            refused.append((max_throw_ratio(units * per_unit, visible * per_unit), info.index, str(error)))
     if refused:
         _, index, said = min(refused)
         alike = len(refused) == len(decoders) and len({most for most, _, _ in refused}) == 1

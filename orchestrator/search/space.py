@@ -126,7 +126,7 @@ def throw_ratios(settings: Settings, backbone: Backbone) -> list[Any]:
 
 def resolutions(settings: Settings, backbone: Backbone) -> list[Any]:
     """Schedules that grow to the backbone's own size and take most of the mask ratios; null is that size throughout."""
-    side, unit, blocks = backbone.image_size[0], backbone.unit, settings.num_blocks
+    side, unit, blocks = backbone.image_size[0], backbone.mask_unit_px, settings.num_blocks
     if backbone.image_size != (side, side):  # a schedule names one number of pixels
         return [None]
     ratios = _mask_values(settings, backbone)

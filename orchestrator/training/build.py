@@ -15,9 +15,9 @@ from bim.models.backbones import open_backbone
 from bim.models.backbones.backbone import Backbone
 from bim.models.decoders.light import LightDecoder
 from bim.models.decoders.local import LocalDecoder
-from bim.models.initialization import start_near_
+from bim.models.initialization import scale_head_init_
 from bim.models.local_mim import LocalMIM
-from bim.models.masks.plan import MaskPlan, block_plans, partial_plan, random_order, visible_counts
+from bim.models.masks.plan import MaskPlan, block_plans, partial_plan, random_permutation, visible_counts
 from bim.models.seeding import forked_rng, generator
 from bim.models.targets import TARGETS
 from bim.orchestrator.training.spec import PretrainSpec, TargetSpec
@@ -45,7 +45,7 @@ def build_local_mim(spec: PretrainSpec, index: int, backbone: Backbone | None = 
             decoder = LightDecoder(**sizes)
         else:
             decoder = LocalDecoder(**sizes, recovery=how.recovery if how.throw_ratio else "none")
-    start_near_(decoder.head, *target.start)
+    scale_head_init_(decoder.head, *target.head_init)
     return LocalMIM(encoder, decoder, target, spec.score_newly_dropped, how.thrown_weight)
 
 
@@ -71,12 +71,12 @@ def mask_plans(
     grid = backbone.grid_at(size)
     units = grid[0] * grid[1]
     shared = backbone.mask_per_batch_default if spec.mask_per_batch is None else spec.mask_per_batch
-    order = random_order(batch, units, generator(spec.seed, "mask", step, micro), shared)
-    scales = [backbone.unit // info.stride for info in backbone.blocks]
+    order = random_permutation(batch, units, generator(spec.seed, "mask", step, micro), shared)
+    scales = [backbone.mask_unit_px // info.stride for info in backbone.blocks]
     plans = block_plans(order, grid, visible_counts(units, spec.mask_ratios), scales, shared)
     wanted = range(len(plans)) if blocks is None else blocks
     found = {}
-    for k, plan in backbone.prepared({k: plans[k] for k in wanted}, spec.sweep_groups).items():
+    for k, plan in backbone.prepare_plans({k: plans[k] for k in wanted}, spec.sweep_groups).items():
         how, gen = spec.decoders[k], generator(spec.seed, "decode", step, micro, k)
         # Drawn on the CPU: many small steps, which on a GPU would queue among those of the training.
         found[k] = partial_plan(plan, how.throw_ratio, how.sampler, gen).to(device)

@@ -1,9 +1,8 @@
 """With one block, all tokens and a HOG target our model is FastMIM's ViT: against tensors computed with its authors'
-implementation (see the folder's README)."""
+implementation (tests/data/golden/README.md)."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -18,11 +17,7 @@ from bim.models.masks.plan import MaskPlan, block_plans, visible_counts
 from bim.models.targets import TARGETS
 from bim.models.tokens import gather_tokens
 
-SHARED = Path(os.environ.get("BIM_SHARED", Path(__file__).parents[4] / "shared"))
-GOLDEN = SHARED / "golden" / "fastmim_vit_tiny.safetensors"
-pytestmark = pytest.mark.skipif(
-    not GOLDEN.is_file(), reason=f"no reference tensors at {GOLDEN}; set BIM_SHARED"
-)
+GOLDEN = Path(__file__).parents[2] / "data" / "golden" / "fastmim_vit_tiny.safetensors"
 
 # Our decoder's names -> FastMIM's.
 DECODER_NAMES = {
@@ -82,7 +77,7 @@ def test_loss_and_predictions_agree(golden: dict[str, Tensor], fastmim: LocalMIM
     torch.testing.assert_close(fastmim.decoder(step.activations, plan), expected, rtol=0, atol=1e-5)
 
 
-def test_gradients_of_the_patch_embedding_and_of_the_colour_agree(
+def test_gradients_of_the_patch_embedding_and_of_the_color_agree(
     golden: dict[str, Tensor], fastmim: LocalMIM, plan: MaskPlan
 ) -> None:
     fastmim(golden["image"], golden["image"], plan).loss.backward()

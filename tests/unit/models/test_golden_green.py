@@ -1,9 +1,8 @@
-"""On visible tokens our Swin is GreenMIM's: against tensors computed with its authors' implementation (see the folder's
-README)."""
+"""On visible tokens our Swin is GreenMIM's: against tensors computed with its authors' implementation
+(tests/data/golden/README.md)."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,7 @@ from torch import Tensor, nn
 from bim.models.backbones import SwinBackbone, open_backbone
 from bim.models.masks.plan import MaskPlan, block_plans
 
-SHARED = Path(os.environ.get("BIM_SHARED", Path(__file__).parents[4] / "shared"))
-GOLDEN = SHARED / "golden" / "green_swin_tiny.safetensors"
-pytestmark = pytest.mark.skipif(
-    not GOLDEN.is_file(), reason=f"no reference tensors at {GOLDEN}; set BIM_SHARED"
-)
+GOLDEN = Path(__file__).parents[2] / "data" / "golden" / "green_swin_tiny.safetensors"
 SIZES = {
     "img_size": 128,
     "window_size": 4,
@@ -55,7 +50,7 @@ def encoded(
     assert isinstance(backbone, SwinBackbone)
     order = golden["mask"].argsort(dim=1, stable=True).repeat(2, 1)
     order = torch.cat([order[:, :4].flip(1), order[:, 4:]], dim=1) if reverse else order
-    scales = [backbone.unit // info.stride for info in backbone.blocks]
+    scales = [backbone.mask_unit_px // info.stride for info in backbone.blocks]
     plans: list[MaskPlan] = list(block_plans(order, (4, 4), [4] * blocks, scales, True))
     x, parameters = golden["image"], {}
     for index, plan in enumerate(plans):

@@ -1,8 +1,7 @@
-"""The HOG target is FastMIM's: against tensors computed with its authors' layer (see the folder's README)."""
+"""The HOG target is FastMIM's: against tensors computed with its authors' layer (tests/data/golden/README.md)."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -12,11 +11,7 @@ from torch import Tensor
 
 from bim.models.targets import HogTarget
 
-SHARED = Path(os.environ.get("BIM_SHARED", Path(__file__).parents[4] / "shared"))
-GOLDEN = SHARED / "golden" / "hog.safetensors"
-pytestmark = pytest.mark.skipif(
-    not GOLDEN.is_file(), reason=f"no reference tensors at {GOLDEN}; set BIM_SHARED"
-)
+GOLDEN = Path(__file__).parents[2] / "data" / "golden" / "hog.safetensors"
 
 
 @pytest.fixture(scope="module")

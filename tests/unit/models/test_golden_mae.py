@@ -1,8 +1,8 @@
-"""With one block our model is MAE: against tensors computed with its authors' implementation (see the folder's README)."""
+"""With one block our model is MAE: against tensors computed with its authors' implementation
+(tests/data/golden/README.md)."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -17,11 +17,7 @@ from bim.models.masks.plan import MaskPlan, block_plans, visible_counts
 from bim.models.targets import PixelTarget
 from bim.models.tokens import gather_tokens
 
-SHARED = Path(os.environ.get("BIM_SHARED", Path(__file__).parents[4] / "shared"))
-GOLDEN = SHARED / "golden" / "mae_tiny.safetensors"
-pytestmark = pytest.mark.skipif(
-    not GOLDEN.is_file(), reason=f"no reference tensors at {GOLDEN}; set BIM_SHARED"
-)
+GOLDEN = Path(__file__).parents[2] / "data" / "golden" / "mae_tiny.safetensors"
 
 # Our decoder's names -> MAE's.
 DECODER_NAMES = {

@@ -13,14 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from bim.models.backbones import ViTBackbone, open_backbone
 from bim.models.decoders.local import LocalDecoder
 from bim.models.local_mim import LocalMIM, LocalStep
-from bim.models.masks.plan import MaskPlan, block_plans, partial_plan, random_order, visible_counts
+from bim.models.masks.plan import MaskPlan, block_plans, partial_plan, random_permutation, visible_counts
 from bim.models.seeding import forked_rng, generator
 from bim.models.targets import HogTarget, PixelTarget, Target
 from bim.models.tokens import gather_tokens, patchify
 
 VISIBLE = (9, 6, 4)
 IMAGES = torch.randn(3, 3, 32, 32, generator=generator("images"))
-PLANS = block_plans(random_order(3, 16, generator("order")), (4, 4), VISIBLE)
+PLANS = block_plans(random_permutation(3, 16, generator("order")), (4, 4), VISIBLE)
 PARTIAL = tuple(partial_plan(plan, 0.3, "furthest", generator("throw", plan.visible)) for plan in PLANS)
 
 
@@ -116,7 +116,7 @@ def test_always_masked_and_newly_dropped_parts_average_back_to_the_loss(family: 
 def test_newly_dropped_units_can_be_left_out_of_the_loss(tiny_backbone: Callable[..., ViTBackbone]) -> None:
     all_scored, always_only = (
         run(build(tiny_backbone(3))),
-        run(build(tiny_backbone(3), score_newly_dropped=False)),
+        run(build(tiny_backbone(3), loss_on_newly_masked=False)),
     )
     for one, other in zip(all_scored[1:], always_only[1:], strict=True):
         assert one.parts == other.parts
@@ -176,7 +176,7 @@ def test_the_two_divisions_of_the_loss_agree(tiny_backbone: Callable[..., ViTBac
 
 
 def test_left_out_units_and_thrown_weights_combine(tiny_backbone: Callable[..., ViTBackbone]) -> None:
-    family = build(tiny_backbone(3), recovery="aggregate", score_newly_dropped=False, thrown_weight=0.5)
+    family = build(tiny_backbone(3), recovery="aggregate", loss_on_newly_masked=False, thrown_weight=0.5)
     for block, step, plan in zip(family, run(family, PARTIAL), PARTIAL, strict=True):
         weights = (~plan.newly_dropped(plan.masked)).float()
         weights[:, plan.decode.shape[1] :] *= 0.5
@@ -199,7 +199,7 @@ def test_a_sort_of_token_that_chance_left_out_counts_nothing(
     count = int(newly[0].sum())
     assert newly[:, :count].all()
     only_new = replace(plan, decode=plan.decode[:, :count], thrown=plan.decode[:, count:])
-    block = build(tiny_backbone(3), score_newly_dropped=False)[1]
+    block = build(tiny_backbone(3), loss_on_newly_masked=False)[1]
     step = block(torch.randn(3, 10, 24, generator=generator("x")), IMAGES, only_new)
     step.loss.backward()
     assert step.loss == step.parts["loss_always_masked"] == 0
@@ -247,7 +247,7 @@ class PatchesOfVisibleUnits(nn.Module):
 
 @pytest.mark.parametrize("throw_ratio", [0.0, 0.5])
 def test_units_of_several_tokens_are_scored_token_by_token(throw_ratio: float) -> None:
-    order = random_order(3, 16, generator("coarse"))
+    order = random_permutation(3, 16, generator("coarse"))
     images = torch.randn(3, 3, 64, 64, generator=generator("large images"))
     plans = block_plans(order, (4, 4), [6, 4], [2, 2])
     with forked_rng("decoder"):
@@ -277,7 +277,7 @@ def test_weights_that_mean_nothing_are_refused(
 def test_throwing_half_of_the_tokens_costs_072_of_mae_vit_base() -> None:
     images = torch.empty(1, 3, 224, 224, device="meta")
     encoder = open_backbone("vit_base_patch16_224", 1).build_block(0, seed=0).to("meta")
-    plan = block_plans(random_order(1, 196, generator(0)), (14, 14), visible_counts(196, [0.75]))[0]
+    plan = block_plans(random_permutation(1, 196, generator(0)), (14, 14), visible_counts(196, [0.75]))[0]
 
     def macs(plan: MaskPlan, recovery: str) -> float:
         with torch.device("meta"):

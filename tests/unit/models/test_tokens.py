@@ -60,7 +60,7 @@ def test_positions_need_a_width_divisible_by_four() -> None:
         sincos_positions(42, (4, 4))
 
 
-def test_images_are_normalised_per_channel() -> None:
+def test_images_are_normalized_per_channel() -> None:
     images = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
     images[:, 1] = 0
     out = normalize_images(images, mean=(0.5, 0.5, 0.0), std=(0.5, 0.25, 2.0))

@@ -12,16 +12,16 @@ from timm.models.swin_transformer import PatchMerging, WindowAttention
 from timm.models.twins import GlobalSubSampleAttn, LocallyGroupedAttn
 from torch import Tensor, nn
 
-from bim.models.masks.level_plans import LevelNeed, LevelPlan, level_plan
-from bim.models.masks.plan import MaskPlan, block_plans, random_order, unit_tokens
+from bim.models.masks.level_indices import LevelIndices, LevelRequirements, level_indices
+from bim.models.masks.plan import MaskPlan, block_plans, random_permutation, unit_tokens
 from bim.models.seeding import forked_rng, generator
 from bim.models.tokens import gather_tokens
 from bim.models.visible import (
-    cells,
-    linear_convolution,
     merge_patches,
+    merge_tokens,
+    patch_linear,
     position_convolution,
-    reduced_attention,
+    spatial_reduction_attention,
     visible_patches,
     window_attention,
 )
@@ -37,7 +37,7 @@ def masks(draw: st.DrawFn, scales: tuple[int, ...] = (1, 2, 3)) -> MaskPlan:
     units = grid[0] * grid[1]
     gen = generator(draw(st.integers(0, 10**6)))
     shared = draw(st.booleans())
-    order = random_order(BATCH, units, gen, per_batch=shared)
+    order = random_permutation(BATCH, units, gen, per_batch=shared)
     visible, scale = draw(st.integers(1, units - 1)), draw(st.sampled_from(scales))
     return block_plans(order, grid, [visible], [scale], shared)[0]
 
@@ -49,9 +49,9 @@ def tokens_of(plan: MaskPlan, *more: int) -> tuple[Tensor, Tensor]:
     return x, gather_tokens(x, plan.keep_tokens)
 
 
-def answer(plan: MaskPlan, need: LevelNeed) -> LevelPlan:
+def answer(plan: MaskPlan, required: LevelRequirements) -> LevelIndices:
     keep = plan.keep[:1] if (plan.keep == plan.keep[:1]).all() else plan.keep
-    return level_plan(keep, plan.grid, need)
+    return level_indices(keep, plan.grid, required)
 
 
 def is_visible(plan: MaskPlan) -> Tensor:
@@ -98,9 +98,9 @@ def test_grouped_attention_is_dense_window_attention_with_masked_keys_and_so_are
     with forked_rng("attention"):
         attention = WindowAttention(WIDTH, HEADS, window_size=window)
     table = attention.relative_position_bias_table
-    need = LevelNeed(0, plan.scale, WIDTH, window, (shift,))
+    required = LevelRequirements(0, plan.scale, WIDTH, window, (shift,))
     x, visible = tokens_of(plan)
-    ours = window_attention(attention, visible, answer(plan, need).groups[shift], table)
+    ours = window_attention(attention, visible, answer(plan, required).groups[shift], table)
     dense = gather_tokens(dense_window_attention(attention, x, plan, shift), plan.keep_tokens)
     torch.testing.assert_close(ours, dense, rtol=1e-4, atol=1e-5)
     weights = torch.randn(ours.shape, generator=generator("cotangent"))
@@ -118,11 +118,12 @@ def test_grouped_attention_is_dense_window_attention_with_masked_keys_and_so_are
 def test_what_lies_in_slots_left_over_changes_no_bit(plan: MaskPlan, has_table: bool) -> None:
     with forked_rng("attention"):
         attention = WindowAttention(WIDTH, HEADS, window_size=3)
-    groups = answer(plan, LevelNeed(0, plan.scale, WIDTH, (3, 3), ((1, 1),))).groups[1, 1]
+    groups = answer(plan, LevelRequirements(0, plan.scale, WIDTH, (3, 3), ((1, 1),))).groups[1, 1]
     table = attention.relative_position_bias_table if has_table else None
     _, visible = tokens_of(plan)
-    garbage = torch.randint(visible.shape[1], groups.slots.shape, generator=generator("garbage"))
-    others = replace(groups, slots=garbage.scatter(1, groups.places, groups.slots.gather(1, groups.places)))
+    garbage = torch.randint(visible.shape[1], groups.token_of_slot.shape, generator=generator("garbage"))
+    tokens = torch.arange(visible.shape[1]).expand_as(groups.slot_of_token)
+    others = replace(groups, token_of_slot=garbage.scatter(1, groups.slot_of_token, tokens))
     results = []
     for some in (groups, others):
         out = window_attention(attention, visible, some, table)
@@ -140,7 +141,7 @@ def test_windows_without_a_table_are_seen_alike(plan: MaskPlan, window: int) -> 
         plain = LocallyGroupedAttn(WIDTH, HEADS, ws=window)
     nn.init.zeros_(attention.relative_position_bias_table)
     plain.load_state_dict({key: attention.state_dict()[key] for key in plain.state_dict()})
-    groups = answer(plan, LevelNeed(0, plan.scale, WIDTH, (window, window), ((0, 0),))).groups[0, 0]
+    groups = answer(plan, LevelRequirements(0, plan.scale, WIDTH, (window, window), ((0, 0),))).groups[0, 0]
     x, visible = tokens_of(plan)
     dense = dense_window_attention(attention, x, plan, (0, 0))
     expected = gather_tokens(dense, plan.keep_tokens)
@@ -153,7 +154,7 @@ def test_a_position_convolution_sees_zeros_for_masked_tokens_and_beyond_the_bord
     with forked_rng("conv"):
         conv = nn.Conv2d(WIDTH, WIDTH, 3, 1, 1, groups=WIDTH)
     x, visible = tokens_of(plan)
-    halo = answer(plan, LevelNeed(0, plan.scale, WIDTH, halo=True)).halo
+    halo = answer(plan, LevelRequirements(0, plan.scale, WIDTH, halo=True)).halo
     assert halo is not None
     filled = (x * is_visible(plan).unsqueeze(-1)).transpose(1, 2).unflatten(2, plan.token_grid)
     expected = gather_tokens(conv(filled).flatten(2).transpose(1, 2), plan.keep_tokens)
@@ -176,7 +177,7 @@ def test_keys_are_made_of_visible_cells_alone(plan: MaskPlan, ratio: int) -> Non
     k, v = attention.kv(keys).unflatten(-1, (2, HEADS, -1)).permute(2, 0, 3, 1, 4)
     seen = (q @ k.transpose(-1, -2) * attention.scale).softmax(dim=-1) @ v
     expected = attention.proj(seen.transpose(1, 2).flatten(2))
-    ours = reduced_attention(attention, visible, plan.scale)
+    ours = spatial_reduction_attention(attention, visible, plan.scale)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -191,7 +192,7 @@ def test_merging_is_timms_on_the_cells_of_visible_units(plan: MaskPlan) -> None:
     expected = gather_tokens(merging(maps).flatten(1, 2), where)
     torch.testing.assert_close(merge_patches(merging, visible, plan.scale), expected, rtol=1e-5, atol=1e-5)
     expected = gather_tokens(conv(maps.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2), where)
-    ours = linear_convolution(conv, cells(visible, plan.scale, 2))
+    ours = patch_linear(conv, merge_tokens(visible, plan.scale, 2))
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -203,22 +204,22 @@ def test_patches_of_visible_units_are_those_that_timm_embeds(plan: MaskPlan) -> 
         embed = PatchEmbed(img_size=size, patch_size=4, embed_dim=WIDTH)
     images = torch.randn(BATCH, 3, *size, generator=generator("images"))
     expected = gather_tokens(embed(images), plan.keep_tokens)
-    ours = linear_convolution(embed.proj, visible_patches(images, plan, 4))
+    ours = patch_linear(embed.proj, visible_patches(images, plan, 4))
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_images_that_do_not_hold_the_units_are_refused() -> None:
-    (plan,) = block_plans(random_order(1, 4, generator(0)), (2, 2), [1])
+    (plan,) = block_plans(random_permutation(1, 4, generator(0)), (2, 2), [1])
     for size in ((63, 64), (64, 96), (20, 20)):
-        with pytest.raises(ValueError, match="do not hold the plan's 2 x 2 units of patches of 4 pixels"):
+        with pytest.raises(ValueError, match="do not match the plan's 2 x 2 units of patches of 4 pixels"):
             visible_patches(torch.zeros(1, 3, *size), plan, 4)
 
 
 def test_masked_softmax_is_the_same_in_half_precision_up_to_rounding() -> None:
-    (plan,) = block_plans(random_order(BATCH, 16, generator(0), per_batch=True), (4, 4), [5], [4], True)
+    (plan,) = block_plans(random_permutation(BATCH, 16, generator(0), per_batch=True), (4, 4), [5], [4], True)
     with forked_rng("attention"):
         attention = WindowAttention(WIDTH, HEADS, window_size=3)
-    groups = answer(plan, LevelNeed(0, 4, WIDTH, (3, 3), ((1, 1),))).groups[1, 1]
+    groups = answer(plan, LevelRequirements(0, 4, WIDTH, (3, 3), ((1, 1),))).groups[1, 1]
     _, visible = tokens_of(plan)
     table = attention.relative_position_bias_table
     exact = window_attention(attention, visible, groups, table)

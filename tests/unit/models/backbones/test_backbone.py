@@ -5,36 +5,12 @@ from typing import Any
 import pytest
 import timm
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from bim.models.backbones import open_backbone, random_variant
-from bim.models.backbones.backbone import split_layers
 
 NEEDS_DIFFERENTIAL = pytest.mark.skipif(
     not timm.is_model("vit_dwee_patch16_reg1_gap_256"), reason="this timm has no differential attention yet"
 )
-
-
-@given(st.integers(1, 40), st.integers(1, 40))
-def test_an_equal_split_differs_by_at_most_one_layer(layers: int, blocks: int) -> None:
-    if blocks > layers:
-        with pytest.raises(ValueError, match="only"):
-            split_layers(layers, blocks)
-        return
-    sizes = split_layers(layers, blocks)
-    assert sum(sizes) == layers
-    assert len(sizes) == blocks
-    assert max(sizes) - min(sizes) <= 1
-
-
-@pytest.mark.parametrize(
-    ("blocks", "reason"),
-    [(0, "at least 1"), (13, "only 12 layers"), ([3, 3, 3], "hold 9"), ([12, 0], "at least 1"), ([], "at")],
-)
-def test_blocks_that_do_not_fit_the_depth_are_refused(blocks: Any, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        split_layers(12, blocks)
 
 
 def test_a_backbone_tells_its_sizes_without_weights() -> None:
@@ -44,7 +20,7 @@ def test_a_backbone_tells_its_sizes_without_weights() -> None:
     assert {(block.width, block.grid, block.num_prefix_tokens) for block in backbone.blocks} == {
         (384, (14, 14), 1)
     }
-    assert (backbone.unit, backbone.grid, backbone.image_size) == (16, (14, 14), (224, 224))
+    assert (backbone.mask_unit_px, backbone.grid, backbone.image_size) == (16, (14, 14), (224, 224))
     assert (backbone.mean, backbone.std, backbone.norm_eps) == ((0.5,) * 3, (0.5,) * 3, 1e-6)
 
 
@@ -104,7 +80,7 @@ def test_a_model_that_cannot_be_cut_is_refused_by_name_with_the_reason(name: str
             {"attn_layer": "diff", "num_heads": 2}, "differential attention", marks=NEEDS_DIFFERENTIAL
         ),
         ({"norm_layer": "rmsnorm"}, "final norm is a RmsNorm"),
-        ({"depth": 3}, "only 3 layers"),
+        ({"depth": 3}, "has 3 layers"),
     ],
 )
 def test_overrides_that_cannot_be_honoured_are_refused(args: dict[str, Any], reason: str) -> None:

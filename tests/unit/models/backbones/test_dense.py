@@ -14,7 +14,7 @@ from bim.models.backbones import DenseBackbone, open_backbone
 from bim.models.backbones.dense import DenseBlock
 from bim.models.decoders.light import LightDecoder
 from bim.models.local_mim import LocalMIM
-from bim.models.masks.plan import MaskPlan, block_plans, random_order
+from bim.models.masks.plan import MaskPlan, block_plans, random_permutation
 from bim.models.seeding import forked_rng, generator
 from bim.models.targets import PixelTarget
 
@@ -146,7 +146,7 @@ def test_a_variant_may_end_at_a_level_inside_a_block_where_no_norm_was_trained(
 def test_masked_pixels_are_never_seen_and_visible_ones_are(family: str, tiny_pyramid: Build) -> None:
     backbone = tiny_pyramid(family)
     block = backbone.build_block(0, seed=0).eval()
-    (plan,) = block_plans(random_order(1, 4, generator("order")), (2, 2), [2])
+    (plan,) = block_plans(random_permutation(1, 4, generator("order")), (2, 2), [2])
     images = images_of((64, 64), batch=1)
     for units, seen in ((plan.masked, False), (plan.keep, True)):
         changed = images.clone()
@@ -158,8 +158,8 @@ def test_masked_pixels_are_never_seen_and_visible_ones_are(family: str, tiny_pyr
 
 def test_each_loss_trains_its_own_block_and_nothing_else(family: str, tiny_pyramid: Build) -> None:
     backbone = tiny_pyramid(family, 4)
-    order = random_order(2, 4, generator("order"))
-    scales = [backbone.unit // info.stride for info in backbone.blocks]
+    order = random_permutation(2, 4, generator("order"))
+    scales = [backbone.mask_unit_px // info.stride for info in backbone.blocks]
     plans = block_plans(order, (2, 2), [1] * 4, scales)
     modules = []
     for info in backbone.blocks:
@@ -201,11 +201,11 @@ def test_parameters_of_a_block_depend_on_seed_and_index_alone(family: str, tiny_
     assert len(names) == len(set(names))
 
 
-def test_sizes_are_told_per_block(tiny_pyramid: Build) -> None:
+def test_sizes_are_given_per_block(tiny_pyramid: Build) -> None:
     backbone = tiny_pyramid("swin", [3, 2, 1])
-    told = [(info.layers, info.depth, info.width, info.stride, info.grid) for info in backbone.blocks]
-    assert told == [(3, 3, 24, 8, (8, 8)), (2, 5, 48, 16, (4, 4)), (1, 6, 96, 32, (2, 2))]
-    assert (backbone.unit, backbone.grid, backbone.encode) == (32, (2, 2), "all")
+    sizes = [(info.layers, info.depth, info.width, info.stride, info.grid) for info in backbone.blocks]
+    assert sizes == [(3, 3, 24, 8, (8, 8)), (2, 5, 48, 16, (4, 4)), (1, 6, 96, 32, (2, 2))]
+    assert (backbone.mask_unit_px, backbone.grid, backbone.encode) == (32, (2, 2), "all")
     assert backbone.depths == (1, 3, 5, 6)
     assert backbone.norm_eps == 1e-5
     assert [info.layers for info in tiny_pyramid("swin", 3).blocks] == [3, 2, 1]
@@ -225,11 +225,11 @@ def test_depth_counts_layers_up_to_the_end_of_a_level(name: str, depths: tuple[i
 @pytest.mark.parametrize(
     ("blocks", "reason"),
     [
-        (5, "blocks is 5, but 'swin_tiny_patch4_window7_224' has only 4 levels"),
+        (5, r"blocks is 5, but 'swin_.*' has 1 \+ 2 \+ 2 \+ 1 layers .* ask for 4 at most"),
         (0, "at least 1"),
         ([2, 4], r"blocks \[2, 4\] end after 2, 6 layers.* after 1, 3, 5, 6 layers"),
-        ([1, 2, 2], "the last of which must be reached"),
-        ([], "end after no layers"),
+        ([1, 2, 2], "make them add up to 6"),
+        ([], "hold 0 layers"),
         ([6, 0], "can be cut only where a level ends"),
     ],
 )
@@ -242,14 +242,14 @@ def test_blocks_that_do_not_end_with_levels_are_refused(
 
 def test_what_does_not_fit_is_refused_with_the_setting_to_change(tiny_pyramid: Build) -> None:
     backbone = tiny_pyramid("resnet")
-    with pytest.raises(ValueError, match=r"100 x 64 is not divisible .*32 pixels.*schedule\.resolution"):
+    with pytest.raises(ValueError, match=r"100 x 64 is not divisible .* mask unit 32 .*schedule\.resolution"):
         backbone.check_size((100, 64))
-    with pytest.raises(ValueError, match="levels end at 1, 3, 5, 6 layers"):
+    with pytest.raises(ValueError, match="no variant of depth 2; its variants have 1, 3, 5, 6 layers"):
         backbone.variant_args(2)
     with pytest.raises(ValueError, match="1 blocks hold 3 layers"):
         backbone.variant(6, [backbone.build_block(0, seed=0).state_dict()], None)
-    (plan,) = block_plans(random_order(1, 4, generator(0)), (2, 2), [1])
-    with pytest.raises(ValueError, match="do not hold the plan's 2 x 2 units of 32 pixels"):
+    (plan,) = block_plans(random_permutation(1, 4, generator(0)), (2, 2), [1])
+    with pytest.raises(ValueError, match="do not match the plan's 2 x 2 units of 32 pixels"):
         backbone.build_block(0, seed=0)(torch.zeros(1, 3, 96, 96), plan)
     with pytest.raises(ValueError, match="16 tokens are not the 8 x 8"):
         backbone.build_block(1, seed=0)(torch.zeros(1, 16, 32), plan)

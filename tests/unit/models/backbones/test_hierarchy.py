@@ -17,7 +17,7 @@ from bim.models.backbones import SwinBackbone, TwinsBackbone, open_backbone, ran
 from bim.models.backbones.visible_block import VisibleBlock
 from bim.models.decoders.local import LocalDecoder
 from bim.models.local_mim import LocalMIM
-from bim.models.masks.plan import MaskPlan, block_plans, random_order
+from bim.models.masks.plan import MaskPlan, block_plans, random_permutation
 from bim.models.seeding import forked_rng, generator
 from bim.models.targets import PixelTarget
 from bim.models.tokens import gather_tokens, patchify
@@ -71,9 +71,9 @@ def plans_of(
     """One plan per block; `visible` units in each, or one number for all. All units visible is allowed here."""
     grid = backbone.grid_at(size)
     units = grid[0] * grid[1]
-    order = random_order(batch, units, generator("order"), per_batch)
+    order = random_permutation(batch, units, generator("order"), per_batch)
     counts = [visible] * len(backbone.blocks) if isinstance(visible, int) else visible
-    scales = [backbone.unit // info.stride for info in backbone.blocks]
+    scales = [backbone.mask_unit_px // info.stride for info in backbone.blocks]
     plans = block_plans(order, grid, [min(count, units - 1) for count in counts], scales, per_batch)
     nothing = order[:, units:]
     return tuple(
@@ -245,7 +245,9 @@ def test_masks_of_its_own_give_every_sample_what_it_gets_alone(family: str, shak
         for sample in range(3):
             row = slice(sample, sample + 1)
             alone = tuple(
-                replace(plan, order=plan.order[row], decode=plan.decode[row], thrown=plan.thrown[row])
+                replace(
+                    plan, permutation=plan.permutation[row], decode=plan.decode[row], thrown=plan.thrown[row]
+                )
                 for plan in plans
             )
             for found, expected in zip(chained(blocks, images[row], alone), together, strict=True):
@@ -272,7 +274,7 @@ def test_plans_prepared_ahead_give_the_same_and_are_shared(family: str) -> None:
     backbone = tiny(family, [2, 2, 2, 2, 2])
     size = (96, 128)
     plans = plans_of(backbone, size, 5)
-    prepared = backbone.prepared(dict(enumerate(plans)))
+    prepared = backbone.prepare_plans(dict(enumerate(plans)))
     assert backbone.mask_per_batch_default
     assert list(prepared) == [0, 1, 2, 3, 4]
     blocks = built(backbone)
@@ -280,7 +282,7 @@ def test_plans_prepared_ahead_give_the_same_and_are_shared(family: str) -> None:
         found = chained(blocks, images_of(size), tuple(prepared.values()))
         expected = chained(blocks, images_of(size), plans)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    levels = [plan.layout.levels for plan in prepared.values()]  # type: ignore[union-attr]
+    levels = [plan.encoder_indices.levels for plan in prepared.values()]  # type: ignore[union-attr]
     assert [list(level) for level in levels] == [[0], [1], [2], [2], [3]]
     shared = levels[2][2].groups, levels[3][2].groups  # two blocks of one level
     assert list(shared[0]) == list(shared[1]) != []
@@ -291,11 +293,11 @@ def test_plans_prepared_ahead_give_the_same_and_are_shared(family: str) -> None:
     else:
         groups = levels[0][0].groups
         assert list(groups) == [(0, 0), (2, 2)]
-        assert groups[0, 0].slots.shape[0] == 1  # one set of indices for the batch
-    moved = prepared[0].to("meta").layout.levels[0]  # type: ignore[union-attr]
-    indices = [moved.halo, *(groups.slots for groups in moved.groups.values())]
+        assert groups[0, 0].token_of_slot.shape[0] == 1  # one set of indices for the batch
+    moved = prepared[0].to("meta").encoder_indices.levels[0]  # type: ignore[union-attr]
+    indices = [moved.halo, *(groups.token_of_slot for groups in moved.groups.values())]
     assert {index.device.type for index in indices if index is not None} == {"meta"}
-    only = backbone.prepared({3: plans[3]}, sweep=True)
+    only = backbone.prepare_plans({3: plans[3]}, sweep=True)
     with torch.no_grad():
         swept = blocks[3](expected[2], only[3])
     torch.testing.assert_close(swept, expected[3], rtol=1e-4, atol=1e-5)
@@ -421,9 +423,9 @@ def test_weights_of_another_depth_are_refused(depths: list[int], family: str, tm
 
 def test_what_does_not_fit_is_refused_with_the_setting_to_change(family: str) -> None:
     backbone = tiny(family, 2)
-    with pytest.raises(ValueError, match=r"100 x 64 is not divisible .*32 pixels.*schedule\.resolution"):
+    with pytest.raises(ValueError, match=r"100 x 64 is not divisible .* mask unit 32 .*schedule\.resolution"):
         backbone.check_size((100, 64))
-    with pytest.raises(ValueError, match=r"a variant of depth 11 is asked of .* which has 10 layers"):
+    with pytest.raises(ValueError, match=r"no variant of depth 11; its variants have 1, .* 10 layers"):
         backbone.variant_args(11)
     with pytest.raises(ValueError, match="1 blocks hold 4 layers"):
         backbone.variant(6, [backbone.build_block(0, seed=0).state_dict()], None)

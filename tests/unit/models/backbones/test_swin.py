@@ -8,10 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from bim.models.backbones import DenseBackbone, SwinBackbone, open_backbone, random_variant
-from bim.models.backbones.pyramid_weights import resized
-from bim.models.backbones.swin import inner_table, with_inner_table
+from bim.models.backbones.bias_tables import inner_table, resampled, with_inner_table
 from bim.models.backbones.visible_block import VisibleBlock
-from bim.models.masks.plan import MaskPlan, block_plans, random_order, visible_counts
+from bim.models.masks.plan import MaskPlan, block_plans, random_permutation, visible_counts
 from bim.models.seeding import generator
 from bim.models.tokens import gather_tokens
 
@@ -30,8 +29,8 @@ def blocks_of(backbone: SwinBackbone) -> list[VisibleBlock]:
 
 def masked_plans(backbone: SwinBackbone, ratio: float) -> tuple[MaskPlan, ...]:
     units = backbone.grid[0] * backbone.grid[1]
-    order = random_order(2, units, generator("order"), per_batch=True)
-    scales = [backbone.unit // info.stride for info in backbone.blocks]
+    order = random_permutation(2, units, generator("order"), per_batch=True)
+    scales = [backbone.mask_unit_px // info.stride for info in backbone.blocks]
     return block_plans(order, backbone.grid, visible_counts(units, [ratio] * len(scales)), scales, True)
 
 
@@ -39,7 +38,7 @@ def masked_plans(backbone: SwinBackbone, ratio: float) -> tuple[MaskPlan, ...]:
 def test_of_swin_b_at_224_with_three_quarters_masked_768_192_48_and_12_tokens_are_computed() -> None:
     backbone = swin(4, "swin_base_patch4_window7_224")
     assert [info.layers for info in backbone.blocks] == [2, 2, 18, 2]
-    assert (backbone.unit, backbone.grid, backbone.encode) == (32, (7, 7), "visible")
+    assert (backbone.mask_unit_px, backbone.grid, backbone.encode) == (32, (7, 7), "visible")
     x, counts = torch.randn(2, 3, 224, 224, generator=generator("image")), []
     plans = masked_plans(backbone, 0.75)
     for block, plan in zip(blocks_of(backbone), plans, strict=True):
@@ -55,7 +54,7 @@ def test_windows_of_7_at_224_with_nothing_masked_are_timms_at_every_level() -> N
     model: Any = backbone.variant(12, [block.state_dict() for block in blocks], None)
     images = torch.randn(1, 3, 224, 224, generator=generator("image"))
     features = model.forward_intermediates(images, indices=4, intermediates_only=True)
-    order = random_order(1, 49, generator("order"))
+    order = random_permutation(1, 49, generator("order"))
     x = images
     for info, block, feature in zip(backbone.blocks, blocks, features, strict=True):
         plan = MaskPlan((7, 7), order, 49, 49, order[:, 49:], order[:, 49:], 32 // info.stride)
@@ -115,12 +114,12 @@ def test_tables_of_another_square_window_are_resampled_and_others_are_refused(tm
         ):
             refused(file)
     with pytest.raises(ValueError, match="of 105 rows cannot be resampled to 169 rows"):
-        resized(torch.zeros(105, 2), (169, 2))
+        resampled(torch.zeros(105, 2), (169, 2))
 
 
 def test_levels_may_have_windows_of_their_own_and_be_fewer() -> None:
     backbone = swin(2, depths=[2, 2], num_heads=[1, 1], window_size=[[4, 4], [8, 8]], img_size=64)
-    assert (backbone.unit, backbone.grid) == (8, (8, 8))
+    assert (backbone.mask_unit_px, backbone.grid) == (8, (8, 8))
     assert [level.window for level in backbone.levels] == [(4, 4), (8, 8)]
     assert backbone.variant_args(3) | {
         "depths": [2, 1],
@@ -133,11 +132,11 @@ def test_five_blocks_cut_the_third_level_on_an_even_layer() -> None:
     assert [info.layers for info in swin(5).blocks] == [2, 2, 4, 2, 2]
     assert [info.layers for info in swin([2, 2, 2, 4, 2]).blocks] == [2, 2, 2, 4, 2]
     with pytest.raises(
-        ValueError, match=r"blocks is 7, .* cuts 'swin_tiny_patch4_window7_224' into 6 at most"
+        ValueError, match=r"blocks is 7, but 'swin_tiny_patch4_window7_224' has .* ask for 6 at most"
     ):
         swin(7)
     with pytest.raises(
-        ValueError, match="after an even number of its layers: after 2, 4, 6, 8, 10, 12 layers"
+        ValueError, match=r"after an even number of its layers, .*: after 2, 4, 6, 8, 10, 12 layers"
     ):
         swin([2, 2, 3, 3, 2])
 
@@ -154,11 +153,11 @@ def test_all_tokens_are_another_familys() -> None:
     [
         (
             {"always_partition": True},
-            "'always_partition' cannot be set where visible tokens alone are encoded",
+            "'always_partition' cannot be set where only visible tokens are encoded",
         ),
         ({"patch_size": [4, 8]}, "'patch_size' is .*must be a whole number"),
         ({"window_size": [[7, 7]] * 3}, "timm cannot build"),
-        ({"img_size": 100}, "100 x 100 is not divisible by the mask unit .* 32 pixels a side"),
+        ({"img_size": 100}, "100 x 100 is not divisible by the mask unit 32"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_with_the_reason(overrides: dict[str, Any], reason: str) -> None:
@@ -166,5 +165,5 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(overrides: dict[str, Any]
         swin(2, **overrides)
 
 
-def test_windows_padded_by_timm_are_told_of() -> None:
-    assert "timm fills the border's windows with empty tokens" in swin(4).usage(12).sizes
+def test_windows_padded_by_timm_are_reported() -> None:
+    assert "timm pads the border's windows with empty tokens" in swin(4).usage(12).sizes

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bim.models.backbones import TwinsBackbone, open_backbone
-from bim.models.masks.plan import MaskPlan, random_order
+from bim.models.masks.plan import MaskPlan, random_permutation
 from bim.models.seeding import generator
 from bim.models.tokens import gather_tokens
 
@@ -27,7 +27,7 @@ def test_at_224_with_nothing_masked_every_level_is_timms(name: str) -> None:
     model: Any = backbone.variant(backbone.depths[-1], [block.state_dict() for block in blocks], None)
     images = torch.randn(1, 3, 224, 224, generator=generator("image"))
     features = model.forward_intermediates(images, indices=4, intermediates_only=True)
-    order = random_order(1, 49, generator("order"))
+    order = random_permutation(1, 49, generator("order"))
     x = images
     for info, block, feature in zip(backbone.blocks, blocks, features, strict=True):
         plan = MaskPlan((7, 7), order, 49, 49, order[:, 49:], order[:, 49:], 32 // info.stride)
@@ -36,11 +36,11 @@ def test_at_224_with_nothing_masked_every_level_is_timms(name: str) -> None:
         torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_sizes_are_told_per_block() -> None:
+def test_sizes_are_given_per_block() -> None:
     backbone = twins()
-    told = [(info.layers, info.width, info.stride, info.grid) for info in backbone.blocks]
-    assert told == [(2, 4, 4, (56, 56)), (2, 4, 8, (28, 28)), (10, 4, 16, (14, 14)), (4, 8, 32, (7, 7))]
-    assert (backbone.unit, backbone.norm_eps, backbone.encode) == (32, 1e-6, "visible")
+    sizes = [(info.layers, info.width, info.stride, info.grid) for info in backbone.blocks]
+    assert sizes == [(2, 4, 4, (56, 56)), (2, 4, 8, (28, 28)), (10, 4, 16, (14, 14)), (4, 8, 32, (7, 7))]
+    assert (backbone.mask_unit_px, backbone.norm_eps, backbone.encode) == (32, 1e-6, "visible")
     assert [info.layers for info in twins(6).blocks] == [2, 2, 4, 4, 2, 4]
 
 
@@ -56,22 +56,22 @@ def test_windows_larger_than_a_variants_maps_are_made_as_large() -> None:
     assert "wss" not in twins(name="twins_pcpvt_small").variant_args(10)
 
 
-def test_only_levels_that_begin_need_neighbours_and_only_windows_need_groups() -> None:
+def test_only_levels_that_begin_need_neighbors_and_only_windows_need_groups() -> None:
     plan = MaskPlan(
         (7, 7),
-        random_order(2, 49, generator(0), True),
+        random_permutation(2, 49, generator(0), True),
         12,
         12,
         *[torch.zeros(2, 0)] * 2,
         scale=2,
         shared=True,
     )
-    layouts = twins([2, 2, 4, 6, 4]).prepared({2: plan, 3: plan})
-    first, second = (layouts[index].layout.levels[2] for index in (2, 3))  # type: ignore[union-attr]
+    layouts = twins([2, 2, 4, 6, 4]).prepare_plans({2: plan, 3: plan})
+    first, second = (layouts[index].encoder_indices.levels[2] for index in (2, 3))  # type: ignore[union-attr]
     assert first.halo.shape == (1, 12 * 16)
     assert second.halo is None
     assert list(first.groups) == list(second.groups) == [(0, 0)]
-    plain = twins(name="twins_pcpvt_small").prepared({2: plan})[2].layout
+    plain = twins(name="twins_pcpvt_small").prepare_plans({2: plan})[2].encoder_indices
     assert not plain.levels[2].groups  # type: ignore[union-attr]
 
 

@@ -10,7 +10,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from bim.models.backbones import ViTBackbone
-from bim.models.masks.plan import MaskPlan, block_plans, random_order
+from bim.models.masks.plan import MaskPlan, block_plans, random_permutation
 from bim.models.seeding import generator
 from bim.models.tokens import gather_tokens, sincos_positions
 
@@ -59,8 +59,8 @@ def encode_all_blocks(
 
 def in_grid_order(x: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
     """Tokens of an unmasked plan (B, P + N, D) -> the same with patches row by row."""
-    prefix = x.shape[1] - plan.order.shape[1]
-    return torch.cat([x[:, :prefix], gather_tokens(x[:, prefix:], plan.order.argsort(dim=1))], dim=1)
+    prefix = x.shape[1] - plan.permutation.shape[1]
+    return torch.cat([x[:, :prefix], gather_tokens(x[:, prefix:], plan.permutation.argsort(dim=1))], dim=1)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -125,7 +125,7 @@ def test_a_variant_for_another_image_size_has_the_positions_that_training_at_tha
         backbone.variant(2, [block.state_dict()], None, image_size=(50, 64))
 
 
-def test_elsewhere_sin_cos_positions_are_made_anew_and_learned_ones_resampled_as_timm_does(
+def test_elsewhere_sin_cos_positions_are_computed_again_and_learned_ones_resampled_as_timm_does(
     tiny_backbone: Build,
 ) -> None:
     stem = tiny_backbone(1).build_block(0, seed=0).stem
@@ -150,7 +150,9 @@ def test_a_variant_needs_enough_blocks_and_a_depth_that_exists(tiny_backbone: Bu
     with pytest.raises(ValueError, match="1 blocks hold 2 layers"):
         backbone.variant(3, states, None)
     for depth in (0, 5):
-        with pytest.raises(ValueError, match="of 4 layers"):
+        with pytest.raises(
+            ValueError, match=f"no variant of depth {depth}; its variants have 1, 2, 3, 4 layers"
+        ):
             backbone.variant(depth, states, None)
 
 
@@ -164,24 +166,24 @@ def test_embedding_visible_patches_alone_equals_the_convolution(
     images = images_for(backbone)
     everything = in_grid_order(stem(images, plan := unmasked_plan(2, (4, 4))), plan)
     torch.testing.assert_close(everything, stem.patch_embed(images) + stem.pos_embed, rtol=0, atol=1e-5)
-    some = block_plans(plan.order, (4, 4), [5])[0]
+    some = block_plans(plan.permutation, (4, 4), [5])[0]
     torch.testing.assert_close(stem(images, some), gather_tokens(everything, some.keep), rtol=0, atol=1e-5)
 
 
 def test_the_encoder_sees_visible_patches_only(tiny_backbone: Build) -> None:
     backbone = tiny_backbone(2)
     blocks: list[nn.Module] = [backbone.build_block(index, seed=0) for index in range(2)]
-    plans = list(block_plans(random_order(2, 16, generator(0)), (4, 4), [6, 3]))
+    plans = list(block_plans(random_permutation(2, 16, generator(0)), (4, 4), [6, 3]))
     images = images_for(backbone)
-    painted = images.clone()
+    filled = images.clone()
     for sample in range(2):
         for unit in plans[0].masked[sample].tolist():
             row, column = 8 * (unit // 4), 8 * (unit % 4)
-            painted[sample, :, row : row + 8, column : column + 8] = 9.0
+            filled[sample, :, row : row + 8, column : column + 8] = 9.0
     with torch.no_grad():
         encoded = encode_all_blocks(blocks, images, plans)
         assert encoded.shape == (2, 1 + 3, 24)
-        assert torch.equal(encoded, encode_all_blocks(blocks, painted, plans))
+        assert torch.equal(encoded, encode_all_blocks(blocks, filled, plans))
 
 
 @pytest.mark.parametrize("encode", ["visible", "all"])
@@ -191,7 +193,7 @@ def test_blocks_take_images_of_every_size_that_patches_divide(encode: str, tiny_
     for size, grid in (((32, 32), (4, 4)), ((48, 64), (6, 8)), ((16, 16), (2, 2))):
         assert backbone.grid_at(size) == grid
         units = grid[0] * grid[1]
-        plans = list(block_plans(random_order(2, units, generator(0)), grid, [units // 2, units // 4]))
+        plans = list(block_plans(random_permutation(2, units, generator(0)), grid, [units // 2, units // 4]))
         tokens = encode_all_blocks(blocks, torch.randn(2, 3, *size), plans)
         assert tokens.shape == (2, 1 + (units if encode == "all" else units // 4), 24)
 
@@ -206,11 +208,11 @@ def test_sizes_that_patches_do_not_divide_are_refused_by_setting(tiny_backbone: 
 
 
 def test_a_plan_over_another_grid_than_the_images_is_refused(tiny_backbone: Build) -> None:
-    plan = block_plans(random_order(1, 9, generator(0)), (3, 3), [4])[0]
+    plan = block_plans(random_permutation(1, 9, generator(0)), (3, 3), [4])[0]
     for encode in ("visible", "all"):
         block = tiny_backbone(1, encode=encode).build_block(0, seed=0)
         for size in (32, 28):
-            with pytest.raises(ValueError, match="do not hold the plan's 3 x 3 units of 8 pixels"):
+            with pytest.raises(ValueError, match="do not match the plan's 3 x 3 units of 8 pixels"):
                 block(torch.zeros(1, 3, size, size), plan)
 
 
@@ -231,31 +233,31 @@ def test_with_all_tokens_and_nothing_masked_blocks_are_timms_model(
     assert not any("paint" in key for key in model.state_dict())
 
 
-def test_with_all_tokens_masked_pixels_are_overwritten_by_a_trained_colour(tiny_backbone: Build) -> None:
+def test_with_all_tokens_masked_pixels_are_overwritten_by_a_trained_color(tiny_backbone: Build) -> None:
     backbone = tiny_backbone(2, encode="all")
     first, second = (backbone.build_block(index, seed=0) for index in range(2))
     assert first.stem is not None
     paint = first.stem.paint
     assert paint is not None
     assert not any("paint" in key for key in second.state_dict())
-    plan = block_plans(random_order(2, 16, generator(0)), (4, 4), [6])[0]
+    plan = block_plans(random_permutation(2, 16, generator(0)), (4, 4), [6])[0]
     images = images_for(backbone)
-    painted = paint(images, plan)
+    filled = paint(images, plan)
     for sample in range(2):
         for unit in range(16):
             row, column = 8 * (unit // 4), 8 * (unit % 4)
             window = (sample, slice(None), slice(row, row + 8), slice(column, column + 8))
             masked = unit in plan.masked[sample]
             expected = paint.colour[0].expand(3, 8, 8) if masked else images[window]
-            assert torch.equal(painted[window], expected)
+            assert torch.equal(filled[window], expected)
     first(images, plan).square().mean().backward()
     assert paint.colour.grad is not None
     assert paint.colour.grad.abs().min() > 0
-    other = torch.where(painted == images, images, 9.0)
+    other = torch.where(filled == images, images, 9.0)
     assert torch.equal(first(images, plan), first(other, plan))
 
 
-def test_the_colour_is_the_only_thing_that_encoding_all_tokens_adds(tiny_backbone: Build) -> None:
+def test_the_color_is_the_only_thing_that_encoding_all_tokens_adds(tiny_backbone: Build) -> None:
     visible = tiny_backbone(2).build_block(0, seed=3).state_dict()
     everything = tiny_backbone(2, encode="all").build_block(0, seed=3).state_dict()
     assert set(everything) - set(visible) == {"stem.paint.colour"}
@@ -282,7 +284,7 @@ def test_building_leaves_torchs_generator_alone(tiny_backbone: Build) -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_blocks_are_initialised_as_in_mae(tiny_backbone: Build) -> None:
+def test_blocks_are_initialized_as_in_mae(tiny_backbone: Build) -> None:
     block = tiny_backbone(1, embed_dim=192, reg_tokens=8).build_block(0, seed=0)
     assert block.stem is not None
     for name, layer in block.named_modules():

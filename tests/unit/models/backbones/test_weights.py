@@ -43,7 +43,7 @@ def features(
         for block in backbone.blocks:
             x = backbone.build_block(block.index, 0, init_from)(x, plan)
         prefix = backbone.blocks[0].num_prefix_tokens
-        patches: torch.Tensor = gather_tokens(norm(x)[:, prefix:], plan.order.argsort(dim=1))
+        patches: torch.Tensor = gather_tokens(norm(x)[:, prefix:], plan.permutation.argsort(dim=1))
     return patches
 
 
@@ -136,7 +136,7 @@ def test_pretrained_weights_that_cannot_be_downloaded_are_one_clear_sentence(
 
     monkeypatch.setattr(weights.timm, "create_model", offline)
     with pytest.raises(
-        ValueError, match=r"of 'vit_tiny_patch16_224' cannot be had \(no route to host\)"
+        ValueError, match=r"of 'vit_tiny_patch16_224' cannot be loaded \(no route to host\)"
     ) as refused:
         weights.open_weights(NAME)
     assert "\n" not in str(refused.value)

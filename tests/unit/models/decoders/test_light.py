@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bim.models.decoders.light import LightDecoder
-from bim.models.masks.plan import MaskPlan, block_plans, random_order
+from bim.models.masks.plan import MaskPlan, block_plans, random_permutation
 from bim.models.seeding import forked_rng, generator
 from bim.models.tokens import gather_tokens
 
@@ -19,7 +19,7 @@ def decoder(**changes: int) -> LightDecoder:
 
 @pytest.fixture
 def plan() -> MaskPlan:
-    return block_plans(random_order(3, 12, generator("order")), (3, 4), [3])[0]
+    return block_plans(random_permutation(3, 12, generator("order")), (3, 4), [3])[0]
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_every_token_may_speak_and_prefix_tokens_are_never_scored(
 
 def test_a_decoder_serves_every_grid(tokens: torch.Tensor) -> None:
     light = decoder()
-    plan = block_plans(random_order(3, 30, generator("order")), (5, 6), [7])[0]
+    plan = block_plans(random_permutation(3, 30, generator("order")), (5, 6), [7])[0]
     assert light(torch.randn(3, 31, 24), plan).shape == (3, 23, 10)
     assert {name.partition(".")[0] for name in light.state_dict()} == {
         "norm",
@@ -60,7 +60,7 @@ def test_a_decoder_serves_every_grid(tokens: torch.Tensor) -> None:
 
 
 def test_a_finer_token_grid_scores_all_tokens_of_masked_units() -> None:
-    order = random_order(2, 4, generator("units"))
+    order = random_permutation(2, 4, generator("units"))
     (plan,) = block_plans(order, (2, 2), [1], scales=[2])
     light = decoder(num_prefix_tokens=0)
     tokens = torch.randn(2, 16, 24, generator=generator("tokens"))

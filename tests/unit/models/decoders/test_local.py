@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bim.models.decoders.local import LocalDecoder
-from bim.models.masks.plan import MaskPlan, block_plans, partial_plan, random_order
+from bim.models.masks.plan import MaskPlan, block_plans, partial_plan, random_permutation
 from bim.models.seeding import forked_rng, generator
 from bim.models.tokens import gather_tokens, sincos_positions
 
@@ -30,7 +30,7 @@ def decoder(**changes: Any) -> LocalDecoder:
 
 
 def plan_of(visible: int = 4, batch: int = 2) -> MaskPlan:
-    return block_plans(random_order(batch, 12, generator(0)), GRID, [visible])[0]
+    return block_plans(random_permutation(batch, 12, generator(0)), GRID, [visible])[0]
 
 
 def tokens(count: int, batch: int = 2) -> torch.Tensor:
@@ -46,7 +46,7 @@ def test_predictions_belong_to_units_whatever_the_order_of_the_tokens() -> None:
     plan, x, net = plan_of(), tokens(5), decoder()
     visible, masked = torch.tensor([2, 0, 3, 1]), torch.tensor([7, 6, 0, 1, 3, 2, 5, 4])
     order = torch.cat([plan.keep[:, visible], plan.decode[:, masked]], dim=1)
-    shuffled = replace(plan, order=order, decode=order[:, 4:])
+    shuffled = replace(plan, permutation=order, decode=order[:, 4:])
     x_shuffled = torch.cat([x[:, :1], x[:, 1:][:, visible]], dim=1)
     torch.testing.assert_close(net(x_shuffled, shuffled), net(x, plan)[:, masked])
 
@@ -80,7 +80,7 @@ def test_one_decoder_serves_every_grid() -> None:
     net = decoder()
     for grid in (GRID, (2, 6), (4, 5)):
         units = grid[0] * grid[1]
-        plan = block_plans(random_order(2, units, generator(0)), grid, [4])[0]
+        plan = block_plans(random_permutation(2, units, generator(0)), grid, [4])[0]
         assert net(tokens(5), plan).shape == (2, units - 4, 5)
         assert torch.equal(net.positions(grid)[:units], sincos_positions(16, grid))
         assert not net.positions(grid)[units].any()
@@ -129,7 +129,7 @@ def lengths_seen(net: LocalDecoder, x: torch.Tensor, plan: MaskPlan) -> list[int
 
 @pytest.mark.parametrize("recovery", ["none", "aggregate"])
 def test_positions_that_all_samples_share_change_nothing(recovery: str) -> None:
-    order = random_order(3, 12, generator(0), per_batch=True)
+    order = random_permutation(3, 12, generator(0), per_batch=True)
     (plan,) = block_plans(order, GRID, [4], shared=True)
     plan = partial_plan(plan, 0.5, "furthest", generator("partial"))
     net, x = decoder(recovery=recovery), tokens(5, 3)
@@ -138,7 +138,7 @@ def test_positions_that_all_samples_share_change_nothing(recovery: str) -> None:
 
 @pytest.mark.parametrize("recovery", ["none", "aggregate"])
 def test_the_layers_see_98_tokens_where_half_of_196_are_thrown(recovery: str) -> None:
-    plan = block_plans(random_order(2, 196, generator(0)), (14, 14), [49])[0]
+    plan = block_plans(random_permutation(2, 196, generator(0)), (14, 14), [49])[0]
     half = partial_plan(plan, 0.5, "furthest", generator(0))
     for some, length in ((plan, 196), (half, 98)):
         assert lengths_seen(decoder(depth=3, recovery=recovery), tokens(50), some) == [1 + length] * 3
@@ -167,10 +167,10 @@ def test_with_nothing_thrown_recovery_equals_the_plain_decoder_exactly() -> None
 
 
 @pytest.mark.parametrize("scale", [1, 2])
-def test_a_thrown_token_is_predicted_from_the_mean_of_its_decoded_neighbours(
+def test_a_thrown_token_is_predicted_from_the_mean_of_its_decoded_neighbors(
     scale: int, shake: Callable[[nn.Module], None]
 ) -> None:
-    plan = block_plans(random_order(2, 12, generator(0)), GRID, [3], [scale])[0]
+    plan = block_plans(random_permutation(2, 12, generator(0)), GRID, [3], [scale])[0]
     plan = partial_plan(plan, 0.6, "furthest", generator(1))
     net, x = decoder(recovery="aggregate"), tokens(1 + 3 * scale**2)
     shake(net)
@@ -194,7 +194,7 @@ def test_a_thrown_token_is_predicted_from_the_mean_of_its_decoded_neighbours(
             torch.testing.assert_close(predicted[sample, index], expected)
 
 
-def test_a_token_without_decoded_neighbours_falls_back_to_the_mask_token() -> None:
+def test_a_token_without_decoded_neighbors_falls_back_to_the_mask_token() -> None:
     order = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7]])
     plan = block_plans(order, (1, 8), [1])[0]
     plan = replace(plan, decode=order[:, 1:2], thrown=order[:, 2:])
@@ -231,7 +231,7 @@ def test_the_aggregation_is_computed_in_float32_under_autocast() -> None:
 
 
 def test_visible_tokens_stand_at_their_places_inside_their_units() -> None:
-    plan = block_plans(random_order(2, 12, generator(0)), GRID, [3], [2])[0]
+    plan = block_plans(random_permutation(2, 12, generator(0)), GRID, [3], [2])[0]
     net, x = decoder(), tokens(13)
     row_major = torch.zeros(2, 48, 16) + net.mask_token
     embedded = net.embed(net.norm(x))

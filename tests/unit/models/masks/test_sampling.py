@@ -6,21 +6,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bim.models.masks.plan import MaskPlan, block_plans, partial_plan, random_order
-from bim.models.masks.sampling import SAMPLERS, kept_count, not_kept
+from bim.models.masks.plan import MaskPlan, block_plans, partial_plan, random_permutation
+from bim.models.masks.sampling import SAMPLERS, complement, kept_count
 from bim.models.seeding import generator
 
 FURTHEST = ("furthest", "furthest_from_visible")
 
 
 def paper_plan(batch: int) -> MaskPlan:
-    return block_plans(random_order(batch, 196, generator("papers")), (14, 14), [49])[0]
+    return block_plans(random_permutation(batch, 196, generator("papers")), (14, 14), [49])[0]
 
 
-def share_beside(tokens: Tensor, neighbours: Tensor, grid: tuple[int, int]) -> float:
-    """The share of `tokens` (B, M) that have one of `neighbours` (B, K) among their 8 neighbours."""
+def share_beside(tokens: Tensor, neighbors: Tensor, grid: tuple[int, int]) -> float:
+    """The share of `tokens` (B, M) that have one of `neighbors` (B, K) among their 8 neighbors."""
     rows, columns = (
-        index.unsqueeze(2) - other.unsqueeze(1) for index, other in coordinates(tokens, neighbours, grid)
+        index.unsqueeze(2) - other.unsqueeze(1) for index, other in coordinates(tokens, neighbors, grid)
     )
     return float((torch.maximum(rows.abs(), columns.abs()) == 1).any(dim=2).float().mean())
 
@@ -59,7 +59,7 @@ def draws(draw: st.DrawFn) -> tuple[tuple[int, int], Tensor, int, int, Tensor]:
     kept = draw(st.integers(1, tokens - visible))
     gen = generator(draw(st.integers(0, 2**32)))
     batch = draw(st.integers(1, 3))
-    return grid, random_order(batch, tokens, gen), visible, kept, random_order(batch, tokens, gen)
+    return grid, random_permutation(batch, tokens, gen), visible, kept, random_permutation(batch, tokens, gen)
 
 
 @pytest.mark.parametrize("name", FURTHEST)
@@ -85,7 +85,7 @@ def test_every_sampler_keeps_exactly_as_many_masked_tokens_as_asked_and_throws_t
     grid, order, visible, kept, rank = drawn
     masked = order[:, visible:]
     chosen = SAMPLERS[name](masked, order[:, :visible], grid, kept, rank)
-    thrown = not_kept(masked, chosen, order.shape[1])
+    thrown = complement(masked, chosen, order.shape[1])
     assert chosen.shape == (order.shape[0], kept)
     assert chosen.dtype == thrown.dtype == torch.int64
     together = torch.cat([chosen, thrown], dim=1).sort(dim=1).values
@@ -94,7 +94,7 @@ def test_every_sampler_keeps_exactly_as_many_masked_tokens_as_asked_and_throws_t
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_batch_is_sampled_as_its_samples_one_by_one(name: str) -> None:
-    plan, rank = paper_plan(16), random_order(16, 196, generator("rank"))
+    plan, rank = paper_plan(16), random_permutation(16, 196, generator("rank"))
     whole = SAMPLERS[name](plan.masked, plan.keep, (14, 14), 49, rank)
     for i in range(16):
         row = slice(i, i + 1)
@@ -115,7 +115,7 @@ def test_a_gpu_samples_the_same_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_sampling_is_per_sample_and_a_function_of_the_generator(name: str) -> None:
-    order = random_order(1, 196, generator("one mask")).expand(32, -1)
+    order = random_permutation(1, 196, generator("one mask")).expand(32, -1)
     plan = block_plans(order, (14, 14), [49])[0]
     kept = partial_plan(plan, 0.5, name, generator(1)).decode
     assert torch.equal(kept, partial_plan(plan, 0.5, name, generator(1)).decode)
@@ -125,7 +125,7 @@ def test_sampling_is_per_sample_and_a_function_of_the_generator(name: str) -> No
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samples_that_share_a_mask_share_what_is_decoded(name: str) -> None:
-    order = random_order(4, 196, generator("one mask"), per_batch=True)
+    order = random_permutation(4, 196, generator("one mask"), per_batch=True)
     (plan,) = block_plans(order, (14, 14), [49], shared=True)
     (alone,) = block_plans(order[:1], (14, 14), [49])
     found, one = partial_plan(plan, 0.5, name, generator(1)), partial_plan(alone, 0.5, name, generator(1))
@@ -136,7 +136,9 @@ def test_samples_that_share_a_mask_share_what_is_decoded(name: str) -> None:
 def test_where_furthest_sampling_begins_is_uniform() -> None:
     batch = 3000
     order = torch.arange(8).expand(batch, -1)
-    first = SAMPLERS["furthest"](order[:, 2:], order[:, :2], (2, 4), 1, random_order(batch, 8, generator(0)))
+    first = SAMPLERS["furthest"](
+        order[:, 2:], order[:, :2], (2, 4), 1, random_permutation(batch, 8, generator(0))
+    )
     counts = torch.bincount(first.flatten(), minlength=8)
     assert counts[:2].tolist() == [0, 0]
     assert (counts[2:] - batch / 6).abs().max() < 4 * (batch / 6) ** 0.5
@@ -166,7 +168,7 @@ def test_sampling_away_from_visible_tokens_covers_high_ratios_too() -> None:
 
 
 def test_cells_keep_one_diagonal_of_each_cell_as_far_as_the_count_allows() -> None:
-    plan, rank = paper_plan(64), random_order(64, 196, generator("rank"))
+    plan, rank = paper_plan(64), random_permutation(64, 196, generator("rank"))
     for kept in (20, 49, 110):
         chosen = SAMPLERS["cells"](plan.masked, plan.keep, (14, 14), kept, rank)
         diagonals = set()

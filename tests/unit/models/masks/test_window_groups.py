@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from bim.models.masks.window_groups import (
     WindowGroups,
     attention_cost,
-    fullest,
+    default_group_size,
+    knapsack,
+    num_table_rows,
+    optimal_group_size,
     pack,
-    released_size,
-    swept_size,
-    table_rows,
     window_groups,
     window_of,
     window_on,
@@ -72,9 +72,9 @@ def test_every_group_is_the_fullest_that_what_is_left_allows(counts: list[int], 
 
 
 def test_a_group_is_filled_exactly_where_the_first_windows_alone_would_not_fill_it() -> None:
-    assert fullest([6, 5, 4, 3], 10) == [0, 2]
-    assert fullest([5, 5, 5], 4) == []
-    assert fullest([], 4) == []
+    assert knapsack([6, 5, 4, 3], 10) == [0, 2]
+    assert knapsack([5, 5, 5], 4) == []
+    assert knapsack([], 4) == []
     assert pack([4, 5, 6, 5], 10) == ((1, 3), (2, 0))
 
 
@@ -85,9 +85,9 @@ def test_windows_that_are_empty_or_too_large_are_refused(counts: list[int], capa
 
 
 def test_the_released_rule_makes_one_group_of_few_tokens_and_else_takes_the_fullest_window() -> None:
-    assert released_size([[10] * 9 + [8]], (7, 7)) == 98
-    assert released_size([[10] * 9 + [9]], (7, 7)) == 10
-    assert released_size([[49, 49, 20], [40, 40, 38]], (7, 7)) == 49
+    assert default_group_size([[10] * 9 + [8]], (7, 7)) == 98
+    assert default_group_size([[10] * 9 + [9]], (7, 7)) == 10
+    assert default_group_size([[49, 49, 20], [40, 40, 38]], (7, 7)) == 49
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 64), st.integers(0, 10**6))
@@ -100,7 +100,7 @@ def test_the_sweep_finds_the_cheapest_of_all_sizes(counts: list[int], width: int
         size: attention_cost(max(len(pack(sample, size)) for sample in samples), size, width)
         for size in sizes
     }
-    assert costs[swept_size(samples, width)] == min(costs.values())
+    assert costs[optimal_group_size(samples, width)] == min(costs.values())
 
 
 def test_the_cost_is_the_papers() -> None:
@@ -134,12 +134,14 @@ def test_every_token_has_one_place_and_comes_back_to_its_own(
 ) -> None:
     groups = grouped(tokens, sweep)
     samples, count = tokens[0].shape
-    assert groups.slots.shape == (samples, groups.count * groups.size)
-    assert all(len(set(row)) == count for row in groups.places.tolist())
+    assert groups.token_of_slot.shape == (samples, groups.count * groups.size)
+    assert all(len(set(row)) == count for row in groups.slot_of_token.tolist())
     x = torch.randn(samples, count, 3)
     assert groups.group(x).shape == (samples, groups.count * groups.size, 3)
     assert torch.equal(groups.restore(groups.group(x)), x)
-    assert torch.equal(groups.slots.gather(1, groups.places), torch.arange(count).expand(samples, -1))
+    assert torch.equal(
+        groups.token_of_slot.gather(1, groups.slot_of_token), torch.arange(count).expand(samples, -1)
+    )
 
 
 @pytest.mark.parametrize("sweep", [False, True])
@@ -151,16 +153,18 @@ def test_a_token_sees_all_tokens_of_its_window_by_their_relative_positions_and_n
     rows, columns, grid, nominal, moved = tokens
     groups = grouped(tokens, sweep)
     window, shift = window_on(grid, nominal, moved)
-    assert groups.apart == table_rows(nominal)
+    assert groups.masked_row == num_table_rows(nominal)
     for sample in range(len(rows)):
         numbers = window_of(rows[sample], columns[sample], window, shift)
-        for token, place in enumerate(groups.places[sample].tolist()):
+        for token, place in enumerate(groups.slot_of_token[sample].tolist()):
             group, slot = divmod(place, groups.size)
             seen = {}
-            for other, pair in enumerate(groups.pairs[sample, group, slot].tolist()):
-                if pair != groups.apart:
-                    key = int(groups.slots[sample, group * groups.size + other])
-                    assert int(groups.places[sample, key]) == group * groups.size + other  # no slot left over
+            for other, pair in enumerate(groups.bias_rows[sample, group, slot].tolist()):
+                if pair != groups.masked_row:
+                    key = int(groups.token_of_slot[sample, group * groups.size + other])
+                    assert (
+                        int(groups.slot_of_token[sample, key]) == group * groups.size + other
+                    )  # no slot left over
                     seen[key] = divmod(pair, 2 * nominal[1] - 1)
             expected = {
                 int(key): (
@@ -176,15 +180,19 @@ def test_a_token_sees_all_tokens_of_its_window_by_their_relative_positions_and_n
 @settings(max_examples=50, deadline=None)
 def test_no_slot_sees_nothing(tokens: tuple[np.ndarray, np.ndarray, Pair, Pair, Pair]) -> None:
     groups = grouped(tokens, sweep=False)
-    assert (groups.pairs != groups.apart).any(dim=-1).all()
+    assert (groups.bias_rows != groups.masked_row).any(dim=-1).all()
 
 
 def test_groups_are_a_frozen_record_that_goes_to_a_device() -> None:
     rows, columns = np.divmod(np.arange(16)[None], 4)
     groups = window_groups(rows, columns, (2, 2), (0, 0), table=(2, 2), width=8)
-    assert (groups.count, groups.size, groups.in_order) == (4, 4, False)
+    assert (groups.count, groups.size, groups.is_identity) == (4, 4, False)
     with pytest.raises(FrozenInstanceError):
-        groups.apart = 3  # type: ignore[misc]
+        groups.masked_row = 3  # type: ignore[misc]
     moved = groups.to("meta")
-    assert {moved.slots.device.type, moved.places.device.type, moved.pairs.device.type} == {"meta"}
-    assert window_groups(rows[:, :8], columns[:, :8], (2, 2), (0, 0), (2, 2), 8).in_order
+    assert {
+        moved.token_of_slot.device.type,
+        moved.slot_of_token.device.type,
+        moved.bias_rows.device.type,
+    } == {"meta"}
+    assert window_groups(rows[:, :8], columns[:, :8], (2, 2), (0, 0), (2, 2), 8).is_identity

@@ -59,17 +59,17 @@ def test_gradients_are_sobels_over_reflected_edges_put_into_hard_bins() -> None:
     def mirrored(i: int, size: int) -> int:
         return -i if i < 0 else 2 * (size - 1) - i if i >= size else i
 
-    for colour in range(3):
+    for color in range(3):
         for y in range(8):
             for x in range(16):
 
-                def at(dy: int, dx: int, y: int = y, x: int = x, colour: int = colour) -> float:
-                    return image[0, colour, mirrored(y + dy, 8), mirrored(x + dx, 16)].item()
+                def at(dy: int, dx: int, y: int = y, x: int = x, color: int = color) -> float:
+                    return image[0, color, mirrored(y + dy, 8), mirrored(x + dx, 16)].item()
 
                 gx = sum(w * (at(d, -1) - at(d, 1)) for d, w in ((-1, 1), (0, 2), (1, 1)))
                 gy = sum(w * (at(-1, d) - at(1, d)) for d, w in ((-1, 1), (0, 2), (1, 1)))
                 index = math.floor(9 * math.atan2(gx, gy) / math.pi) % 9
-                expected[colour, index, y // 4, x // 4] += math.hypot(gx, gy)
+                expected[color, index, y // 4, x // 4] += math.hypot(gx, gy)
     found = HogTarget(4, cell=4, normalize=False).cells(image)
     torch.testing.assert_close(found.view(3, 9, 2, 4), expected.float())
 
@@ -81,21 +81,21 @@ def test_a_token_has_the_papers_number_of_values(unit: int, cell: int, width: in
     assert target(images()).shape == (2, (64 // unit) * (96 // unit), width)
 
 
-def test_every_colour_of_every_cell_has_length_one() -> None:
+def test_every_color_of_every_cell_has_length_one() -> None:
     for cell in LADDER:
         lengths = HogTarget(32, cell).cells(images()).unflatten(1, (3, 9)).norm(dim=2)
         torch.testing.assert_close(lengths, torch.ones_like(lengths))
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_flat_images_of_every_grey_level_have_zeros_only(normalize: bool) -> None:
+def test_flat_images_of_every_gray_level_have_zeros_only(normalize: bool) -> None:
     """Rounding leaves something of two thirds of these levels, which the norm would make as long as an edge."""
     levels = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1).expand(-1, 3, 16, 16)
     flat = normalize_images(levels, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert HogTarget(16, normalize=normalize)(flat).abs().max() == 0
 
 
-def test_one_grey_level_in_a_flat_cell_counts_as_an_edge() -> None:
+def test_one_gray_level_in_a_flat_cell_counts_as_an_edge() -> None:
     pixels = torch.full((1, 3, 8, 8), 100, dtype=torch.uint8)
     pixels[..., 4:] += 1
     cell = HogTarget(8).cells(normalize_images(pixels, (0.5,) * 3, (1.0,) * 3)).view(3, 9)
@@ -118,7 +118,7 @@ def test_a_tokens_values_run_by_channel_then_cell_row_then_cell_column() -> None
         assert torch.equal(tokens[:, 3 * row + column], expected)
 
 
-def test_a_channel_is_colour_by_colour_bin_after_bin() -> None:
+def test_a_channel_is_color_by_color_bin_after_bin() -> None:
     only_green = ramp(0) * torch.tensor([0.0, 1.0, 0.0]).view(1, 3, 1, 1)
     assert HogTarget(8).cells(only_green)[0, :, 1, 1].nonzero().flatten().tolist() == [9 + 4]
 
@@ -191,14 +191,14 @@ def test_a_vertical_edge_is_drawn_upright_and_a_rising_one_rising() -> None:
         assert (upright > rising) == (brightest == "upright")
 
 
-def test_nothing_predicted_is_grey_and_a_stronger_value_is_brighter() -> None:
+def test_nothing_predicted_is_gray_and_a_stronger_value_is_brighter() -> None:
     x, target = images(), HogTarget(16, 8)
     none = torch.zeros(2, 24, 108)
-    grey = target.to_image(none, x)
-    assert torch.equal(grey, grey[:1, :, :1, :1].expand_as(grey))
+    gray = target.to_image(none, x)
+    assert torch.equal(gray, gray[:1, :, :1, :1].expand_as(gray))
     one = none.clone()
     one[0, 5, 4 * 4] = 0.5  # red, bin 4, first cell of the token
-    drawn, twice = target.to_image(one, x) - grey, target.to_image(one * 2, x) - grey
+    drawn, twice = target.to_image(one, x) - gray, target.to_image(one * 2, x) - gray
     assert drawn[0, 0, 0:8, 80:88].max() > 0
     assert drawn.count_nonzero() == drawn[0, 0, 0:8, 80:88].count_nonzero()
     torch.testing.assert_close(twice, 2 * drawn, rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ def images() -> torch.Tensor:
     return torch.rand(2, 3, 8, 12, generator=generator("pixels"))
 
 
-def test_normalised_pixels_follow_the_papers_formula() -> None:
+def test_normalized_pixels_follow_the_papers_formula() -> None:
     target = PixelTarget(4)(images())
     patches = patchify(images(), 4)
     deviation = patches - patches.sum(-1, keepdim=True) / 48

@@ -135,7 +135,7 @@ def test_the_card_says_which_norm_the_embedding_has_gone_through(backbone: Backb
     resnet = open_backbone("resnet18", 4, {"img_size": 32, "layers": [1, 1, 1, 1]})
     shallow, whole = (render_card(resnet, depth, FACTS, SIZE) for depth in (2, 4))
     for card in (shallow, whole):
-        assert "The norm before the decoder has no place in this model and is left out" in card
+        assert "The decoder's norm has no place in this model and is left out" in card
         assert "its final norm" not in card
         assert "any size that is a multiple of" in card
     assert "embedding = model(x)[0].mean(dim=(2, 3))  # (1, 128)" in shallow

@@ -165,7 +165,7 @@ def test_every_level_of_a_pyramid_comes_back_and_its_card_tells_how_to_embed(
         folder = export_variant(pyramid, depth, model, tmp_path / folder_name(depth), CARD, image_size=size)
         expected = features(model, images)
         assert expected.shape == (2, pyramid.usage(depth).width)
-        torch.testing.assert_close(features(pyramid.reopen(folder, depth), images), expected)
+        torch.testing.assert_close(features(pyramid.load_exported(folder, depth), images), expected)
         card = (folder / "README.md").read_text()
         (line,) = [line for line in card.splitlines() if line.startswith("embedding = ")]
         call = line.removeprefix("embedding = ").partition("  #")[0]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bim.models.masks.plan import block_plans, random_order
+from bim.models.masks.plan import block_plans, random_permutation
 from bim.models.seeding import generator
 from bim.orchestrator.training.block_trainer import BlockTrainer, decay_groups
 from bim.orchestrator.training.build import build_local_mim
@@ -18,7 +18,7 @@ SPEC = PretrainSpec(
     mask_ratios=(0.5, 0.75),
     decoders=(DecoderSpec(1, 16, 2),) * 2,
 )
-PLANS = block_plans(random_order(4, 16, generator(0)), (4, 4), (8, 4))
+PLANS = block_plans(random_permutation(4, 16, generator(0)), (4, 4), (8, 4))
 IMAGES = torch.randn(4, 3, 16, 16, generator=generator("images"))
 
 

@@ -130,14 +130,14 @@ def test_a_batch_shares_its_mask_where_the_family_does_unless_told_otherwise(
 
     spec = replace(SWIN, mask_per_batch=asked)
     plan = mask_plans(spec, open_spec_backbone(spec), (96, 128), 4, step=0, micro=0)[2]
-    assert torch.equal(plan.order, plan.order[:1].expand(4, -1)) is shared
-    assert plan.layout is not None
-    assert plan.layout.levels[2].groups[0, 0].slots.shape[0] == (1 if shared else 4)  # type: ignore[attr-defined]
+    assert torch.equal(plan.permutation, plan.permutation[:1].expand(4, -1)) is shared
+    assert plan.encoder_indices is not None
+    assert plan.encoder_indices.levels[2].groups[0, 0].token_of_slot.shape[0] == (1 if shared else 4)  # type: ignore[attr-defined]
     for indices in (plan.decode, plan.thrown):
         assert indices.shape[1] > 0
         assert torch.equal(indices, indices[:1].expand(4, -1)) is shared
     vit = mask_plans(SPEC, open_spec_backbone(SPEC), (16, 16), 4, step=0, micro=0)[0]
-    assert not torch.equal(vit.order, vit.order[:1].expand(4, -1))
+    assert not torch.equal(vit.permutation, vit.permutation[:1].expand(4, -1))
 
 
 def test_an_error_is_told_with_its_place_when_the_step_is_settled() -> None:
