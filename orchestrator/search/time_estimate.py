@@ -53,7 +53,7 @@ def pace(spec: FamilySpec, data: DataSpec, device: str, threads: int) -> Pace:
 
         def train(images: int) -> None:
             nonlocal step
-            _, pixels = next(eval_images(source, splits.train[:images], data.size, images))
+            _, pixels = next(eval_images(source, splits.train[:images], data.phases[0].size, images))
             stage.train_step(Order(step, lr=0.0), Payload("uint8", pixels), None)
             step += 1
 
@@ -65,7 +65,7 @@ def pace(spec: FamilySpec, data: DataSpec, device: str, threads: int) -> Pace:
             for embedder in embedders.values():
                 embedder(pixels)
 
-        most = min(data.batch_size, MANY, len(splits.train))
+        most = min(data.phases[0].batch_size, MANY, len(splits.train))
         return Pace(_seconds_per_image(train, most), _seconds_per_image(embed, most))
     finally:
         torch.set_num_threads(before)

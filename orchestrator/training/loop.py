@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bim.orchestrator.data.errors import TooManyBadImages
+from bim.orchestrator.data.errors import TooManyCorruptImagesError
 from bim.orchestrator.data.phases import Phase, phase_at, steps_until
 from bim.orchestrator.training.callbacks import EpochReport, Listener, StopRequest
 from bim.orchestrator.training.checkpoint import CheckpointStore, Manifest, all_files
@@ -190,7 +190,7 @@ class _Loop:
             step, mark = self.step, self._plan.marks(self.step)
             if self._plan.turns(step):
                 self._settle(0)  # what is under way has another size
-            micros = self._plan.phase(step).micros
+            micros = self._plan.phase(step).grad_accum_steps
             for micro in range(micros):
                 last = micro == micros - 1
                 where = str(self._store.directory(step + 1)) if mark and last else None
@@ -249,7 +249,7 @@ class _Loop:
                 self.bad_images[name] = reason
                 self._listener.say(f"skipped an unreadable image: {name} ({reason})")
         if len(self.bad_images) > self._plan.max_bad_images:
-            raise TooManyBadImages(
+            raise TooManyCorruptImagesError(
                 f"{len(self.bad_images)} images could not be read, the last being {next(reversed(self.bad_images))}, and "
                 f"data.max_bad_fraction allows {self._plan.max_bad_images}; repair or remove them, or raise it"
             )
@@ -272,7 +272,7 @@ class _Loop:
             losses = {int(k[5:-5]): v for k, v in means.items() if k.endswith("/loss")}
             plan_wait = max((v for k, v in means.items() if k.endswith("/plan_wait_s")), default=0.0)
             wait, plan_wait = (
-                min(1.0, mean * phase.micros * steps / seconds)
+                min(1.0, mean * phase.grad_accum_steps * steps / seconds)
                 for mean in (means.get("data/wait_s", 0.0), plan_wait)
             )
             rate = self._epoch_images / seconds

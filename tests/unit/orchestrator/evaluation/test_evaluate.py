@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bim.models.tokens import normalize_images
-from bim.orchestrator.data.errors import BadImage
+from bim.orchestrator.data.errors import ImageDecodeError
 from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.evaluation import evaluate as evaluation
 from bim.orchestrator.evaluation.evaluate import evaluate_variants, rankme, raw_pixels
@@ -46,12 +46,12 @@ class Blobs:
     def load(self, index: int) -> Tensor:
         self.loads += 1
         if index in self.bad:
-            raise BadImage(self.item_name(index), "made so")
+            raise ImageDecodeError(self.sample_id(index), "made so")
         image = torch.randint(0, 120, (3, 16, 16), generator=torch.Generator().manual_seed(index))
         image[0 if index % 2 == 0 else 2] += 30
         return image.to(torch.uint8)
 
-    def item_name(self, index: int) -> str:
+    def sample_id(self, index: int) -> str:
         return f"blob {index}"
 
     def fingerprint(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bim.orchestrator.data.errors import TooManyBadImages
+from bim.orchestrator.data.errors import TooManyCorruptImagesError
 from bim.orchestrator.data.phases import PhaseSpec, constant, phases_on
 from bim.orchestrator.files import atomic_write
 from bim.orchestrator.training.callbacks import EpochReport, StopRequest
@@ -147,7 +147,7 @@ def test_no_more_than_the_window_is_under_way(tmp_path: Path) -> None:
 
 def test_micro_batches_come_in_order_and_only_the_last_is_marked(tmp_path: Path) -> None:
     stages = CountingStages()
-    run(stages, tmp_path, phases=constant(5, 8, micros=3))
+    run(stages, tmp_path, phases=constant(5, 8, grad_accum_steps=3))
     assert [(o.step, o.micro) for o in stages.orders[:6]] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     assert all(o.last_micro for o in stages.orders if o.checkpoint)
     assert stages.updates == 15
@@ -206,7 +206,7 @@ def test_a_stop_request_ends_with_a_checkpoint_of_where_the_run_stands(tmp_path:
 def test_too_many_unreadable_images_stop_the_run_and_name_the_last(tmp_path: Path) -> None:
     stages, ear = CountingStages(), Ear()
     stages.bad = {1: (("a.jpg", "truncated"),), 2: (("a.jpg", "truncated"),), 3: (("b.jpg", "empty"),)}
-    with pytest.raises(TooManyBadImages, match=r"2 images could not be read.*b\.jpg"):
+    with pytest.raises(TooManyCorruptImagesError, match=r"2 images could not be read.*b\.jpg"):
         run(stages, tmp_path, ear)
     assert sum("a.jpg" in text for text in ear.said) == 1
 
@@ -227,7 +227,7 @@ def test_the_pipeline_is_drained_where_a_phase_ends_and_its_last_step_is_saved(t
                 assert self._under_way == 0
             return super().submit(order)
 
-    phases = phases_on([PhaseSpec(0, (8, 8), 8), PhaseSpec(2, (16, 16), 4, micros=2)], images=40)
+    phases = phases_on([PhaseSpec(0, (8, 8), 8), PhaseSpec(2, (16, 16), 4, grad_accum_steps=2)], images=40)
     stages, ear = Watched(), Ear()
     run(stages, tmp_path, ear, phases=phases, checkpoint_epochs=2.5)
     assert [o.micros for o in stages.orders] == [1] * 10 + [2] * 10

@@ -14,7 +14,9 @@ def test_warms_up_linearly_then_falls_as_a_cosine_to_zero() -> None:
 
 
 def test_the_peak_follows_the_effective_batch() -> None:
-    assert peak_rate(1.5e-4, PhaseSpec(0, (8, 8), 512, micros=8)) == pytest.approx(1.5e-4 * 4096 / 256)
+    assert peak_rate(1.5e-4, PhaseSpec(0, (8, 8), 512, grad_accum_steps=8)) == pytest.approx(
+        1.5e-4 * 4096 / 256
+    )
 
 
 def test_no_warm_up_starts_at_the_peak() -> None:
@@ -22,7 +24,7 @@ def test_no_warm_up_starts_at_the_peak() -> None:
 
 
 def test_a_phase_with_another_batch_follows_the_same_curve_with_its_own_peak() -> None:
-    specs = [PhaseSpec(0, (8, 8), 64), PhaseSpec(2, (16, 16), 16, micros=2)]
+    specs = [PhaseSpec(0, (8, 8), 64), PhaseSpec(2, (16, 16), 16, grad_accum_steps=2)]
     changing, steady = phases_on(specs, 640), phases_on(specs[:1], 640)
     lr, plain = CosineSchedule(1.0, 0, 4, changing), CosineSchedule(1.0, 0, 4, steady)
     assert [lr(s) for s in range(20)] == [plain(s) for s in range(20)]
