@@ -1,5 +1,5 @@
 """The 1,797 scanned digits that scikit-learn carries, as a source: real images that need no download.
-For the demo and for tests; 8 x 8 pixels prove the machinery, not a method."""
+For the demo and for tests: 8 x 8 pixels are a smoke test, not an evaluation."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 
 
 class DigitsSource:
-    """1,797 grey digits, 8 x 8, ten classes. Values 0..16 are stretched to 0..255 and repeated to RGB."""
+    """1,797 gray digits, 8 x 8, ten classes. Values 0..16 are scaled to 0..255 and repeated to RGB."""
 
     name = "digits"
     fixed_splits: dict[str, np.ndarray] | None = None
     chunks = None
 
     def __init__(self) -> None:
-        from sklearn.datasets import load_digits  # seconds to import; workers get the arrays instead
+        from sklearn.datasets import load_digits  # takes seconds to import; workers unpickle the arrays
 
         digits = load_digits()
-        grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
-        self._images = np.repeat(grey[:, None], 3, axis=1)  # (1797, 3, 8, 8)
+        gray = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
+        self._images = np.repeat(gray[:, None], 3, axis=1)  # (1797, 3, 8, 8)
         self.labels: np.ndarray | None = digits.target.astype(np.int64)
-        self.class_names: tuple[str, ...] | None = tuple(str(d) for d in range(10))
+        self.class_names: tuple[str, ...] | None = tuple(str(digit) for digit in range(10))
 
     def __len__(self) -> int:
         return len(self._images)
@@ -33,7 +33,7 @@ class DigitsSource:
         """-> (3, 8, 8) uint8."""
         return torch.from_numpy(self._images[index])
 
-    def item_name(self, index: int) -> str:
+    def sample_id(self, index: int) -> str:
         return f"digit {index}"
 
     def fingerprint(self) -> str:

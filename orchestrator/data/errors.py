@@ -1,5 +1,4 @@
-"""The two ways in which data can be wrong: the whole source (`DataError`, ends the run before it starts) or one
-image of it (`ImageDecodeError`, replaced and counted). For the readers in this package and for the loop that counts."""
+"""Errors of the data: `DataError` for a source as a whole, `ImageDecodeError` for one image of it."""
 
 from __future__ import annotations
 
@@ -9,16 +8,21 @@ class DataError(ValueError):
 
 
 class ImageDecodeError(Exception):
-    """One record that is no readable image. `name` says which, `reason` why; neither depends on the process."""
+    """One image that cannot be decoded; the loader replaces and counts it.
 
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(name, reason)  # both as args, so that the exception survives pickling
-        self.name = name
+    Args:
+        sample_id: which image, as `Source.sample_id` gives it.
+        reason: why, equal in every process.
+    """
+
+    def __init__(self, sample_id: str, reason: str) -> None:
+        super().__init__(sample_id, reason)  # both as args, so that the exception survives pickling
+        self.sample_id = sample_id
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
+        return f"{self.sample_id}: {self.reason}"
 
 
 class TooManyCorruptImagesError(DataError):
-    """More images than `data.max_bad_fraction` could not be read."""
+    """More images than `data.max_bad_fraction` could not be decoded."""

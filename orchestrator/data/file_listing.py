@@ -1,5 +1,4 @@
-"""What file names tell: which files are images, which split a file or folder belongs to; and a compact table that
-keeps a million names cheap to pickle. For the folder and Parquet sources; knows nothing of pixels."""
+"""File names of a data set: which files are images, and which split a file or folder belongs to."""
 
 from __future__ import annotations
 
@@ -7,8 +6,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from bim.orchestrator.data.errors import DataError
 
@@ -42,52 +39,32 @@ def split_of_shard(path: Path) -> str | None:
 
 
 def walk(root: Path, extensions: Sequence[str]) -> Iterator[str]:
-    """Yield files below `root` that bear one of `extensions`, as relative names with forward slashes, in a fixed order.
+    """Yield files below `root` with one of `extensions`, as sorted relative names with forward slashes.
 
     Hidden files and folders (a leading dot, `__MACOSX`) are left out. Linked folders are followed, a folder that
-    contains itself through a link only once. Raises DataError for a folder that may not be listed.
+    contains itself through a link only once. Raises DataError for a folder that cannot be listed.
     """
-    endings = tuple("." + e for e in extensions)
-    seen: set[tuple[int, int]] = set()
+    suffixes = tuple("." + e for e in extensions)
+    visited: set[tuple[int, int]] = set()  # (device, inode)
 
-    def inside(folder: str, prefix: str) -> Iterator[str]:
+    def walk_folder(folder: str, prefix: str) -> Iterator[str]:
         try:
             status = os.stat(folder)
             with os.scandir(folder) as scanned:
                 entries = sorted(scanned, key=lambda entry: entry.name)
         except OSError as error:
             raise DataError(
-                f"the folder {folder} cannot be listed ({error.strerror}); make it readable or take it out of data.source"
+                f"the folder {folder} cannot be listed ({error.strerror}); make it readable or remove it from data.source"
             ) from error
-        if (status.st_dev, status.st_ino) in seen:
+        if (status.st_dev, status.st_ino) in visited:
             return
-        seen.add((status.st_dev, status.st_ino))
+        visited.add((status.st_dev, status.st_ino))
         for entry in entries:
             if entry.name.startswith((".", "__MACOSX")):
                 continue
             if entry.is_dir():
-                yield from inside(entry.path, prefix + entry.name + "/")
-            elif entry.name.lower().endswith(endings):
+                yield from walk_folder(entry.path, prefix + entry.name + "/")
+            elif entry.name.lower().endswith(suffixes):
                 yield prefix + entry.name
 
-    yield from inside(str(root), "")
-
-
-class NameTable(Sequence[str]):
-    """Immutable list of names held as one byte string and offsets: 1.28 million names pickle in milliseconds."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        encoded = [os.fsencode(name) for name in names]
-        self._offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
-        np.cumsum([len(name) for name in encoded], out=self._offsets[1:])
-        self._bytes = b"".join(encoded)
-
-    def __len__(self) -> int:
-        return len(self._offsets) - 1
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # Sequence's overloads: int -> str, slice -> list
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside 0..{len(self) - 1}")
-        return os.fsdecode(self._bytes[self._offsets[index] : self._offsets[index + 1]])
+    yield from walk_folder(str(root), "")

@@ -1,5 +1,5 @@
-"""Which column of a Parquet schema holds the images and which the labels: by the user's word, by the Hugging Face
-metadata, else by type and name. For `ParquetSource`; reads schemas, no rows."""
+"""The image column and the label column of a Parquet schema: by the settings, by the Hugging Face metadata, else by
+type and name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LABEL_NAMES = ("label", "labels")
 
 @dataclass(frozen=True)
 class Columns:
-    """image: column name; leaf: what to read of it ("image.bytes" for a struct); label and its class names, if any."""
+    """image: column name; leaf: the part of it to read ("image.bytes" for a struct); label and its class names, if any."""
 
     image: str
     leaf: str
@@ -26,30 +26,30 @@ class Columns:
     class_names: tuple[str, ...] | None
 
 
-def find_columns(schema: pa.Schema, where: str, image: str | None, label: str | None) -> Columns:
-    """Columns of `schema`. where: the file, for messages; image, label: the user's choice. Raises DataError."""
+def find_columns(schema: pa.Schema, file: str, image: str | None, label: str | None) -> Columns:
+    """Columns of `schema`. file: for messages; image, label: of the settings. Raises DataError."""
     features = _huggingface_features(schema)
-    image = _image_column(schema, features, where, image)
-    label = _label_column(schema, features, where, label)
+    image = _image_column(schema, features, file, image)
+    label = _label_column(schema, features, file, label)
     names = features.get(label, {}).get("names") if label is not None else None
     leaf = f"{image}.bytes" if pa.types.is_struct(schema.field(image).type) else image
     return Columns(image, leaf, label, None if names is None else tuple(str(n) for n in names))
 
 
-def _image_column(schema: pa.Schema, features: Mapping[str, Any], where: str, wanted: str | None) -> str:
-    listed = "it has " + ", ".join(f"{field.name}: {field.type}" for field in schema)
+def _image_column(schema: pa.Schema, features: Mapping[str, Any], file: str, requested: str | None) -> str:
+    columns = "it has " + ", ".join(f"{field.name}: {field.type}" for field in schema)
     usable = [field.name for field in schema if _holds_bytes(field.type)]
-    if wanted is not None:
-        if wanted not in schema.names:
-            raise DataError(f"{where} has no column {wanted!r}, the data.image_column asked for; {listed}")
-        if wanted not in usable:
+    if requested is not None:
+        if requested not in schema.names:
+            raise DataError(f"{file} has no column {requested!r}, which data.image_column names; {columns}")
+        if requested not in usable:
             raise DataError(
-                f"column {wanted!r} of {where} holds no image bytes (binary, or struct<bytes, path>); {listed}"
+                f"column {requested!r} of {file} holds no image bytes (binary, or struct<bytes, path>); {columns}"
             )
-        return wanted
+        return requested
     if not usable:
         raise DataError(
-            f"{where} has no image column (binary, or struct<bytes, path> as Hugging Face writes it); {listed}; "
+            f"{file} has no image column (binary, or struct<bytes, path> as Hugging Face writes it); {columns}; "
             "set data.source to Parquet files that hold the images themselves"
         )
     declared = [name for name in usable if features.get(name, {}).get("_type") == "Image"]
@@ -59,23 +59,23 @@ def _image_column(schema: pa.Schema, features: Mapping[str, Any], where: str, wa
             return candidates[0]
     if named:
         return named[0]
-    raise DataError(f"{where} has several columns that may hold images; set data.image_column: {listed}")
+    raise DataError(f"{file} has several columns that may hold images; set data.image_column: {columns}")
 
 
 def _label_column(
-    schema: pa.Schema, features: Mapping[str, Any], where: str, wanted: str | None
+    schema: pa.Schema, features: Mapping[str, Any], file: str, requested: str | None
 ) -> str | None:
-    listed = ", ".join(f"{field.name}: {field.type}" for field in schema)
-    if wanted is not None:
-        if wanted not in schema.names:
+    columns = ", ".join(f"{field.name}: {field.type}" for field in schema)
+    if requested is not None:
+        if requested not in schema.names:
             raise DataError(
-                f"{where} has no column {wanted!r}, the data.label_column asked for; it has {listed}"
+                f"{file} has no column {requested!r}, which data.label_column names; it has {columns}"
             )
-        if not _is_label(schema.field(wanted).type):
+        if not _is_label(schema.field(requested).type):
             raise DataError(
-                f"column {wanted!r} of {where} holds neither integers nor strings; it has {listed}"
+                f"column {requested!r} of {file} holds neither integers nor strings; it has {columns}"
             )
-        return wanted
+        return requested
     usable = [field.name for field in schema if _is_label(field.type)]
     declared = [name for name in usable if features.get(name, {}).get("_type") == "ClassLabel"]
     named = [name for name in LABEL_NAMES if name in usable]
@@ -84,18 +84,18 @@ def _label_column(
     return named[0] if named else None
 
 
-def _holds_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return any(field.name == "bytes" and _is_binary(field.type) for field in kind)
-    return _is_binary(kind)
+def _holds_bytes(dtype: pa.DataType) -> bool:
+    if pa.types.is_struct(dtype):
+        return any(field.name == "bytes" and _is_binary(field.type) for field in dtype)
+    return _is_binary(dtype)
 
 
-def _is_binary(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+def _is_binary(dtype: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype))
 
 
-def _is_label(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind))
+def _is_label(dtype: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(dtype) or pa.types.is_string(dtype) or pa.types.is_large_string(dtype))
 
 
 def _huggingface_features(schema: pa.Schema) -> dict[str, Any]:

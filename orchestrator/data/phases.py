@@ -1,7 +1,7 @@
-"""The phases of a run: from which epoch on images have which size and batches how many images. Pure arithmetic.
+"""Resolution phases of a run: from which epoch on images have which size and batches how many images.
 
-One frozen record that the loader, the loop and the learning rate read, so that they cannot disagree about what step 1,234
-is; resuming inside any phase is a look-up. Serves FastMIM's growing resolution; a run without one has a single phase.
+The loader, the loop and the learning rate read the same frozen records, so that they agree about every step, and
+resuming inside any phase is a lookup. FastMIM's growing resolution has several phases, other runs have one.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from bim.orchestrator.data.errors import DataError
+
 
 @dataclass(frozen=True)
 class PhaseSpec:
-    """What a phase asks for.
+    """A phase as the settings ask for it.
 
     Args:
-        first_epoch: counted from 0; a phase lasts until the next one begins, the last one for ever.
+        first_epoch: counted from 0; a phase lasts until the next one begins, the last one to the end of the run.
         size: (height, width) in pixels of its training crops.
         batch_size: images per micro-batch.
         grad_accum_steps: micro-batches per optimizer step.
@@ -27,9 +29,14 @@ class PhaseSpec:
     batch_size: int
     grad_accum_steps: int = 1
 
+    def __post_init__(self) -> None:
+        for key, count in (("batch_size", self.batch_size), ("accumulate", self.grad_accum_steps)):
+            if count < 1:
+                raise ValueError(f"data.{key} is {count}; give at least 1")
+
     @property
     def images_per_step(self) -> int:
-        """The effective batch."""
+        """The effective batch size."""
         return self.batch_size * self.grad_accum_steps
 
 
@@ -42,15 +49,15 @@ class Phase(PhaseSpec):
 
     def epoch_of(self, step: int) -> tuple[int, int]:
         """(epoch, step within it) of optimizer step `step` of this phase."""
-        epoch, within = divmod(step - self.first_step, self.steps_per_epoch)
-        return self.first_epoch + epoch, within
+        epoch, step_in_epoch = divmod(step - self.first_step, self.steps_per_epoch)
+        return self.first_epoch + epoch, step_in_epoch
 
 
-def phases_on(specs: Sequence[PhaseSpec], images: int) -> tuple[Phase, ...]:
-    """The phases on `images` training images. Images that fill no whole step are left out of an epoch.
+def phases_on(specs: Sequence[PhaseSpec], images: int, source: str = "the data") -> tuple[Phase, ...]:
+    """The phases on `images` training images of `source`. Images that fill no whole step are left out of an epoch.
 
-    Raises ValueError if the first phase does not begin with epoch 0, if a later one does not begin after the one before,
-    or if a phase's step needs more images than there are.
+    Raises ValueError if the first phase does not begin with epoch 0 or if a later one does not begin after its
+    predecessor, DataError if a step needs more images than there are.
     """
     if not specs or specs[0].first_epoch != 0:
         raise ValueError("the first phase of a run begins with epoch 0")
@@ -59,16 +66,18 @@ def phases_on(specs: Sequence[PhaseSpec], images: int) -> tuple[Phase, ...]:
             raise ValueError(
                 f"a phase begins with epoch {after.first_epoch}, and the one before it with epoch {before.first_epoch}"
             )
-    found: list[Phase] = []
+    phases: list[Phase] = []
     for spec in specs:
         steps = images // spec.images_per_step
         if steps == 0:
-            raise ValueError(f"{images} images are fewer than the {spec.images_per_step} of one step")
-        first = found[-1].first_step if found else 0
-        if found:
-            first += (spec.first_epoch - found[-1].first_epoch) * found[-1].steps_per_epoch
-        found.append(Phase(spec.first_epoch, spec.size, spec.batch_size, spec.grad_accum_steps, first, steps))
-    return tuple(found)
+            times = f" x data.accumulate={spec.grad_accum_steps}" if spec.grad_accum_steps > 1 else ""
+            raise DataError(
+                f"{source} has {images} images to train on, fewer than one step's data.batch_size={spec.batch_size}"
+                f"{times}; lower data.batch_size to {max(1, images // spec.grad_accum_steps)} or less"
+            )
+        first_step = steps_until(phases, spec.first_epoch) if phases else 0
+        phases.append(Phase(**vars(spec), first_step=first_step, steps_per_epoch=steps))
+    return tuple(phases)
 
 
 def phase_at(phases: Sequence[Phase], step: int) -> Phase:
@@ -77,7 +86,7 @@ def phase_at(phases: Sequence[Phase], step: int) -> Phase:
 
 
 def steps_until(phases: Sequence[Phase], epoch: int) -> int:
-    """How many optimizer steps the first `epoch` epochs have."""
+    """Number of optimizer steps in the first `epoch` epochs."""
     phase = next(phase for phase in reversed(phases) if phase.first_epoch <= epoch)
     return phase.first_step + (epoch - phase.first_epoch) * phase.steps_per_epoch
 
@@ -85,5 +94,5 @@ def steps_until(phases: Sequence[Phase], epoch: int) -> int:
 def constant(
     steps_per_epoch: int, batch_size: int, grad_accum_steps: int = 1, size: tuple[int, int] = (0, 0)
 ) -> tuple[Phase, ...]:
-    """A run that does not change: one phase with so many optimizer steps per epoch."""
+    """The single phase of a run whose size and batch do not change."""
     return (Phase(0, size, batch_size, grad_accum_steps, 0, steps_per_epoch),)

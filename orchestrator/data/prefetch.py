@@ -1,14 +1,15 @@
-"""Worker processes that fill batches ahead of their consumer, every worker a slice of each batch.
-Knows nothing of images: what fills a slice is a picklable `Reader`. For `TrainBatches`.
+"""Worker processes that fill batches ahead of their consumer; every worker fills a slice of each batch.
 
-Workers are fresh interpreters, not forks, so that a process with threads (a Ray actor, a notebook) can have them, and
-they do not import the caller's main script. Pixels travel through one memory file shared by all, which no limit on
-/dev/shm touches; messages travel through a pipe per worker, whose end is also the end of the worker: when the consumer
-dies, however it dies, its workers do. POSIX only."""
+Workers are new interpreters, not forks, so that a process with threads (a Ray actor, a notebook) can have them, and
+they do not import the caller's main script. Batches travel through a ring of slots in one anonymous memory file,
+messages through a pipe per worker; the end of a pipe ends its worker, so workers end with their consumer. POSIX only.
+
+DATALOADER_TABLE"""
 
 from __future__ import annotations
 
 import itertools
+import math
 import mmap
 import os
 import pickle
@@ -19,17 +20,23 @@ import tempfile
 import traceback
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from typing import IO, Protocol
 
 import numpy as np
 
-_AHEAD = 3  # batches in memory: one being copied out, two being filled
-_PATIENCE_S = 5.0  # for a worker to end after its pipe was closed
+PREFETCH_BATCHES = 3  # slots of the ring: one being copied out, two being filled
+JOIN_TIMEOUT_S = 5.0  # for a worker to end after its pipe is closed
 
-# The first thing a worker runs. Its import path is the consumer's, so that Ray's working_dir and editable installs hold.
-_BOOT = "import sys; sys.path[:] = {path!r}; from bim.orchestrator.data.prefetch import serve; serve(*{arguments!r})"
+# A worker has the import path of its consumer, so that Ray's working_dir and editable installs hold
+_BOOTSTRAP = (
+    "import sys; sys.path[:] = {path!r}; "
+    "from bim.orchestrator.data.prefetch import run_worker; run_worker(*{arguments!r})"
+)
+
+BadItems = Sequence[tuple[str, str]]  # (sample id, reason), in order of position
 
 
 class Reader(Protocol):
@@ -38,17 +45,9 @@ class Reader(Protocol):
     @property
     def batch_shape(self) -> tuple[int, ...]: ...
 
-    def fill(self, out: np.ndarray, number: int, start: int) -> list[tuple[str, str]]:
-        """Write items start..start+len(out)-1 of batch `number` to `out`; -> (name, reason) of bad items met."""
+    def fill(self, out: np.ndarray, number: int, start: int) -> BadItems:
+        """Write items start..start+len(out)-1 of batch `number` to `out` (uint8); returns the bad items met."""
         ...
-
-
-@dataclass(frozen=True)
-class Filled:
-    """One batch: items uint8 of the reader's batch_shape, owned by the caller; bad items in order of position."""
-
-    items: np.ndarray
-    bad: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -58,164 +57,156 @@ class _Worker:
 
 
 class Prefetcher:
-    """Serves batch after batch, in order and ahead of time; any other number is sought anew. One consumer thread."""
+    """Serves batches by number; the batches after the last requested one are filled ahead. For one consumer thread."""
 
     def __init__(self, reader: Reader, workers: int) -> None:
         """Start `workers` processes (at least 1, at most one per item of a batch)."""
-        size = reader.batch_shape[0]
-        count = min(workers, size)
-        self._shape = (_AHEAD, *reader.batch_shape)
-        self._pending: deque[tuple[int, int]] = deque()  # (batch number, slot), in the order of asking
+        batch_size = reader.batch_shape[0]
+        count = min(workers, batch_size)
+        bounds = [batch_size * w // count for w in range(count + 1)]
+        shape = (PREFETCH_BATCHES, *reader.batch_shape)
+        self._pending: deque[tuple[int, int]] = deque()  # (batch number, slot), in the order of the requests
         self._failure = ""
-        edges = [size * w // count for w in range(count + 1)]
         self._workers: list[_Worker] = []
-        # ends the workers too when the consumer forgets to close, or the interpreter ends
-        self._end = weakref.finalize(self, _end_workers, self._workers)
+        # Ends the workers also when the consumer does not close, or when the interpreter ends
+        self._finalizer = weakref.finalize(self, _end_workers, self._workers)
         with (
-            _memory_file(size=int(np.prod(self._shape))) as memory,
-            _memory_file(pickle.dumps((reader, self._shape))) as state,  # never waits, unlike a pipe
+            _anonymous_file(size=math.prod(shape)) as slots,
+            _anonymous_file(pickle.dumps((reader, shape))) as state,  # unlike a pipe it never blocks
         ):
-            self._memory = _map(memory.fileno(), self._shape)
-            for start, stop in itertools.pairwise(edges):
-                self._workers.append(_start_worker(memory.fileno(), state.fileno(), start, stop))
+            self._slots = _map_slots(slots.fileno(), shape)
+            for start, stop in itertools.pairwise(bounds):
+                self._workers.append(_start_worker(slots.fileno(), state.fileno(), start, stop))
 
-    def get(self, number: int) -> Filled:
-        """Batch `number`. Raises what the reader raised for it, RuntimeError if a worker died."""
-        if self._failure:  # a caller that has asked ahead reads the cause each time
+    def get(self, number: int) -> tuple[np.ndarray, BadItems]:
+        """Batch `number`: items uint8 of the reader's batch_shape, owned by the caller, and its bad items.
+
+        Raises what the reader raised for it, RuntimeError if a worker died.
+        """
+        if self._failure:  # every request names the cause
             raise RuntimeError(self._failure)
-        if not self._end.alive:
+        if not self._finalizer.alive:
             raise RuntimeError("the data workers are closed; make a new loader to go on")
         while self._pending and self._pending[0][0] != number:
-            self._collect()  # a jump: what was asked in vain is waited for, then dropped
+            self._receive()  # a jump drops the prefetched batches
         if not self._pending:
-            self._ask(number, 0)
-        while len(self._pending) < _AHEAD:
-            last, slot = self._pending[-1]
-            self._ask(last + 1, (slot + 1) % _AHEAD)
-        slot, bad, error = self._collect()
+            self._request(number, 0)
+        while len(self._pending) < PREFETCH_BATCHES:
+            last_number, last_slot = self._pending[-1]
+            self._request(last_number + 1, (last_slot + 1) % PREFETCH_BATCHES)
+        slot, bad, error = self._receive()
         if error is not None:
             raise error
-        return Filled(self._memory[slot].copy(), bad)
+        return self._slots[slot].copy(), bad
 
     def close(self) -> None:
-        """End all workers and wait until they are gone. Harmless if done twice."""
-        self._end()
+        """End all workers and wait until they are gone; idempotent."""
+        self._finalizer()
 
-    @property
-    def pids(self) -> tuple[int, ...]:
-        """Process numbers of the workers."""
-        return tuple(worker.process.pid for worker in self._workers)
-
-    def _ask(self, number: int, slot: int) -> None:
+    def _request(self, number: int, slot: int) -> None:
         request = pickle.dumps((number, slot))
         for worker in self._workers:
-            self._send(worker, request)
+            try:
+                worker.pipe.send_bytes(request)
+            except OSError:
+                raise self._worker_died(worker) from None
         self._pending.append((number, slot))
 
-    def _collect(self) -> tuple[int, tuple[tuple[str, str], ...], Exception | None]:
-        """Wait until the oldest batch asked for is filled; -> its slot, bad items, error."""
+    def _receive(self) -> tuple[int, BadItems, Exception | None]:
+        """Wait until the oldest requested batch is filled; -> its slot, bad items, first error."""
         _, slot = self._pending.popleft()
         bad: list[tuple[str, str]] = []
         error: Exception | None = None
         try:
             for worker in self._workers:
                 try:
-                    found, failure = pickle.loads(worker.pipe.recv_bytes())
+                    slice_bad, slice_error = pickle.loads(worker.pipe.recv_bytes())
                 except (EOFError, OSError):
-                    raise self._death(worker) from None
-                bad.extend(found)
-                error = error or failure
-        except BaseException:  # an interrupt between two answers: which answer is whose would be lost
+                    raise self._worker_died(worker) from None
+                bad.extend(slice_bad)
+                error = error or slice_error
+        except BaseException:  # an interrupt between two answers loses which answer belongs to which request
             self.close()
             raise
         return slot, tuple(bad), error
 
-    def _send(self, worker: _Worker, message: bytes) -> None:
-        try:
-            worker.pipe.send_bytes(message)
-        except OSError:
-            raise self._death(worker) from None
-
-    def _death(self, worker: _Worker) -> RuntimeError:
+    def _worker_died(self, worker: _Worker) -> RuntimeError:
         """The error for a dead worker; ends the others."""
         try:
-            code: int | None = worker.process.wait(_PATIENCE_S)
+            status: int | None = worker.process.wait(JOIN_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            code = None
-        place = f"data worker {self._workers.index(worker) + 1} of {len(self._workers)} (process {worker.process.pid})"
+            status = None
         self.close()
-        if code is not None and code < 0:
-            cause = f"was killed by {signal.Signals(-code).name}"
+        if status is not None and status < 0:
+            cause = f"was killed by {signal.Signals(-status).name}"
             advice = "SIGKILL mostly means that memory ran out: lower data.workers or data.batch_size"
         else:
-            cause = f"ended with exit status {code}"
-            advice = "what it wrote to standard error says why"
-        self._failure = f"{place} {cause}; {advice}"
+            cause = f"ended with exit status {status}"
+            advice = "its standard error holds the cause"
+        number = self._workers.index(worker) + 1
+        self._failure = (
+            f"data worker {number} of {len(self._workers)} (process {worker.process.pid}) {cause}; {advice}"
+        )
         return RuntimeError(self._failure)
 
 
-def serve(pipe_fd: int, memory_fd: int, state_fd: int, start: int, stop: int) -> None:
-    """A worker's whole life: take the reader, then fill items start..stop-1 of batches until the pipe closes."""
-    import torch
-
+def run_worker(pipe_fd: int, slots_fd: int, state_fd: int, start: int, stop: int) -> None:
+    """The main function of a worker: load the reader, then fill items start..stop-1 of batches until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the consumer's to answer
-    torch.set_num_threads(1)
     with mmap.mmap(state_fd, 0, access=mmap.ACCESS_READ) as state:
         reader, shape = pickle.loads(state)
-    memory = _map(memory_fd, shape)
+    slots = _map_slots(slots_fd, shape)
     pipe = Connection(pipe_fd)
     try:
         while True:
             number, slot = pickle.loads(pipe.recv_bytes())
             try:
-                answer = pickle.dumps((reader.fill(memory[slot, start:stop], number, start), None))
-            except Exception as error:
-                answer = pickle.dumps(([], _portable(error)))
+                answer = pickle.dumps((reader.fill(slots[slot, start:stop], number, start), None))
+            except Exception as error:  # the consumer raises it
+                answer = pickle.dumps(([], _picklable(error)))
             pipe.send_bytes(answer)
     except (EOFError, ConnectionError):
         return  # the consumer has closed, or is gone
 
 
-def _portable(error: Exception) -> Exception:
-    """`error` with the worker's traceback as a note, as itself if it survives pickling, else as a RuntimeError."""
+def _picklable(error: Exception) -> Exception:
+    """`error` with the worker's traceback as a note, as a RuntimeError if it does not survive pickling."""
     note = f"in a data worker:\n{''.join(traceback.format_exception(error))}"
     try:
-        same = pickle.loads(pickle.dumps(error))
-    except Exception:  # an exception's constructor may do anything
-        same = RuntimeError(f"{type(error).__name__}: {error}")
-    same.add_note(note)
-    return same
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:  # the constructor of an exception may raise anything
+        copy = RuntimeError(f"{type(error).__name__}: {error}")
+    copy.add_note(note)
+    return copy
 
 
-def _start_worker(memory_fd: int, state_fd: int, start: int, stop: int) -> _Worker:
-    ours, theirs = Pipe(duplex=True)
-    arguments = (theirs.fileno(), memory_fd, state_fd, start, stop)
-    boot = _BOOT.format(path=sys.path, arguments=arguments)
-    # one thread per worker, set before its torch is imported; the accelerator belongs to the consumer
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with theirs:
+def _start_worker(slots_fd: int, state_fd: int, start: int, stop: int) -> _Worker:
+    consumer_end, worker_end = Pipe(duplex=True)
+    with worker_end:
+        arguments = (worker_end.fileno(), slots_fd, state_fd, start, stop)
         process = subprocess.Popen(
-            [sys.executable, "-c", boot],
+            [sys.executable, "-c", _BOOTSTRAP.format(path=sys.path, arguments=arguments)],
             stdin=subprocess.DEVNULL,
             pass_fds=arguments[:3],
-            env=env,
+            # One thread per worker, set before it imports torch; the accelerator belongs to the consumer
+            env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         )
-    return _Worker(process, ours)
+    return _Worker(process, consumer_end)
 
 
 def _end_workers(workers: list[_Worker]) -> None:
     for worker in workers:
         worker.pipe.close()
-        worker.process.terminate()  # they own nothing that a sudden end could hurt
+        worker.process.terminate()  # a worker owns nothing that needs an orderly end
     for worker in workers:
         try:
-            worker.process.wait(_PATIENCE_S)
+            worker.process.wait(JOIN_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             worker.process.kill()
             worker.process.wait()
 
 
-def _memory_file(content: bytes = b"", size: int = 0) -> IO[bytes]:
+def _anonymous_file(content: bytes = b"", size: int = 0) -> IO[bytes]:
     """An open file without a name that holds `content`, or `size` zeros: in memory on Linux, on the disk elsewhere."""
     create = getattr(os, "memfd_create", None)
     file = os.fdopen(create("bim-data"), "w+b") if create else tempfile.TemporaryFile()  # noqa: SIM115
@@ -225,6 +216,6 @@ def _memory_file(content: bytes = b"", size: int = 0) -> IO[bytes]:
     return file
 
 
-def _map(fd: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The shared memory as uint8 of `shape`: (slot, item, ...)."""
-    return np.frombuffer(mmap.mmap(fd, int(np.prod(shape))), dtype=np.uint8).reshape(shape)
+def _map_slots(fd: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The shared memory as uint8 of `shape` (slot, item, ...)."""
+    return np.frombuffer(mmap.mmap(fd, math.prod(shape)), dtype=np.uint8).reshape(shape)

@@ -1,5 +1,5 @@
-"""What a data set is to the rest of the package, and how a user's `data.source` becomes one.
-A source gives single images by number; splits, order, crops and batches are others' business. Downloads nothing."""
+"""The protocol of a data source, which gives single images by number, and the function that opens `data.source`.
+Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ import numpy as np
 from torch import Tensor
 
 from bim.orchestrator.data.digits import DigitsSource
-from bim.orchestrator.data.errors import DataError, ImageDecodeError
+from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.data.file_listing import IMAGE_EXTENSIONS, walk
 from bim.orchestrator.data.folder import FolderSource
 from bim.orchestrator.data.parquet import ParquetSource
 from bim.orchestrator.data.sampler import Chunks
 from bim.orchestrator.data.torchvision_source import TorchvisionSource
-
-__all__ = ["SOURCES", "DataError", "ImageDecodeError", "Source", "open_source"]
 
 
 class Source(Protocol):
@@ -26,12 +24,12 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """As the user named it."""
+        """As the user gave it."""
         ...
 
     @property
     def labels(self) -> np.ndarray | None:
-        """(n,) int64 from 0, or None if some image has none."""
+        """(n,) int64 from 0, or None unless every image has one."""
         ...
 
     @property
@@ -44,7 +42,7 @@ class Source(Protocol):
 
     @property
     def chunks(self) -> Chunks | None:
-        """Images that are cheap to read together; None if it makes no difference."""
+        """Images that are cheap to read together; None for random access at equal cost."""
         ...
 
     def __len__(self) -> int: ...
@@ -53,18 +51,18 @@ class Source(Protocol):
         """Image number `index` -> (3, H, W) uint8 RGB, not to be written to. Raises ImageDecodeError."""
         ...
 
-    def item_name(self, index: int) -> str:
-        """What a person can find the image by."""
+    def sample_id(self, index: int) -> str:
+        """A name by which a person finds the image."""
         ...
 
     def fingerprint(self) -> str:
-        """Short hash of what the data is; cheap, equal for equal data on another machine."""
+        """Short hash that identifies the data; cheap, equal for equal data on another machine."""
         ...
 
 
-def _open_digits(rest: str) -> Source:
-    if rest:
-        raise DataError(f"data.source 'digits' takes nothing behind it, and {rest!r} is; write 'digits'")
+def _open_digits(argument: str) -> Source:
+    if argument:
+        raise DataError(f"data.source 'digits' takes no argument, got {argument!r}; write 'digits'")
     return DigitsSource()
 
 
@@ -72,15 +70,15 @@ SOURCES: dict[str, Callable[[str], Source]] = {"digits": _open_digits, "torchvis
 
 
 def open_source(source: str, image_column: str | None = None, label_column: str | None = None) -> Source:
-    """Open what `data.source` names.
+    """Open `data.source`.
 
-    source: "digits"; "torchvision:NAME[:ROOT]"; a folder of images; a Parquet file or a folder of them (a folder that
-    bears one of these names is meant by "./digits"). The columns apply to Parquet. Raises DataError for a path that
+    source: "digits"; "torchvision:NAME[:ROOT]"; a folder of images; a Parquet file or a folder of them (a folder
+    called "digits" is given as "./digits"). The columns apply to Parquet. Raises DataError for a path that
     does not exist, a folder without images, a Parquet file without an image column, ...
     """
-    kind, _, rest = source.partition(":")
-    if kind in SOURCES:
-        opened = SOURCES[kind](rest)
+    scheme, _, argument = source.partition(":")
+    if scheme in SOURCES:
+        opened = SOURCES[scheme](argument)
     else:
         path = Path(source).expanduser()
         if not source or not path.exists():
@@ -89,32 +87,30 @@ def open_source(source: str, image_column: str | None = None, label_column: str 
                 "or 'digits', or 'torchvision:NAME:ROOT'"
             )
         if path.is_dir():
-            shards, images = _listed(path)
+            shards, images = _list_files(path)
         elif path.suffix.lower() == ".parquet":
             shards, images = [path], []
         else:
-            raise DataError(
-                f"data.source {source!r} is a file, but no .parquet; name a folder of images instead"
-            )
+            raise DataError(f"data.source {source!r} is a file, but not .parquet; give a folder of images")
         if shards:
             return ParquetSource(path, shards, image_column, label_column)
         opened = FolderSource(path, images)
     if image_column is not None or label_column is not None:
         raise DataError(
-            f"data.image_column and data.label_column apply to Parquet, and data.source {source!r} is none; unset them"
+            f"data.image_column and data.label_column apply to Parquet, unlike data.source {source!r}; unset them"
         )
     return opened
 
 
-def _listed(folder: Path) -> tuple[list[Path], list[str]]:
+def _list_files(folder: Path) -> tuple[list[Path], list[str]]:
     """Parquet shards and image names below `folder`; one of the two is empty."""
-    found = list(walk(folder, (*IMAGE_EXTENSIONS, "parquet")))
-    # metadata.parquet beside images describes them (Hugging Face's image folder); it holds none
-    shards = [n for n in found if n.lower().endswith(".parquet") and Path(n).name != "metadata.parquet"]
-    images = [n for n in found if not n.lower().endswith(".parquet")]
+    names = list(walk(folder, (*IMAGE_EXTENSIONS, "parquet")))
+    # metadata.parquet beside images describes them (Hugging Face's image folder)
+    shards = [n for n in names if n.lower().endswith(".parquet") and Path(n).name != "metadata.parquet"]
+    images = [n for n in names if not n.lower().endswith(".parquet")]
     if shards and images:
         raise DataError(
             f"the folder {folder} holds Parquet files ({shards[0]}) and images ({images[0]}); "
-            "set data.source to a sub-folder or file with one kind"
+            "set data.source to a subfolder or file of one kind"
         )
     return [folder / n for n in shards], images

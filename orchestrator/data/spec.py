@@ -10,7 +10,7 @@ from bim.orchestrator.data.phases import PhaseSpec
 from bim.orchestrator.data.source import Source, open_source
 from bim.orchestrator.data.splits import Splits, make_splits
 
-CROP_RATIO = (3 / 4, 4 / 3)  # aspect of a training crop; MAE and torchvision use the same
+CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a training crop, as in MAE and torchvision
 
 
 @dataclass(frozen=True)
@@ -18,20 +18,16 @@ class DataSpec:
     """A source, its split and its augmentation; opening it twice gives the same images in the same order.
 
     Args:
-        batch_size: images per micro-batch.
-        accumulate: micro-batches per optimizer step.
-        size: (height, width) in pixels of a training crop.
-        crop_scale: range of the crop's share of the image area.
-        seed: of order and augmentation.
-        fingerprint: what `open` must find; None takes whatever is there.
-        later: from which epoch on crops have another size, and batches another number of images.
+        phases: sizes of crops and batches, by epoch.
+        workers: worker processes of the training batches.
+        crop_scale: range of the crop's fraction of the image area.
         split_seed: of the split into train, val and test, apart from `seed` so that runs with other seeds share it.
+        seed: of permutation and augmentation.
+        fingerprint: that `open` checks; None accepts any.
     """
 
     source: str
-    batch_size: int
-    size: tuple[int, int]
-    accumulate: int = 1
+    phases: tuple[PhaseSpec, ...]
     image_column: str | None = None
     label_column: str | None = None
     workers: int = 0
@@ -42,7 +38,6 @@ class DataSpec:
     split_seed: int = 0
     seed: int = 0
     fingerprint: str | None = None
-    later: tuple[PhaseSpec, ...] = ()
 
     def open(self) -> tuple[Source, Splits]:
         """The source and its split. Raises DataError with one sentence when it cannot be read."""
@@ -50,12 +45,12 @@ class DataSpec:
         if self.fingerprint is not None and source.fingerprint() != self.fingerprint:
             raise DataError(
                 f"the images of {self.source} have changed since this run began (files added, removed or rewritten), so its "
-                "splits would no longer be the same; bring them back, or start a new run"
+                "splits would no longer be the same; restore them, or start a new run"
             )
         return source, make_splits(source, self.split_seed, self.val_fraction, self.test_fraction)
 
     def train_batches(self) -> TrainBatches:
-        """The training batches, indexed by step."""
+        """Open the data and return its training batches, indexed by step."""
         return self.batches_of(*self.open())
 
     def batches_of(self, source: Source, splits: Splits) -> TrainBatches:
@@ -63,13 +58,10 @@ class DataSpec:
         return TrainBatches(
             source,
             splits.train,
-            batch_size=self.batch_size,
-            accumulate=self.accumulate,
-            size=self.size,
+            self.phases,
             crop_scale=self.crop_scale,
             crop_ratio=CROP_RATIO,
             flip=self.flip,
             seed=self.seed,
             workers=self.workers,
-            later=self.later,
         )

@@ -1,5 +1,5 @@
-"""A torchvision data set that is already on the disk, as a source. Downloads nothing, applies no transforms.
-For users whose data has a class in `torchvision.datasets` (CIFAR10, MNIST, STL10, ...)."""
+"""A data set of `torchvision.datasets` (CIFAR10, MNIST, STL10, ...) that is on the disk, as a source.
+Nothing is downloaded and no transform applied."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from bim.orchestrator.data.decode import image_to_rgb
+from bim.orchestrator.data.decode import DECODER_ERRORS, decoder_message, image_to_rgb
 from bim.orchestrator.data.errors import DataError, ImageDecodeError
 
 DEFAULT_ROOT = "data"
 
 
 class TorchvisionSource:
-    """`torchvision.datasets.NAME` below ROOT: its training part followed by its test part, if it has the two.
+    """`torchvision.datasets.NAME` below ROOT: its training split followed by its test split, if it has both.
 
-    Labels are what the data set keeps as `targets` or `labels`; without such a list of integers there are none.
+    Labels are the integers of its `targets` or `labels`, if it has them.
     Workers open the data set themselves.
     """
 
@@ -41,7 +41,7 @@ class TorchvisionSource:
                 "train": np.arange(self._starts[1], dtype=np.int64),
                 "test": np.arange(self._starts[1], self._starts[2], dtype=np.int64),
             }
-        labels = [found for part in parts if (found := _labels(part)) is not None]
+        labels = [values for part in parts if (values := _labels(part)) is not None]
         self.labels: np.ndarray | None = np.concatenate(labels) if len(labels) == len(parts) else None
         classes = getattr(parts[0], "classes", None)
         self.class_names = None if self.labels is None or classes is None else tuple(str(c) for c in classes)
@@ -61,14 +61,12 @@ class TorchvisionSource:
         try:
             image = self._parts()[part][index - int(self._starts[part])][0]
             if not isinstance(image, Image.Image):
-                raise TypeError(f"it is a {type(image).__name__}, not an image")
+                raise ValueError(f"it is a {type(image).__name__}, not an image")
             return image_to_rgb(image)
-        except MemoryError:
-            raise
-        except Exception as error:  # damaged files raise errors of every kind
-            raise ImageDecodeError(self.item_name(index), " ".join(str(error).split())) from error
+        except DECODER_ERRORS as error:
+            raise ImageDecodeError(self.sample_id(index), decoder_message(error)) from error
 
-    def item_name(self, index: int) -> str:
+    def sample_id(self, index: int) -> str:
         return f"{self._dataset} {index}"
 
     def fingerprint(self) -> str:
@@ -88,25 +86,25 @@ class TorchvisionSource:
 
 
 def _open_parts(name: str, root: Path) -> list[Any]:
-    from torchvision import datasets  # imports all of its data sets, so only when asked for
+    from torchvision import datasets  # slow: imports all of its data sets
 
     if name not in datasets.__all__:
         raise DataError(
             f"torchvision has no data set {name!r}; names are those of torchvision.datasets, such as 'torchvision:CIFAR10'"
         )
-    kind = getattr(datasets, name)
-    accepted = inspect.signature(kind).parameters
+    dataset_class = getattr(datasets, name)
+    parameters = inspect.signature(dataset_class).parameters
     choices: list[dict[str, Any]] = [{}]
-    if "train" in accepted:
+    if "train" in parameters:
         choices = [{"train": True}, {"train": False}]
-    elif "split" in accepted:
+    elif "split" in parameters:
         choices = [{"split": "train"}, {"split": "test"}]
     try:
-        return [kind(root=str(root), **choice) for choice in choices]
+        return [dataset_class(root=str(root), **choice) for choice in choices]
     except (RuntimeError, OSError, ValueError, TypeError) as error:
         raise DataError(
             f"torchvision's {name} cannot be opened below {root} ({' '.join(str(error).split())}); download it there "
-            f"first, or name the folder: 'torchvision:{name}:ROOT'"
+            f"first, or give its folder: 'torchvision:{name}:ROOT'"
         ) from error
 
 

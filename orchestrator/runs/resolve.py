@@ -187,12 +187,9 @@ def resolution_phases(settings: Settings, backbone: Backbone) -> tuple[PhaseSpec
 def data_spec(settings: Settings, backbone: Backbone) -> DataSpec:
     """The data that the settings name, as crops of the sizes that the run wants; not opened yet."""
     data = settings.data
-    first, *later = resolution_phases(settings, backbone)
     return DataSpec(
         source=data.source,
-        batch_size=first.batch_size,
-        size=first.size,
-        accumulate=first.grad_accum_steps,
+        phases=resolution_phases(settings, backbone),
         image_column=data.image_column,
         label_column=data.label_column,
         workers=data.workers,
@@ -202,5 +199,4 @@ def data_spec(settings: Settings, backbone: Backbone) -> DataSpec:
         test_fraction=data.test_fraction,
         split_seed=data.split_seed,
         seed=settings.seed,
-        later=tuple(later),
     )

@@ -53,7 +53,7 @@ def measure_throughput(spec: PretrainSpec, data: DataSpec, device: str, threads:
 
         def train(images: int) -> None:
             nonlocal step
-            _, pixels = next(eval_images(source, splits.train[:images], data.size, images))
+            _, pixels = next(eval_images(source, splits.train[:images], data.phases[0].size, images))
             stage.train_step(StepRequest(step, lr=0.0), Payload("uint8", pixels), None)
             step += 1
 
@@ -65,7 +65,7 @@ def measure_throughput(spec: PretrainSpec, data: DataSpec, device: str, threads:
             for embedder in embedders.values():
                 embedder(pixels)
 
-        most = min(data.batch_size, MAX_BATCH, len(splits.train))
+        most = min(data.phases[0].batch_size, MAX_BATCH, len(splits.train))
         return Throughput(_seconds_per_image(train, most), _seconds_per_image(embed, most))
     finally:
         torch.set_num_threads(before)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bim.orchestrator.data.phases import PhaseSpec
 from bim.orchestrator.training.stage_group import InProcessStages
 from tests.integration.tiny import Ear, data, differing, family, growing, hierarchy, in_process, state, train
 
@@ -37,7 +38,8 @@ def test_cut_off_at_a_step_and_resumed(tmp_path: Path, unbroken: Path, step: int
 
 def test_accumulated_micro_batches_resume_too(tmp_path: Path) -> None:
     def stages() -> InProcessStages:
-        return InProcessStages(family(), data(accumulate=2).train_batches, ((0, 1), (2, 3)), threads=1)
+        two_micro_batches = data(phases=(PhaseSpec(0, (16, 16), 16, grad_accum_steps=2),))
+        return InProcessStages(family(), two_micro_batches.train_batches, ((0, 1), (2, 3)), threads=1)
 
     def at_step(done: int) -> None:
         if done == 13:

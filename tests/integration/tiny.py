@@ -46,8 +46,7 @@ def family(blocks: int = 4, **changes: Any) -> PretrainSpec:
 def data(**changes: Any) -> DataSpec:
     settings: dict[str, Any] = {
         "source": "digits",
-        "batch_size": 16,
-        "size": (16, 16),
+        "phases": (PhaseSpec(0, (16, 16), 16),),
         "flip": False,
         "seed": 3,
     }
@@ -58,8 +57,8 @@ def growing() -> tuple[PretrainSpec, DataSpec, tuple[Phase, ...]]:
     """A family that uses all at once: three image sizes, one with accumulated steps, thrown tokens, boundary noise."""
     throw = DecoderSpec(1, 32, 2, throw_ratio=0.25)
     spec = family(decoders=(throw,) * 4, boundary_noise=0.25)
-    later = (PhaseSpec(1, (24, 24), 128, grad_accum_steps=2), PhaseSpec(3, (32, 32), 128))
-    images = data(batch_size=256, later=later)
+    growing_sizes = (PhaseSpec(0, (16, 16), 256), PhaseSpec(1, (24, 24), 128, 2), PhaseSpec(3, (32, 32), 128))
+    images = data(phases=growing_sizes)
     return spec, images, replace(images, workers=0).train_batches().phases
 
 
@@ -75,7 +74,7 @@ def hierarchy() -> tuple[PretrainSpec, DataSpec, tuple[Phase, ...]]:
         decoders=tuple(DecoderSpec(1, 32, 2, throw_ratio=ratio) for ratio in (0.4, 0.3, 0.0, 0.0)),
         targets=tuple(TargetSpec("hog", {"cell": cell}) for cell in (4, 8, 16, 32)),
     )
-    images = data(size=(64, 64), batch_size=32, test_fraction=0.82, later=(PhaseSpec(1, (96, 96), 32),))
+    images = data(phases=(PhaseSpec(0, (64, 64), 32), PhaseSpec(1, (96, 96), 32)), test_fraction=0.82)
     return spec, images, replace(images, workers=0).train_batches().phases
 
 
@@ -90,7 +89,7 @@ def shifted() -> tuple[PretrainSpec, DataSpec]:
         "window_size": 3,
     }
     spec = replace(twins, backbone="swin_tiny_patch4_window7_224", model_args=args)
-    return spec, data(size=(96, 96), batch_size=16, test_fraction=0.82)
+    return spec, data(phases=(PhaseSpec(0, (96, 96), 16),), test_fraction=0.82)
 
 
 def layout(stages: int = 4, blocks: int = 4) -> StageLayout:

@@ -1,4 +1,4 @@
-"""Small image files, folders and Parquet shards for the tests of this folder, written by hand-made code."""
+"""Small image files, folders and Parquet shards for the tests of this folder, written without the package."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def shard(tmp_path: Path) -> Callable[..., Path]:
         plain: bool = False,
     ) -> Path:
         """A Parquet file with picture(n) for n in numbers, `group` rows per row group."""
-        cells = [encoded(picture(n)) for n in numbers]
+        files = [encoded(picture(n)) for n in numbers]
         if plain:
-            images = pa.array(cells, type=pa.binary())
+            images = pa.array(files, type=pa.binary())
         else:
             kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
             images = pa.array(
-                [{"bytes": c, "path": f"{n}.png"} for n, c in zip(numbers, cells, strict=True)], kind
+                [{"bytes": data, "path": f"{n}.png"} for n, data in zip(numbers, files, strict=True)], kind
             )
         columns = {"image": images}
         if labels is not None:

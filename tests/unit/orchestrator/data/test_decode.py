@@ -35,11 +35,11 @@ EXIF_SIDES = {
 }
 
 
-def png(width: int, height: int, depth: int, colour: int, scanlines: bytes, extra: bytes = b"") -> bytes:
+def png(width: int, height: int, depth: int, color: int, scanlines: bytes, extra: bytes = b"") -> bytes:
     """A PNG file put together from its chunks; scanlines without filter bytes."""
     stride = len(scanlines) // height
     rows = b"".join(b"\0" + scanlines[r * stride : (r + 1) * stride] for r in range(height))
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
@@ -67,7 +67,7 @@ def rgb(data: bytes) -> np.ndarray:
     return decoded.permute(1, 2, 0).numpy()
 
 
-def test_grey_is_repeated_over_the_channels():
+def test_gray_is_repeated_over_the_channels():
     assert rgb(png(2, 1, 8, 0, bytes([7, 200]))).tolist() == [[[7, 7, 7], [200, 200, 200]]]
 
 
@@ -79,32 +79,32 @@ def test_rgb_is_kept():
     assert rgb(png(1, 2, 8, 2, bytes([1, 2, 3, 4, 5, 6]))).tolist() == [[[1, 2, 3]], [[4, 5, 6]]]
 
 
-def test_transparent_pixels_are_laid_on_white():
+def test_transparent_pixels_are_blended_with_white():
     # alpha 0, 255 and 51 = 0.2: 0.2 * 100 + 0.8 * 255 = 224
     pixels = bytes([10, 20, 30, 0, 10, 20, 30, 255, 100, 100, 100, 51])
     assert rgb(png(3, 1, 8, 6, pixels)).tolist() == [[[255] * 3, [10, 20, 30], [224] * 3]]
 
 
-def test_grey_with_alpha_is_laid_on_white():
+def test_gray_with_alpha_is_blended_with_white():
     assert rgb(png(2, 1, 8, 4, bytes([9, 0, 9, 255]))).tolist() == [[[255] * 3, [9] * 3]]
 
 
-def test_palette_with_transparent_entry_is_laid_on_white():
+def test_palette_with_transparent_entry_is_blended_with_white():
     palette = chunk(b"PLTE", bytes([200, 0, 0, 0, 200, 0])) + chunk(b"tRNS", bytes([0, 255]))
     assert rgb(png(2, 1, 8, 3, bytes([0, 1]), palette)).tolist() == [[[255, 255, 255], [0, 200, 0]]]
 
 
-def test_palette_without_transparency_gives_its_colours():
+def test_palette_without_transparency_gives_its_colors():
     palette = chunk(b"PLTE", bytes([200, 0, 0, 0, 200, 0]))
     assert rgb(png(2, 1, 8, 3, bytes([1, 0]), palette)).tolist() == [[[0, 200, 0], [200, 0, 0]]]
 
 
-def test_colour_key_of_an_rgb_png_is_transparent():
+def test_color_key_of_an_rgb_png_is_transparent():
     key = chunk(b"tRNS", struct.pack(">HHH", 1, 2, 3))
     assert rgb(png(2, 1, 8, 2, bytes([1, 2, 3, 4, 5, 6]), key)).tolist() == [[[255] * 3, [4, 5, 6]]]
 
 
-def test_16_bit_grey_keeps_the_high_byte():
+def test_16_bit_gray_keeps_the_high_byte():
     assert rgb(png(3, 1, 16, 0, struct.pack(">HHH", 0, 0x80FF, 0xFFFF))).tolist() == [
         [[0] * 3, [128] * 3, [255] * 3]
     ]
@@ -114,32 +114,32 @@ def test_16_bit_rgb_keeps_the_high_byte():
     assert rgb(png(1, 1, 16, 2, struct.pack(">HHH", 0x0102, 0x8000, 0xFFFF))).tolist() == [[[1, 128, 255]]]
 
 
-def test_16_bit_rgba_is_laid_on_white():
+def test_16_bit_rgba_is_blended_with_white():
     pixels = struct.pack(">8H", 0x0102, 0x8000, 0xFFFF, 0xFFFF, 0x0102, 0x8000, 0xFFFF, 0)
     assert rgb(png(2, 1, 16, 6, pixels)).tolist() == [[[1, 128, 255], [255] * 3]]
 
 
-def test_16_bit_grey_tiff_and_pgm_keep_the_high_byte():
-    grey = np.array([[0, 0x1234, 0xFFFF]], dtype=np.uint16)
-    assert rgb(saved(Image.fromarray(grey), "TIFF"))[0, :, 0].tolist() == [0, 0x12, 255]
-    assert rgb(b"P5 3 1 65535\n" + grey.astype(">u2").tobytes())[0, :, 0].tolist() == [0, 0x12, 255]
+def test_16_bit_gray_tiff_and_pgm_keep_the_high_byte():
+    gray = np.array([[0, 0x1234, 0xFFFF]], dtype=np.uint16)
+    assert rgb(saved(Image.fromarray(gray), "TIFF"))[0, :, 0].tolist() == [0, 0x12, 255]
+    assert rgb(b"P5 3 1 65535\n" + gray.astype(">u2").tobytes())[0, :, 0].tolist() == [0, 0x12, 255]
 
 
 def test_cmyk_becomes_rgb():
     inks = np.array([[[0, 0, 0, 0], [255, 0, 0, 0], [0, 0, 0, 255], [51, 102, 0, 51]]], dtype=np.uint8)
     image = Image.frombytes("CMYK", (4, 1), inks.tobytes())
     c, m, y, k = inks.astype(float).transpose(2, 0, 1) / 255
-    wanted = np.stack([(1 - c) * (1 - k), (1 - m) * (1 - k), (1 - y) * (1 - k)], axis=2) * 255
-    assert np.abs(rgb(saved(image, "TIFF")) - wanted).max() <= 1
+    expected = np.stack([(1 - c) * (1 - k), (1 - m) * (1 - k), (1 - y) * (1 - k)], axis=2) * 255
+    assert np.abs(rgb(saved(image, "TIFF")) - expected).max() <= 1
     blocks = image.resize((64, 16), Image.Resampling.NEAREST)
-    got = rgb(saved(blocks, "JPEG", quality=98))[8, 8::16]
-    assert np.abs(got - wanted[0]).max() <= 6
+    decoded = rgb(saved(blocks, "JPEG", quality=98))[8, 8::16]
+    assert np.abs(decoded - expected[0]).max() <= 6
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", EXIF_SIDES)
 def test_exif_orientation_is_undone(orientation: int, kind: str):
-    upright = np.zeros((16, 32), dtype=np.uint8)  # four grey fields: 0, 80 over 160, 240
+    upright = np.zeros((16, 32), dtype=np.uint8)  # four gray fields: 0, 80 over 160, 240
     upright[:8, 16:], upright[8:, :16], upright[8:, 16:] = 80, 160, 240
     height, width = upright.shape
     rows, columns = EXIF_SIDES[orientation]
@@ -153,9 +153,9 @@ def test_exif_orientation_is_undone(orientation: int, kind: str):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = saved(Image.fromarray(stored).convert("RGB"), kind, exif=exif, quality=98)
-    got = rgb(data)
-    assert got.shape == (16, 32, 3)
-    assert np.abs(got[4::8, 8::16].astype(int) - upright[4::8, 8::16, None]).max() <= 6
+    decoded = rgb(data)
+    assert decoded.shape == (16, 32, 3)
+    assert np.abs(decoded[4::8, 8::16].astype(int) - upright[4::8, 8::16, None]).max() <= 6
 
 
 @pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
@@ -166,21 +166,21 @@ def test_fast_jpeg_path_equals_pillow_on_photographs(name: str):
         data,
         *(saved(photograph, "JPEG", quality=q, subsampling=s) for q, s in ((30, 2), (90, 0))),
     ):
-        wanted = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(version))).convert("RGB"))
-        assert np.array_equal(rgb(version), wanted)
+        expected = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(version))).convert("RGB"))
+        assert np.array_equal(rgb(version), expected)
 
 
-def test_grey_jpeg_has_three_equal_channels():
-    got = rgb(saved(Image.new("L", (8, 8), 77), "JPEG"))
-    assert (got == 77).all()
+def test_gray_jpeg_has_three_equal_channels():
+    decoded = rgb(saved(Image.new("L", (8, 8), 77), "JPEG"))
+    assert (decoded == 77).all()
 
 
-def test_first_picture_of_an_animation_counts():
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ((255, 0, 0), (0, 255, 0))]
+def test_first_frame_of_an_animation_counts():
+    frames = [Image.new("RGB", (4, 4), color) for color in ((255, 0, 0), (0, 255, 0))]
     assert rgb(saved(frames[0], "GIF", save_all=True, append_images=frames[1:]))[0, 0].tolist() == [255, 0, 0]
 
 
-def test_damaged_exif_does_not_cost_the_picture():
+def test_damaged_exif_leaves_the_pixels():
     exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\xff" * 20
     assert rgb(saved(Image.new("RGB", (8, 8)), "JPEG", exif=exif)).shape == (8, 8, 3)
 
@@ -210,13 +210,13 @@ def test_formats_whose_readers_start_programs_are_not_tried():
 
 def test_flipped_bytes_are_bad_or_decoded_but_nothing_else():
     noise = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
-    chance = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     for kind in ("JPEG", "PNG", "GIF", "TIFF"):
         data = saved(Image.fromarray(noise), kind)
         for _ in range(40):
             damaged = bytearray(data)
-            for place in chance.integers(0, len(data), 5):
-                damaged[place] = chance.integers(256)
+            for position in rng.integers(0, len(data), 5):
+                damaged[position] = rng.integers(256)
             try:
                 decode_rgb(bytes(damaged), "x")
             except ImageDecodeError as error:
@@ -243,6 +243,12 @@ def test_32_bit_pixels_of_unknown_range_are_bad():
         decode_rgb(data, "x")
 
 
-def test_bad_image_survives_pickling():
+def test_an_error_of_the_program_is_not_a_bad_image(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(Image.Image, "convert")
+    with pytest.raises(AttributeError, match="convert"):
+        decode_rgb(png(1, 1, 8, 2, bytes(3)), "x")
+
+
+def test_decode_error_survives_pickling():
     error = pickle.loads(pickle.dumps(ImageDecodeError("a.png", "cut short")))
-    assert (error.name, error.reason, str(error)) == ("a.png", "cut short", "a.png: cut short")
+    assert (error.sample_id, error.reason, str(error)) == ("a.png", "cut short", "a.png: cut short")

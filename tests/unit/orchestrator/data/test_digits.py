@@ -26,4 +26,4 @@ def test_a_copy_is_equal_and_has_the_same_fingerprint():
     copy = pickle.loads(pickle.dumps(source))
     assert torch.equal(copy.load(1796), source.load(1796))
     assert copy.fingerprint() == source.fingerprint()
-    assert copy.item_name(7) == "digit 7"
+    assert copy.sample_id(7) == "digit 7"

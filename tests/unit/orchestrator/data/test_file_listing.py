@@ -1,25 +1,10 @@
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import pytest
 
-from bim.orchestrator.data.file_listing import NameTable, split_of_folder, split_of_shard, walk
-
-
-def test_name_table_returns_what_was_put_in():
-    names = ["a.png", "ä/ü.png", "", "caf\udce9.png"]  # the last is no UTF-8 on the disk
-    table = pickle.loads(pickle.dumps(NameTable(names)))
-    assert list(table) == names
-    assert table[1:3] == names[1:3]
-    with pytest.raises(IndexError, match="outside"):
-        table[4]
-
-
-def test_a_hundred_thousand_names_pickle_to_their_own_size():
-    names = [f"n{k:08d}/{k:08d}.jpeg" for k in range(100_000)]
-    assert len(pickle.dumps(NameTable(names))) < sum(map(len, names)) + 900_000
+from bim.orchestrator.data.file_listing import split_of_folder, split_of_shard, walk
 
 
 @pytest.mark.parametrize(

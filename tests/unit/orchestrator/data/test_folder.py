@@ -17,7 +17,7 @@ Shows = Callable[[Tensor, int], bool]
 def test_flat_folder_has_no_labels_and_keeps_pixels(image_folder: Make, shows: Shows):
     source = FolderSource(image_folder("b.png", "a.png"))
     assert len(source) == 2
-    assert source.item_name(0) == "a.png"
+    assert source.sample_id(0) == "a.png"
     assert shows(source.load(0), 1)
     assert source.labels is source.class_names is source.fixed_splits is source.chunks is None
 
@@ -41,7 +41,7 @@ def test_other_layouts_have_no_labels(image_folder: Make, names: tuple[str, ...]
     assert FolderSource(image_folder(*names)).labels is None
 
 
-def test_split_directories_are_splits_and_no_classes(image_folder: Make):
+def test_split_directories_are_not_classes(image_folder: Make):
     source = FolderSource(image_folder("train/1.png", "train/2.png", "validation/1.png", "test/1.png"))
     assert source.labels is None
     assert source.fixed_splits is not None
@@ -83,7 +83,7 @@ def test_damaged_and_vanished_files_are_bad_images(image_folder: Make):
     for index, reason in enumerate(("truncated", "cannot be read: No such file", "empty")):
         with pytest.raises(ImageDecodeError, match=reason) as caught:
             source.load(index)
-        assert caught.value.name == "abc"[index] + ".png"
+        assert caught.value.sample_id == "abc"[index] + ".png"
 
 
 def test_a_copy_in_another_process_opens_the_same_files(
@@ -105,3 +105,14 @@ def test_fingerprint_follows_names_and_sizes_but_not_the_place(image_folder: Mak
     assert FolderSource(again).fingerprint() != first
     (again / "b.png").unlink()
     assert FolderSource(again).fingerprint() != first
+
+
+def test_any_name_survives_pickling():
+    names = ["a.png", "ä/ü.png", "caf\udce9.png"]  # the last is no UTF-8 on the disk
+    copy = pickle.loads(pickle.dumps(FolderSource(Path("/images"), names)))
+    assert [copy.sample_id(index) for index in range(len(copy))] == names
+
+
+def test_a_hundred_thousand_names_pickle_to_their_own_size():
+    names = [f"n{k:08d}-{k:08d}.jpeg" for k in range(100_000)]
+    assert len(pickle.dumps(FolderSource(Path("/images"), names))) < sum(map(len, names)) + 900_000

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bim.orchestrator.data.crops import centre_view
+from bim.orchestrator.data.crops import center_crop_resize
 from bim.orchestrator.data.digits import DigitsSource
 from bim.orchestrator.data.errors import DataError, TooManyCorruptImagesError
 from bim.orchestrator.data.folder import FolderSource
@@ -19,19 +19,24 @@ from bim.orchestrator.data.source import Source
 Make = Callable[..., Path]
 
 
-def train_batches(source: Source, **settings: Any) -> TrainBatches:
-    defaults: dict[str, Any] = {
+def train_batches(
+    source: Source,
+    size: tuple[int, int] = (6, 10),
+    batch_size: int = 4,
+    grad_accum_steps: int = 1,
+    later: tuple[PhaseSpec, ...] = (),
+    **changes: Any,
+) -> TrainBatches:
+    settings: dict[str, Any] = {
         "indices": np.arange(len(source)),
-        "batch_size": 4,
-        "accumulate": 1,
-        "size": (6, 10),
+        "phases": (PhaseSpec(0, size, batch_size, grad_accum_steps), *later),
         "crop_scale": (0.2, 1.0),
         "crop_ratio": (3 / 4, 4 / 3),
         "flip": True,
         "seed": 0,
         "workers": 0,
     }
-    return TrainBatches(source, **defaults | settings)
+    return TrainBatches(source, **settings | changes)
 
 
 def same(first: Batch, second: Batch) -> bool:
@@ -44,39 +49,39 @@ def test_batches_have_the_asked_shape_and_belong_to_the_caller():
     assert first.images.shape == (4, 3, 6, 10)
     assert first.images.dtype == np.uint8
     assert first.load_s > 0
-    kept = first.images.copy()
+    before = first.images.copy()
     first.images[:] = 0
-    assert np.array_equal(batches.batch(0).images, kept)
+    assert np.array_equal(batches.batch(0).images, before)
 
 
 def test_an_epoch_visits_every_image_at_most_once(image_folder: Make):
     names = [f"{n:02d}.png" for n in range(11)]
     source = FolderSource(image_folder(*names))
-    seen: list[int] = []
+    loaded: list[int] = []
 
-    class Watched(FolderSource):
+    class RecordingSource(FolderSource):
         def load(self, index: int):  # type: ignore[no-untyped-def]
-            seen.append(index)
+            loaded.append(index)
             return super().load(index)
 
-    batches = train_batches(Watched(source.root), batch_size=2, accumulate=2)
+    batches = train_batches(RecordingSource(source.root), batch_size=2, grad_accum_steps=2)
     assert batches.steps_per_epoch == 2  # 11 images, 4 per step
     for epoch in range(3):
-        seen.clear()
+        loaded.clear()
         for step in (0, 1):
-            for micro in (0, 1):
-                batches.batch(2 * epoch + step, micro)
-        assert len(set(seen)) == len(seen) == 8
+            for micro_step in (0, 1):
+                batches.batch(2 * epoch + step, micro_step)
+        assert len(set(loaded)) == len(loaded) == 8
 
 
-def test_content_is_a_function_of_seed_step_and_micro():
-    batches, again = (train_batches(DigitsSource(), accumulate=2) for _ in range(2))
-    other = train_batches(DigitsSource(), accumulate=2, seed=1)
+def test_content_is_a_function_of_seed_step_and_micro_step():
+    batches, again = (train_batches(DigitsSource(), grad_accum_steps=2) for _ in range(2))
+    other = train_batches(DigitsSource(), grad_accum_steps=2, seed=1)
     in_order = {(s, m): batches.batch(s, m) for s in range(3) for m in (0, 1)}
     far = batches.batch(1000, 1)  # epochs later
-    for place in reversed(list(in_order)):
-        assert same(again.batch(*place), in_order[place])
-        assert not same(other.batch(*place), in_order[place])
+    for key in reversed(list(in_order)):
+        assert same(again.batch(*key), in_order[key])
+        assert not same(other.batch(*key), in_order[key])
     assert same(again.batch(1000, 1), far)
 
 
@@ -144,17 +149,20 @@ def test_fewer_images_than_a_batch_are_refused_with_both_numbers():
     with pytest.raises(DataError, match=r"has 7 images .* data\.batch_size=8; lower data\.batch_size to 7"):
         train_batches(DigitsSource(), indices=np.arange(7), batch_size=8)
     with pytest.raises(DataError, match=r"7 images .* data\.batch_size=4 x data\.accumulate=2; .* to 3"):
-        train_batches(DigitsSource(), indices=np.arange(7), batch_size=4, accumulate=2)
+        train_batches(DigitsSource(), indices=np.arange(7), batch_size=4, grad_accum_steps=2)
 
 
-@pytest.mark.parametrize("setting", ["batch_size", "accumulate", "workers"])
-def test_counts_below_their_least_are_refused(setting: str):
+@pytest.mark.parametrize(
+    ("argument", "setting"),
+    [("batch_size", "batch_size"), ("grad_accum_steps", "accumulate"), ("workers", "workers")],
+)
+def test_counts_below_their_minimum_are_refused(argument: str, setting: str):
     with pytest.raises(ValueError, match=rf"data\.{setting} is -1"):
-        train_batches(DigitsSource(), **{setting: -1})
+        train_batches(DigitsSource(), **{argument: -1})
 
 
 def test_a_batch_that_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match="step 0, micro 1"):
+    with pytest.raises(ValueError, match="step 0, micro_step 1"):
         train_batches(DigitsSource()).batch(0, 1)
 
 
@@ -162,37 +170,36 @@ def test_a_batch_that_does_not_exist_is_refused():
 def test_workers_change_nothing_also_after_a_jump(workers: int, image_folder: Make):
     names = [f"{n:02d}.png" for n in range(10)]
     source = FolderSource(image_folder(*names, damaged=("03.png", "07.png")))
-    alone = train_batches(source, batch_size=4, accumulate=2)
-    helped = train_batches(source, batch_size=4, accumulate=2, workers=workers)
-    places = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (7, 1), (8, 0), (1, 0), (1, 1), (1, 1)]
-    assert len(helped.worker_pids) == workers
+    serial = train_batches(source, grad_accum_steps=2)
+    parallel = train_batches(source, grad_accum_steps=2, workers=workers)
+    keys = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (7, 1), (8, 0), (1, 0), (1, 1), (1, 1)]
     try:
-        found = [(helped.batch(*place), alone.batch(*place)) for place in places]
+        pairs = [(parallel.batch(*key), serial.batch(*key)) for key in keys]
     finally:
-        helped.close()
-    assert all(same(first, second) for first, second in found)
-    assert any(batch.bad for batch, _ in found)
+        parallel.close()
+    assert all(same(first, second) for first, second in pairs)
+    assert any(batch.bad for batch, _ in pairs)
 
 
 def test_workers_read_parquet_in_the_same_order(shard: Make):
     file = shard("a.parquet", range(24), group=2)
     source = ParquetSource(file, [file], cache_bytes=2000)
     assert source.chunks.window < 6
-    alone, helped = train_batches(source), train_batches(source, workers=2)
+    serial, parallel = train_batches(source), train_batches(source, workers=2)
     try:
-        assert all(same(alone.batch(step), helped.batch(step)) for step in range(12))
+        assert all(same(serial.batch(step), parallel.batch(step)) for step in range(12))
     finally:
-        helped.close()
+        parallel.close()
 
 
 def test_evaluation_gives_whole_images_in_order_and_leaves_bad_ones_out(image_folder: Make):
     names = [f"{n}.png" for n in range(6)]
     source = FolderSource(image_folder(*names, damaged=("2.png",)))
-    got = list(eval_images(source, np.array([0, 1, 2, 4, 5]), (8, 8), batch_size=3))
-    assert [numbers.tolist() for numbers, _ in got] == [[0, 1, 4], [5]]
-    assert got[0][1].shape == (3, 3, 8, 8)
-    assert got[0][1].dtype == np.uint8
-    assert np.array_equal(got[0][1][2], centre_view(source.load(4), (8, 8)).numpy())
+    batches = list(eval_images(source, np.array([0, 1, 2, 4, 5]), (8, 8), batch_size=3))
+    assert [numbers.tolist() for numbers, _ in batches] == [[0, 1, 4], [5]]
+    assert batches[0][1].shape == (3, 3, 8, 8)
+    assert batches[0][1].dtype == np.uint8
+    assert np.array_equal(batches[0][1][2], center_crop_resize(source.load(4), (8, 8)).numpy())
 
 
 def test_evaluation_of_nothing_yields_nothing():
@@ -204,12 +211,12 @@ def test_a_later_phase_changes_size_and_batch_from_its_epoch_on(workers: int):
     source = DigitsSource()
     later = (PhaseSpec(2, (8, 8), 2, grad_accum_steps=2),)
     batches = train_batches(source, indices=np.arange(12), later=later, workers=workers)
-    steady = train_batches(source, indices=np.arange(12), size=(8, 8), batch_size=2, accumulate=2)
+    steady = train_batches(source, indices=np.arange(12), size=(8, 8), batch_size=2, grad_accum_steps=2)
     try:
         assert batches.batch(5).images.shape == (4, 3, 6, 10)
         # Steps 0..5 are two epochs of three steps; so are they of the steady run.
-        for step, micro in ((6, 0), (6, 1), (8, 0)):
-            assert same(batches.batch(step, micro), steady.batch(step, micro))
+        for key in ((6, 0), (6, 1), (8, 0)):
+            assert same(batches.batch(*key), steady.batch(*key))
         assert batches.batch(0).images.shape == (4, 3, 6, 10)  # and back again
     finally:
         batches.close()

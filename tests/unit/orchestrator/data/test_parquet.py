@@ -15,7 +15,7 @@ from torch import Tensor
 import bim.orchestrator.data.parquet as parquet
 from bim.orchestrator.data.errors import DataError, ImageDecodeError
 from bim.orchestrator.data.parquet import ParquetSource
-from bim.orchestrator.data.sampler import epoch_order
+from bim.orchestrator.data.sampler import epoch_permutation
 from bim.orchestrator.data.splits import make_splits
 
 Make = Callable[..., Path]
@@ -42,8 +42,8 @@ def test_rows_of_all_shards_are_numbered_in_order(shard: Make, shows: Shows):
     assert len(source) == 9
     for number in (0, 3, 4, 5, 6, 8):
         assert shows(source.load(number), number)
-    assert source.item_name(5) == "a.parquet row 5"
-    assert source.item_name(7) == "b.parquet row 1"
+    assert source.sample_id(5) == "a.parquet row 5"
+    assert source.sample_id(7) == "b.parquet row 1"
     assert source.labels is source.class_names is source.fixed_splits is None
 
 
@@ -73,7 +73,7 @@ def test_string_labels_are_numbered_by_their_sorted_names(shard: Make):
     assert source.labels.tolist() == [2, 1, 0, 2]
 
 
-def test_missing_labels_are_dropped_with_a_word_unless_asked_for(
+def test_missing_labels_are_dropped_with_a_warning_unless_requested(
     shard: Make, caplog: pytest.LogCaptureFixture
 ):
     file = shard("a.parquet", range(3), labels=[1, None, -1])
@@ -104,8 +104,8 @@ def test_the_image_column_can_be_named_and_is_checked(
     tmp_path: Path, shows: Shows, png_of: Callable[[int], bytes]
 ):
     file = tmp_path / "a.parquet"
-    cells = [png_of(0)], [png_of(1)]
-    pq.write_table(pa.table({"left": cells[0], "right": cells[1], "n": [1]}), file)
+    files = [png_of(0)], [png_of(1)]
+    pq.write_table(pa.table({"left": files[0], "right": files[1], "n": [1]}), file)
     with pytest.raises(DataError, match=r"several columns .* data\.image_column"):
         ParquetSource(file, [file])
     assert shows(ParquetSource(file, [file], "right").load(0), 1)
@@ -182,7 +182,7 @@ def test_an_epoch_reads_each_row_group_once_however_small_the_cache(shard: Make)
     one_group = pq.ParquetFile(file).metadata.row_group(0).total_byte_size
     source = CountingSource(file, [file], cache_bytes=3 * one_group + one_group // 2)
     assert source.chunks.window in (2, 3)
-    for index in epoch_order(np.arange(40), 0, 0, source.chunks):
+    for index in epoch_permutation(np.arange(40), 0, 0, source.chunks):
         source.load(int(index))
     assert source.reads == 10
 

@@ -16,9 +16,9 @@ def test_steps_are_counted_through_all_phases() -> None:
 
 def test_every_step_belongs_to_one_epoch_of_one_phase() -> None:
     phases = phases_on(SPECS, images=50)
-    places = [phase_at(phases, step).epoch_of(step) for step in range(40)]
-    counted = [(epoch, within) for epoch, steps in enumerate((6, 6, 4, 12, 12)) for within in range(steps)]
-    assert places == counted
+    positions = [phase_at(phases, step).epoch_of(step) for step in range(40)]
+    expected = [(epoch, within) for epoch, steps in enumerate((6, 6, 4, 12, 12)) for within in range(steps)]
+    assert positions == expected
 
 
 def test_a_steady_run_is_one_phase_without_an_end() -> None:
@@ -33,9 +33,13 @@ def test_a_steady_run_is_one_phase_without_an_end() -> None:
         ([], 10, "begins with epoch 0"),
         ([PhaseSpec(1, (8, 8), 2)], 10, "begins with epoch 0"),
         ([PhaseSpec(0, (8, 8), 2), PhaseSpec(0, (16, 16), 2)], 10, "begins with epoch 0, and the one before"),
-        ([PhaseSpec(0, (8, 8), 2), PhaseSpec(1, (16, 16), 4, 3)], 10, "fewer than the 12 of one step"),
+        (
+            [PhaseSpec(0, (8, 8), 2), PhaseSpec(1, (16, 16), 4, 3)],
+            10,
+            "10 images .* data.batch_size=4 x data.accumulate=3; lower data.batch_size to 3",
+        ),
     ],
 )
-def test_phases_that_cannot_be_are_refused(specs: list[PhaseSpec], images: int, message: str) -> None:
+def test_impossible_phases_are_refused(specs: list[PhaseSpec], images: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         phases_on(specs, images)

@@ -1,57 +1,53 @@
-"""The life and death of data workers; what they compute is in test_batches."""
+"""The lifetime of data workers; the content of the batches is tested in test_loader."""
 
 from __future__ import annotations
 
 import gc
-import os
-import signal
+import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from bim.orchestrator.data.crops import RandomCrop
 from bim.orchestrator.data.digits import DigitsSource
 from bim.orchestrator.data.errors import TooManyCorruptImagesError
 from bim.orchestrator.data.folder import FolderSource
 from bim.orchestrator.data.loader import TrainBatches
+from bim.orchestrator.data.phases import PhaseSpec
 from bim.orchestrator.data.prefetch import Prefetcher
 from bim.orchestrator.data.source import Source
-
-CROP = RandomCrop((8, 8), (0.2, 1.0), (1.0, 1.0), flip=False)
+from tests.unit.orchestrator.data.counting_reader import CountingReader
 
 
 def train_batches(source: Source, workers: int, batch_size: int = 4) -> TrainBatches:
-    indices = np.arange(len(source))
-    return TrainBatches(source, indices, batch_size, 1, (8, 8), (0.2, 1.0), (1.0, 1.0), False, 0, workers)
+    phases = (PhaseSpec(0, (8, 8), batch_size),)
+    return TrainBatches(
+        source, np.arange(len(source)), phases, (0.2, 1.0), (1.0, 1.0), flip=False, seed=0, workers=workers
+    )
 
 
-def is_gone(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+def children() -> list[psutil.Process]:
+    """The child processes of this one, in the order of their start."""
+    return sorted(psutil.Process().children(), key=lambda process: (process.create_time(), process.pid))
 
 
-def all_end(pids: tuple[int, ...], within_s: float = 20.0) -> bool:
-    until = time.monotonic() + within_s
-    while not all(is_gone(pid) for pid in pids) and time.monotonic() < until:
-        time.sleep(0.05)
-    return all(is_gone(pid) for pid in pids)
+def all_end(processes: list[psutil.Process], timeout_s: float = 20.0) -> bool:
+    return not psutil.wait_procs(processes, timeout=timeout_s)[1]
 
 
 def test_close_leaves_no_process_and_no_open_file_behind():
-    before, files = set(psutil.Process().children(recursive=True)), psutil.Process().num_fds()
+    before, files = children(), psutil.Process().num_fds()
     batches = train_batches(DigitsSource(), workers=2)
     batches.batch(0)
     batches.close()
     batches.close()
-    assert set(psutil.Process().children(recursive=True)) == before
+    assert children() == before
     with pytest.raises(RuntimeError, match="closed"):
         batches.batch(1)
     del batches
@@ -61,28 +57,65 @@ def test_close_leaves_no_process_and_no_open_file_behind():
 
 def test_a_forgotten_loader_ends_its_workers():
     batches = train_batches(DigitsSource(), workers=1)
-    pids = batches.worker_pids
+    workers = children()
     del batches
     gc.collect()
-    assert all_end(pids)
+    assert all_end(workers)
 
 
 def test_there_are_no_more_workers_than_images_in_a_batch():
+    before = len(children())
     batches = train_batches(DigitsSource(), workers=3, batch_size=1)
-    assert len(batches.worker_pids) == 1
+    assert len(children()) - before == 1
     batches.close()
 
 
 def test_a_worker_that_dies_is_named_and_the_others_end():
     batches = train_batches(DigitsSource(), workers=2)
     batches.batch(0)
-    os.kill(batches.worker_pids[1], signal.SIGKILL)
-    wanted = rf"data worker 2 of 2 \(process {batches.worker_pids[1]}\) was killed by SIGKILL; .* memory"
-    with pytest.raises(RuntimeError, match=wanted):
-        list(map(batches.batch, range(1, 10)))  # what was read ahead may still come
-    with pytest.raises(RuntimeError, match=wanted):
+    workers = children()[-2:]
+    workers[1].kill()
+    message = rf"data worker 2 of 2 \(process {workers[1].pid}\) was killed by SIGKILL; .* memory"
+    with pytest.raises(RuntimeError, match=message):
+        list(map(batches.batch, range(1, 10)))  # prefetched batches may still come
+    with pytest.raises(RuntimeError, match=message):
         batches.batch(10)
-    assert all_end(batches.worker_pids)
+    assert all_end(workers)
+
+
+@given(
+    workers=st.integers(1, 3),
+    # A number asks for that many batches on (backwards too), a text kills a worker
+    actions=st.lists(
+        st.sampled_from([1, 1, 1, 2, -1, "kill 0", "kill 1", "kill 2"]), min_size=4, max_size=12
+    ),
+)
+@settings(max_examples=10, deadline=None)
+def test_whichever_worker_dies_batches_are_correct_and_a_new_prefetcher_continues(
+    workers: int, actions: list[int | str]
+):
+    before = children()
+    prefetcher, number, killed = Prefetcher(CountingReader(5), workers), 5, set()
+    for action in actions:
+        if isinstance(action, str):
+            worker = int(action[-1]) % workers
+            children()[len(before) + worker].kill()  # a zombie stays a child until its end is noticed
+            killed.add(worker + 1)
+            continue
+        number += action
+        try:
+            items, bad = prefetcher.get(number)
+        except RuntimeError as error:
+            cause = re.fullmatch(r"data worker (\d) of \d .* was killed by SIGKILL; .*", str(error))
+            assert cause is not None
+            assert int(cause[1]) in killed
+            assert children() == before
+            prefetcher, killed = Prefetcher(CountingReader(5), workers), set()
+            items, bad = prefetcher.get(number)
+        assert items.tolist() == [[number, item] for item in range(5)]
+        assert bad == tuple((f"item {5 * w // workers}", f"batch {number}") for w in range(workers))
+    prefetcher.close()
+    assert children() == before
 
 
 def test_an_error_inside_a_worker_is_raised_as_itself_with_its_traceback(tmp_path: Path):
@@ -97,27 +130,25 @@ def test_an_error_inside_a_worker_is_raised_as_itself_with_its_traceback(tmp_pat
 
 def test_workers_end_when_their_consumer_is_killed():
     script = (
-        "import sys, time\n"
-        "from bim.orchestrator.data.loader import TrainBatches\n"
-        "from bim.orchestrator.data.digits import DigitsSource\n"
-        "import numpy as np\n"
-        "b = TrainBatches(DigitsSource(), np.arange(99), 4, 1, (8, 8), (0.2, 1), (1, 1), False, 0, workers=1)\n"
-        "b.batch(0)\n"
-        "print(*b.worker_pids, flush=True)\n"
+        "import psutil, time\n"
+        "from bim.orchestrator.data.prefetch import Prefetcher\n"
+        "from tests.unit.orchestrator.data.counting_reader import CountingReader\n"
+        "prefetcher = Prefetcher(CountingReader(4), workers=1)\n"
+        "prefetcher.get(0)\n"
+        "print(*(worker.pid for worker in psutil.Process().children()), flush=True)\n"
         "time.sleep(60)\n"
     )
     consumer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert consumer.stdout is not None
-    pids = tuple(int(word) for word in consumer.stdout.readline().split())
+    (worker,) = (psutil.Process(int(pid)) for pid in consumer.stdout.readline().split())
     consumer.kill()
     consumer.wait()
     consumer.stdout.close()
-    assert len(pids) == 1
-    assert all_end(pids)
+    assert all_end([worker])
 
 
-class Broken:
-    """A reader whose own code is at fault, in a way that no process can send on."""
+class Unpicklable:
+    """A reader whose worker cannot start."""
 
     batch_shape = (2, 3)
 
@@ -129,8 +160,6 @@ class Broken:
 
 
 def test_a_worker_that_cannot_start_is_reported_and_no_hang():
-    prefetcher = Prefetcher(Broken(), workers=1)
-    with pytest.raises(
-        RuntimeError, match=r"data worker 1 of 1 .* ended with exit status 1; .*standard error"
-    ):
+    prefetcher = Prefetcher(Unpicklable(), workers=1)
+    with pytest.raises(RuntimeError, match=r"data worker 1 of 1 .* exit status 1; .*standard error"):
         prefetcher.get(0)

@@ -26,16 +26,16 @@ class Numbers:
     def load(self, index: int) -> torch.Tensor:
         raise NotImplementedError
 
-    def item_name(self, index: int) -> str:
+    def sample_id(self, index: int) -> str:
         return str(index)
 
     def fingerprint(self) -> str:
         return ""
 
 
-@pytest.mark.parametrize("labelled", [False, True])
-def test_splits_are_sorted_disjoint_and_cover_all(labelled: bool):
-    labels = np.arange(203) % 7 if labelled else None
+@pytest.mark.parametrize("labeled", [False, True])
+def test_splits_are_sorted_disjoint_and_cover_all(labeled: bool):
+    labels = np.arange(203) % 7 if labeled else None
     splits = make_splits(Numbers(203, labels), 0, 0.1, 0.2)
     assert [len(p) for p in (splits.train, splits.val, splits.test)] == [142, 20, 41]
     assert np.array_equal(np.sort(np.concatenate([splits.train, splits.val, splits.test])), np.arange(203))

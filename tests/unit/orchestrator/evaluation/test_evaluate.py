@@ -47,12 +47,12 @@ class Blobs:
     def load(self, index: int) -> Tensor:
         self.loads += 1
         if index in self.bad:
-            raise ImageDecodeError(self.item_name(index), "made so")
+            raise ImageDecodeError(self.sample_id(index), "made so")
         image = torch.randint(0, 120, (3, 16, 16), generator=torch.Generator().manual_seed(index))
         image[0 if index % 2 == 0 else 2] += 30
         return image.to(torch.uint8)
 
-    def item_name(self, index: int) -> str:
+    def sample_id(self, index: int) -> str:
         return f"blob {index}"
 
     def fingerprint(self) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bim.models.backbones import Backbone, open_backbone, random_variant
 from bim.models.tokens import normalize_images
-from bim.orchestrator.data.crops import centre_view
+from bim.orchestrator.data.crops import center_crop_resize
 from bim.orchestrator.evaluation.model_cost import gflops
 from bim.orchestrator.export.model_card import CardFacts
 from bim.orchestrator.export.timm_folder import export_decoder, export_variant, folder_name
@@ -101,7 +101,7 @@ def test_timm_prepares_images_as_they_were_evaluated(folder: Path, backbone: Bac
     image = Image.fromarray(smooth).resize((96, 64), Image.Resampling.BICUBIC)
     by_timm = create_transform(**config)(image)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    ours = normalize_images(centre_view(pixels, (32, 32))[None], backbone.mean, backbone.std)[0]
+    ours = normalize_images(center_crop_resize(pixels, (32, 32))[None], backbone.mean, backbone.std)[0]
     one_level = 1 / 255 / min(backbone.std)
     assert (by_timm - ours).abs().max() <= 2 * one_level  # PIL and torch round differently
 

@@ -62,7 +62,7 @@ def test_all_that_the_backbone_refuses_is_named_line_by_line(tmp_path: Path) -> 
 
 def test_the_data_of_the_settings_are_named_for_the_actors() -> None:
     spec = data_spec(*_with_backbone("--seed", "3", "--data.split_seed", "5"))
-    assert (spec.source, spec.batch_size, spec.size) == ("digits", 64, (32, 32))
+    assert (spec.source, spec.phases) == ("digits", (PhaseSpec(0, (32, 32), 64),))
     assert (spec.seed, spec.split_seed, spec.flip) == (3, 5, False)
 
 
@@ -74,8 +74,11 @@ def _with_backbone(*argv: str) -> tuple[Settings, Backbone]:
 def test_a_resolution_schedule_becomes_phases_of_the_data() -> None:
     schedule = "[[0, 16], [0.5, 24, 32], [70, 32, 16, 4]]"
     spec = data_spec(*_with_backbone("--schedule.resolution", schedule))
-    assert (spec.size, spec.batch_size, spec.accumulate) == ((16, 16), 64, 1)
-    assert spec.later == (PhaseSpec(40, (24, 24), 32, 1), PhaseSpec(70, (32, 32), 16, 4))
+    assert spec.phases == (
+        PhaseSpec(0, (16, 16), 64, 1),
+        PhaseSpec(40, (24, 24), 32, 1),
+        PhaseSpec(70, (32, 32), 16, 4),
+    )
 
 
 def test_a_resolution_that_the_patches_do_not_divide_is_refused() -> None:
