@@ -1,4 +1,4 @@
-"""Train a family with one part of the method changed at a time, over several seeds, and print the tables; see --help."""
+"""Train with one part of the method changed at a time, over several seeds, and print the tables; see --help."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from bim.orchestrator.config.schema import SettingsError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run what is missing, print the tables. Returns the exit status: 0 done, 1 a case failed, 2 bad input."""
+    """Run the missing cases and print the tables. Returns the exit status: 0 done, 1 a case failed, 2 bad input."""
     from bim.orchestrator.benchmarks.ablation import (
-        BESIDE,
         CASES,
+        EXTRA_MEASUREMENTS,
         ROWS,
         base_digest,
         read_results,
@@ -26,11 +26,11 @@ def main(argv: Sequence[str]) -> int:
         write_result,
     )
 
-    listed = "".join(f"\n  {name:<12} {words}" for name, (words, _) in CASES.items())
+    listed = "".join(f"\n  {name:<12} {description}" for name, (description, _) in CASES.items())
     parser = argparse.ArgumentParser(
         prog="python pipelines/ablation.py",
         description=__doc__,
-        epilog=f"Cases:{listed}\n\nWhat else follows --SETTING VALUE changes every case (see bim_pipeline.py --help).",
+        epilog=f"Cases:{listed}\n\nFurther --SETTING VALUE pairs change every case (see bim_pipeline.py --help).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -39,15 +39,15 @@ def main(argv: Sequence[str]) -> int:
         type=Path,
         required=True,
         metavar="FILE",
-        help="a line of JSON per case and seed; kept apart by base settings",
+        help="one line of JSON per case and seed; results of other base settings are ignored",
     )
-    parser.add_argument("--cases", default=",".join(CASES), help="names, with commas (default: all)")
-    parser.add_argument("--seeds", default="0,1,2", help="numbers, with commas (default: %(default)s)")
+    parser.add_argument("--cases", default=",".join(CASES), help="comma-separated names (default: all)")
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated numbers (default: %(default)s)")
     parser.add_argument(
         "--jobs", type=int, default=1, help="processes of one thread each (default: %(default)s)"
     )
     parser.add_argument(
-        "--recipe", default="sign_digits", help="what is the same in every case (default: %(default)s)"
+        "--recipe", default="sign_digits", help="base settings of every case (default: %(default)s)"
     )
     arguments, rest = parser.parse_known_args(argv)
     cases, seeds = arguments.cases.split(","), [int(seed) for seed in arguments.seeds.split(",")]
@@ -65,13 +65,13 @@ def main(argv: Sequence[str]) -> int:
         (case, seed)
         for seed in seeds
         for case in cases
-        if not done.issuperset((row, seed) for row in (case, *BESIDE.get(case, ())))
+        if not done.issuperset((row, seed) for row in (case, *EXTRA_MEASUREMENTS.get(case, ())))
     ]
     failed = 0
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        started = {pool.submit(run_case, base, case, seed): (case, seed) for case, seed in missing}
-        for future in as_completed(started):
-            case, seed = started[future]
+        futures = {pool.submit(run_case, base, case, seed): (case, seed) for case, seed in missing}
+        for future in as_completed(futures):
+            case, seed = futures[future]
             try:
                 results = future.result()
             except Exception as error:
@@ -80,14 +80,14 @@ def main(argv: Sequence[str]) -> int:
                 continue
             for result in results:
                 write_result(arguments.results, result)
-                shown = "  ".join(
+                scores = "  ".join(
                     f"{score} " + " ".join(f"{100 * value:.1f}" for value in by.values())
                     for score, by in result.scores.items()
                 )
-                print(f"{result.case:<14} seed {seed}  {shown}  {result.train_s:.0f} s", flush=True)
+                print(f"{result.case:<14} seed {seed}  {scores}  {result.train_s:.0f} s", flush=True)
     print()
-    found = [result for result in read_results(arguments.results) if result.base == digest]
-    print("\n".join(table(found, ROWS)))
+    results = [result for result in read_results(arguments.results) if result.base == digest]
+    print("\n".join(table(results, ROWS)))
     return 1 if failed else 0
 
 

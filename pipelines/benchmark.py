@@ -1,12 +1,13 @@
-"""Print what the method and the machinery cost, as ratios measured in one run; see --help."""
+"""Print the cost of the methods and of the pipeline, as ratios measured in one process; see --help."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ def memory(arguments: argparse.Namespace) -> None:
     )
     print(f"{'decoder':>8}  {'K=1':>10}  {'block by block, MiB':>{8 * k}}  {'peak':>9}  {'peak / K=1':>10}")
     for depth, dim in MEMORY_CASES:
-        found = []
+        saved = []
         for blocks in (1, k):
             sizes = tuple(info.layers for info in open_backbone(name, blocks).blocks)
             spec = PretrainSpec(
@@ -44,50 +45,47 @@ def memory(arguments: argparse.Namespace) -> None:
                 mask_ratios=(arguments.mask_ratio,) * blocks,
                 decoders=(DecoderSpec(depth, dim),) * blocks,
             )
-            found.append(saved_activations(spec, batch))
-        (whole,), parts = found
-        listed = " ".join(f"{part / 2**20:8.1f}" for part in parts)
+            saved.append(saved_activations(spec, batch))
+        (whole,), parts = saved
+        columns = " ".join(f"{part / 2**20:8.1f}" for part in parts)
         print(
-            f"{f'{depth}x{dim}':>8}  {whole / 2**20:7.1f} MiB  {listed:>{8 * k}}  {max(parts) / 2**20:5.1f} MiB  "
+            f"{f'{depth}x{dim}':>8}  {whole / 2**20:7.1f} MiB  {columns:>{8 * k}}  {max(parts) / 2**20:5.1f} MiB  "
             f"{max(parts) / whole:10.2f}"
         )
 
 
 def methods(arguments: argparse.Namespace) -> None:
-    """GMACs, step time and peak activation memory of each method, as ratios to an ordinary MAE in the same run."""
+    """GMACs, step time and peak activation memory of each method, as ratios to MAE in the same process."""
     import torch
 
-    from bim.orchestrator.benchmarks.method_costs import cost
-    from bim.orchestrator.benchmarks.method_costs import methods as listed
+    from bim.orchestrator.benchmarks import method_costs
 
     device, precision = torch.device(arguments.device), arguments.precision
     layers = block_layers(arguments.backbone, arguments.blocks)
-    print(f"{arguments.backbone}, batch {arguments.batch}, {described(device)}, {precision}; MAE = 1")
+    print(f"{arguments.backbone}, batch {arguments.batch}, {describe(device)}, {precision}; MAE = 1")
     print(
-        f"act: activations held for the backward pass ({precision}, of the block with most), fused | explicit attention; "
-        "what does not grow with the batch is left out"
+        f"act: activations held for the backward pass ({precision}, largest block), fused | explicit attention; "
+        "tensors that do not grow with the batch are left out"
     )
     head = f"{'method':<40}  {'GMACs':>6}  {'ratio':>5}  {'step':>5}  {'act, fused':>10}  {'explicit':>8}"
     print(head + ("  allocated" if device.type == "cuda" else "") + "  published")
-    first = None
-    for method in listed(arguments.backbone, layers):
-        found = cost(method.spec, arguments.batch, device, precision, arguments.steps)
-        first = first or found
+    mae = None
+    for method in method_costs.methods(arguments.backbone, layers):
+        cost = method_costs.cost(method.spec, arguments.batch, device, precision, arguments.steps)
+        mae = mae or cost  # the first method
         line = (
-            f"{method.name:<40}  {found.gmacs:6.2f}  {found.gmacs / first.gmacs:5.2f}  {found.step_s / first.step_s:5.2f}  "
-            f"{found.fused / first.fused:10.2f}  {found.explicit / first.explicit:8.2f}"
+            f"{method.name:<40}  {cost.gmacs:6.2f}  {cost.gmacs / mae.gmacs:5.2f}  {cost.step_s / mae.step_s:5.2f}  "
+            f"{cost.fused / mae.fused:10.2f}  {cost.explicit / mae.explicit:8.2f}"
         )
-        if found.peak is not None and first.peak is not None:
-            line += f"  {found.peak / first.peak:9.2f}"
+        if cost.peak is not None and mae.peak is not None:
+            line += f"  {cost.peak / mae.peak:9.2f}"
         print(f"{line}  {method.published}", flush=True)
-    assert first is not None
-    print(
-        f"MAE here: {1000 * first.step_s:.0f} ms a step, {first.fused / 2**20:.0f} | {first.explicit / 2**20:.0f} MiB"
-    )
+    assert mae is not None
+    print(f"MAE: {1000 * mae.step_s:.0f} ms a step, {mae.fused / 2**20:.0f} | {mae.explicit / 2**20:.0f} MiB")
 
 
 def family(arguments: argparse.Namespace) -> None:
-    """Time of one family run against separate runs of its depths, and the bound that the multiply-accumulates set."""
+    """Time of one BIM run against separate runs of its depths, and the ratio of their multiply-accumulates."""
     import torch
 
     from bim.orchestrator.benchmarks.method_costs import (
@@ -96,18 +94,17 @@ def family(arguments: argparse.Namespace) -> None:
         depth_runs,
         forward_gmacs,
         step_seconds,
+        uniform_spec,
     )
-    from bim.orchestrator.benchmarks.method_costs import family as one_family
 
     device, precision = torch.device(arguments.device), arguments.precision
     name, layers = arguments.backbone, block_layers(arguments.backbone, arguments.blocks)
-    ours = [one_family(name, layers, SMALL_DECODER)]
-    against = {
+    separate = {
         "separate runs of its depths, same decoder": depth_runs(name, layers, SMALL_DECODER),
         "separate MAE runs, 8x512 decoders": depth_runs(name, layers, MAE_DECODER),
     }
 
-    def total(specs: list) -> tuple[float, float]:
+    def total(specs: list[PretrainSpec]) -> tuple[float, float]:
         seconds = [
             step_seconds(spec, arguments.batch, device, precision, arguments.steps)[0] for spec in specs
         ]
@@ -115,26 +112,25 @@ def family(arguments: argparse.Namespace) -> None:
 
     depths = ", ".join(str(sum(layers[: k + 1])) for k in range(len(layers)))
     print(
-        f"{name}, depths {depths}, 1x256 decoders, batch {arguments.batch}, {described(device)}, {precision}; equal "
+        f"{name}, depths {depths}, 1x256 decoders, batch {arguments.batch}, {describe(device)}, {precision}; equal "
         "numbers of steps"
     )
-    seconds, gmacs = total(ours)
-    print(f"one family run: {1000 * seconds:.0f} ms a step, {gmacs:.2f} GMACs an image")
+    seconds, gmacs = total([uniform_spec(name, layers, SMALL_DECODER)])
+    print(f"one BIM run: {1000 * seconds:.0f} ms a step, {gmacs:.2f} GMACs an image")
     print(f"{'against':<45}  {'time':>5}  {'by MACs':>7}  {'gap':>5}")
-    for words, specs in against.items():
+    for description, specs in separate.items():
         other_s, other_gmacs = total(specs)
         time_ratio, bound = seconds / other_s, gmacs / other_gmacs
-        label = f"{len(specs)} {words}"
+        label = f"{len(specs)} {description}"
         print(f"{label:<45}  {time_ratio:5.2f}  {bound:7.2f}  {time_ratio / bound:5.2f}", flush=True)
 
 
 def green(arguments: argparse.Namespace) -> None:
-    """A hierarchical backbone on visible tokens only against the same model over all tokens, encoder and whole step."""
+    """A hierarchical backbone on visible tokens against the same model on all tokens: encoder and whole step."""
     import torch
 
     from bim.models.backbones import open_backbone
-    from bim.orchestrator.benchmarks.method_costs import cost, encoder_cost
-    from bim.orchestrator.benchmarks.method_costs import family as one_family
+    from bim.orchestrator.benchmarks import method_costs
     from bim.orchestrator.training.spec import DecoderSpec
 
     device, precision, name = torch.device(arguments.device), arguments.precision, arguments.backbone
@@ -147,50 +143,51 @@ def green(arguments: argparse.Namespace) -> None:
         print(f"without the column of all tokens: {error}")
         encodes.remove("all")
     print(
-        f"{name}, 75 % masked, 1x512 decoder on the last level, batch {arguments.batch}, {described(device)}, {precision}"
+        f"{name}, 75 % masked, 1x512 decoder on the last level, batch {arguments.batch}, {describe(device)}, {precision}"
     )
     print("published (GreenMIM, abstract): 2.7 times faster, 70 % less GPU memory")
     rows: dict[str, list[tuple[float, int, int | None]]] = {"encoder alone": [], "whole step": []}
     for encode in encodes:
-        spec = one_family(name, layers, decoder, encode=encode)
-        rows["encoder alone"].append(encoder_cost(spec, arguments.batch, device, precision, arguments.steps))
-        found = cost(spec, arguments.batch, device, precision, arguments.steps)
-        rows["whole step"].append((found.step_s, found.fused, found.peak))
+        spec = method_costs.uniform_spec(name, layers, decoder, encode=encode)
+        measured = (spec, arguments.batch, device, precision, arguments.steps)
+        rows["encoder alone"].append(method_costs.encoder_cost(*measured))
+        cost = method_costs.cost(*measured)
+        rows["whole step"].append((cost.step_s, cost.fused, cost.peak))
     head = f"{'':<14}  {'visible, ms':>11}  {'all, ms':>9}  {'faster':>6}  {'activations held':>16}"
     print(head + ("  allocated" if device.type == "cuda" else ""))
-    for words, (visible, *full) in rows.items():
-        line = f"{words:<14}  {1000 * visible[0]:11.0f}"
+    for description, (visible, *full) in rows.items():
+        line = f"{description:<14}  {1000 * visible[0]:11.0f}"
         for other in full:
             line += f"  {1000 * other[0]:9.0f}  {other[0] / visible[0]:5.2f}x  {visible[1] / other[1]:16.2f}"
             if visible[2] is not None and other[2] is not None:
                 line += f"  {visible[2] / other[2]:9.2f}"
         print(line, flush=True)
-    single, step_s = one_family(name, layers, decoder, encode="visible"), rows["whole step"][0][0]
-    print_families(arguments, device, single, step_s)
+    single = method_costs.uniform_spec(name, layers, decoder, encode="visible")
+    step_s = rows["whole step"][0][0]
+    print_block_counts(arguments, device, single, step_s)
     print_plans(single, arguments.batch, arguments.steps, step_s)
 
 
-def print_families(
+def print_block_counts(
     arguments: argparse.Namespace, device: torch.device, single: PretrainSpec, step_s: float
 ) -> None:
-    """A step of a family of several blocks on visible tokens, with equal decoders and with lighter ones on the finer grids;
-    before them a step of one block where every sample has a mask of its own.
+    """Step times on visible tokens, relative to `step_s`: one block with a mask per sample, several blocks with equal
+    decoders, and several blocks with lighter decoders on finer grids.
 
-    single, step_s: the family of one block, and seconds of its step with one mask; times are told as a multiple of them.
+    single: the spec with one block. step_s: seconds of its step with one mask per batch.
     """
     from dataclasses import replace
 
-    from bim.orchestrator.benchmarks.method_costs import family as one_family
-    from bim.orchestrator.benchmarks.method_costs import light_decoders, step_seconds
+    from bim.orchestrator.benchmarks.method_costs import light_decoders, step_seconds, uniform_spec
     from bim.orchestrator.evaluation.model_cost import block_gflops
     from bim.orchestrator.training.build import open_spec_backbone
     from bim.orchestrator.training.spec import DecoderSpec
 
     layers = block_layers(arguments.backbone, arguments.blocks)
-    equal = one_family(arguments.backbone, layers, DecoderSpec(1, 256), encode="visible")
+    equal = uniform_spec(arguments.backbone, layers, DecoderSpec(1, 256), encode="visible")
     k = f"{len(layers)} blocks"
     print(f"{'one step of':<40}  {'of one block':>12}  GMACs of encoders, decoders")
-    for words, spec in (
+    for description, spec in (
         ("1 block, one mask per sample", replace(single, mask_per_batch=False)),
         (f"{k}, 1x256 decoders", equal),
         (f"{k}, lighter ones on finer grids", light_decoders(equal)),
@@ -199,78 +196,78 @@ def print_families(
         backbone = open_spec_backbone(spec)
         parts = zip(*block_gflops(spec, backbone, backbone.image_size), strict=True)
         encoders, decoders = (sum(part) / 2 for part in parts)
-        print(f"{words:<40}  {seconds / step_s:11.2f}x  {encoders:17.2f}, {decoders:8.2f}", flush=True)
+        print(f"{description:<40}  {seconds / step_s:11.2f}x  {encoders:17.2f}, {decoders:8.2f}", flush=True)
 
 
 def plans(arguments: argparse.Namespace) -> None:
-    """Time of planning a batch's masks: groups of windows, and by sampler the tokens that partial decoders decode."""
+    """Time of the mask plans of a batch: window groups, and by sampler the tokens that partial decoders decode."""
     from dataclasses import replace
 
     import torch
 
     from bim.models.masks.sampling import SAMPLERS
-    from bim.orchestrator.benchmarks.method_costs import SMALL_DECODER, sampler_seconds
-    from bim.orchestrator.benchmarks.method_costs import family as one_family
+    from bim.orchestrator.benchmarks.method_costs import SMALL_DECODER, sampler_seconds, uniform_spec
 
     name, batch, steps = arguments.backbone, arguments.batch, arguments.steps
-    spec = one_family(name, block_layers(name, arguments.blocks), SMALL_DECODER)
-    print(f"{name}, 75 % masked, batch {batch}, {described(torch.device('cpu'))}")
+    spec = uniform_spec(name, block_layers(name, arguments.blocks), SMALL_DECODER)
+    print(f"{name}, 75 % masked, batch {batch}, {describe(torch.device('cpu'))}")
     print_plans(spec, batch, steps)
     print(f"tokens of a partial decoder that throws {arguments.throw_ratio:g} of all, ms a batch")
-    for words, per_batch in (("one mask per batch", True), ("one mask per sample", False)):
-        print(f"{words:<20}" + "".join(f"  {sampler:>21}" for sampler in SAMPLERS))
-        drawn = replace(spec, mask_per_batch=per_batch)
-        for block, (grid, times) in enumerate(sampler_seconds(drawn, batch, steps, arguments.throw_ratio)):
-            listed = "".join(f"  {1000 * times[sampler]:21.2f}" for sampler in SAMPLERS)
-            print(f"{f'block {block}, {grid[0]} x {grid[1]}':<20}{listed}", flush=True)
+    for description, per_batch in (("one mask per batch", True), ("one mask per sample", False)):
+        print(f"{description:<20}" + "".join(f"  {sampler:>21}" for sampler in SAMPLERS))
+        masked = replace(spec, mask_per_batch=per_batch)
+        for block, (grid, times) in enumerate(sampler_seconds(masked, batch, steps, arguments.throw_ratio)):
+            columns = "".join(f"  {1000 * times[sampler]:21.2f}" for sampler in SAMPLERS)
+            print(f"{f'block {block}, {grid[0]} x {grid[1]}':<20}{columns}", flush=True)
 
 
 def print_plans(spec: PretrainSpec, batch: int, steps: int, step_s: float | None = None) -> None:
-    """Time of the plans of a batch, also as a share of a training step's seconds."""
+    """Time of the mask plans of a batch, also as a fraction of the seconds of a training step."""
     from dataclasses import replace
 
     from bim.orchestrator.benchmarks.method_costs import plan_seconds
 
-    print("plan of a batch, on the CPU; a run makes it on a thread of its own during the step before")
+    print(
+        "mask plans of a batch, on the CPU; a run prefetches them on another thread during the previous step"
+    )
     print(f"{'':<33}  {'ms':>8}" + ("  of the step on visible tokens" if step_s else ""))
-    for words, per_batch in (("one mask per batch", True), ("one mask per sample", False)):
+    for description, per_batch in (("one mask per batch", True), ("one mask per sample", False)):
         for sweep in (False, True):
             seconds = plan_seconds(replace(spec, mask_per_batch=per_batch, sweep_groups=sweep), batch, steps)
-            share = f"  {seconds / step_s:29.4f}" if step_s else ""
-            print(f"{words + sweep * ', full sweep':<33}  {1000 * seconds:8.1f}{share}", flush=True)
+            fraction = f"  {seconds / step_s:29.4f}" if step_s else ""
+            print(f"{description + sweep * ', full sweep':<33}  {1000 * seconds:8.1f}{fraction}", flush=True)
 
 
 def block_layers(name: str, blocks: int) -> tuple[int, ...]:
-    """Layers of each block of a backbone cut into so many."""
+    """Layers of each block of a backbone that is split into `blocks` blocks."""
     from bim.models.backbones import open_backbone
 
     return tuple(info.layers for info in open_backbone(name, blocks).blocks)
 
 
-def described(device: object) -> str:
-    """What is measured on, for the head of a table."""
-    import torch
-
+def describe(device: torch.device) -> str:
+    """The device's name, for the head of a table."""
     from bim.orchestrator.evaluation.model_cost import device_name
 
-    assert isinstance(device, torch.device)
     return device_name(device)
 
 
 def pipeline(arguments: argparse.Namespace) -> None:
-    """Throughput of stages with equal work on Ray, as a share of one stage alone, and the driver's cost."""
+    """Throughput of stages with equal work on Ray, as a fraction of a single stage, and the driver's CPU time."""
     for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):
         os.environ.setdefault(name, "0")
     from bim.orchestrator.benchmarks.pipeline_speed import pipeline_speed
     from bim.orchestrator.distributed.cluster import ray_cluster
 
-    with ray_cluster(print) as cluster:
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.getLogger("bim").setLevel(logging.INFO)
+    with ray_cluster() as cluster:
         print(
-            f"{arguments.stages} stages that sleep {arguments.work_ms:g} ms, {arguments.steps} steps; real loop, real actors"
+            f"{arguments.stages} stages that sleep {arguments.work_ms:g} ms, {arguments.steps} steps, on Ray"
         )
-        print("per hop  share of one stage alone   steps/s  driver's CPU time per step and stage")
+        print("per hop  fraction of one stage      steps/s  driver's CPU time per step and stage")
         for megabytes in (0.0, 10.0):
-            found = pipeline_speed(
+            speed = pipeline_speed(
                 arguments.stages,
                 arguments.work_ms / 1000,
                 int(megabytes * 1e6),
@@ -278,18 +275,16 @@ def pipeline(arguments: argparse.Namespace) -> None:
                 cluster.cpus,
             )
             print(
-                f"{megabytes:4.0f} MB  {found.share:24.3f}  {found.steps_per_s:8.1f}  {found.driver_ms:33.3f} ms"
+                f"{megabytes:4.0f} MB  {speed.efficiency:24.3f}  {speed.steps_per_s:8.1f}  {speed.driver_ms:33.3f} ms"
             )
 
 
 def seeds(arguments: argparse.Namespace) -> None:
-    """Lead of every depth over its own random start, over the output directories of several runs."""
+    """Improvement of every depth over its random start, over the output directories of several runs."""
     from bim.orchestrator.reporting.summary import improvements_over_random
 
     runs = [json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in arguments.runs]
-    print(
-        f"{len(runs)} runs; differences in percentage points; the error is one run's, trained and random combined"
-    )
+    print(f"{len(runs)} runs; percentage points; standard error of one run, trained and random combined")
     print("score        depth  mean lead  standard error  lead / error  least lead")
     for lead in improvements_over_random(runs):
         print(
@@ -299,7 +294,7 @@ def seeds(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one benchmark and print its table."""
+    """Run one benchmark and print its table. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python pipelines/benchmark.py", description=__doc__, allow_abbrev=False
     )
@@ -307,51 +302,45 @@ def main(argv: Sequence[str]) -> int:
         dest="command", required=True, metavar="memory|methods|family|green|plans|pipeline|seeds"
     )
 
-    one = commands.add_parser("memory", help=memory.__doc__, description=memory.__doc__, allow_abbrev=False)
-    one.add_argument("--backbone", default="vit_base_patch16_224", help="timm name (default: %(default)s)")
-    one.add_argument(
-        "--batch", type=int, default=8, help="images (default: %(default)s); the ratio hardly depends on it"
-    )
-    one.add_argument("--blocks", type=int, default=4, help="K (default: %(default)s)")
-    one.add_argument("--mask-ratio", type=float, default=0.75, help="(default: %(default)s)")
-    one.set_defaults(run=memory)
-
-    vit, swin = "vit_base_patch16_224", "swin_base_patch4_window7_224"
-    for run, name in ((methods, vit), (family, vit), (green, swin)):
-        costs = commands.add_parser(
+    def command(run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        command = commands.add_parser(
             run.__name__, help=run.__doc__, description=run.__doc__, allow_abbrev=False
         )
-        costs.add_argument("--backbone", default=name, help="timm name (default: %(default)s)")
-        costs.add_argument("--batch", type=int, default=8, help="images (default: %(default)s)")
-        costs.add_argument("--blocks", type=int, default=4, help="K (default: %(default)s)")
-        costs.add_argument("--steps", type=int, default=3, help="timed steps (default: %(default)s)")
-        costs.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-        costs.add_argument(
+        command.set_defaults(run=run)
+        return command
+
+    def model_command(
+        run: Callable[[argparse.Namespace], None], backbone: str, batch: int = 8
+    ) -> argparse.ArgumentParser:
+        model = command(run)
+        model.add_argument("--backbone", default=backbone, help="timm name (default: %(default)s)")
+        model.add_argument("--batch", type=int, default=batch, help="images (default: %(default)s)")
+        model.add_argument("--blocks", type=int, default=4, help="K (default: %(default)s)")
+        return model
+
+    vit, swin = "vit_base_patch16_224", "swin_base_patch4_window7_224"
+    model_command(memory, vit).add_argument(
+        "--mask-ratio", type=float, default=0.75, help="(default: %(default)s)"
+    )
+    for run, backbone in ((methods, vit), (family, vit), (green, swin)):
+        timed = model_command(run, backbone)
+        timed.add_argument("--steps", type=int, default=3, help="timed steps (default: %(default)s)")
+        timed.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+        timed.add_argument(
             "--precision", default="fp32", choices=["fp32", "bf16"], help="(default: %(default)s)"
         )
-        costs.set_defaults(run=run)
-
-    ahead = commands.add_parser("plans", help=plans.__doc__, description=plans.__doc__, allow_abbrev=False)
-    ahead.add_argument("--backbone", default=swin, help="timm name (default: %(default)s)")
-    ahead.add_argument("--batch", type=int, default=16, help="images (default: %(default)s)")
-    ahead.add_argument("--blocks", type=int, default=4, help="K (default: %(default)s)")
-    ahead.add_argument("--throw-ratio", type=float, default=0.5, help="(default: %(default)s)")
-    ahead.add_argument("--steps", type=int, default=5, help="plans timed (default: %(default)s)")
-    ahead.set_defaults(run=plans)
-
-    two = commands.add_parser(
-        "pipeline", help=pipeline.__doc__, description=pipeline.__doc__, allow_abbrev=False
-    )
-    two.add_argument("--stages", type=int, default=4, help="(default: %(default)s)")
-    two.add_argument(
+    planned = model_command(plans, swin, batch=16)
+    planned.add_argument("--throw-ratio", type=float, default=0.5, help="(default: %(default)s)")
+    planned.add_argument("--steps", type=int, default=5, help="timed plans (default: %(default)s)")
+    sleeping = command(pipeline)
+    sleeping.add_argument("--stages", type=int, default=4, help="(default: %(default)s)")
+    sleeping.add_argument(
         "--work-ms", type=float, default=20.0, help="sleep of a stage per step (default: %(default)s)"
     )
-    two.add_argument("--steps", type=int, default=400, help="timed steps (default: %(default)s)")
-    two.set_defaults(run=pipeline)
-
-    three = commands.add_parser("seeds", help=seeds.__doc__, description=seeds.__doc__, allow_abbrev=False)
-    three.add_argument("runs", nargs="+", type=Path, metavar="OUT", help="output directory of a finished run")
-    three.set_defaults(run=seeds)
+    sleeping.add_argument("--steps", type=int, default=400, help="timed steps (default: %(default)s)")
+    command(seeds).add_argument(
+        "runs", nargs="+", type=Path, metavar="OUT", help="output directory of a finished run"
+    )
 
     arguments = parser.parse_args(argv)
     arguments.run(arguments)

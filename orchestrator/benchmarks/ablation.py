@@ -1,7 +1,7 @@
-"""What each part of the method is worth: families trained with one thing changed, over several seeds, against truncated MAE.
+"""Ablation: runs with one change each, over several seeds, compared with truncated MAE. Serves `pipelines/ablation.py`.
 
-Every case is trained in one process (the weights that the actors would give), measured on the test split at every depth, and
-written as one line of JSON, so that an ablation can be cut off and continued. Serves `pipelines/ablation.py`.
+Every case is trained in one process (to the same weights as on Ray), evaluated on the test split at every depth, and
+written as one line of JSON, so that an interrupted ablation can be continued.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from bim.orchestrator.evaluation.records import DepthReport
 from bim.orchestrator.runs.prepare import ResolvedRun, resolve_run
 from bim.orchestrator.runs.train import resolve_layout, train
 from bim.orchestrator.search.objective import SCORED_BY
-from bim.orchestrator.training.callbacks import EpochReport, StopRequest
-from bim.orchestrator.training.checkpoint import CheckpointStore, load_block_weights
+from bim.orchestrator.training.callbacks import NullCallback, StopRequest
+from bim.orchestrator.training.checkpoint import CheckpointStore, load_weights
 from bim.orchestrator.training.depth_variants import encoder_weights, random_variants, trained_variant
 
 TRUNCATED_MAE = "mae"
 """The reference: one end-to-end MAE run, truncated at each depth."""
 
 FRESH_NORM = "mae-fresh-norm"
-RANDOM, NO_NETWORK = "random", "no-network"
+RANDOM, RAW_PIXELS = "random", "no-network"
 
-PLAIN = "bim"
+BASELINE = "bim"
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    PLAIN: ("plain BIM: normalised pixels, one decoder layer per block", {}),
+    BASELINE: ("plain BIM: normalized pixels, one decoder layer per block", {}),
     TRUNCATED_MAE: ("MAE (K = 1), truncated at each depth, behind its own final norm", {}),
     "throw": ("PR-MIM, half of all tokens thrown and recovered", {"decoder.throw_ratio": 0.5}),
     "throw-light": (
@@ -76,28 +76,28 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"blocks": 1, "mask.ratio": 0.75, "target.name": "hog", "target.cell": 8},
     ),
     RANDOM: ("the same depths before training", {}),
-    NO_NETWORK: ("raw pixels, no network", {}),
+    RAW_PIXELS: ("raw pixels, no network", {}),
 }
-"""Name -> what is changed, in words and as settings."""
+"""Case -> its description and its changed settings."""
 
 ROWS = {
-    **{name: words for name, (words, _) in CASES.items()},
+    **{name: description for name, (description, _) in CASES.items()},
     FRESH_NORM: "the same MAE run, every depth behind a fresh final norm",
 }
-"""Name -> words, of all that is written down; the last are measured beside a case."""
+"""Row of the table -> its description; the last rows are extra measurements of a case."""
 
-BESIDE = {TRUNCATED_MAE: (FRESH_NORM,)}
-"""Case -> what the same training is also measured as."""
+EXTRA_MEASUREMENTS = {TRUNCATED_MAE: (FRESH_NORM,)}
+"""Case -> rows that the same training also yields."""
 
 SCORES = ("knn_top1", "linear_top1")
 
 FORMER_DEFAULTS = {"mask.ratio": 0.75}
-"""Of settings whose default has changed since results were first written: digests tell them as they did then."""
+"""Defaults that have changed since the first results were written; digests use the old ones."""
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """One case with one seed: test accuracies (0..1) by score and depth, the seconds it trained."""
+    """One case with one seed: test accuracies (0..1) by score and depth, seconds of training."""
 
     case: str
     seed: int
@@ -106,54 +106,38 @@ class CaseResult:
     n_test: int
     train_s: float
     base: str = ""
-    """What all cases share, as `base_digest` gives it; results of another base are never set beside these."""
-
-
-class _Quiet:
-    """A listener that keeps silent."""
-
-    began = True
-
-    def on_step(self, step: int, metrics: dict[str, float]) -> None: ...
-
-    def on_epoch(self, report: EpochReport) -> None: ...
-
-    def on_checkpoint(self, step: int) -> None: ...
-
-    def on_rewind(self, step: int) -> None: ...
-
-    def say(self, text: str) -> None: ...
+    """`base_digest` of the settings that all cases share; results with another digest are not comparable."""
 
 
 def base_digest(base: Settings) -> str:
-    """Eight characters for every setting of the base that changes a trained weight or how it is scored, the seed left out.
+    """Eight hexadecimal digits over the settings that change a trained weight or its score, except the seed.
 
-    Of the images the name of their folder counts, not where it lies. What stands at its (former) default is left out, so
-    that a setting that a later version adds changes no digest.
+    The name of the data folder counts, its location does not. Settings at their (former) default are left out, so that a
+    setting added by a later version changes no digest.
     """
     source = Path(base.data.source).name
     values = flat(with_changes(base, {"seed": 0, "data.source": source}))
     bare = {"name": "x", "backbone": {"name": "x"}, "data": {"source": "x", "batch_size": 1}}
     default = flat(settings_from_mapping(bare | {"schedule": {"epochs": 1}})) | FORMER_DEFAULTS
     scored = {f"evaluation.{name}" for name in SCORED_BY}
-    told = {
+    hashed = {
         key: v
         for key, v in values.items()
         if (changes_weights(key) or key in scored) and v != default.get(key)
     }
-    return blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=4).hexdigest()
+    return blake2b(json.dumps(hashed, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 
 def run_case(
     base: Settings, case: str, seed: int, changes: Mapping[str, Any] | None = None
 ) -> list[CaseResult]:
-    """Train one case with one seed and measure all depths of the base's blocks on the test split.
+    """Train one case with one seed and evaluate all depths of the base's blocks on the test split.
 
-    changes: settings of a case that is not in `CASES`. Returns the case, and what is measured `BESIDE` it. Raises
+    changes: settings of a case that is not in `CASES`. Returns the case and its `EXTRA_MEASUREMENTS`. Raises
     SettingsError, DataError, TrainingError.
     """
     depths = resolve_run(base, Path())[0].depths
-    alone = {
+    single_process = {
         "seed": seed,
         "placement.backend": "in_process",
         "placement.stages": 1,
@@ -161,28 +145,28 @@ def run_case(
         "search.trials": 0,
     }
     settings = end_to_end(base) if case == TRUNCATED_MAE else base
-    settings = with_changes(settings, {**(CASES[case][1] if changes is None else changes), **alone})
+    settings = with_changes(settings, {**(CASES[case][1] if changes is None else changes), **single_process})
     torch.set_num_threads(1)
-    found: dict[str, Mapping[int, Scores | DepthReport]] = {}
-    seconds = 0.0
+    measured: dict[str, Mapping[int, Scores | DepthReport]] = {}
+    train_s = 0.0
     with tempfile.TemporaryDirectory(prefix="ablation-") as folder:
         family, source, splits = resolve_run(settings, Path(folder))
-        if case == NO_NETWORK:
+        if case == RAW_PIXELS:
             scores = raw_pixels(source, splits, family.backbone.image_size, **_how(settings))
-            found[case] = dict.fromkeys(depths, scores)
+            measured[case] = dict.fromkeys(depths, scores)
         elif case == RANDOM:
             variants = random_variants(family.spec, family.backbone, depths)
-            found[case] = _scores(family, settings, source, splits, variants)
+            measured[case] = _scores(family, settings, source, splits, variants)
         else:
-            began = time.perf_counter()
-            weights = _trained(family, settings)
-            seconds = time.perf_counter() - began
+            started = time.perf_counter()
+            weights = _trained_weights(family, settings)
+            train_s = time.perf_counter() - started
             variants = {depth: trained_variant(family.backbone, weights, depth) for depth in depths}
-            found[case] = _scores(family, settings, source, splits, variants)
+            measured[case] = _scores(family, settings, source, splits, variants)
             if case == TRUNCATED_MAE:
                 encoders = [encoder_weights(block) for block in weights]
                 variants = {depth: family.backbone.variant(depth, encoders, None) for depth in depths}
-                found[FRESH_NORM] = _scores(family, settings, source, splits, variants)
+                measured[FRESH_NORM] = _scores(family, settings, source, splits, variants)
     return [
         CaseResult(
             name,
@@ -190,18 +174,17 @@ def run_case(
             settings.schedule.epochs,
             {score: {depth: one.metrics()[score] for depth, one in by_depth.items()} for score in SCORES},
             by_depth[depths[0]].n_test,
-            seconds,
+            train_s,
             base_digest(base),
         )
-        for name, by_depth in found.items()
+        for name, by_depth in measured.items()
     ]
 
 
-def _trained(family: ResolvedRun, settings: Settings) -> list[dict[str, Tensor]]:
+def _trained_weights(family: ResolvedRun, settings: Settings) -> list[dict[str, Tensor]]:
     """Weights of every block at the end of the run."""
-    train(family, resolve_layout(settings, ClusterResources(1.0, 0.0)), "fp32", _Quiet(), StopRequest())
-    checkpoint = CheckpointStore(family.out).directory(family.total_steps)
-    return [load_block_weights(checkpoint, k) for k in range(len(family.spec.blocks))]
+    train(family, resolve_layout(settings, ClusterResources(1.0, 0.0)), "fp32", NullCallback(), StopRequest())
+    return load_weights(CheckpointStore(family.out).directory(family.total_steps), family.spec)
 
 
 def _how(settings: Settings) -> dict[str, Any]:
@@ -234,32 +217,32 @@ def _scores(
 
 
 def read_results(file: Path) -> list[CaseResult]:
-    """The cases that an ablation has written so far; a line that was cut off is passed over."""
+    """The results in a file; a line that was written incompletely is skipped."""
     if not file.exists():
         return []
-    found = []
+    results = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
             raw = json.loads(line)
         except json.JSONDecodeError:
             continue
         raw["scores"] = {name: {int(d): v for d, v in by.items()} for name, by in raw["scores"].items()}
-        found.append(CaseResult(**raw))
-    return found
+        results.append(CaseResult(**raw))
+    return results
 
 
 def write_result(file: Path, result: CaseResult) -> None:
-    """Append one case."""
+    """Append one result."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as opened:
-        opened.write(json.dumps(asdict(result)) + "\n")
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(asdict(result)) + "\n")
 
 
 def table(results: Sequence[CaseResult], cases: Mapping[str, str]) -> Iterator[str]:
     """Markdown lines, one table per score: mean over seeds +- standard error of the mean by depth, in percent.
 
-    The error is that of the seeds alone (all are tested on the same images). The last column is the mean over depths
-    less that of truncated MAE, with the error of the paired difference, where both have the same seeds.
+    The error is that of the seeds only, since all of them share the test images. The last column is the difference of the
+    mean over depths to truncated MAE, paired by seed.
     """
     for score in SCORES:
         rows = [row for name in cases if (row := _of(results, name, score))]
@@ -273,19 +256,20 @@ def table(results: Sequence[CaseResult], cases: Mapping[str, str]) -> Iterator[s
         )
         yield "|---|" + "---|" * (len(depths) + 2)
         mae = {seed: statistics.mean(by.values()) for seed, by in _of(results, TRUNCATED_MAE, score).items()}
-        for name, words in cases.items():
+        for name, description in cases.items():
             by_seed = _of(results, name, score)
             if not by_seed:
                 continue
             cells = [_mean_and_error([by[d] for by in by_seed.values()]) for d in depths]
             means = {seed: statistics.mean(by.values()) for seed, by in by_seed.items()}
             shared = sorted(means.keys() & mae.keys())
-            lead = (
+            difference = (
                 ""
                 if name == TRUNCATED_MAE or not shared
                 else _mean_and_error([means[seed] - mae[seed] for seed in shared], signed=True)
             )
-            yield f"| {words} | " + " | ".join([*cells, _mean_and_error(list(means.values())), lead]) + " |"
+            mean = _mean_and_error(list(means.values()))
+            yield f"| {description} | " + " | ".join([*cells, mean, difference]) + " |"
         yield ""
 
 

@@ -1,7 +1,6 @@
-"""What each method and each family costs: multiply-accumulates, seconds of a training step, activations held for it.
+"""Cost of each method: multiply-accumulates, seconds of a training step, and activations held for its backward passes.
 
-All as figures of one process, so that they can be set as ratios against an ordinary MAE in the same run. Serves
-`pipelines/benchmark.py methods` and `family`; imports neither ray, mlflow nor pydantic, so that it runs on a bare GPU image.
+Everything is measured in one process, as a ratio to MAE in the same process. Serves `pipelines/benchmark.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import timm.layers
 import torch
 
 from bim.models.backbones import open_backbone
-from bim.models.backbones.backbone import RESERVED_ARGS
+from bim.models.backbones.timm_models import RESERVED_ARGS
 from bim.models.masks.plan import MaskPlan, partial_plan
 from bim.models.masks.sampling import SAMPLERS
 from bim.orchestrator.benchmarks.activation_memory import autocast, counting_saved, growing, saved_activations
@@ -37,7 +36,7 @@ class Method:
     """One line of the table.
 
     Args:
-        published: the paper's ratio to MAE, where one is known (papers.md: READ), else "".
+        published: the ratio to MAE in the method's paper, "" if there is none.
     """
 
     name: str
@@ -47,14 +46,14 @@ class Method:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one training step, per image where not said otherwise.
+    """Cost of one training step.
 
     Args:
-        gmacs: multiply-accumulates of the forward passes, 1e9.
-        step_s: seconds of the fastest whole step of the batch: forward, backward, update, of all blocks in turn.
-        fused, explicit: bytes of activations held for the backward pass, of the block that holds most, for the batch, in the
-            precision of the step; with fused and with explicit attention; see `saved_activations`.
-        peak: bytes that the accelerator had allocated at most during a step; None on a CPU.
+        gmacs: multiply-accumulates of the forward passes of one image, 1e9.
+        step_s: seconds of the fastest step of the batch: forward, backward and update of all blocks in turn.
+        fused, explicit: bytes of activations held for the backward pass of the batch, in the block that holds most, with
+            fused and with explicit attention; see `saved_activations`.
+        peak: maximum bytes allocated on the accelerator during a step; None on a CPU.
     """
 
     gmacs: float
@@ -64,14 +63,14 @@ class Cost:
     peak: int | None
 
 
-def family(
+def uniform_spec(
     backbone: str,
     blocks: tuple[int, ...],
     decoder: DecoderSpec,
     target: TargetSpec | None = None,
     **args: Any,
 ) -> PretrainSpec:
-    """A family of equal decoders and targets. args: model_args, encode."""
+    """A spec with the same decoder and target for every block. args: model_args, encode."""
     return PretrainSpec(
         backbone=backbone,
         blocks=blocks,
@@ -83,30 +82,30 @@ def family(
 
 
 def methods(backbone: str, layers: tuple[int, ...]) -> list[Method]:
-    """The methods of papers.md on one backbone, ordinary MAE first. layers: of the family's blocks.
+    """MAE, PR-MIM, BIM, FastMIM and their combinations on one backbone. layers: of each BIM block.
 
-    The small size is 128, or the next below that holds whole mask units; HOG's cells are 8 pixels, or the next below that
-    divide a unit.
+    FastMIM's image size is 128, or the largest below that is a multiple of the mask unit; HOG cells are 8 pixels, or the
+    largest below that divide the mask unit.
     """
-    whole, unit = (sum(layers),), open_backbone(backbone, layers, {}).unit
+    whole, unit = (sum(layers),), open_backbone(backbone, layers, {}).mask_unit_px
     size = max(unit, 128 // unit * unit)
     cell = next(cell for cell in range(8, 0, -1) if unit % cell == 0)
     thrown, small_thrown = replace(MAE_DECODER, throw_ratio=0.5), replace(SMALL_DECODER, throw_ratio=0.5)
     hog, low = TargetSpec("hog", {"cell": cell}), {"img_size": size}
     k = f"K={len(layers)}"
     return [
-        Method("MAE", family(backbone, whole, MAE_DECODER), "1"),
-        Method("PR-MIM 0.5", family(backbone, whole, thrown), "MACs 0.72, memory 0.64"),
-        Method(f"BIM {k}", family(backbone, layers, MAE_DECODER)),
-        Method(f"BIM {k} + PR-MIM 0.5", family(backbone, layers, thrown)),
+        Method("MAE", uniform_spec(backbone, whole, MAE_DECODER), "1"),
+        Method("PR-MIM 0.5", uniform_spec(backbone, whole, thrown), "MACs 0.72, memory 0.64"),
+        Method(f"BIM {k}", uniform_spec(backbone, layers, MAE_DECODER)),
+        Method(f"BIM {k} + PR-MIM 0.5", uniform_spec(backbone, layers, thrown)),
         Method(
             f"FastMIM {size}, HOG",
-            family(backbone, whole, SMALL_DECODER, hog, model_args=low, encode="all"),
+            uniform_spec(backbone, whole, SMALL_DECODER, hog, model_args=low, encode="all"),
             "time of an epoch 0.59, memory 0.34",
         ),
         Method(
             f"BIM {k} + PR-MIM 0.5, HOG, {size}, 1x256",
-            family(backbone, layers, small_thrown, hog, model_args=low),
+            uniform_spec(backbone, layers, small_thrown, hog, model_args=low),
         ),
     ]
 
@@ -120,10 +119,10 @@ def forward_gmacs(spec: PretrainSpec) -> float:
 def step_seconds(
     spec: PretrainSpec, batch: int, device: torch.device, precision: Precision, steps: int
 ) -> tuple[float, int | None]:
-    """Seconds of the fastest of `steps` training steps of `batch` random images, all blocks one after the other.
+    """Seconds of the fastest of `steps` training steps of `batch` random images, all blocks one after the other, and the
+    maximum bytes allocated on the accelerator (None on a CPU).
 
-    Masks are planned outside the clock: a run does that on a thread of its own during the step before. See `plan_seconds`.
-    Also the most bytes that were allocated on an accelerator meanwhile; None on a CPU.
+    Mask plans are made outside the timing, because a run prefetches them on another thread; see `plan_seconds`.
     """
     backbone = open_spec_backbone(spec)
     optim = replace(spec.optim, precision=precision)
@@ -161,18 +160,18 @@ def cost(spec: PretrainSpec, batch: int, device: torch.device, precision: Precis
 def encoder_cost(
     spec: PretrainSpec, batch: int, device: torch.device, precision: Precision, steps: int
 ) -> tuple[float, int, int | None]:
-    """The encoder alone, of a family of one block: seconds of the fastest forward and backward pass, bytes of activations
-    held for the backward pass (counted on the CPU, in that precision), and the most bytes that were allocated on an
-    accelerator. Masks are planned outside the clock, as in `step_seconds`."""
+    """The encoder of a K = 1 spec: seconds of the fastest forward and backward pass, bytes of activations held for the
+    backward pass (counted on the CPU, in that precision), and the maximum bytes allocated on the accelerator. Mask plans
+    are made outside the timing, as in `step_seconds`."""
     backbone = open_spec_backbone(spec)
     block, size = backbone.build_block(0, spec.seed).train(), backbone.image_size
     images = torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(0))
 
     def count(number: int) -> list[int]:
-        some = torch.rand(number, 3, *size, generator=torch.Generator().manual_seed(0))
+        sample = torch.rand(number, 3, *size, generator=torch.Generator().manual_seed(0))
         plan = mask_plans(spec, backbone, size, number, 0, 0)[0]
         with counting_saved(iter(block.parameters())) as saved, autocast("cpu", precision):
-            block(some, plan)
+            block(sample, plan)
         return [saved.total]
 
     (held,) = growing(count, batch)
@@ -192,7 +191,7 @@ def encoder_cost(
 
 
 def plan_seconds(spec: PretrainSpec, batch: int, steps: int) -> float:
-    """Seconds of the median of `steps` plans of all blocks for a batch on the CPU, which a run makes ahead of the step."""
+    """Median seconds, over `steps` plans, of the mask plans of all blocks for a batch on the CPU."""
     backbone = open_spec_backbone(spec)
     times = []
     for step in range(steps):
@@ -205,8 +204,8 @@ def plan_seconds(spec: PretrainSpec, batch: int, steps: int) -> float:
 def sampler_seconds(
     spec: PretrainSpec, batch: int, steps: int, throw_ratio: float
 ) -> list[tuple[tuple[int, int], dict[str, float]]]:
-    """For each block (rows, columns) of its tokens, and by sampler the median seconds of choosing, for a batch on the CPU,
-    which of them are decoded. Raises ValueError if `throw_ratio` leaves a decoder no masked token."""
+    """For each block its token grid (rows, columns), and sampler -> median seconds of choosing the tokens to decode, for a
+    batch on the CPU. Raises ValueError if `throw_ratio` leaves a decoder no masked token."""
     backbone = open_spec_backbone(spec)
     plans = mask_plans(spec, backbone, backbone.image_size, batch, 0, 0)
 
@@ -225,23 +224,22 @@ def sampler_seconds(
 
 
 def light_decoders(spec: PretrainSpec) -> PretrainSpec:
-    """The same family with decoders that cost less where there are many tokens: on grids of more than 28 x 28 a width of 64
-    and 0.65 of all tokens thrown, on more than 14 x 14 a width of 128 and half of them, thrown ones not recovered and drawn
-    at random."""
-    found = []
+    """The same spec with cheaper decoders on fine grids: width 64 and 0.65 of all tokens thrown above 28 x 28 tokens, width
+    128 and 0.5 thrown above 14 x 14; thrown tokens are drawn at random and not recovered."""
+    decoders = []
     for info, decoder in zip(open_spec_backbone(spec).blocks, spec.decoders, strict=True):
         tokens = info.grid[0] * info.grid[1]
-        for least, dim, throw in ((28 * 28, 64, 0.65), (14 * 14, 128, 0.5)):
-            if tokens > least:
+        for max_tokens, dim, throw in ((28 * 28, 64, 0.65), (14 * 14, 128, 0.5)):
+            if tokens > max_tokens:
                 decoder = replace(decoder, dim=dim, throw_ratio=throw, recovery="none", sampler="random")
                 break
-        found.append(decoder)
-    return replace(spec, decoders=tuple(found))
+        decoders.append(decoder)
+    return replace(spec, decoders=tuple(decoders))
 
 
 @contextmanager
 def explicit_attention() -> Iterator[None]:
-    """Inside, timm builds attention that keeps its N x N weights, as before fused kernels."""
+    """Inside the context timm builds attention that stores its N x N weights, without a fused kernel."""
     before = timm.layers.use_fused_attn()
     timm.layers.set_fused_attn(False)
     try:
@@ -251,13 +249,13 @@ def explicit_attention() -> Iterator[None]:
 
 
 def depth_runs(backbone: str, layers: tuple[int, ...], decoder: DecoderSpec) -> list[PretrainSpec]:
-    """What a family replaces: an ordinary end-to-end run for each of its depths."""
-    whole = open_backbone(backbone, layers, {})
-    found = []
-    for info in whole.blocks:
-        args = {key: v for key, v in whole.variant_args(info.depth).items() if key not in RESERVED_ARGS}
-        found.append(family(backbone, (info.depth,), decoder, model_args=args))
-    return found
+    """End-to-end runs (K = 1), one for each depth of a BIM run with these blocks."""
+    full = open_backbone(backbone, layers, {})
+    runs = []
+    for info in full.blocks:
+        args = {key: v for key, v in full.variant_args(info.depth).items() if key not in RESERVED_ARGS}
+        runs.append(uniform_spec(backbone, (info.depth,), decoder, model_args=args))
+    return runs
 
 
 def _now(device: torch.device) -> float:

@@ -12,38 +12,38 @@ from bim.orchestrator.training.transport import Payload
 
 
 class StageActor(Stage):
-    """A stage in a process of its own."""
+    """A stage in its own process."""
 
     def ping(self) -> int:
-        """Answers with its process id once the process is up."""
+        """The process id; returns once the process is up."""
         return os.getpid()
 
-    def sees(self, path: str) -> bool:
-        """Whether a file that the driver wrote can be seen from here."""
+    def path_exists(self, path: str) -> bool:
+        """Whether a file of the driver is visible on this node."""
         return Path(path).exists()
 
 
 class LoaderActor:
-    """The training batches in a process of their own."""
+    """The training batches in their own process."""
 
     def __init__(self, data: DataSpec) -> None:
         self._data = data
         self._batches: TrainBatches | None = None
 
     def ping(self) -> int:
-        """Answers with its process id once the process is up."""
+        """The process id; returns once the process is up."""
         return os.getpid()
 
     def open(self) -> int:
-        """Open the data, anew if it was open: worker processes that died are back. Returns the steps per epoch."""
+        """Open the data, with new worker processes if it was open. Returns the steps per epoch."""
         self.close()
         self._batches = self._data.train_batches()
         return self._batches.steps_per_epoch
 
-    def batch(self, step: int, micro: int) -> tuple[Payload, tuple[tuple[tuple[str, str], ...], float]]:
-        """One micro-batch (uint8, for the stages) and what is told of it (bad images, seconds; for the driver)."""
-        assert self._batches is not None, "open comes before the first batch"
-        batch = self._batches.batch(step, micro)
+    def batch(self, step: int, micro_step: int) -> tuple[Payload, tuple[tuple[tuple[str, str], ...], float]]:
+        """One micro-batch, uint8, for the stages; and (bad images, seconds of loading) for the driver."""
+        assert self._batches is not None, "call open before the first batch"
+        batch = self._batches.batch(step, micro_step)
         return Payload("uint8", batch.images), (batch.bad, batch.load_s)
 
     def close(self) -> None:

@@ -1,7 +1,4 @@
-"""Connecting to Ray, and running one function where the stages ran. Joins the cluster it is told of, else starts one here.
-
-Not for training: the actors are in `ray_stages.py`.
-"""
+"""Connection to a Ray cluster, and remote calls of single functions on the resources of the stages."""
 
 from __future__ import annotations
 
@@ -21,103 +18,100 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from bim.orchestrator.distributed.placement import ClusterResources, StageLayout
 
+log = logging.getLogger(__name__)
+
 Result = TypeVar("Result")
 
-LOCAL_STORE_SHARE = 0.15  # of the free memory; the window of batches and activations lies there
+OBJECT_STORE_FRACTION = 0.15  # of the free memory; the store holds the batches and activations in flight
+OBJECT_STORE_MIN, OBJECT_STORE_MAX = 256 << 20, 8 << 30
 
-LOCAL_STORE_MAX = 8 << 30
-
-LOCAL_STORE_MIN = 256 << 20
+CONNECT_TIMEOUT_S = 5.0
 
 
 class ClusterError(ValueError):
-    """The Ray cluster that was named does not answer."""
+    """The Ray cluster that `RAY_ADDRESS` names cannot be reached."""
 
 
 @contextmanager
-def ray_cluster(say: Callable[[str], None]) -> Iterator[ClusterResources]:
+def ray_cluster() -> Iterator[ClusterResources]:
     """Connect to the cluster that `RAY_ADDRESS` names (`auto`: the one on this machine), else start one for this process.
 
-    A connection that was there before is used and left open. Yields what the cluster has.
+    An existing connection is used and stays open. Yields the resources of the cluster.
 
     Raises:
-        ClusterError: `RAY_ADDRESS` names a cluster that does not answer.
+        ClusterError: the cluster that `RAY_ADDRESS` names cannot be reached.
     """
     if ray.is_initialized():
         yield cluster_resources()
         return
-    # Errors of stages are told once, by the loop, in one line.
+    # The training loop reports errors of stages.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    # Ray's coming default; unset, it prints a warning.
+    # Ray warns if this future default is unset.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
-        _connect(say)
+        _connect()
         yield cluster_resources()
     finally:
         ray.shutdown()
 
 
-def _connect(say: Callable[[str], None]) -> None:
+def _connect() -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if told := os.environ.get("RAY_ADDRESS"):
-        # Ray itself tries for many minutes, noisily.
-        named = told.removeprefix("ray://")
-        there = not re.search(r":\d+$", named) or is_reachable(named)
+    if address := os.environ.get("RAY_ADDRESS"):
+        host = address.removeprefix("ray://")
         try:
-            if not there:
+            # Without this check ray.init retries for many minutes.
+            if re.search(r":\d+$", host) and not is_reachable(host):
                 raise ConnectionError
-            ray.init(address=told, **quiet)
-        except OSError:  # ConnectionError among them
+            ray.init(address=address, **quiet)
+        except OSError:  # the base class of ConnectionError
             raise ClusterError(
-                f"no Ray cluster can be joined at RAY_ADDRESS={told}; start it, or unset RAY_ADDRESS to use this machine"
+                f"no Ray cluster can be joined at RAY_ADDRESS={address}; start it, or unset RAY_ADDRESS to use this "
+                "machine"
             ) from None
     else:
         free = psutil.virtual_memory().available
-        store = int(min(LOCAL_STORE_MAX, max(LOCAL_STORE_MIN, free * LOCAL_STORE_SHARE)))
+        store = int(min(OBJECT_STORE_MAX, max(OBJECT_STORE_MIN, free * OBJECT_STORE_FRACTION)))
         ray.init(address="local", include_dashboard=False, object_store_memory=store, **quiet)
-    have = cluster_resources()
+    resources = cluster_resources()
     nodes = sum(node["Alive"] for node in ray.nodes())
     machines = "this machine" if nodes == 1 else f"{nodes} machines"
-    say(f"Ray on {machines}: {have.cpus:g} CPU, {have.gpus:g} GPU")
+    log.info("Ray on %s: %g CPU, %g GPU", machines, resources.cpus, resources.gpus)
 
 
 def run_on_worker(function: Callable[..., Result], layout: StageLayout, *args: object) -> Result:
-    """Run `function(*args)` on a GPU of the cluster if the stages had one, else in this process. Returns what it returns."""
+    """Run `function(*args)` on a GPU of the cluster if the stages had one, else in this process. Returns its result."""
     if layout.gpus == 0:
         return function(*args)
     options = {"num_cpus": layout.cpus, "num_gpus": min(1.0, layout.gpus), "max_retries": 0}
-    found: Result = result_of(ray.remote(function).options(**options).remote(*args))
-    return found
+    result: Result = result_of(ray.remote(function).options(**options).remote(*args))
+    return result
 
 
 def run_in_bundle(
     function: Callable[..., Result],
     group: PlacementGroup,
     layout: StageLayout,
-    enough: Callable[[], bool],
+    should_cancel: Callable[[], bool],
     *args: object,
 ) -> Result | None:
-    """Run `function(*args)` in a process of its own, in the room of the first stage, whose actors are gone.
+    """Run `function(*args)` in its own process in the bundle of the first stage, whose actors have ended.
 
-    Returns what it returns; None if `enough()` before. A process that dies is tried again, so the function must be
-    repeatable.
+    Returns its result; None once `should_cancel()`. Ray retries a process that dies, so the function must be repeatable.
     """
-    where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
+    bundle = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
     options = {"num_cpus": layout.cpus, "num_gpus": min(1.0, layout.gpus), "max_retries": 2}
-    reference = ray.remote(function).options(scheduling_strategy=where, **options).remote(*args)
+    reference = ray.remote(function).options(scheduling_strategy=bundle, **options).remote(*args)
     while not ray.wait([reference], timeout=0.5, fetch_local=False)[0]:
-        if enough():
+        if should_cancel():
             ray.cancel(reference, force=True)
             return None
-    found: Result = result_of(reference)
-    return found
-
-
-CONNECT_TIMEOUT_S = 5.0
+    result: Result = result_of(reference)
+    return result
 
 
 def result_of(reference: Any) -> Any:
-    """What a remote call returned. Raises the error that it raised, whose own words do not begin with where."""
+    """The result of a remote call. Raises the original error of the call instead of Ray's wrapper."""
     try:
         return ray.get(reference)
     except RayTaskError as error:
@@ -127,12 +121,12 @@ def result_of(reference: Any) -> Any:
 
 
 def gcs_is_reachable() -> bool:
-    """Whether the connected cluster's head is there; Ray's own calls wait a minute for it, then end this process."""
+    """Whether the head of the connected cluster answers; Ray's calls wait a minute for it, then end this process."""
     return is_reachable(str(ray.get_runtime_context().gcs_address))
 
 
 def is_reachable(address: str) -> bool:
-    """Whether something listens at HOST:PORT, known within seconds."""
+    """Whether a process listens at HOST:PORT; waits at most `CONNECT_TIMEOUT_S`."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
@@ -142,7 +136,7 @@ def is_reachable(address: str) -> bool:
 
 
 def cluster_resources() -> ClusterResources:
-    """CPUs, GPUs and machines of the connected cluster."""
-    have = ray.cluster_resources()
+    """CPUs, GPUs and nodes of the connected cluster."""
+    resources = ray.cluster_resources()
     nodes = sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in ray.nodes())
-    return ClusterResources(float(have.get("CPU", 0.0)), float(have.get("GPU", 0.0)), max(1, nodes))
+    return ClusterResources(float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0)), max(1, nodes))

@@ -1,7 +1,4 @@
-"""Which blocks live together, and what each stage asks of the cluster. Pure arithmetic: knows no Ray.
-
-Serves the Ray stages and the settings' early checks: what cannot be placed is said before any actor starts.
-"""
+"""The blocks of each stage and the resources that it requests, computed before any actor starts."""
 
 from __future__ import annotations
 
@@ -12,12 +9,12 @@ from itertools import pairwise
 
 
 class PlacementError(ValueError):
-    """The stages do not fit; the message tells what is asked and what the cluster has."""
+    """The stages do not fit; the message names the request and the resources of the cluster."""
 
 
 @dataclass(frozen=True)
 class ClusterResources:
-    """CPUs and GPUs that the cluster has in all, and on how many machines that have CPUs to give."""
+    """Total CPUs and GPUs of a cluster, and its number of nodes with CPUs."""
 
     cpus: float
     gpus: float
@@ -26,17 +23,17 @@ class ClusterResources:
 
 @dataclass(frozen=True)
 class StageLayout:
-    """Where blocks live.
+    """Placement of the blocks.
 
     Args:
-        places: the blocks of each stage, consecutive.
+        stage_blocks: the blocks of each stage, consecutive.
         gpus: GPUs per stage; a fraction shares one, 0 means CPU.
-        cpus: CPUs per stage in Ray's book-keeping.
-        loader_cpus: the same for the data loader beside stage 0.
+        cpus: CPUs per stage that Ray reserves.
+        loader_cpus: CPUs that Ray reserves for the data loader, on the node of stage 0.
         threads: torch CPU threads per stage.
     """
 
-    places: tuple[tuple[int, ...], ...]
+    stage_blocks: tuple[tuple[int, ...], ...]
     gpus: float
     cpus: float
     loader_cpus: float
@@ -44,14 +41,17 @@ class StageLayout:
 
     @property
     def bundles(self) -> list[dict[str, float]]:
-        """Placement-group bundles: one per stage, the loader's share in the first."""
-        bundles = [{"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {}) for _ in self.places]
+        """Bundles of the placement group: one per stage; the first also holds the data loader."""
+        bundles = [{"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {}) for _ in self.stage_blocks]
         bundles[0] = bundles[0] | {"CPU": round(self.cpus + self.loader_cpus, 4)}
         return bundles
 
 
 def consecutive(blocks: int, stages: int) -> tuple[tuple[int, ...], ...]:
-    """Cut block numbers 0..blocks-1 into runs of nearly equal length; the later ones are the longer (block 0 embeds too)."""
+    """Split block numbers 0..blocks-1 into `stages` runs of nearly equal length.
+
+    Later runs are the longer ones, because block 0 also embeds the patches.
+    """
     bounds = [round(i * blocks / stages) for i in range(stages + 1)]
     return tuple(tuple(range(a, b)) for a, b in pairwise(bounds))
 
@@ -64,11 +64,11 @@ def compute_layout(
     cpus_per_stage: float | None = None,
     threads_per_stage: int | None = None,
 ) -> StageLayout:
-    """Decide the stages. None leaves a number to the cluster: a block per GPU when there are enough, several consecutive
-    blocks per stage when there are fewer, shares of the CPUs when there are none.
+    """Compute the stages. None leaves a number to the cluster: one block per GPU if there are enough, several consecutive
+    blocks per stage if there are fewer, fractions of the CPUs if there are none.
 
     Raises:
-        PlacementError: more stages than blocks, or more GPUs or CPUs asked than the cluster has.
+        PlacementError: more stages than blocks, or more GPUs or CPUs than the cluster has.
     """
     if stages is not None and stages > blocks:
         raise PlacementError(f"placement.stages is {stages}, but there are only {blocks} blocks to place")
@@ -77,35 +77,35 @@ def compute_layout(
             "the cluster has no CPUs for stages yet; start workers, or let it grow with placement.wait_s and "
             "placement.gpus_per_stage"
         )
-    gpus = (1.0 if cluster.gpus >= 1 else 0.0) if gpus_per_stage is None else gpus_per_stage
+    gpus = default_gpus(cluster) if gpus_per_stage is None else gpus_per_stage
     if gpus > 0:
-        room = _gpu_room(cluster.gpus, gpus)
-        wanted = stages if stages is not None else max(1, min(blocks, room))
-        if wanted > room:
+        capacity = gpu_capacity(cluster.gpus, gpus)
+        count = stages if stages is not None else max(1, min(blocks, capacity))
+        if count > capacity:
             raise PlacementError(
-                f"the settings ask for {wanted} stage{'s' * (wanted > 1)} of {gpus:g} GPU each, and the cluster has "
+                f"the settings ask for {count} stage{'s' * (count > 1)} of {gpus:g} GPU each, and the cluster has "
                 f"{cluster.gpus:g} GPU; lower placement.stages, or set placement.gpus_per_stage to a fraction, so that "
                 "stages share a GPU, or to 0 for CPUs alone"
             )
     else:
-        wanted = blocks if stages is None else stages
-    # An actor never spans two machines: the loader and the stages are dealt out over them first.
-    per_node = -(-(wanted + 1) // max(1, cluster.nodes))
-    share = math.floor(min(1.0, cluster.cpus / max(1, cluster.nodes) / per_node) * 100) / 100
-    cpus = share if cpus_per_stage is None else cpus_per_stage
-    if cpus * wanted > cluster.cpus + 1e-6:
+        count = blocks if stages is None else stages
+    # An actor never spans two nodes, so the loader and the stages are divided among the nodes first.
+    per_node = -(-(count + 1) // max(1, cluster.nodes))
+    default_cpus = math.floor(min(1.0, cluster.cpus / max(1, cluster.nodes) / per_node) * 100) / 100
+    cpus = default_cpus if cpus_per_stage is None else cpus_per_stage
+    if cpus * count > cluster.cpus + 1e-6:
         raise PlacementError(
-            f"the settings ask for {wanted} stage{'s' * (wanted > 1)} of {cpus:g} CPU each, and the cluster has "
+            f"the settings ask for {count} stage{'s' * (count > 1)} of {cpus:g} CPU each, and the cluster has "
             f"{cluster.cpus:g} CPU; lower placement.cpus_per_stage or placement.stages"
         )
-    loader = math.floor(max(0.0, min(share, cluster.cpus - cpus * wanted)) * 100) / 100
-    threads = threads_per_stage or max(1, int(cluster.cpus // wanted) if gpus == 0 else int(cpus))
-    return StageLayout(consecutive(blocks, wanted), gpus, cpus, loader, threads)
+    loader_cpus = math.floor(max(0.0, min(default_cpus, cluster.cpus - cpus * count)) * 100) / 100
+    threads = threads_per_stage or max(1, int(cluster.cpus // count) if gpus == 0 else int(cpus))
+    return StageLayout(consecutive(blocks, count), gpus, cpus, loader_cpus, threads)
 
 
 @dataclass(frozen=True)
 class ResourceShare:
-    """What one of several families gets to plan with: a part of the cluster, and in how many stages at most."""
+    """The part of the cluster for one of several backbones, and its maximum number of stages."""
 
     cluster: ClusterResources
     stages: int
@@ -114,28 +114,32 @@ class ResourceShare:
 def shares(
     blocks: Sequence[int], cluster: ClusterResources, gpus_per_stage: float | None = None
 ) -> tuple[ResourceShare, ...]:
-    """Divide a cluster among families of so many blocks, so that as many as can live side by side.
+    """Divide a cluster among backbones, given the number of blocks of each, so that as many as possible train at a time.
 
-    With GPUs every family gets an equal part of them, the first ones those that are left over, and one at least: where there
-    are fewer GPUs than families, the last ones wait. Without GPUs as many families as there are CPUs share them, in
-    no more stages than they have CPUs, but two, so that there is a pipeline.
+    With GPUs every backbone gets an equal number of stages, at least one, and the first ones the remainder; with fewer
+    GPUs than backbones the last ones wait. Without GPUs the backbones share the CPUs, at least one CPU each, in at most
+    as many stages as CPUs, but in two, so that there is a pipeline.
     """
-    families = len(blocks)
-    gpus = (1.0 if cluster.gpus >= 1 else 0.0) if gpus_per_stage is None else gpus_per_stage
+    gpus = default_gpus(cluster) if gpus_per_stage is None else gpus_per_stage
     if gpus > 0:
-        room = _gpu_room(cluster.gpus, gpus)
-        beside = max(1, min(families, room))
-        each, left = divmod(room, beside)
-        wanted = [min(b, max(1, each + (i < left))) for i, b in enumerate(blocks)]
+        capacity = gpu_capacity(cluster.gpus, gpus)
+        concurrent = max(1, min(len(blocks), capacity))
+        each, remainder = divmod(capacity, concurrent)
+        stages = [min(b, max(1, each + (i < remainder))) for i, b in enumerate(blocks)]
     else:
-        beside = max(1, min(families, int(cluster.cpus)))
-        wanted = [min(b, max(2, int(cluster.cpus / beside))) for b in blocks]
-    part = ClusterResources(cluster.cpus / beside, cluster.gpus, cluster.nodes)
-    return tuple(ResourceShare(part, stages) for stages in wanted)
+        concurrent = max(1, min(len(blocks), int(cluster.cpus)))
+        stages = [min(b, max(2, int(cluster.cpus / concurrent))) for b in blocks]
+    part = ClusterResources(cluster.cpus / concurrent, cluster.gpus, cluster.nodes)
+    return tuple(ResourceShare(part, count) for count in stages)
 
 
-def _gpu_room(gpus: float, per_stage: float) -> int:
-    """How many stages of `per_stage` GPUs fit into `gpus` whole GPUs (a fraction never spans two of them)."""
+def default_gpus(cluster: ClusterResources) -> float:
+    """GPUs per stage if the settings leave it to the cluster."""
+    return 1.0 if cluster.gpus >= 1 else 0.0
+
+
+def gpu_capacity(gpus: float, per_stage: float) -> int:
+    """Number of stages of `per_stage` > 0 GPUs that fit on `gpus` whole GPUs (a fraction never spans two of them)."""
     if per_stage >= 1:
         return int(gpus // per_stage)
     return int(gpus) * int(1 / per_stage + 1e-6)

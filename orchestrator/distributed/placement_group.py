@@ -1,4 +1,4 @@
-"""Placement groups: created when the cluster has room, and removed."""
+"""Placement groups: created once the cluster has capacity, and removed."""
 
 from __future__ import annotations
 
@@ -11,49 +11,48 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from bim.orchestrator.distributed.cluster import cluster_resources, gcs_is_reachable
 from bim.orchestrator.distributed.placement import PlacementError, StageLayout
 
+POLL_INTERVAL_S = 1  # Ray takes whole seconds
+
 
 def release_placement_group(group: PlacementGroup) -> None:
-    """Remove a placement group; whatever still lives in it ends. Safe to call twice."""
+    """Remove a placement group and end the actors in it. Safe to call twice."""
+    # After a SIGTERM to the process group, the local Ray may be gone already.
     if ray.is_initialized() and gcs_is_reachable():
         remove_placement_group(group)
 
 
-POLL_INTERVAL_S = 1  # between two looks whether there is room; Ray takes whole seconds
-
-
 def create_placement_group(
     layout: StageLayout,
-    wait_s: float,
-    others: Callable[[], bool] = lambda: False,
-    enough: Callable[[], bool] = lambda: False,
+    timeout_s: float,
+    is_blocked_by_peers: Callable[[], bool] = lambda: False,
+    should_cancel: Callable[[], bool] = lambda: False,
 ) -> PlacementGroup | None:
-    """A placement group of the layout's bundles, once the cluster has room for it; None if `enough()` before.
+    """A placement group of the layout's bundles, once it is scheduled; None once `should_cancel()`.
 
     Args:
-        wait_s: how long to wait for room (an autoscaling cluster grows meanwhile).
-        others: whether somebody holds room that will be given back; the time that this is so does not count.
+        timeout_s: how long to wait for capacity (an autoscaling cluster grows in this time).
+        is_blocked_by_peers: whether resources are held that will be released; this time does not count.
 
     Raises:
-        PlacementError: no room within `wait_s`.
+        PlacementError: not scheduled within `timeout_s`.
     """
     group = placement_group(layout.bundles, strategy="PACK")
     since = time.monotonic()
     try:
         while not group.wait(POLL_INTERVAL_S):
-            if enough():
-                remove_placement_group(group)
+            if should_cancel():
+                release_placement_group(group)
                 return None
-            if others():
+            if is_blocked_by_peers():
                 since = time.monotonic()
-            elif time.monotonic() - since > wait_s:
-                have = cluster_resources()
+            elif time.monotonic() - since > timeout_s:
+                total, free = cluster_resources(), ray.available_resources()
                 raise PlacementError(
-                    f"no room for {len(layout.places)} stages of {layout.cpus:g} CPU and {layout.gpus:g} GPU "
-                    f"within {wait_s:.0f} s: "
-                    f"the cluster has {have.cpus:g} CPU and {have.gpus:g} GPU, perhaps in use by another job"
+                    f"placement group of {len(layout.stage_blocks)} x {{CPU: {layout.cpus:g}, GPU: {layout.gpus:g}}} not "
+                    f"schedulable within {timeout_s:.0f} s; cluster total {total.cpus:g} CPU, {total.gpus:g} GPU, "
+                    f"available {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU"
                 )
     except BaseException:
-        if gcs_is_reachable():
-            remove_placement_group(group)
+        release_placement_group(group)
         raise
     return group

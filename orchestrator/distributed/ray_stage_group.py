@@ -1,13 +1,14 @@
-"""The same stages as Ray actors: one placement group, one actor per stage, the data loader beside stage 0.
+"""The stage group as Ray actors: one placement group, one actor per stage, the data loader on the node of stage 0.
 
-Activations and batches go from actor to actor as object references; the driver holds the references and never reads them.
-(Ray itself carries results below its inlining limit of 100 KB with the task's reply.) Actors are never restarted and tasks
-never retried by Ray: a training step is not idempotent, so the loop rewinds the whole group instead.
+Activations and batches travel between actors as object references, which the driver holds and never reads. (Ray inlines
+results below 100 KB in the task's reply.) Ray neither restarts actors nor retries tasks: a training step is not
+idempotent, so the loop rewinds the whole stage group instead.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,43 +17,42 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from bim.orchestrator.data.spec import DataSpec
 from bim.orchestrator.distributed.actors import LoaderActor, StageActor
-from bim.orchestrator.distributed.cluster import gcs_is_reachable
 from bim.orchestrator.distributed.placement import PlacementError, StageLayout
-from bim.orchestrator.distributed.placement_group import create_placement_group
-from bim.orchestrator.training.checkpoint import FileRecord
+from bim.orchestrator.distributed.placement_group import create_placement_group, release_placement_group
 from bim.orchestrator.training.errors import StageFailure
+from bim.orchestrator.training.manifest import FileRecord
 from bim.orchestrator.training.messages import StageReport, StepReport, StepRequest
 from bim.orchestrator.training.spec import PretrainSpec
 from bim.orchestrator.training.stage_group import stage_label
 
-DRAIN_TIMEOUT_S = 600  # a stage that is still busy after this long is taken for hung
+DRAIN_TIMEOUT_S = 600  # a stage that is still busy after this time counts as hung
 
 ACTOR_START_TIMEOUT_S = 300  # importing torch and timm on a loaded machine takes tens of seconds
 
 
 @dataclass(frozen=True)
 class Pending:
-    """References of one micro-batch under way; the activations' own references live with the tasks that use them."""
+    """References of one micro-batch in flight; the tasks that use the activations hold the references to those."""
 
-    order: StepRequest
-    note: Any
+    request: StepRequest
+    load_info: Any
     reports: tuple[Any, ...]
 
 
 class RayStages:
-    """A group of stage actors; implements `bim.orchestrator.training.stage_group.Stages`.
+    """A stage group of Ray actors; implements `bim.orchestrator.training.stage_group.Stages`.
 
     Args:
-        layout: where blocks live and what each stage asks for.
-        shared: a folder that every stage must see (checkpoints); checked on a cluster of several machines.
-        wait_s: how long to wait for the cluster to have room (an autoscaling one grows meanwhile).
-        group: a placement group whose bundles from `first_bundle` on are `layout.bundles`, and which is somebody else's to
-            remove; None: one of its own.
+        layout: the blocks and the resources of each stage.
+        shared: a folder that must be visible on every node (checkpoints).
+        wait_s: how long to wait for capacity (an autoscaling cluster grows in this time).
+        group: a placement group that the caller removes, whose bundles from `first_bundle` on are `layout.bundles`; None:
+            create one.
     """
 
     stage_class: type = StageActor
@@ -68,104 +68,105 @@ class RayStages:
         group: PlacementGroup | None = None,
         first_bundle: int = 0,
     ) -> None:
-        self.places = layout.places
+        self.stage_blocks = layout.stage_blocks
         self._spec, self._data, self._layout, self._shared = spec, data, layout, shared
         self._wait_s = wait_s
-        self._group, self._given, self._first_bundle = group, group is not None, first_bundle
-        self._actors: list[Any] = [None] * len(layout.places)
+        self._placement_group, self._borrowed_placement_group = group, group is not None
+        self._first_bundle = first_bundle
+        self._actors: list[Any] = [None] * len(layout.stage_blocks)
         self._loader: Any = None
         self._pids: list[int] = []
 
     def pids(self) -> list[int]:
-        """Process ids of the loader and of every stage, as of the last `start`."""
+        """Process ids of the loader and of every stage, from the last `start`."""
         return list(self._pids)
 
     def start(self) -> None:
         """Create the placement group if there is none, and every actor that is not alive.
 
         Raises:
-            PlacementError: no room within `wait_s`.
-            StageFailure: an actor could not be built.
+            PlacementError: no capacity within `wait_s`, or `shared` is not visible on every node.
+            StageFailure: the constructor of an actor raised.
         """
-        if self._group is None:
-            self._group = create_placement_group(self._layout, self._wait_s)
+        if self._placement_group is None:
+            self._placement_group = create_placement_group(self._layout, self._wait_s)
         if self._ensure_actors():
             self._check_shared()
 
     def restore(self, checkpoint: Path | None, step: int) -> None:
-        where = None if checkpoint is None else str(checkpoint)
-        when = "while starting" if checkpoint is None else f"while going back to step {step}"
-        self._collect(
-            when, self._loader.open.remote(), [actor.restore.remote(where, step) for actor in self._actors]
-        )
+        folder = None if checkpoint is None else str(checkpoint)
+        context = "while starting" if checkpoint is None else f"while going back to step {step}"
+        restored = [actor.restore.remote(folder, step) for actor in self._actors]
+        self._get(context, self._loader.open.remote(), restored)
 
     def _ensure_actors(self) -> bool:
-        """Make the actors that are not there and wait until all are up. Returns whether any was made."""
+        """Create the missing actors and wait until all answer. Returns whether any was missing."""
         self._loader = self._loader if self._alive(self._loader) else None
         self._actors = [actor if self._alive(actor) else None for actor in self._actors]
-        whole = self._loader is not None and None not in self._actors
-        self._create_missing_actors()
-        refs = [actor.ping.remote() for actor in (self._loader, *self._actors)]
-        # Room that was given is not ours to ask for anew: Ray finds another machine for it, if one comes in time.
-        patience = max(ACTOR_START_TIMEOUT_S, self._wait_s) if self._given else ACTOR_START_TIMEOUT_S
-        _, waiting = ray.wait(refs, num_returns=len(refs), timeout=patience, fetch_local=False)
-        if waiting and self._given:
+        is_complete = self._loader is not None and None not in self._actors
+        refs = self._create_missing_actors()
+        # A borrowed placement group cannot be created again here; Ray reschedules its bundles on a replacement node.
+        borrowed = self._borrowed_placement_group
+        timeout = max(ACTOR_START_TIMEOUT_S, self._wait_s) if borrowed else ACTOR_START_TIMEOUT_S
+        _, pending = ray.wait(refs, num_returns=len(refs), timeout=timeout, fetch_local=False)
+        if pending and borrowed:
             raise PlacementError(
-                f"{len(waiting)} of {len(refs)} actors of the stages did not start within {patience:.0f} s; a lost "
-                "machine was perhaps not replaced, for which placement.wait_s gives more time"
+                f"{len(pending)} of {len(refs)} stage actors did not start: bundle not rescheduled within {timeout:.0f} s; "
+                "raise placement.wait_s if replacing a lost node takes longer"
             )
-        if waiting:
-            # A machine is gone, and Ray waits for another one without an end: ask for room anew, with one.
-            self._drop()
-            self._group = create_placement_group(self._layout, self._wait_s)
-            self._create_missing_actors()
-            refs = [actor.ping.remote() for actor in (self._loader, *self._actors)]
-        self._pids = self._collect("while starting", refs[0], refs[1:])
-        return not whole
+        if pending:
+            # A node is lost. Ray waits for a replacement without a limit; a new placement group has one.
+            self._release()
+            self._placement_group = create_placement_group(self._layout, self._wait_s)
+            refs = self._create_missing_actors()
+        self._pids = self._get("while starting", refs[0], refs[1:])
+        return not is_complete
 
-    def _create_missing_actors(self) -> None:
+    def _create_missing_actors(self) -> list[Any]:
+        """References to the process ids of the loader and of every stage."""
         layout = self._layout
         if self._loader is None:
             self._loader = self._remote(self.loader_class, 0, layout.loader_cpus, 0.0).remote(self._data)
         device = "cuda" if layout.gpus else "cpu"
-        for i, blocks in enumerate(self.places):
+        for i, blocks in enumerate(self.stage_blocks):
             if self._actors[i] is None:
-                make = self._remote(self.stage_class, i, layout.cpus, layout.gpus)
-                self._actors[i] = make.remote(self._spec, blocks, device, layout.threads)
+                stage = self._remote(self.stage_class, i, layout.cpus, layout.gpus)
+                self._actors[i] = stage.remote(self._spec, blocks, device, layout.threads)
+        return [actor.ping.remote() for actor in (self._loader, *self._actors)]
 
-    def submit(self, order: StepRequest) -> Pending:
-        images, note = self._loader.batch.options(num_returns=2).remote(order.step, order.micro)
+    def submit(self, request: StepRequest) -> Pending:
+        images, load_info = self._loader.batch.options(num_returns=2).remote(request.step, request.micro_step)
         payload: Any = None
         reports = []
         for actor in self._actors:
-            payload, report = actor.train_step.options(num_returns=2).remote(order, images, payload)
+            payload, report = actor.train_step.options(num_returns=2).remote(request, images, payload)
             reports.append(report)
-        return Pending(order, note, tuple(reports))
+        return Pending(request, load_info, tuple(reports))
 
-    def settle(self, pending: Pending) -> StepReport:
-        when = f"at step {pending.order.step}"
-        (bad, load_s), *reports = self._collect(when, pending.note, pending.reports)
+    def wait(self, pending: Pending) -> StepReport:
+        context = f"at step {pending.request.step}"
+        (bad, load_s), *reports = self._get(context, pending.load_info, pending.reports)
         stages: tuple[StageReport, ...] = tuple(reports)
-        # One stage may wait for another; that none of them works at all is for want of data.
-        return StepReport(pending.order, stages, bad, load_s, min(s.idle_s - s.mask_wait_s for s in stages))
+        # Stages also wait for each other; only the time in which all of them are idle is a wait for data.
+        data_wait_s = min(stage.idle_s - stage.mask_wait_s for stage in stages)
+        return StepReport(pending.request, stages, bad, load_s, data_wait_s)
 
     def cancel_pending(self, pending: Sequence[Pending]) -> None:
-        """Wait for every outstanding task, failed ones included; kill what is still busy after `DRAIN_TIMEOUT_S`."""
-        refs = [ref for p in pending for ref in (p.note, *p.reports)]
+        """Wait for every task in flight, also failed ones; kill all actors if one is busy after `DRAIN_TIMEOUT_S`."""
+        refs = [ref for p in pending for ref in (p.load_info, *p.reports)]
         if not refs:
             return
         _, busy = ray.wait(refs, num_returns=len(refs), timeout=DRAIN_TIMEOUT_S, fetch_local=False)
         if busy:
             for actor in (self._loader, *self._actors):
                 ray.kill(actor)
-        for ref in refs:  # Ray reports every error that nobody has looked at
+        for ref in refs:  # Ray logs every error that is never read
             with contextlib.suppress(Exception):
                 ray.get(ref)
 
     def save(self, checkpoint: Path) -> tuple[FileRecord, ...]:
-        records = self._collect(
-            "while saving", None, [actor.save.remote(str(checkpoint)) for actor in self._actors]
-        )
+        saved = [actor.save.remote(str(checkpoint)) for actor in self._actors]
+        records = self._get("while saving", None, saved)
         return tuple(record for stage in records for record in stage)
 
     def weights(self) -> dict[int, Any]:
@@ -173,29 +174,28 @@ class RayStages:
         return {k: w for actor in self._actors for k, w in ray.get(actor.weights.remote()).items()}
 
     def close(self) -> None:
-        """Kill the actors and give the placement group back. Safe to call twice."""
+        """Kill the actors and remove the placement group, unless it is borrowed. Safe to call twice."""
         if self._loader is not None:
-            with contextlib.suppress(RayError):  # it is killed below all the same
+            with contextlib.suppress(RayError):  # `_release` kills the actor in any case
                 ray.get(self._loader.close.remote(), timeout=10)
-        self._drop()
+        self._release()
 
-    def _drop(self) -> None:
+    def _release(self) -> None:
         for actor in (self._loader, *self._actors):
             if actor is not None:
                 ray.kill(actor)
-        self._loader, self._actors = None, [None] * len(self.places)
-        if self._group is not None and not self._given:
-            if gcs_is_reachable():  # after a SIGTERM to a whole process group, a Ray of ours may be gone
-                remove_placement_group(self._group)
-            self._group = None
+        self._loader, self._actors = None, [None] * len(self.stage_blocks)
+        if self._placement_group is not None and not self._borrowed_placement_group:
+            release_placement_group(self._placement_group)
+            self._placement_group = None
 
     def _remote(self, cls: type, bundle: int, cpus: float, gpus: float) -> Any:
-        assert self._group is not None
-        where = PlacementGroupSchedulingStrategy(
-            self._group, placement_group_bundle_index=self._first_bundle + bundle
+        assert self._placement_group is not None
+        strategy = PlacementGroupSchedulingStrategy(
+            self._placement_group, placement_group_bundle_index=self._first_bundle + bundle
         )
         return ray.remote(cls).options(
-            num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, scheduling_strategy=where
+            num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, scheduling_strategy=strategy
         )
 
     def _alive(self, actor: Any) -> bool:
@@ -210,39 +210,53 @@ class RayStages:
             return False
         return True
 
-    def _collect(self, when: str, loader_ref: Any, stage_refs: Sequence[Any]) -> list[Any]:
-        """Results of the loader (if asked) and of every stage; the first failure in pipe order is the one to tell."""
+    def _get(self, context: str, loader_ref: Any, stage_refs: Sequence[Any]) -> list[Any]:
+        """Results of the loader (unless its reference is None) and of every stage.
+
+        Raises:
+            StageFailure: the first failure in the order loader, stage 0, stage 1, ...
+        """
         refs = ([] if loader_ref is None else [loader_ref]) + list(stage_refs)
         try:
             return ray.get(refs)
         except RayError:
-            # Nothing of it shall still be running when the group is rewound.
+            # No task may be running when the stage group is rewound.
             ray.wait(refs, num_returns=len(refs), timeout=DRAIN_TIMEOUT_S, fetch_local=False)
         names = ([] if loader_ref is None else ["the data loader"]) + [
-            stage_label(i, b) for i, b in enumerate(self.places)
+            stage_label(i, b) for i, b in enumerate(self.stage_blocks)
         ]
         for name, ref in zip(names, refs, strict=True):
             try:
                 ray.get(ref)
             except RayTaskError as error:
-                died = isinstance(error, RayActorError)
+                process_lost = isinstance(error, RayActorError)
                 cause = error.cause if isinstance(error.cause, Exception) else error
-                raise StageFailure(name, when, cause, died) from error
+                raise StageFailure(name, context, cause, process_lost) from error
             except RayError as error:
-                raise StageFailure(name, when, error, died=True) from error
+                cause = RuntimeError(exit_reason(error))
+                raise StageFailure(name, context, cause, process_lost=True) from error
         raise AssertionError("a reference failed and then did not")
 
     def _check_shared(self) -> None:
-        probe = self._shared / f".seen-by-all-{time.time_ns()}"
+        probe = self._shared / f".shared-storage-probe-{time.time_ns()}"
         probe.write_bytes(b"")
         try:
-            asked = [actor.sees.remote(str(probe)) for actor in self._actors]
-            seen = self._collect("while starting", None, asked)
+            refs = [actor.path_exists.remote(str(probe)) for actor in self._actors]
+            visible = self._get("while starting", None, refs)
         finally:
             probe.unlink()
-        if not all(seen):
-            blind = ", ".join(stage_label(i, b) for i, b in enumerate(self.places) if not seen[i])
+        if not all(visible):
+            stages = ", ".join(stage_label(i, b) for i, b in enumerate(self.stage_blocks) if not visible[i])
             raise PlacementError(
-                f"the output directory {self._shared} is not seen by {blind} on another machine; "
-                "put out on storage that all machines share, so that a checkpoint can be read back anywhere"
+                f"--out {self._shared} is not visible on the node of {stages}; put it on storage that all nodes share"
             )
+
+
+def exit_reason(error: RayError) -> str:
+    """Why a process ended, in one sentence: the first one of the last line of Ray's message, with the node."""
+    text = str(error).strip()
+    sentence = text.splitlines()[-1].split(". ")[0].rstrip(".") if text else type(error).__name__
+    node = re.search(r"^\s*ip: (\S+)", text, re.MULTILINE)
+    hints = [f"node {node[1]}"] if node else []
+    hints += ["possibly out of memory"] if "OOM" in text else []
+    return f"{sentence} ({', '.join(hints)})" if hints else sentence

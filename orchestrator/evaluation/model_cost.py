@@ -115,7 +115,7 @@ def block_gflops(spec: PretrainSpec, backbone: Backbone, size: tuple[int, int]) 
     One grey image is really computed, since positions of other sizes than the backbone's own depend on the values of its
     table; a fraction of a second.
     """
-    plans = mask_plans(spec, backbone, size, batch=1, step=0, micro=0)
+    plans = mask_plans(spec, backbone, size, batch_size=1, step=0, micro_step=0)
     x = torch.zeros(1, 3, *size)
     found = []
     with torch.no_grad():

@@ -209,7 +209,7 @@ def _assess(
     if layout.gpus < 1:  # others compute on the same device: what is timed now would be wrong
         job = replace(job, evaluation=replace(job.evaluation, latency=False))
     if not layout.gpus:
-        job = replace(job, threads=max(1, int(layout.cpus * len(layout.places) + layout.loader_cpus)))
+        job = replace(job, threads=max(1, int(layout.cpus * len(layout.stage_blocks) + layout.loader_cpus)))
     return run_in_bundle(evaluate_checkpoint, group, layout, lambda: stop.reason is not None, job)
 
 

@@ -26,7 +26,7 @@ from bim.orchestrator.export.model_card import CardFacts
 from bim.orchestrator.export.timm_folder import export_decoder, export_variant, folder_name, rewrite_card
 from bim.orchestrator.reporting.figures.reconstruction import save_reconstructions
 from bim.orchestrator.training.build import build_local_mim, mask_plans, open_spec_backbone
-from bim.orchestrator.training.checkpoint import load_block_weights
+from bim.orchestrator.training.checkpoint import load_weights
 from bim.orchestrator.training.depth_variants import random_variants, trained_variant
 from bim.orchestrator.training.spec import PretrainSpec
 
@@ -65,7 +65,7 @@ def evaluate_checkpoint(job: EvaluationTask) -> EvaluationResult:
     device = torch.device(job.device)
     backbone = open_spec_backbone(job.spec)
     source, splits = job.data.open()
-    weights = [load_block_weights(Path(job.checkpoint), k) for k in range(len(job.spec.blocks))]
+    weights = load_weights(Path(job.checkpoint), job.spec)
     variants = {depth: trained_variant(backbone, weights, depth) for depth in job.depths}
     measured = _measure(job, backbone, source, splits, variants, device)
     random: tuple[DepthReport, ...] = ()
@@ -105,7 +105,7 @@ def add_latency(job: EvaluationTask, found: EvaluationResult) -> EvaluationResul
     found: what `evaluate_checkpoint` made of the same job.
     """
     device, backbone = torch.device(job.device), open_spec_backbone(job.spec)
-    weights = [load_block_weights(Path(job.checkpoint), k) for k in range(len(job.spec.blocks))]
+    weights = load_weights(Path(job.checkpoint), job.spec)
     variants = {
         depth: trained_variant(backbone, weights, depth).to(device).eval() for depth in sorted(job.depths)
     }
@@ -188,7 +188,7 @@ def _reconstructions(
     chosen = shown[np.linspace(0, len(shown) - 1, num=min(PICTURE_ROWS, len(shown))).astype(int)]
     _, pixels = next(iter(eval_images(source, chosen, backbone.image_size, len(chosen))))
     images = normalize_images(torch.from_numpy(pixels).to(device), job.spec.mean, job.spec.std)
-    plans = mask_plans(job.spec, backbone, backbone.image_size, len(images), step=0, micro=0)
+    plans = mask_plans(job.spec, backbone, backbone.image_size, len(images), step=0, micro_step=0)
     x, paths = images, {}
     is_pixels = [target.name == "pixels" for target in job.spec.targets] or [True] * len(job.spec.blocks)
     for k, info in enumerate(backbone.blocks):

@@ -178,7 +178,7 @@ def resolved(
     return {
         "cluster": f"{cluster.cpus:g} CPU, {cluster.gpus:g} GPU",
         "layers_by_block": "+".join(str(size) for size in family.spec.blocks),
-        "blocks_by_stage": " | ".join(", ".join(map(str, place)) for place in layout.places),
+        "blocks_by_stage": " | ".join(", ".join(map(str, place)) for place in layout.stage_blocks),
         "per_stage": f"{layout.gpus:g} GPU, {layout.cpus:g} CPU, {layout.threads} threads",
         "precision": precision,
     }
@@ -220,7 +220,7 @@ def open_tracker(
 def cluster_of(settings: Settings, stack: ExitStack, say: Say) -> ClusterResources:
     """The cluster that the stages will live on, connected until the stack is closed; or this machine."""
     if settings.placement.backend == "ray":
-        return stack.enter_context(ray_cluster(say))
+        return stack.enter_context(ray_cluster())
     return ClusterResources(float(os.cpu_count() or 1), float(torch.cuda.device_count()))
 
 

@@ -77,7 +77,7 @@ def check_search(family: ResolvedRun, prepared: PreparedJob) -> None:
         raise SettingsError(
             "a search needs placement.backend ray; to train in this process alone set search.trials to 0"
         )
-    if CheckpointStore(out, say=lambda _: None).latest() is not None:
+    if CheckpointStore(out).latest() is not None:
         raise OutputError(
             f"the run in {out} is being trained already, and a search comes before the training; continue it with "
             "--search.trials 0"
@@ -199,7 +199,7 @@ def _trial_seconds(
     spec = replace(family.spec, optim=replace(family.spec.optim, precision=plan.precision))
     measured = run_on_worker(measure_throughput, layout, spec, family.data, plan.device, layout.threads)
     trial = resolve_run(settings, family.out, (prepared.source, prepared.splits))[0]
-    places = len(layout.places)
+    places = len(layout.stage_blocks)
     cores = cluster.cpus / plan.run_concurrently
     speedup = places if layout.gpus else max(1.0, min(places, cores / layout.threads))
     images = min(len(prepared.splits.train), KNN_TRAIN_IMAGES) + min(len(prepared.splits.val), KNN_VAL_IMAGES)

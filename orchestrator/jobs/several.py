@@ -120,7 +120,7 @@ def _check_none_is_missing(out: Path, settings: Settings, names: list[str]) -> N
 
 def _finished(family: ResolvedRun) -> bool:
     """Whether an earlier process trained it to its end and measured it as it would be measured now."""
-    latest = CheckpointStore(family.out, say=lambda _: None).latest()
+    latest = CheckpointStore(family.out).latest()
     if latest is None or latest.step < family.total_steps or not (family.out / "summary.json").exists():
         return False
     before = settings_from_mapping(read_recipe(str(family.out / SAVED_SETTINGS)))

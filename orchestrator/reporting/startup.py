@@ -31,8 +31,8 @@ def opening_lines(family: ResolvedRun, prepared: PreparedJob, layout: StageLayou
     """What is about to happen, for the person who started it."""
     settings, blocks = family.settings, family.backbone.blocks
     layers = "+".join(str(b.layers) for b in blocks)
-    stages = len(layout.places)
-    where = " | ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else f"{p[0]}" for p in layout.places)
+    stages = len(layout.stage_blocks)
+    where = " | ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else f"{p[0]}" for p in layout.stage_blocks)
     on = f"{layout.gpus:g} GPU" if layout.gpus else f"{layout.threads} CPU thread{'s' * (layout.threads > 1)}"
     place = f"in this process, {on}"
     if settings.placement.backend == "ray":

@@ -11,7 +11,8 @@ from bim.orchestrator.config.recipes import SAVED_SETTINGS, read_recipe
 from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.config.transforms import differing_keys, flat
 from bim.orchestrator.config.validate import settings_from_mapping
-from bim.orchestrator.training.checkpoint import MANIFEST, CheckpointStore
+from bim.orchestrator.training.checkpoint import CheckpointStore
+from bim.orchestrator.training.manifest import MANIFEST
 
 
 class OutputError(ValueError):
@@ -95,8 +96,7 @@ def _check_same(
     anew: str,
     apply_search: Callable[[Settings], Settings],
 ) -> None:
-    said: list[str] = []
-    store = CheckpointStore(out, say=said.append)
+    store = CheckpointStore(out)
     latest = store.latest()
     saved = read_recipe(str(out / SAVED_SETTINGS)) if latest is None else latest.settings
     try:

@@ -5,6 +5,7 @@ Serves the main job, its baseline and the trials of a search; decides where bloc
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -27,20 +28,24 @@ from bim.orchestrator.distributed.ray_stage_group import RayStages
 from bim.orchestrator.runs.output_dir import OutputError
 from bim.orchestrator.runs.prepare import ResolvedRun
 from bim.orchestrator.runs.signals import stop_on_signals
-from bim.orchestrator.training.callbacks import Callback, StopRequest
-from bim.orchestrator.training.checkpoint import CheckpointStore, Manifest
+from bim.orchestrator.training.callbacks import Callback, PretrainResult, StopRequest
+from bim.orchestrator.training.checkpoint import CheckpointStore
 from bim.orchestrator.training.errors import TrainingError
-from bim.orchestrator.training.loop import PretrainResult, TrainingSchedule, pretrain
+from bim.orchestrator.training.loop import pretrain
 from bim.orchestrator.training.lr_schedule import CosineSchedule
+from bim.orchestrator.training.manifest import Manifest
 from bim.orchestrator.training.restart_policy import RestartPolicy
+from bim.orchestrator.training.schedule import TrainingSchedule
 from bim.orchestrator.training.spec import Precision, PretrainSpec
 from bim.orchestrator.training.stage_group import InProcessStages, Stages
+
+log = logging.getLogger(__name__)
 
 
 class ProgressCallback(Callback, Protocol):
     """A listener that also remembers whether the stages have stood once, ready to train."""
 
-    began: bool
+    started: bool
 
 
 def train(
@@ -65,7 +70,7 @@ def train(
     settings = family.settings
     spec = replace(family.spec, optim=replace(family.spec.optim, precision=precision))
     family.out.mkdir(parents=True, exist_ok=True)
-    store = CheckpointStore(family.out, settings.checkpoint.keep, listener.say)
+    store = CheckpointStore(family.out, settings.checkpoint.keep)
     store.clear_uncommitted()
     check_precision(family.out, precision)
     plan = run_plan(family, layout)
@@ -79,10 +84,10 @@ def train(
     try:
         if group is not None:
             return pretrain(plan, stages, store, manifest, listener, policy, stop)
-        with stop_on_signals(stop, listener.say):
+        with stop_on_signals(stop, log.info):
             return pretrain(plan, stages, store, manifest, listener, policy, stop)
     except (PlacementError, DataError) as error:
-        if not listener.began:
+        if not listener.started:
             raise
         raise TrainingError(str(error)) from error
     finally:
@@ -105,12 +110,12 @@ def run_plan(family: ResolvedRun, layout: StageLayout) -> TrainingSchedule:
 
 def default_window(settings: Settings, layout: StageLayout) -> int:
     """Micro-batches under way: two for every stage; in one process a step is over when it has been submitted."""
-    return 2 * len(layout.places) if settings.placement.backend == "ray" else 1
+    return 2 * len(layout.stage_blocks) if settings.placement.backend == "ray" else 1
 
 
 def check_precision(out: Path, precision: Precision) -> None:
     """Raise OutputError if the run in `out` was trained in another precision so far."""
-    found = CheckpointStore(out, say=lambda _: None).latest()  # the loop tells what it passes over
+    found = CheckpointStore(out).latest()
     before = precision if found is None else found.facts.get("precision", precision)
     if before != precision:
         raise OutputError(
@@ -131,7 +136,7 @@ def make_stages(
         wait_s = max(120.0, family.settings.placement.wait_s)
         return RayStages(spec, family.data, layout, family.out, wait_s, group, first_bundle)
     device = "cuda" if layout.gpus else "cpu"
-    return InProcessStages(spec, family.data.train_batches, layout.places, device, layout.threads)
+    return InProcessStages(spec, family.data.train_batches, layout.stage_blocks, device, layout.threads)
 
 
 def resolve_layout(settings: Settings, cluster: ClusterResources) -> StageLayout:

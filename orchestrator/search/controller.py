@@ -120,8 +120,8 @@ class SearchController:
         if not self._anything and self.error is None and time.monotonic() - self._began > wait:
             layout = self.spec.plan.layout
             self.error = PlacementError(
-                f"no room for a trial of {len(layout.places)} stages of {layout.cpus:g} CPU and {layout.gpus:g} GPU within "
-                f"{wait:.0f} s: the cluster is perhaps in use by another job; lower search.trial_stages"
+                f"no room for a trial of {len(layout.stage_blocks)} stages of {layout.cpus:g} CPU and {layout.gpus:g} GPU "
+                f"within {wait:.0f} s: the cluster is perhaps in use by another job; lower search.trial_stages"
             )
         if (self.error is not None or self._stop.reason is not None) and not self._ending:
             self._ending = True

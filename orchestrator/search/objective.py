@@ -24,7 +24,7 @@ from bim.orchestrator.evaluation.features import build_embedders, labelled, subs
 from bim.orchestrator.evaluation.metrics import weighted_knn
 from bim.orchestrator.evaluation.model_cost import forward_gflops
 from bim.orchestrator.training.build import open_spec_backbone
-from bim.orchestrator.training.checkpoint import load_block_weights
+from bim.orchestrator.training.checkpoint import load_weights
 from bim.orchestrator.training.depth_variants import trained_variant
 from bim.orchestrator.training.spec import PretrainSpec
 
@@ -83,8 +83,7 @@ def score_checkpoint(
     Raises ValueError if a split has no readable image, or embeddings are not finite.
     """
     backbone = open_spec_backbone(spec)
-    weights = [load_block_weights(checkpoint, k) for k in range(len(spec.blocks))]
-    return score_weights(spec, backbone, weights, images, how, device)
+    return score_weights(spec, backbone, load_weights(checkpoint, spec), images, how, device)
 
 
 def score_weights(

@@ -20,13 +20,13 @@ from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.data.phases import Phase
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import Splits
-from bim.orchestrator.distributed.placement import ClusterResources, StageLayout
+from bim.orchestrator.distributed.placement import ClusterResources, StageLayout, gpu_capacity
 from bim.orchestrator.distributed.placement_group import PlacementGroup
 from bim.orchestrator.runs.prepare import ResolvedRun, resolve_run
 from bim.orchestrator.runs.resolve import data_spec, resolve
 from bim.orchestrator.runs.train import resolve_layout, train
 from bim.orchestrator.search.objective import ObjectiveSpec, Score, training_gflops
-from bim.orchestrator.training.callbacks import EpochReport, StopRequest
+from bim.orchestrator.training.callbacks import EpochReport, NullCallback, StopRequest
 from bim.orchestrator.training.checkpoint import CheckpointStore
 from bim.orchestrator.training.spec import Precision, PretrainSpec
 
@@ -104,13 +104,9 @@ def trial_placement(settings: Settings, cluster: ClusterResources) -> tuple[Stag
         settings, {"placement.stages": None if stages is None else min(stages, settings.num_blocks)}
     )
     alone = resolve_layout(asked, cluster)
-    places = len(alone.places)
+    places = len(alone.stage_blocks)
     if alone.gpus:
-        room = (
-            int(cluster.gpus // alone.gpus)
-            if alone.gpus >= 1
-            else int(cluster.gpus) * int(1 / alone.gpus + 1e-6)
-        )
+        room = gpu_capacity(cluster.gpus, alone.gpus)
     else:
         room = int(cluster.cpus / (settings.placement.cpus_per_stage or 1.0))
     beside = max(
@@ -159,7 +155,7 @@ def run_trial(
         raise InfeasibleSettings(str(error).splitlines()[0]) from error
     if family.fingerprint != plan.fingerprint:
         raise DataError("the images behind data.source have changed since the search began")
-    store = CheckpointStore(out, say=lambda _: None)
+    store = CheckpointStore(out)
     found = store.latest()
     if found is not None and differing_keys(settings_from_mapping(found.settings), settings):
         shutil.rmtree(out)
@@ -170,18 +166,16 @@ def run_trial(
     train(family, plan.layout, plan.precision, listener, StopRequest(), group, first_bundle)
 
 
-class _ScoredTraining:
+class _ScoredTraining(NullCallback):
     """A listener that scores checkpoints at the ends of some epochs."""
 
     def __init__(self, family: ResolvedRun, every: int, score: Scorer, report: Report) -> None:
-        self.began = False
+        self.started = False
         self._family, self._every, self._score, self._report = family, every, score, report
         self._store = CheckpointStore(family.out)
         self._gflops = training_gflops(family.spec, family.phases, family.settings.schedule.epochs)
         self._scoring_s = self._trained_s = 0.0
         self._images = 0
-
-    def on_step(self, step: int, metrics: dict[str, float]) -> None: ...
 
     def on_epoch(self, report: EpochReport) -> None:
         phase = next(p for p in reversed(self._family.phases) if p.first_epoch < report.epoch)
@@ -210,10 +204,8 @@ class _ScoredTraining:
         self._report(result)
 
     def on_rewind(self, step: int) -> None:
-        self.began = True
+        self.started = True
         self._scoring_s = 0.0  # of a checkpoint that was scored before any epoch of this training
-
-    def say(self, text: str) -> None: ...
 
 
 def whole_epochs(phases: tuple[Phase, ...], step: int) -> int | None:

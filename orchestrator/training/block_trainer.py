@@ -1,7 +1,4 @@
-"""One block's training: its local loss, its own backward pass, its own optimizer. Knows no Ray and no neighbours.
-
-Serves the stages, and a notebook that wants to train a block by hand.
-"""
+"""Training of one block: its local loss, its own backward pass, its own optimizer."""
 
 from __future__ import annotations
 
@@ -18,20 +15,20 @@ from bim.orchestrator.training.errors import NonFiniteLossError
 from bim.orchestrator.training.spec import OptimSpec
 
 UNDECAYED = ("_token", "relative_position_bias_table")
-"""Parameters of two dimensions that weight decay leaves alone, by the end of their names (papers.md 4.3)."""
+"""Name suffixes of two-dimensional parameters without weight decay (GreenMIM, arXiv 2205.13515, official code)."""
 
 WIRE_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def decay_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
-    """Two AdamW groups: no decay on norms, biases and tokens (everything of one dimension or a `*_token`)."""
+    """Two AdamW parameter groups: without decay those of one dimension (norms, biases) and `UNDECAYED`."""
     decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
     for name, parameter in parameters:
         if parameter.requires_grad:
-            free = parameter.squeeze().ndim <= 1 or name.endswith(UNDECAYED)
-            (plain if free else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+            is_undecayed = parameter.squeeze().ndim <= 1 or name.endswith(UNDECAYED)
+            (undecayed if is_undecayed else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
 
 
 class BlockTrainer:
@@ -62,19 +59,19 @@ class BlockTrainer:
         *,
         step: int,
         lr: float,
-        micro: int = 0,
+        micro_step: int = 0,
         grad_accum_steps: int = 1,
         targets: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         """Forward, local backward, and on the last micro-batch the update.
 
         Args:
-            x: (B, C, H, W) images for block 0, else (B, P + visible, D) of the block before. Never receives a gradient.
-            images: (B, C, H, W) normalised images, the source of the target.
-            targets: the module's `targets(images)`, if they are there already.
+            x: (B, C, H, W) images for block 0, else (B, P + visible, D) of the previous block. Receives no gradient.
+            images: (B, C, H, W) normalized images, from which the target is computed.
+            targets: the module's `targets(images)`, if computed already.
 
         Returns:
-            The detached residual stream (B, P + visible, D) in the wire's dtype, and this micro-batch's metrics.
+            The detached residual stream (B, P + visible, D) in the transport dtype, and this micro-batch's metrics.
 
         Raises:
             NonFiniteLossError: before the weights are touched.
@@ -83,21 +80,21 @@ class BlockTrainer:
             out = self.module(x, images, plan, targets)
         self._scaler.scale(out.loss / grad_accum_steps).backward()
         measured = {"loss": out.loss.detach(), **out.parts}
-        updates = micro == grad_accum_steps - 1
-        if updates:
+        is_update = micro_step == grad_accum_steps - 1
+        if is_update:
             self._scaler.unscale_(self._optimizer)
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]
             measured["grad_norm"] = nn.utils.get_total_norm(grads)
-        # Read all at once, when everything is under way: each reading waits for the device.
+        # One transfer for all metrics: each one synchronizes with the device.
         numbers = torch.stack([value.float() for value in measured.values()]).tolist()
         metrics = dict(zip(measured, numbers, strict=True))
         if not math.isfinite(metrics["loss"]):
             raise NonFiniteLossError("loss", self.index, step, lr)
-        if updates:
+        if is_update:
             if not math.isfinite(metrics["grad_norm"]):
                 if not self._scaler.is_enabled():
                     raise NonFiniteLossError("gradient norm", self.index, step, lr)
-                del metrics["grad_norm"]  # with fp16 an overflow is no measurement
+                del metrics["grad_norm"]  # with fp16 the norm of an overflow is not a metric
             self._update(lr, measured["grad_norm"])
         return out.activations.to(WIRE_DTYPES[self._optim.precision]), metrics
 
@@ -106,7 +103,7 @@ class BlockTrainer:
             group["lr"] = lr
         if self._optim.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(self.module.parameters(), self._optim.clip_grad, norm)
-        self._scaler.step(self._optimizer)  # with fp16 an overflow skips this block's update alone
+        self._scaler.step(self._optimizer)  # with fp16 an overflow skips only this block's update
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
 
@@ -120,7 +117,7 @@ class BlockTrainer:
         return {name: value.detach().cpu().contiguous() for name, value in self.module.state_dict().items()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Optimizer and scaler state as a flat dict of tensors (`exp_avg/<parameter>`, ...), so that it needs no pickle."""
+        """Optimizer and scaler state as a flat dict of tensors (`exp_avg/<parameter>`, ...), writable without pickle."""
         flat: dict[str, Tensor] = {}
         for parameter, state in self._optimizer.state.items():
             for key, value in state.items():
@@ -134,10 +131,10 @@ class BlockTrainer:
         return flat
 
     def load(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-        """Take over `weights()` and `state_dict()` of a trainer of the same block.
+        """Load `weights()` and `state_dict()` of a trainer of the same block.
 
         Raises:
-            RuntimeError: if a weight is missing, unknown or of another shape.
+            RuntimeError: a weight is missing, unknown or of another shape.
         """
         self.module.load_state_dict(weights)
         if self._scaler.is_enabled() and "scaler/scale" in state:

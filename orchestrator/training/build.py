@@ -1,8 +1,4 @@
-"""What a family of backbones is, as plain values, and how its blocks and masks are made from them.
-
-Sent to every stage as it is; two places that hold equal values build equal weights and equal masks. Knows no Ray, MLflow or
-pydantic: `resolve.py` makes it from the settings.
-"""
+"""Blocks, backbone and mask plans of a `PretrainSpec`; equal specs build equal weights and equal masks."""
 
 from __future__ import annotations
 
@@ -24,17 +20,17 @@ from bim.orchestrator.training.spec import PretrainSpec, TargetSpec
 
 
 def build_local_mim(spec: PretrainSpec, index: int, backbone: Backbone | None = None) -> LocalMIM:
-    """Block `index` with its decoder and loss; its initial weights depend on (spec.seed, index) alone."""
+    """Block `index` with its decoder and loss; its initial weights depend only on (spec.seed, index)."""
     backbone = backbone or open_spec_backbone(spec)
-    info, how = backbone.blocks[index], spec.decoders[index]
+    info, decoder_spec = backbone.blocks[index], spec.decoders[index]
     encoder = backbone.build_block(index, spec.seed, spec.init_from)
-    wanted = spec.targets[index] if spec.targets else TargetSpec()
-    target = TARGETS[wanted.name](info.stride, **wanted.args)
+    target_spec = spec.targets[index] if spec.targets else TargetSpec()
+    target = TARGETS[target_spec.name](info.stride, **target_spec.args)
     sizes: dict[str, Any] = {
         "in_dim": info.width,
-        "dim": how.dim,
-        "depth": how.depth,
-        "num_heads": how.num_heads,
+        "dim": decoder_spec.dim,
+        "depth": decoder_spec.depth,
+        "num_heads": decoder_spec.num_heads,
         "out_dim": target.out_dim,
         "num_prefix_tokens": info.num_prefix_tokens,
         "norm_eps": backbone.norm_eps,
@@ -44,13 +40,14 @@ def build_local_mim(spec: PretrainSpec, index: int, backbone: Backbone | None = 
         if backbone.encode == "all":
             decoder = LightDecoder(**sizes)
         else:
-            decoder = LocalDecoder(**sizes, recovery=how.recovery if how.throw_ratio else "none")
+            recovery = decoder_spec.recovery if decoder_spec.throw_ratio else "none"
+            decoder = LocalDecoder(**sizes, recovery=recovery)
     scale_head_init_(decoder.head, *target.head_init)
-    return LocalMIM(encoder, decoder, target, spec.score_newly_dropped, how.thrown_weight)
+    return LocalMIM(encoder, decoder, target, spec.score_newly_dropped, decoder_spec.thrown_weight)
 
 
 def open_spec_backbone(spec: PretrainSpec) -> Backbone:
-    """The family's backbone, cut into its blocks."""
+    """The backbone of a spec, split into its blocks."""
     return open_backbone(spec.backbone, spec.blocks, spec.model_args, spec.encode)
 
 
@@ -58,26 +55,25 @@ def mask_plans(
     spec: PretrainSpec,
     backbone: Backbone,
     size: tuple[int, int],
-    batch: int,
+    batch_size: int,
     step: int,
-    micro: int,
+    micro_step: int,
     blocks: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[int, MaskPlan]:
-    """The mask plan of each of `blocks` (None: all) for one micro-batch of images of `size` (height, width), on `device`.
+    """Block -> mask plan, of `blocks` (None: all), for one micro-batch of images of `size` (height, width).
 
-    A function of (seed, step, micro), the same wherever it is computed, and at any time before the step.
+    A pure function of its arguments, so that every stage computes the same plans at any time before the step.
     """
     grid = backbone.grid_at(size)
     units = grid[0] * grid[1]
     shared = backbone.mask_per_batch_default if spec.mask_per_batch is None else spec.mask_per_batch
-    order = random_permutation(batch, units, generator(spec.seed, "mask", step, micro), shared)
+    order = random_permutation(batch_size, units, generator(spec.seed, "mask", step, micro_step), shared)
     scales = [backbone.mask_unit_px // info.stride for info in backbone.blocks]
     plans = block_plans(order, grid, visible_counts(units, spec.mask_ratios), scales, shared)
-    wanted = range(len(plans)) if blocks is None else blocks
-    found = {}
-    for k, plan in backbone.prepare_plans({k: plans[k] for k in wanted}, spec.sweep_groups).items():
-        how, gen = spec.decoders[k], generator(spec.seed, "decode", step, micro, k)
-        # Drawn on the CPU: many small steps, which on a GPU would queue among those of the training.
-        found[k] = partial_plan(plan, how.throw_ratio, how.sampler, gen).to(device)
-    return found
+    requested = {k: plans[k] for k in (range(len(plans)) if blocks is None else blocks)}
+    for k, plan in backbone.prepare_plans(requested, spec.sweep_groups).items():
+        decoder, gen = spec.decoders[k], generator(spec.seed, "decode", step, micro_step, k)
+        # Sampling runs on the CPU: its many small kernels would delay the training on a GPU.
+        requested[k] = partial_plan(plan, decoder.throw_ratio, decoder.sampler, gen).to(device)
+    return requested

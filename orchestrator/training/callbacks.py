@@ -1,4 +1,4 @@
-"""What the training loop reports, and to whom: the callback protocol, its records and the request to stop."""
+"""What the training loop reports: the callback protocol, its records, and the request to stop."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class EpochReport:
-    """One epoch, for a person: mean loss per block, images/s, share of the time lost waiting for data, seconds to go.
+    """Summary of one epoch.
 
-    mask_wait: share lost waiting for plans of masks, at the stage that waited longest.
+    Args:
+        epoch: counted from 1.
+        epochs: of the whole run.
+        losses: block -> mean loss.
+        data_wait: fraction of the time in which all stages waited for data.
+        eta_s: estimated seconds to the end of the run.
+        mask_wait: fraction of the time in which the slowest stage waited for mask plans.
     """
 
     epoch: int
@@ -22,24 +28,50 @@ class EpochReport:
     mask_wait: float = 0.0
 
 
+@dataclass(frozen=True)
+class PretrainResult:
+    """How the loop ended. `stopped`: the reason of an early stop; None if all steps were trained."""
+
+    step: int
+    restarts: int
+    stopped: str | None
+    bad_images: dict[str, str]
+    images_per_s: float
+
+
 class Callback(Protocol):
-    """Who hears of the training; nothing it does may raise."""
+    """Receives the events of the training loop. Its methods must not raise."""
+
+    def on_step(self, step: int, metrics: dict[str, float]) -> None:
+        """Metrics, averaged over the steps since the last call; `step` updates are done."""
+
+    def on_epoch(self, report: EpochReport) -> None:
+        """An epoch ended."""
+
+    def on_checkpoint(self, step: int) -> None:
+        """The checkpoint after `step` updates is committed."""
+
+    def on_rewind(self, step: int) -> None:
+        """Training continues after `step` updates; metrics of later steps are void."""
+
+
+class NullCallback:
+    """A callback that ignores every event; a base class for those that need only some of them."""
+
+    started = True
+    """Whether the stages were restored once, ready to train."""
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None: ...
 
     def on_epoch(self, report: EpochReport) -> None: ...
 
-    def on_checkpoint(self, step: int) -> None:
-        """The state after `step` updates lies on the disk, whole."""
+    def on_checkpoint(self, step: int) -> None: ...
 
-    def on_rewind(self, step: int) -> None:
-        """The training goes on after `step` updates; what was said of later ones is void."""
-
-    def say(self, text: str) -> None: ...
+    def on_rewind(self, step: int) -> None: ...
 
 
 @dataclass
 class StopRequest:
-    """Set from a signal handler; the loop ends with a checkpoint at the next step."""
+    """Set from a signal handler; the loop saves a checkpoint after the current step and ends."""
 
     reason: str | None = None

@@ -12,10 +12,13 @@ from bim.orchestrator.training.spec import PretrainSpec
 
 
 def trained_variant(backbone: Backbone, weights: list[dict[str, Tensor]], depth: int) -> nn.Module:
-    """The first `depth` layers of a trained family as a timm model.
+    """The first `depth` layers as a timm model.
 
-    Its final norm is the one of the decoder that was trained on the block in which `depth` ends; a K = 1 run truncated
-    inside its one block keeps that run's final norm.
+    Args:
+        weights: of every block, as `load_weights` returns them.
+
+    The final norm is that of the decoder of the block in which `depth` ends; a K = 1 run truncated inside its only block
+    keeps that run's final norm.
     """
     end = next(info.index for info in backbone.blocks if info.depth >= depth)
     encoders = [encoder_weights(state) for state in weights]
@@ -23,12 +26,12 @@ def trained_variant(backbone: Backbone, weights: list[dict[str, Tensor]], depth:
 
 
 def encoder_weights(block: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of the weights of a trained block those of its encoder, as `Backbone.variant` takes them."""
+    """The encoder's weights among those of a trained block, as `Backbone.variant` takes them."""
     return _part(block, "encoder.")
 
 
 def random_variants(spec: PretrainSpec, backbone: Backbone, depths: tuple[int, ...]) -> dict[int, nn.Module]:
-    """The same depths with random weights, of the same seed; whatever the run started from."""
+    """The same depths with the random weights of the spec's seed, without `init_from`."""
     spec = replace(spec, init_from=None)
     weights = [build_local_mim(spec, k, backbone).state_dict() for k in range(len(spec.blocks))]
     return {depth: trained_variant(backbone, weights, depth) for depth in depths}

@@ -1,119 +1,47 @@
-"""The training loop: pushes steps into stages, settles what comes back, commits checkpoints, rewinds after failures.
-
-Knows neither Ray nor MLflow nor pydantic: the stages are behind `orchestrator.stages.Stages`, reports go to a `Callback`.
-"""
+"""The training loop: submits steps to the stages, collects reports, commits checkpoints, rewinds after failures."""
 
 from __future__ import annotations
 
-import time
+import logging
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from bim.orchestrator.data.errors import TooManyCorruptImagesError
-from bim.orchestrator.data.phases import Phase, phase_at, steps_until
-from bim.orchestrator.training.callbacks import Callback, EpochReport, StopRequest
-from bim.orchestrator.training.checkpoint import CheckpointStore, Manifest, all_files
+from bim.orchestrator.training.callbacks import Callback, PretrainResult, StopRequest
+from bim.orchestrator.training.checkpoint import CheckpointStore
 from bim.orchestrator.training.errors import StageFailure, TrainingError
+from bim.orchestrator.training.manifest import FileRecord, Manifest, all_files
 from bim.orchestrator.training.messages import StepReport, StepRequest
+from bim.orchestrator.training.meter import Meter
 from bim.orchestrator.training.restart_policy import RestartPolicy
+from bim.orchestrator.training.schedule import TrainingSchedule
 from bim.orchestrator.training.stage_group import Stages
 
-LOGS_PER_EPOCH = 10  # points per epoch of the step curves
-
-
-@dataclass(frozen=True)
-class TrainingSchedule:
-    """How long and how fast.
-
-    Args:
-        phases: sizes of images and batches, by epoch; the pipeline is drained where one ends.
-        lr: learning rate of a step.
-        window: micro-batches under way at once; twice the number of stages keeps every stage busy, and it is the
-            back-pressure: stage 0 can never be further ahead of the last one.
-        checkpoint_epochs: epochs, or a part of one, between checkpoint marks; the last step of a phase always has one.
-        max_bad_images: distinct unreadable images after which the run stops.
-    """
-
-    epochs: int
-    phases: tuple[Phase, ...]
-    lr: Callable[[int], float]
-    window: int
-    checkpoint_epochs: float
-    max_bad_images: int
-
-    @property
-    def total_steps(self) -> int:
-        return steps_until(self.phases, self.epochs)
-
-    def phase(self, step: int) -> Phase:
-        """The phase of an optimizer step."""
-        return phase_at(self.phases, step)
-
-    def turns(self, step: int) -> bool:
-        """Whether a new phase begins with this step, after others."""
-        return step > 0 and self.phase(step).first_step == step
-
-    def marks(self, step: int) -> bool:
-        """Whether the state after optimizer step `step` is to be saved."""
-        phase, done = self.phase(step), step + 1
-        every = max(1, round(self.checkpoint_epochs * phase.steps_per_epoch))
-        return (
-            (done - phase.first_step) % every == 0
-            or done == self.total_steps
-            or (done < self.total_steps and self.turns(done))
-        )
-
-
-@dataclass(frozen=True)
-class PretrainResult:
-    """How the loop ended. `stopped` is the word of who stopped it early (None: it ran to its end)."""
-
-    step: int
-    restarts: int
-    stopped: str | None
-    bad_images: dict[str, str]
-    images_per_s: float
-
-
-@dataclass
-class _Means:
-    """Running means by name, emptied when read."""
-
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def take(self) -> dict[str, float]:
-        means = {name: total / self.counts[name] for name, total in self.sums.items()}
-        self.sums, self.counts = {}, {}
-        return means
+log = logging.getLogger(__name__)
 
 
 def pretrain(
-    plan: TrainingSchedule,
+    schedule: TrainingSchedule,
     stages: Stages,
     store: CheckpointStore,
-    manifest: Callable[[int], Manifest],
-    listener: Callback,
+    make_manifest: Callable[[int], Manifest],
+    callback: Callback,
     policy: RestartPolicy,
     stop: StopRequest,
 ) -> PretrainResult:
-    """Train from the newest whole checkpoint in `store` (from the beginning if there is none) to the end of the plan.
+    """Train from the newest valid checkpoint in `store` (from the seed if there is none) to the end of the schedule.
 
     Args:
-        manifest: makes the manifest of the state after so many steps, without files.
+        make_manifest: number of steps -> the manifest of that state, without files.
 
     Raises:
-        TrainingError: a loss that is not finite, too many unreadable images. The last checkpoint stays.
+        TrainingError: a loss that is not finite, or a process lost once too often. The last checkpoint is kept.
+        TooManyCorruptImagesError: more unreadable images than the schedule allows.
         Exception: what a stage's code raised, when the restarts are used up.
     """
-    loop = _Loop(plan, stages, store, manifest, listener, stop)
+    loop = _Loop(schedule, stages, store, make_manifest, callback, stop)
     restarts = 0
     while True:
         try:
@@ -124,172 +52,131 @@ def pretrain(
         except StageFailure as failure:
             loop.cancel_pending()
             if stop.reason is not None:
-                listener.say(f"{failure}; the run ends at the last checkpoint")
+                last = "none" if loop.committed_step is None else f"step {loop.committed_step}"
+                log.warning("%s; stopping; last checkpoint: %s", failure, last)
                 stopped = stop.reason
                 break
             if not policy.restarts(failure, restarts):
-                if failure.died:
+                if failure.process_lost:
                     raise TrainingError(
-                        f"{failure}, and was brought back {restarts} times before (failures.max_restarts); "
-                        "the last checkpoint stays"
+                        f"{failure}, after {restarts} restart{'s' * (restarts != 1)} (failures.max_restarts); the last "
+                        "checkpoint is kept"
                     ) from failure
                 raise failure.cause from failure
             restarts += 1
-            listener.say(f"{failure}; rewinding all stages (restart {restarts} of {policy.max_restarts})")
-    return PretrainResult(loop.settled, restarts, stopped, loop.bad_images, loop.images_per_s())
+            log.warning("%s; rewinding all stages (restart %d of %d)", failure, restarts, policy.max_restarts)
+    return PretrainResult(loop.completed_steps, restarts, stopped, loop.bad_images, loop.meter.images_per_s())
 
 
 class _Loop:
-    """The state of one run of the loop between two failures, and what outlives them (counts, bad images)."""
+    """The loop's state between two failures, and the unreadable images of the whole run."""
 
     def __init__(
         self,
-        plan: TrainingSchedule,
+        schedule: TrainingSchedule,
         stages: Stages,
         store: CheckpointStore,
-        manifest: Callable[[int], Manifest],
-        listener: Callback,
+        make_manifest: Callable[[int], Manifest],
+        callback: Callback,
         stop: StopRequest,
     ) -> None:
-        self._plan, self._stages, self._store = plan, stages, store
-        self._manifest, self._listener, self._stop = manifest, listener, stop
+        self._schedule, self._stages, self._store = schedule, stages, store
+        self._make_manifest, self._callback, self._stop = make_manifest, callback, stop
         self._in_flight: deque[tuple[StepRequest, Any]] = deque()
-        self._logged, self._epoch = _Means(), _Means()
-        self._committed = -1
-        self._images, self._clock = 0, time.perf_counter()
-        self._epoch_images, self._epoch_clock = 0, self._clock
+        self.meter = Meter(schedule)
         self.bad_images: dict[str, str] = {}
         self.step: int | None = None
-        """The next step to submit; None while the stages stand nowhere."""
-        self.settled = 0
-        """Steps of which every stage is done."""
+        """The next step to submit; None while the stages are not restored."""
+        self.completed_steps = 0
+        """Steps that every stage completed."""
+        self.committed_step: int | None = None
+        """The step of the last checkpoint; None if there is none."""
 
     def rewind(self) -> None:
-        """Bring all stages to the newest whole checkpoint, making those that are gone."""
+        """Restore all stages from the newest valid checkpoint, after replacing those whose process is gone."""
         self._stages.start()
-        found = self._store.latest()
-        start = 0 if found is None else found.step
-        self._stages.restore(None if found is None else self._store.directory(start), start)
-        if start == self._plan.total_steps:
-            self._listener.say(f"all {start} steps were trained before")
-        elif start:
-            self._listener.say(f"continuing after step {start} of {self._plan.total_steps}")
-        if found is not None:
-            self.bad_images = found.facts.get("bad_images", {}) | self.bad_images
-        self._listener.on_rewind(start)
-        self._committed = start if found is not None else -1
-        self.step = self.settled = start
-        self._logged, self._epoch = _Means(), _Means()
-        self._clock, self._images = time.perf_counter(), 0
-        self._epoch_clock, self._epoch_images = self._clock, 0
+        manifest = self._store.latest(warn=True)
+        step = 0 if manifest is None else manifest.step
+        self._stages.restore(None if manifest is None else self._store.directory(step), step)
+        if step == self._schedule.total_steps:
+            log.info("checkpoint is already at the last step (%d); nothing to train", step)
+        elif step:
+            log.info("continuing after step %d of %d", step, self._schedule.total_steps)
+        if manifest is not None:
+            self.bad_images = manifest.facts.get("bad_images", {}) | self.bad_images
+        self._callback.on_rewind(step)
+        self.committed_step = None if manifest is None else step
+        self.step = self.completed_steps = step
+        self.meter = Meter(self._schedule)
 
     def run(self) -> str | None:
-        """Push and settle until the plan is done or somebody wants to stop. Returns who."""
+        """Submit and collect steps until the schedule ends or a stop is requested. Returns the reason of the stop."""
         assert self.step is not None
-        while self.step < self._plan.total_steps and self._stop.reason is None:
-            step, mark = self.step, self._plan.marks(self.step)
-            if self._plan.turns(step):
-                self._collect(0)  # what is under way has another size
-            grad_accum_steps = self._plan.phase(step).grad_accum_steps
-            for micro in range(grad_accum_steps):
-                last = micro == grad_accum_steps - 1
-                where = str(self._store.directory(step + 1)) if mark and last else None
-                order = StepRequest(step, self._plan.lr(step), micro, grad_accum_steps, where)
-                self._in_flight.append((order, self._stages.submit(order)))
-                self._collect(self._plan.window)
+        total = self._schedule.total_steps
+        while self.step < total and self._stop.reason is None:
+            if self._schedule.starts_phase(self.step):
+                self._collect(0)  # steps in flight have another image size
+            self._submit(self.step)
             self.step += 1
         self._collect(0)
         if self._stop.reason is not None:
-            if self._committed != self.step:
-                files = self._stages.save(self._store.directory(self.step))
-                self._commit(self.step, [files])
-            self._listener.say(f"checkpoint saved after step {self.step} of {self._plan.total_steps}")
-        return self._stop.reason if self.step < self._plan.total_steps else None
+            if self.committed_step != self.step:
+                self._commit(self.step, [self._stages.save(self._store.directory(self.step))])
+            log.info("checkpoint saved after step %d of %d", self.step, total)
+        return self._stop.reason if self.step < total else None
 
     def cancel_pending(self) -> None:
-        """Forget what is under way, once nothing of it runs any more."""
+        """Wait until nothing that was submitted is running, and forget it."""
         self._stages.cancel_pending([pending for _, pending in self._in_flight])
         self._in_flight.clear()
         self.step = None
 
-    def images_per_s(self) -> float:
-        """Throughput since the last rewind."""
-        return self._images / max(1e-9, time.perf_counter() - self._clock)
+    def _submit(self, step: int) -> None:
+        micro_steps = self._schedule.phase(step).grad_accum_steps
+        for micro_step in range(micro_steps):
+            is_saved = micro_step == micro_steps - 1 and self._schedule.is_checkpoint_step(step)
+            checkpoint = str(self._store.directory(step + 1)) if is_saved else None
+            request = StepRequest(step, self._schedule.lr(step), micro_step, micro_steps, checkpoint)
+            self._in_flight.append((request, self._stages.submit(request)))
+            self._collect(self._schedule.window)
 
-    def _collect(self, leave: int) -> None:
-        while len(self._in_flight) > leave:
-            order, pending = self._in_flight[0]
-            report = self._stages.settle(pending)
+    def _collect(self, max_in_flight: int) -> None:
+        while len(self._in_flight) > max_in_flight:
+            request, pending = self._in_flight[0]
+            report = self._stages.wait(pending)
             self._in_flight.popleft()
-            self._note(report)
-            if order.is_last_micro_step:
-                self.settled = order.step + 1
-                if order.checkpoint is not None:
-                    self._commit(self.settled, [stage.files for stage in report.stages])
-                self._tell(order)
+            self._record(report)
+            if request.is_last_micro_step:
+                self.completed_steps = request.step + 1
+                if request.checkpoint is not None:
+                    self._commit(self.completed_steps, [stage.files for stage in report.stages])
+                self._emit(request)
 
-    def _commit(self, step: int, files: list[tuple[Any, ...]]) -> None:
-        manifest = self._manifest(step)
+    def _commit(self, step: int, files: Iterable[tuple[FileRecord, ...]]) -> None:
+        manifest = self._make_manifest(step)
         facts = manifest.facts | {"bad_images": self.bad_images}
         self._store.commit(replace(manifest, facts=facts, files=all_files(files)))
-        self._committed = step
-        self._listener.on_checkpoint(step)
+        self.committed_step = step
+        self._callback.on_checkpoint(step)
 
-    def _note(self, report: StepReport) -> None:
-        values = {"data/wait_s": report.data_wait_s, "data/load_s": report.load_s}
-        for number, stage in enumerate(report.stages):
-            values[f"stage{number}/busy_share"] = stage.busy_s / max(1e-9, stage.busy_s + stage.idle_s)
-            values[f"stage{number}/mask_wait_s"] = stage.mask_wait_s
-            for block, metrics in stage.blocks.items():
-                values |= {f"block{block}/{name}": value for name, value in metrics.items()}
-        self._logged.add(values)
-        self._epoch.add({k: v for k, v in values.items() if k.endswith(("/loss", "wait_s"))})
+    def _record(self, report: StepReport) -> None:
+        self.meter.add(report)
         for name, reason in report.bad_images:
             if name not in self.bad_images:
                 self.bad_images[name] = reason
-                self._listener.say(f"skipped an unreadable image: {name} ({reason})")
-        if len(self.bad_images) > self._plan.max_bad_images:
+                log.warning("skipped an unreadable image: %s (%s)", name, reason)
+        if len(self.bad_images) > self._schedule.max_bad_images:
             raise TooManyCorruptImagesError(
                 f"{len(self.bad_images)} images could not be read, the last being {next(reversed(self.bad_images))}, and "
-                f"data.max_bad_fraction allows {self._plan.max_bad_images}; repair or remove them, or raise it"
+                f"data.max_bad_fraction allows {self._schedule.max_bad_images}; repair or remove them, or raise it"
             )
 
-    def _tell(self, order: StepRequest) -> None:
-        plan, now = self._plan, time.perf_counter()
-        phase = plan.phase(order.step)
-        self._images += phase.images_per_step
-        self._epoch_images += phase.images_per_step
-        done = order.step + 1
-        epoch, within = phase.epoch_of(order.step)
-        within += 1
-        if within % max(1, phase.steps_per_epoch // LOGS_PER_EPOCH) == 0:
-            means = self._logged.take()
-            bad = {"data/bad_images": float(len(self.bad_images))}
-            self._listener.on_step(done, means | bad | {"lr": order.lr, "images_per_s": self.images_per_s()})
-        if within == phase.steps_per_epoch:
-            means, seconds = self._epoch.take(), max(1e-9, now - self._epoch_clock)
-            steps = max(1, self._epoch_images // phase.images_per_step)
-            losses = {int(k[5:-5]): v for k, v in means.items() if k.endswith("/loss")}
-            mask_wait = max((v for k, v in means.items() if k.endswith("/mask_wait_s")), default=0.0)
-            wait, mask_wait = (
-                min(1.0, mean * phase.grad_accum_steps * steps / seconds)
-                for mean in (means.get("data/wait_s", 0.0), mask_wait)
-            )
-            rate = self._epoch_images / seconds
-            eta = self._images_left(done) / self.images_per_s()
-            self._listener.on_epoch(EpochReport(epoch + 1, plan.epochs, losses, rate, wait, eta, mask_wait))
-            self._epoch_clock, self._epoch_images = now, 0
-
-    def _images_left(self, done: int) -> float:
-        """Images still to be trained on after `done` steps, each counted by its pixels relative to those of the present."""
-        plan = self._plan
-        now = plan.phase(max(0, done - 1))
-        left = 0.0
-        for number, phase in enumerate(plan.phases):
-            following = (
-                plan.phases[number + 1].first_step if number + 1 < len(plan.phases) else plan.total_steps
-            )
-            steps = max(0, min(following, plan.total_steps) - max(done, phase.first_step))
-            pixels = phase.size[0] * phase.size[1] / max(1, now.size[0] * now.size[1])
-            left += steps * phase.images_per_step * (pixels if phase.size != now.size else 1.0)
-        return left
+    def _emit(self, request: StepRequest) -> None:
+        metrics = self.meter.step_metrics(request.step)
+        if metrics is not None:
+            metrics["data/bad_images"] = float(len(self.bad_images))
+            metrics |= {"lr": request.lr, "images_per_s": self.meter.images_per_s()}
+            self._callback.on_step(request.step + 1, metrics)
+        report = self.meter.epoch_report(request.step)
+        if report is not None:
+            self._callback.on_epoch(report)

@@ -1,7 +1,4 @@
-"""Learning rate as a function of the step, so that resuming is arithmetic.
-
-Serves the training loop, which tells every stage the rate of every step; no scheduler object holds state.
-"""
+"""Learning rate as a function of the step, without state, so that a resumed run needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -10,26 +7,25 @@ from dataclasses import dataclass
 
 from bim.orchestrator.data.phases import Phase, PhaseSpec, phase_at
 
-REFERENCE_BATCH = 256  # images to which a base learning rate refers (MAE, PRETRAIN.md)
+REFERENCE_BATCH = 256  # batch size of a base learning rate (MAE, PRETRAIN.md)
 
 
 def peak_rate(blr: float, phase: PhaseSpec) -> float:
-    """blr x effective batch / 256, the learning rate to which the warm-up of such a phase leads."""
+    """blr x effective batch size / 256, the learning rate at the end of the warm-up."""
     return blr * phase.images_per_step / REFERENCE_BATCH
 
 
 @dataclass(frozen=True)
 class CosineSchedule:
-    """Linear warm-up, then half a cosine down to 0 (MAE `PRETRAIN.md`), evaluated per optimizer step.
+    """Linear warm-up, then half a cosine down to 0 (MAE, PRETRAIN.md), evaluated per optimizer step.
 
-    One curve over the epochs of the whole run, times blr x effective batch / 256 of the step's own phase (FastMIM's
-    trainer, papers.md 3.4).
+    One curve over the epochs of the whole run, scaled by the peak rate of the step's phase (FastMIM, arXiv 2212.06593).
 
     Args:
-        blr: base learning rate, of 256 images.
-        warmup_epochs: epochs of the warm-up; may be a fraction.
+        blr: base learning rate, for 256 images.
+        warmup_epochs: may be a fraction.
         epochs: of the whole run.
-        phases: where batches change their size.
+        phases: image and batch sizes by epoch.
     """
 
     blr: float
@@ -43,9 +39,9 @@ class CosineSchedule:
         peak = peak_rate(self.blr, phase)
         epoch, within = phase.epoch_of(step)
         # In steps of this phase, so that whole numbers stay exact.
-        passed = epoch * phase.steps_per_epoch + within
+        done = epoch * phase.steps_per_epoch + within
         warmup = round(self.warmup_epochs * phase.steps_per_epoch)
-        if passed < warmup:
-            return peak * (passed + 1) / warmup
-        progress = (passed - warmup) / max(1, self.epochs * phase.steps_per_epoch - warmup)
+        if done < warmup:
+            return peak * (done + 1) / warmup
+        progress = (done - warmup) / max(1, self.epochs * phase.steps_per_epoch - warmup)
         return peak * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))

@@ -1,40 +1,49 @@
-"""What the driver sends to a stage and what a stage returns: frozen records of one micro-batch."""
+"""Requests to the stages and their reports: frozen records of one micro-batch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bim.orchestrator.training.checkpoint import FileRecord
+from bim.orchestrator.training.manifest import FileRecord
 
 
 @dataclass(frozen=True)
 class StepRequest:
-    """What the driver tells every stage about one micro-batch.
+    """The driver's request to every stage: train on one micro-batch.
 
     Args:
         step: optimizer step, counted from 0.
-        micro: micro-batch of that step, of `grad_accum_steps`.
         lr: learning rate of the step.
-        checkpoint: folder to save into right after this step's update; None: no mark.
+        micro_step: micro-batch of that step, counted from 0, of `grad_accum_steps`.
+        checkpoint: folder to save into after this step's update; None: do not save.
     """
 
     step: int
     lr: float
-    micro: int = 0
+    micro_step: int = 0
     grad_accum_steps: int = 1
     checkpoint: str | None = None
 
     @property
     def is_last_micro_step(self) -> bool:
-        return self.micro == self.grad_accum_steps - 1
+        return self.micro_step == self.grad_accum_steps - 1
+
+    @property
+    def following(self) -> tuple[int, int]:
+        """(step, micro_step) of the next request of the same phase."""
+        return (self.step + 1, 0) if self.is_last_micro_step else (self.step, self.micro_step + 1)
 
 
 @dataclass(frozen=True)
 class StageReport:
-    """What a stage says of one micro-batch.
+    """A stage's report of one micro-batch.
 
-    `blocks` maps a block's number to its metrics; `busy_s` and `idle_s` are seconds of work and of waiting, for what
-    comes in and for the plan of the masks; `mask_wait_s` are those for the plan.
+    Args:
+        blocks: block -> its metrics.
+        files: files of the checkpoint, if one was requested.
+        busy_s: seconds of work.
+        idle_s: seconds of waiting for input and for mask plans.
+        mask_wait_s: seconds of waiting for mask plans alone.
     """
 
     blocks: dict[int, dict[str, float]]
@@ -46,11 +55,17 @@ class StageReport:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What the whole group says of one micro-batch, stages in their order."""
+    """The reports of all stages on one micro-batch.
 
-    order: StepRequest
+    Args:
+        stages: first stage first.
+        bad_images: (name, reason) of images that could not be read.
+        load_s: seconds that the loader needed.
+        data_wait_s: seconds in which no stage worked because the data was not there.
+    """
+
+    request: StepRequest
     stages: tuple[StageReport, ...]
     bad_images: tuple[tuple[str, str], ...]
     load_s: float
     data_wait_s: float
-    """Seconds that nothing was done for want of data."""

@@ -1,4 +1,4 @@
-"""Whether a failed run is rewound to its last checkpoint, as a small value that is tested without a cluster."""
+"""When a failed run is rewound to its last checkpoint."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from bim.orchestrator.training.errors import StageFailure, TrainingError
 
 @dataclass(frozen=True)
 class RestartPolicy:
-    """Rewind at most `max_restarts` times in one run; errors that a rewind cannot cure are raised at once.
+    """Rewind at most `max_restarts` times in one run.
 
-    Those are errors of ours that say so (`TrainingError`), and data that is gone or changed (`DataError`).
+    Errors that a rewind cannot cure are raised at once: `TrainingError`, and missing or changed data (`DataError`).
     """
 
     max_restarts: int

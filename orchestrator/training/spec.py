@@ -1,6 +1,6 @@
-"""What a run trains, as plain values: sent to every stage as they are.
+"""Records of what a run trains, sent to every stage; `runs/resolve.py` makes them from the settings.
 
-Two processes that hold equal values build equal weights and equal masks. `runs/resolve.py` makes them from the settings.
+Two processes with equal records build equal weights and equal masks.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 @dataclass(frozen=True)
 class OptimSpec:
-    """AdamW as MAE uses it; the learning rate comes with every step.
+    """AdamW as in MAE; the learning rate comes with every step.
 
-    `clip_grad` bounds the gradient norm of each block by itself (None: no clipping).
+    `clip_grad` bounds the gradient norm of each block (None: no clipping).
     """
 
     weight_decay: float = 0.05
@@ -26,13 +26,14 @@ class OptimSpec:
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """One block's local decoder; `num_heads` None means one head per 32 channels (MAE's 512/16).
+    """The local decoder of one block.
 
     Args:
-        throw_ratio: share of all tokens that no decoder layer sees (PR-MIM); 0: plain.
-        recovery: "aggregate" predicts thrown tokens from decoded neighbours, "none" leaves them out.
-        sampler: how the tokens that are decoded are chosen, see `bim.models.masks.sampling`.
-        thrown_weight: of a thrown token in the loss.
+        num_heads: None: one head per 32 channels (512 / 16 in MAE).
+        throw_ratio: fraction of all tokens that no decoder layer sees (PR-MIM); 0: none.
+        recovery: "aggregate" predicts thrown tokens from decoded neighbors, "none" leaves them out.
+        sampler: chooses the tokens to decode, see `bim.models.masks.sampling`.
+        thrown_weight: weight of a thrown token in the loss.
     """
 
     depth: int
@@ -46,7 +47,7 @@ class DecoderSpec:
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """What one block's decoder predicts: a name in `bim.models.targets.TARGETS` and its keywords."""
+    """The target of one block's decoder: a name in `bim.models.targets.TARGETS` and its keyword arguments."""
 
     name: str = "pixels"
     args: dict[str, Any] = field(default_factory=dict)
@@ -54,7 +55,7 @@ class TargetSpec:
 
 @dataclass(frozen=True)
 class PretrainSpec:
-    """Everything that a stage needs to build and train its blocks: plain values, lists already one entry per block."""
+    """What a stage needs to build and train its blocks; tuples have one entry per block."""
 
     backbone: str
     model_args: dict[str, Any]
@@ -62,15 +63,15 @@ class PretrainSpec:
     mask_ratios: tuple[float, ...]
     decoders: tuple[DecoderSpec, ...]
     targets: tuple[TargetSpec, ...] = ()
-    """One per block; () means normalised pixels in every block."""
+    """One per block; () means normalized pixels in every block."""
     encode: str = "auto"
-    """What an encoder block computes: "visible" tokens or "all"; see `bim.models.backbones.open_backbone`."""
+    """Tokens that an encoder block computes, "visible" or "all"; see `bim.models.backbones.open_backbone`."""
     mask_per_batch: bool | None = None
-    """Whether the samples of a micro-batch share one mask; None: as the backbone family does (Swin and Twins: yes)."""
+    """Whether the samples of a micro-batch share one mask; None: the backbone's default (Swin and Twins: yes)."""
     sweep_groups: bool = False
-    """Whether every size of window groups is tried (Swin and Twins), see `bim.models.masks.window_groups`."""
+    """Whether every window group size is tried (Swin and Twins), see `bim.models.masks.window_groups`."""
     boundary_noise: float = 0.0
-    """Noise on what enters a later block, in standard deviations of it."""
+    """Standard deviation of the noise on the input of later blocks, relative to that of the input."""
     score_newly_dropped: bool = True
     seed: int = 0
     init_from: str | None = None

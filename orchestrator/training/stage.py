@@ -1,4 +1,4 @@
-"""A run of consecutive blocks on one device, trained block by block. Wrapped with `ray.remote` by `distributed/`."""
+"""A pipeline stage: consecutive blocks on one device. Wrapped with `ray.remote` by `distributed/actors.py`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from bim.models.seeding import derive_seed
 from bim.models.tokens import normalize_images
 from bim.orchestrator.training.block_trainer import BlockTrainer
 from bim.orchestrator.training.build import build_local_mim, mask_plans, open_spec_backbone
-from bim.orchestrator.training.checkpoint import FileRecord, load_block_state, load_block_weights, save_block
+from bim.orchestrator.training.checkpoint import load_block_state, load_block_weights, save_block
 from bim.orchestrator.training.errors import StepOrderError
+from bim.orchestrator.training.manifest import FileRecord
 from bim.orchestrator.training.messages import StageReport, StepRequest
 from bim.orchestrator.training.spec import PretrainSpec
 from bim.orchestrator.training.transport import Payload, ReceiveBuffer, to_message
 
 
 class Stage:
-    """A run of consecutive blocks on one device, trained block by block.
+    """Consecutive blocks on one device, each trained by its own loss.
 
     Args:
-        blocks: the numbers of the blocks that live here, consecutive.
+        blocks: numbers of the blocks, consecutive.
         device: "cpu" or "cuda".
-        threads: CPU threads of this process for torch; None leaves it alone.
+        threads: torch CPU threads of this process; None keeps the current number.
     """
 
     def __init__(
@@ -41,18 +42,18 @@ class Stage:
         self._spec = spec
         self._blocks = tuple(blocks)
         self._device = torch.device(device)
-        self._inbox = ReceiveBuffer(self._device)
+        self._received = ReceiveBuffer(self._device)
         self._backbone = open_spec_backbone(spec)
         self._trainers: list[BlockTrainer] = []
-        self._target_sharing = _target_sharing(spec, self._backbone, self._blocks)
+        self._target_owner = _target_sharing(spec, self._backbone, self._blocks)
         self._next = (0, 0)
-        self._planner = ThreadPoolExecutor(1, thread_name_prefix="plans")
-        self._ahead: tuple[Any, Future[dict[int, MaskPlan]]] | None = None
+        self._plan_executor = ThreadPoolExecutor(1, thread_name_prefix="mask-plans")
+        self._prefetched_plans: tuple[Any, Future[dict[int, MaskPlan]]] | None = None
         self._idle_since: float | None = None
 
     def restore(self, checkpoint: str | None, step: int) -> int:
-        """Build the blocks anew and, if given, load them from a checkpoint folder. The next step is `step`."""
-        self._trainers = []  # freed before the new ones are built: a GPU may not hold both
+        """Build the blocks and, if given, load them from a checkpoint folder. Returns the next step, `step`."""
+        self._trainers = []  # freed before the new ones are built, because a GPU may not hold both
         self._trainers = [
             BlockTrainer(build_local_mim(self._spec, k, self._backbone), k, self._spec.optim, self._device)
             for k in self._blocks
@@ -61,93 +62,92 @@ class Stage:
             for k, trainer in zip(self._blocks, self._trainers, strict=True):
                 trainer.load(load_block_weights(Path(checkpoint), k), load_block_state(Path(checkpoint), k))
         self._next = (step, 0)
-        self._idle_since = None  # until the first step the others may still be starting
+        self._idle_since = None  # before the first step, waiting for other stages to start is not idle time
         return step
 
     def train_step(
-        self, order: StepRequest, images: Payload, incoming: Payload | None
+        self, request: StepRequest, images: Payload, incoming: Payload | None
     ) -> tuple[Payload | None, StageReport]:
         """Train this stage's blocks on one micro-batch.
 
         Args:
-            images: (B, 3, H, W) uint8, shared by all stages.
-            incoming: (B, P + visible, D) residual stream of the stage before; None for the first.
+            images: (B, 3, H, W) uint8, equal in all stages.
+            incoming: (B, P + visible, D) residual stream of the previous stage; None in the first stage.
 
         Returns:
-            The residual stream for the next stage (None from the last one), and the report.
+            The residual stream for the next stage (None from the last stage), and the report.
 
         Raises:
-            StepOrderError: if this is not the stage's own next micro-batch; nothing was changed.
+            StepOrderError: this is not the stage's next micro-batch; nothing was changed.
         """
-        if (order.step, order.micro) != self._next:
+        if (request.step, request.micro_step) != self._next:
             raise StepOrderError(
-                f"blocks {self._blocks} stand at (step, micro) {self._next}, got {(order.step, order.micro)}"
+                f"blocks {self._blocks} expect (step, micro_step) {self._next}, got {(request.step, request.micro_step)}"
             )
         started = time.perf_counter()
         idle = 0.0 if self._idle_since is None else started - self._idle_since
-        pixels = normalize_images(self._inbox.unpack("images", images), self._spec.mean, self._spec.std)
-        x = pixels if incoming is None else self._inbox.unpack("tokens", incoming).float()
-        asked = time.perf_counter()
-        plans = self._plans(pixels.shape, order)
-        mask_wait = time.perf_counter() - asked
+        pixels = normalize_images(self._received.unpack("images", images), self._spec.mean, self._spec.std)
+        x = pixels if incoming is None else self._received.unpack("tokens", incoming).float()
+        plan_wait_started = time.perf_counter()
+        plans = self._mask_plans(pixels.shape, request)
+        mask_wait = time.perf_counter() - plan_wait_started
         metrics: dict[int, dict[str, float]] = {}
-        shared: dict[int, Tensor] = {}
+        targets: dict[int, Tensor] = {}
         for k, trainer in zip(self._blocks, self._trainers, strict=True):
-            alike = self._target_sharing[k]
-            if alike not in shared:
-                shared = {alike: trainer.module.targets(pixels)}
+            owner = self._target_owner[k]
+            if owner not in targets:
+                targets = {owner: trainer.module.targets(pixels)}
             y, metrics[k] = trainer.train_step(
-                self._add_boundary_noise(x, k, order) if k else x,
+                self._add_boundary_noise(x, k, request) if k else x,
                 pixels,
                 plans[k],
-                targets=shared[alike],
-                step=order.step,
-                lr=order.lr,
-                micro=order.micro,
-                grad_accum_steps=order.grad_accum_steps,
+                targets=targets[owner],
+                step=request.step,
+                lr=request.lr,
+                micro_step=request.micro_step,
+                grad_accum_steps=request.grad_accum_steps,
             )
             x = y.float()
-        self._next = (order.step + 1, 0) if order.is_last_micro_step else (order.step, order.micro + 1)
-        files = self.save(order.checkpoint) if order.checkpoint is not None else ()
-        last = self._blocks[-1] == len(self._spec.blocks) - 1
-        outgoing = None if last else to_message(y)
+        self._next = request.following
+        files = self.save(request.checkpoint) if request.checkpoint is not None else ()
+        is_last_stage = self._blocks[-1] == len(self._spec.blocks) - 1
+        outgoing = None if is_last_stage else to_message(y)
         ended = time.perf_counter()
         self._idle_since = ended
         return outgoing, StageReport(
             metrics, tuple(files), ended - started - mask_wait, idle + mask_wait, mask_wait
         )
 
-    def _plans(self, shape: torch.Size, order: StepRequest) -> dict[int, MaskPlan]:
-        """The plans of this micro-batch, made while the one before was trained on, and those of the next one begun.
+    def _mask_plans(self, shape: torch.Size, request: StepRequest) -> dict[int, MaskPlan]:
+        """Plans of this micro-batch, prefetched during the previous one; starts those of the next one.
 
-        Grouping windows and sampling tokens is work for the host; on a GPU it would stand between two steps.
+        Window grouping and token sampling run on the host; on a GPU they would stall the device between two steps.
+        Plans that were prefetched for another image size are discarded.
         """
-        size, batch = (shape[-2], shape[-1]), shape[0]
+        size, batch_size = (shape[-2], shape[-1]), shape[0]
 
-        def begin(step: int, micro: int) -> tuple[Any, Future[dict[int, MaskPlan]]]:
-            wanted = (size, batch, step, micro)
-            what = (self._spec, self._backbone, *wanted, self._blocks, self._device)
-            return wanted, self._planner.submit(mask_plans, *what)
+        def submit(step: int, micro_step: int) -> tuple[Any, Future[dict[int, MaskPlan]]]:
+            key = (size, batch_size, step, micro_step)
+            arguments = (self._spec, self._backbone, *key, self._blocks, self._device)
+            return key, self._plan_executor.submit(mask_plans, *arguments)
 
-        if self._ahead is None or self._ahead[0] != (size, batch, order.step, order.micro):
-            self._ahead = begin(order.step, order.micro)
-        plans = self._ahead[1].result()
-        # Where images change their size, what was begun for the next step is not used.
-        self._ahead = (
-            begin(order.step + 1, 0) if order.is_last_micro_step else begin(order.step, order.micro + 1)
-        )
+        current = (size, batch_size, request.step, request.micro_step)
+        if self._prefetched_plans is None or self._prefetched_plans[0] != current:
+            self._prefetched_plans = submit(request.step, request.micro_step)
+        plans = self._prefetched_plans[1].result()
+        self._prefetched_plans = submit(*request.following)
         return plans
 
-    def _add_boundary_noise(self, x: Tensor, block: int, order: StepRequest) -> Tensor:
-        """x: (B, T, D) -> the same with Gaussian noise of `boundary_noise` standard deviations of x added.
+    def _add_boundary_noise(self, x: Tensor, block: int, request: StepRequest) -> Tensor:
+        """Add Gaussian noise of `boundary_noise` standard deviations of x. x: (B, T, D) -> (B, T, D).
 
-        Siddiqui et al., arXiv 2302.01647, scale it by the activations' deviation too, and let the block's own head see it;
-        here only what crosses the boundary gets it.
+        Siddiqui et al. (arXiv 2302.01647) scale the noise by the standard deviation too, and also add it to the input of
+        the block's own head; here only the residual stream that crosses the boundary gets it.
         """
         if not self._spec.boundary_noise:
             return x
         gen = torch.Generator(self._device).manual_seed(
-            derive_seed(self._spec.seed, "noise", order.step, order.micro, block)
+            derive_seed(self._spec.seed, "noise", request.step, request.micro_step, block)
         )
         noise = torch.randn(x.shape, generator=gen, device=x.device)
         return x + self._spec.boundary_noise * x.std() * noise
@@ -165,6 +165,6 @@ class Stage:
 
 
 def _target_sharing(spec: PretrainSpec, backbone: Backbone, blocks: Sequence[int]) -> dict[int, int]:
-    """Block -> the first of `blocks` that predicts the same of the same tokens."""
-    what = {k: (spec.targets[k] if spec.targets else None, backbone.blocks[k].stride) for k in blocks}
-    return {k: next(first for first in blocks if what[first] == what[k]) for k in blocks}
+    """Block -> the first of `blocks` with the same target and stride, whose target values it shares."""
+    keys = {k: (spec.targets[k] if spec.targets else None, backbone.blocks[k].stride) for k in blocks}
+    return {k: next(first for first in blocks if keys[first] == keys[k]) for k in blocks}

@@ -1,7 +1,7 @@
-"""Stages: places where consecutive blocks live, and the interface through which the loop drives a group of them.
+"""The interface through which the loop drives a stage group, and the stage group in this process.
 
-`Stage` is a plain synchronous class; Ray is put on where it is created (`ray_stages.py`). `InProcessStages` runs a group in
-this process: for tests, for one GPU without Ray, and as the oracle that the Ray group must equal bit for bit.
+`InProcessStages` serves tests and single-GPU runs without Ray, and is the reference that the Ray stage group equals bit
+for bit.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from bim.orchestrator.data.loader import Batch
-from bim.orchestrator.training.checkpoint import FileRecord
 from bim.orchestrator.training.errors import StageFailure
+from bim.orchestrator.training.manifest import FileRecord
 from bim.orchestrator.training.messages import StepReport, StepRequest
 from bim.orchestrator.training.spec import PretrainSpec
 from bim.orchestrator.training.stage import Stage
@@ -22,70 +22,70 @@ from bim.orchestrator.training.transport import Payload
 
 
 class Loader(Protocol):
-    """Where micro-batches come from, indexed by step; `bim.orchestrator.data.loader.TrainBatches` is one."""
+    """Source of micro-batches, indexed by step; `bim.orchestrator.data.loader.TrainBatches` implements it."""
 
-    def batch(self, step: int, micro: int = 0) -> Batch: ...
+    def batch(self, step: int, micro_step: int = 0, /) -> Batch: ...
 
     def close(self) -> None: ...
 
 
 class Stages(Protocol):
-    """A group of stages, driven by references: what is submitted runs in order; what it said is collected later."""
+    """A stage group, driven by references: requests run in the order of submission, reports are collected later."""
 
-    places: tuple[tuple[int, ...], ...]
+    stage_blocks: tuple[tuple[int, ...], ...]
     """The blocks of each stage."""
 
     def start(self) -> None:
-        """Make every place that is not there, first time or after a failure."""
+        """Create every stage that does not exist, at first or after a failure."""
 
     def restore(self, checkpoint: Path | None, step: int) -> None:
-        """Bring every stage to the state before `step`: from a checkpoint, or as built from the seed."""
+        """Set every stage to the state before `step`: from a checkpoint, or as built from the seed."""
 
-    def submit(self, order: StepRequest) -> Any:
-        """Send one micro-batch down the pipe. Returns a reference for `settle`; does not wait."""
+    def submit(self, request: StepRequest) -> Any:
+        """Start one micro-batch in all stages. Returns a reference for `wait`; does not block."""
 
-    def settle(self, pending: Any) -> StepReport:
+    def wait(self, pending: Any) -> StepReport:
         """Wait for one submitted micro-batch. Raises StageFailure, or a TrainingError of a stage."""
 
     def cancel_pending(self, pending: Sequence[Any]) -> None:
-        """After a failure: wait until nothing of what was submitted is running any more."""
+        """After a failure: wait until no submitted micro-batch is running."""
 
     def save(self, checkpoint: Path) -> tuple[FileRecord, ...]:
-        """With nothing under way: every stage saves."""
+        """Save all stages. Only while no micro-batch is in flight."""
 
     def close(self) -> None:
-        """End all places and free what they held."""
+        """End all stages and free their resources."""
 
 
 def stage_label(index: int, blocks: Sequence[int]) -> str:
-    """How messages name a stage."""
+    """The name of a stage in messages: "stage 2 (blocks 4-5)"."""
     named = f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]}-{blocks[-1]}"
     return f"stage {index} ({named})"
 
 
 class InProcessStages:
-    """A group of stages in this process, run one after the other through the same wire format.
+    """A stage group in this process: stages run one after the other and exchange the same payloads as on Ray.
 
     Args:
-        open_loader: opens the data, here and again at every rewind.
-        places: the blocks of each stage, e.g. ((0,), (1,), (2,), (3,)).
+        open_loader: opens the data; called again at every rewind.
+        stage_blocks: the blocks of each stage, e.g. ((0,), (1,), (2,), (3,)).
     """
 
     def __init__(
         self,
         spec: PretrainSpec,
         open_loader: Callable[[], Loader],
-        places: Sequence[Sequence[int]],
+        stage_blocks: Sequence[Sequence[int]],
         device: str = "cpu",
         threads: int | None = None,
     ) -> None:
-        self.places = tuple(tuple(p) for p in places)
+        self.stage_blocks = tuple(tuple(blocks) for blocks in stage_blocks)
         self._open_loader = open_loader
         self._loader: Loader | None = None
-        self._stages = [Stage(spec, blocks, device, threads) for blocks in self.places]
+        self._stages = [Stage(spec, blocks, device, threads) for blocks in self.stage_blocks]
 
     def start(self) -> None:
-        """Nothing to make: the stages were built with the group."""
+        """Nothing to do: the constructor created the stages."""
 
     def restore(self, checkpoint: Path | None, step: int) -> None:
         self.close()
@@ -93,30 +93,30 @@ class InProcessStages:
         for stage in self._stages:
             stage.restore(None if checkpoint is None else str(checkpoint), step)
 
-    def submit(self, order: StepRequest) -> StepReport | BaseException:
-        """Run the micro-batch at once; an error is kept for `settle`, as a remote stage would keep it."""
-        assert self._loader is not None, "restore comes before the first step"
+    def submit(self, request: StepRequest) -> StepReport | BaseException:
+        """Run the micro-batch at once; an error is returned and raised by `wait`, as for a remote stage."""
+        assert self._loader is not None, "call restore before the first step"
         index = -1
         try:
-            batch = self._loader.batch(order.step, order.micro)
+            batch = self._loader.batch(request.step, request.micro_step)
             images = Payload("uint8", batch.images)
             payload: Payload | None = None
             reports = []
-            for index, stage in enumerate(self._stages):  # noqa: B007 (the failing stage is named below)
-                payload, report = stage.train_step(order, images, payload)
+            for index, stage in enumerate(self._stages):  # noqa: B007 (the error names the failing stage)
+                payload, report = stage.train_step(request, images, payload)
                 reports.append(report)
         except Exception as error:
-            place = "the data loader" if index < 0 else stage_label(index, self.places[index])
-            return StageFailure(place, f"at step {order.step}", error, died=False)
-        return StepReport(order, tuple(reports), batch.bad, batch.load_s, data_wait_s=batch.load_s)
+            component = "the data loader" if index < 0 else stage_label(index, self.stage_blocks[index])
+            return StageFailure(component, f"at step {request.step}", error, process_lost=False)
+        return StepReport(request, tuple(reports), batch.bad, batch.load_s, data_wait_s=batch.load_s)
 
-    def settle(self, pending: StepReport | BaseException) -> StepReport:
+    def wait(self, pending: StepReport | BaseException) -> StepReport:
         if isinstance(pending, BaseException):
             raise pending
         return pending
 
     def cancel_pending(self, pending: Sequence[Any]) -> None:
-        """Nothing runs behind the caller's back here."""
+        """Nothing to wait for: `submit` runs each micro-batch to its end."""
 
     def save(self, checkpoint: Path) -> tuple[FileRecord, ...]:
         return tuple(record for stage in self._stages for record in stage.save(str(checkpoint)))

@@ -1,7 +1,6 @@
-"""The form in which tensors travel between stages: numpy views, which Ray ships without pickling their bytes.
+"""Transport of tensors between stages as numpy views, whose bytes Ray transfers without pickling.
 
-A pickled torch tensor costs several times what a numpy view of it costs, and numpy has no bfloat16, so that one travels
-as int16. Both directions live here, so that a GPU-to-GPU path can join behind the same two functions.
+Pickling a torch tensor costs several times more than a numpy view. numpy has no bfloat16; such tensors travel as int16.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Payload:
-    """A tensor on the wire: its dtype by name and its bytes as a numpy array of the same shape."""
+    """A tensor in transport: the name of its torch dtype, and its bytes as a numpy array of the same shape."""
 
     dtype: str
     array: np.ndarray
@@ -31,9 +30,8 @@ def to_message(tensor: Tensor) -> Payload:
 class ReceiveBuffer:
     """Receives payloads into one reused buffer per name.
 
-    What arrives is read-only shared memory on Ray; copying it into memory of our own makes it a proper tensor input, and
-    reusing that memory saves the page faults that cost more than the transport. A received tensor is
-    valid until the next `unpack` under the same name.
+    On Ray an array is read-only shared memory, so it is copied. Reusing the buffer avoids page faults, which cost more
+    than the transport. A received tensor is valid until the next `unpack` under the same name.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,13 +39,13 @@ class ReceiveBuffer:
         self._buffers: dict[str, Tensor] = {}
 
     def unpack(self, name: str, payload: Payload) -> Tensor:
-        """Copy a payload to this inbox's device. Returns a tensor of the payload's shape and dtype."""
+        """Copy a payload to this buffer's device. Returns a tensor of the payload's shape and dtype."""
         dtype: torch.dtype = getattr(torch, payload.dtype)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != payload.array.shape or buffer.dtype != dtype:
             pinned = self._device.type == "cuda"
             buffer = torch.empty(payload.array.shape, dtype=dtype, pin_memory=pinned)
             self._buffers[name] = buffer
-        raw = buffer.view(torch.int16) if dtype == torch.bfloat16 else buffer
-        np.copyto(raw.numpy(), payload.array)
+        view = buffer.view(torch.int16) if dtype == torch.bfloat16 else buffer
+        np.copyto(view.numpy(), payload.array)
         return buffer if self._device.type == "cpu" else buffer.to(self._device)

@@ -1,5 +1,5 @@
-"""Tables of pipelines/benchmark.py, of a narrow Swin and with the fewest steps: that they are made, and what does not depend
-on how busy the machine is."""
+"""Tables of pipelines/benchmark.py, of a narrow Swin with one step: their form, and the figures that do not depend on the
+load of the machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from bim.orchestrator.benchmarks.method_costs import family
+from bim.orchestrator.benchmarks.method_costs import uniform_spec
 
 SCRIPT = Path(__file__).parents[2] / "pipelines" / "benchmark.py"
 SWIN = {"img_size": 128, "depths": [1, 1, 2, 1], "embed_dim": 8, "num_heads": [1, 2, 2, 4], "window_size": 4}
@@ -22,20 +22,21 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, of which every family has `SWIN`."""
-    found = importlib.util.spec_from_file_location("benchmark", SCRIPT)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    monkeypatch.setattr("bim.orchestrator.benchmarks.method_costs.family", partial(family, model_args=SWIN))
+    """The script, with `SWIN` in every spec."""
+    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    narrow = partial(uniform_spec, model_args=SWIN)
+    monkeypatch.setattr("bim.orchestrator.benchmarks.method_costs.uniform_spec", narrow)
     monkeypatch.setattr(module, "block_layers", lambda name, blocks: (5,) if blocks == 1 else (1, 1, 2, 1))
     return module
 
 
 def row(lines: list[str], name: str) -> str:
-    (found,) = [line for line in lines if line.startswith(name)]
-    return found
+    (line,) = [line for line in lines if line.startswith(name)]
+    return line
 
 
 def test_the_table_of_hierarchical_backbones(

@@ -118,4 +118,4 @@ def test_a_finished_search_is_not_repeated(searched: tuple[Finished, Finished]) 
         again = call(["--out", str(out), flag, "--placement.backend", "in_process", "--tracking.uri", store])
         assert again.status == 0, again.stderr
         assert "trial" not in again.stdout
-        assert re.search(r"all \d+ steps were trained before", again.stdout)
+        assert re.search(r"already at the last step \(\d+\); nothing to train", again.stdout)

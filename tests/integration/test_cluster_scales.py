@@ -26,7 +26,7 @@ import yaml
 from bim.orchestrator.distributed.cluster import ray_cluster
 from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.distributed.ray_stage_group import RayStages
-from tests.integration.tiny import data, differing, family, in_process, state, train
+from tests.integration.tiny import data, differing, in_process, state, tiny_spec, train
 
 ROOT = Path(__file__).parents[2]
 HEAD = "ray.head.default"  # the imitation knows the head by this name alone
@@ -116,11 +116,11 @@ def growing_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("growing_cluster")
 def test_a_job_makes_the_cluster_grow_trains_across_machines_and_lets_it_shrink(tmp_path: Path) -> None:
-    spec = family(blocks=2)
+    spec = tiny_spec(blocks=2)
     layout = StageLayout(
         ((0,), (1,)), gpus=0.0, cpus=1.5, loader_cpus=0.5, threads=1
     )  # no machine holds both
-    with ray_cluster(print) as have:
+    with ray_cluster() as have:
         assert (have.cpus, machines()) == (0.0, 1)
         (tmp_path / "ray").mkdir()
         stages = RayStages(spec, data(), layout, shared=tmp_path / "ray", wait_s=180)

@@ -14,7 +14,7 @@ from bim.orchestrator.training.messages import StepRequest
 from bim.orchestrator.training.spec import DecoderSpec, PretrainSpec, TargetSpec
 from bim.orchestrator.training.stage_group import InProcessStages
 from bim.orchestrator.training.transport import ReceiveBuffer, to_message
-from tests.integration.tiny import data, family, hierarchy, shifted, train
+from tests.integration.tiny import data, hierarchy, shifted, tiny_spec, train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,10 +22,10 @@ pytestmark = [
 ]
 
 
-def on_gpu(precision: str, places: tuple[tuple[int, ...], ...] = ((0, 1, 2, 3),)) -> InProcessStages:
-    spec = family()
+def on_gpu(precision: str, stage_blocks: tuple[tuple[int, ...], ...] = ((0, 1, 2, 3),)) -> InProcessStages:
+    spec = tiny_spec()
     spec = replace(spec, optim=replace(spec.optim, precision=precision))
-    return InProcessStages(spec, data().train_batches, places, device="cuda")
+    return InProcessStages(spec, data().train_batches, stage_blocks, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -36,16 +36,16 @@ def test_a_tensor_travels_from_device_to_device(dtype: torch.dtype) -> None:
 
 def thrown_histograms() -> tuple[PretrainSpec, DataSpec]:
     throw = DecoderSpec(1, 32, 2, throw_ratio=0.25)
-    return family(decoders=(throw,) * 4, targets=(TargetSpec("hog", {"cell": 4}),) * 4), data()
+    return tiny_spec(decoders=(throw,) * 4, targets=(TargetSpec("hog", {"cell": 4}),) * 4), data()
 
 
 def painted() -> tuple[PretrainSpec, DataSpec]:
-    return family(encode="all", mask_ratios=(0.75,) * 4), data()
+    return tiny_spec(encode="all", mask_ratios=(0.75,) * 4), data()
 
 
 @pytest.mark.parametrize(
     "case",
-    [lambda: (family(), data()), thrown_histograms, painted, lambda: hierarchy()[:2], shifted],
+    [lambda: (tiny_spec(), data()), thrown_histograms, painted, lambda: hierarchy()[:2], shifted],
     ids=["plain", "thrown tokens and HOG", "painted", "Twins that grows", "Swin with shifted windows"],
 )
 def test_float32_losses_agree_with_the_cpu(case: Callable[[], tuple[PretrainSpec, DataSpec]]) -> None:
@@ -55,7 +55,7 @@ def test_float32_losses_agree_with_the_cpu(case: Callable[[], tuple[PretrainSpec
     for group in (here, there):
         group.restore(None, 0)
     for step in range(6):
-        a, b = (g.settle(g.submit(StepRequest(step, 1e-3))) for g in (here, there))
+        a, b = (g.wait(g.submit(StepRequest(step, 1e-3))) for g in (here, there))
         losses = [[s.blocks[k]["loss"] for s in r.stages for k in s.blocks] for r in (a, b)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
@@ -73,6 +73,6 @@ def test_half_precision_trains_a_swin_on_visible_tokens(precision: str) -> None:
     spec = replace(spec, optim=replace(spec.optim, precision=precision))
     group = InProcessStages(spec, images.train_batches, ((0, 1, 2, 3),), device="cuda")
     group.restore(None, 0)
-    reports = [group.settle(group.submit(StepRequest(step, 1e-3))) for step in range(10)]
+    reports = [group.wait(group.submit(StepRequest(step, 1e-3))) for step in range(10)]
     losses = [[s.blocks[k]["loss"] for s in report.stages for k in s.blocks] for report in reports]
     assert all(last < first for first, last in zip(losses[0], losses[-1], strict=True))

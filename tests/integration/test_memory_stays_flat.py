@@ -9,7 +9,7 @@ import pytest
 
 from bim.orchestrator.distributed.ray_stage_group import RayStages
 from bim.orchestrator.training.spec import DecoderSpec
-from tests.integration.tiny import Ear, data, family, layout, train
+from tests.integration.tiny import AtStep, data, layout, tiny_spec, train
 
 EARLY, LATE = 500, 2000
 
@@ -23,7 +23,7 @@ def private_bytes(pid: int) -> int:
 @pytest.mark.usefixtures("ray_cluster")
 def test_private_memory_at_step_2000_is_within_5_percent_of_step_500(tmp_path: Path) -> None:
     small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 1}
-    spec = family(model_args=small, mask_ratios=(0.5,) * 4, decoders=(DecoderSpec(1, 16, 1),) * 4)
+    spec = tiny_spec(model_args=small, mask_ratios=(0.5,) * 4, decoders=(DecoderSpec(1, 16, 1),) * 4)
     stages = RayStages(spec, data(), layout(), shared=tmp_path)
     measured: dict[int, list[int]] = {}
 
@@ -33,10 +33,10 @@ def test_private_memory_at_step_2000_is_within_5_percent_of_step_500(tmp_path: P
             measured[step] = [private_bytes(pid) for pid in pids]
 
     try:
-        train(stages, tmp_path, steps=LATE, every=250, ear=Ear(at_step))
+        train(stages, tmp_path, steps=LATE, every=250, callback=AtStep(at_step))
     finally:
         stages.close()
-    names = ["driver", "loader", *(f"stage {i}" for i in range(len(stages.places)))]
+    names = ["driver", "loader", *(f"stage {i}" for i in range(len(stages.stage_blocks)))]
     growth = {n: late / early for n, early, late in zip(names, measured[EARLY], measured[LATE], strict=True)}
     print({name: f"{value:.3f}" for name, value in growth.items()})
     assert all(value < 1.05 for value in growth.values()), growth

@@ -19,14 +19,24 @@ from bim.orchestrator.distributed.ray_stage_group import RayStages
 from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.errors import NonFiniteLossError, TrainingError
 from bim.orchestrator.training.stage_group import InProcessStages
-from tests.integration.tiny import Ear, data, differing, family, growing, in_process, layout, state, train
+from tests.integration.tiny import (
+    AtStep,
+    data,
+    differing,
+    growing,
+    in_process,
+    layout,
+    state,
+    tiny_spec,
+    train,
+)
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 def ray_stages(out: Path, stages: int = 4) -> RayStages:
     out.mkdir(parents=True, exist_ok=True)
-    return RayStages(family(), data(), layout(stages), shared=out)
+    return RayStages(tiny_spec(), data(), layout(stages), shared=out)
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +76,10 @@ def test_a_run_stopped_by_request_on_ray_resumes_to_the_same_weights(tmp_path: P
         if step == 63:
             stop.reason = "SIGTERM"
 
-    for request, ear in ((stop, Ear(at_step)), (StopRequest(), Ear())):
+    for request in (stop, StopRequest()):
         stages = ray_stages(tmp_path)
         try:
-            result = train(stages, tmp_path, steps=200, every=50, ear=ear, stop=request)
+            result = train(stages, tmp_path, steps=200, every=50, callback=AtStep(at_step), stop=request)
         finally:
             stages.close()
         if request is stop:
@@ -80,7 +90,7 @@ def test_a_run_stopped_by_request_on_ray_resumes_to_the_same_weights(tmp_path: P
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_steps_and_in_a_save_leave_the_weights_unchanged(
-    tmp_path: Path, unbroken: Path
+    tmp_path: Path, unbroken: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Stages and the loader are killed (-9) at 20 random steps, one of them while a checkpoint is being written."""
     chance = random.Random(7)
@@ -88,18 +98,17 @@ def test_twenty_kills_at_random_steps_and_in_a_save_leave_the_weights_unchanged(
     stages = ray_stages(tmp_path)
     killed: list[str] = []
     ready = [0]
-    ear = Ear()
 
-    def kill(why: str) -> None:
+    def kill(occasion: str) -> None:
         pid = chance.choice(stages.pids())
         os.kill(pid, signal.SIGKILL)
-        killed.append(why)
+        killed.append(occasion)
 
     def at_step(step: int) -> None:
-        # One kill at a time: the next one waits until the group stands again.
-        stood_up = sum("restart" in text for text in ear.said)
-        if at and step >= at[0] and stood_up >= ready[0]:
-            ready[0] = stood_up + 1
+        # One kill at a time: the next one waits until the stage group is restored.
+        restarts = sum("restart" in text for text in caplog.messages)
+        if at and step >= at[0] and restarts >= ready[0]:
+            ready[0] = restarts + 1
             kill(f"step {at.pop(0)}")
 
     done = threading.Event()
@@ -115,24 +124,25 @@ def test_twenty_kills_at_random_steps_and_in_a_save_leave_the_weights_unchanged(
 
     watcher = threading.Thread(target=kill_in_a_save)
     watcher.start()
-    ear.at_step = at_step
     try:
-        result = train(stages, tmp_path, steps=200, every=10, ear=ear, max_restarts=40)
+        result = train(stages, tmp_path, steps=200, every=10, callback=AtStep(at_step), max_restarts=40)
     finally:
         done.set()
         watcher.join()
         stages.close()
     assert len(killed) == 20
     assert "save" in killed
-    # The kill in a save can fall into the rewind after another one; each restart is said in one line.
+    # The kill in a save can fall into the rewind after another one; each restart is one line of the log.
     assert result.restarts in (19, 20)
-    assert sum("died" in text and "restart" in text for text in ear.said) == result.restarts
+    assert sum("died" in text and "restart" in text for text in caplog.messages) == result.restarts
     assert differing(state(unbroken, 200), state(tmp_path, 200)) == []
 
 
 @pytest.mark.slow
-def test_a_killed_data_worker_costs_one_rewind(tmp_path: Path, unbroken: Path) -> None:
-    stages = RayStages(family(), data(workers=1), layout(), shared=tmp_path)
+def test_a_killed_data_worker_costs_one_rewind(
+    tmp_path: Path, unbroken: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stages = RayStages(tiny_spec(), data(workers=1), layout(), shared=tmp_path)
     killed: list[int] = []
 
     def at_step(step: int) -> None:
@@ -142,26 +152,26 @@ def test_a_killed_data_worker_costs_one_rewind(tmp_path: Path, unbroken: Path) -
             for pid in killed:
                 os.kill(pid, signal.SIGKILL)
 
-    ear = Ear(at_step)
     try:
-        result = train(stages, tmp_path, steps=200, every=50, ear=ear, max_restarts=1)
+        result = train(stages, tmp_path, steps=200, every=50, callback=AtStep(at_step), max_restarts=1)
     finally:
         stages.close()
     assert killed
     assert result.restarts == 1
-    assert any("the data loader failed" in text and "SIGKILL" in text for text in ear.said)
+    assert any("the data loader failed" in text and "SIGKILL" in text for text in caplog.messages)
     assert differing(state(unbroken, 200), state(tmp_path, 200)) == []
 
 
-def test_data_that_cannot_be_opened_is_told_before_any_step_and_not_tried_again(tmp_path: Path) -> None:
-    stages = RayStages(family(), data(source=str(tmp_path / "gone")), layout(), shared=tmp_path)
-    ear = Ear()
+def test_data_that_cannot_be_opened_ends_the_run_before_any_step_and_without_a_restart(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stages = RayStages(tiny_spec(), data(source=str(tmp_path / "gone")), layout(), shared=tmp_path)
     try:
         with pytest.raises(DataError, match="gone"):
-            train(stages, tmp_path / "out", ear=ear, max_restarts=3)
+            train(stages, tmp_path / "out", max_restarts=3)
     finally:
         stages.close()
-    assert ear.said == []
+    assert caplog.messages == []
 
 
 @pytest.mark.slow
@@ -175,15 +185,15 @@ def test_a_stage_that_keeps_dying_ends_the_run_with_one_sentence(tmp_path: Path)
                 os.kill(stages.pids()[2], signal.SIGKILL)
 
     try:
-        with pytest.raises(TrainingError, match=r"stage 1 \(block 1\) died .* brought back 1 times before"):
-            train(stages, tmp_path, ear=Ear(at_step), max_restarts=1)
+        with pytest.raises(TrainingError, match=r"stage 1 \(block 1\) died .*, after 1 restart "):
+            train(stages, tmp_path, callback=AtStep(at_step), max_restarts=1)
     finally:
         stages.close()
 
 
 def test_what_a_step_raises_in_an_actor_is_what_the_user_sees(tmp_path: Path) -> None:
     out = tmp_path
-    stages = RayStages(family(mean=(float("nan"),) * 3), data(), layout(), shared=out)
+    stages = RayStages(tiny_spec(mean=(float("nan"),) * 3), data(), layout(), shared=out)
     try:
         with pytest.raises(NonFiniteLossError, match="loss of block 0 is not finite at step 0"):
             train(stages, out, max_restarts=3)

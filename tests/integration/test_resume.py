@@ -8,7 +8,17 @@ import pytest
 
 from bim.orchestrator.data.phases import PhaseSpec
 from bim.orchestrator.training.stage_group import InProcessStages
-from tests.integration.tiny import Ear, data, differing, family, growing, hierarchy, in_process, state, train
+from tests.integration.tiny import (
+    AtStep,
+    data,
+    differing,
+    growing,
+    hierarchy,
+    in_process,
+    state,
+    tiny_spec,
+    train,
+)
 
 
 class CutOff(BaseException):
@@ -31,7 +41,7 @@ def test_cut_off_at_a_step_and_resumed(tmp_path: Path, unbroken: Path, step: int
             raise CutOff
 
     with pytest.raises(CutOff):
-        train(in_process(), tmp_path, ear=Ear(at_step))
+        train(in_process(), tmp_path, callback=AtStep(at_step))
     train(in_process(), tmp_path)
     assert differing(state(unbroken, 50), state(tmp_path, 50)) == []
 
@@ -39,7 +49,7 @@ def test_cut_off_at_a_step_and_resumed(tmp_path: Path, unbroken: Path, step: int
 def test_accumulated_micro_batches_resume_too(tmp_path: Path) -> None:
     def stages() -> InProcessStages:
         two_micro_batches = data(phases=(PhaseSpec(0, (16, 16), 16, grad_accum_steps=2),))
-        return InProcessStages(family(), two_micro_batches.train_batches, ((0, 1), (2, 3)), threads=1)
+        return InProcessStages(tiny_spec(), two_micro_batches.train_batches, ((0, 1), (2, 3)), threads=1)
 
     def at_step(done: int) -> None:
         if done == 13:
@@ -47,7 +57,7 @@ def test_accumulated_micro_batches_resume_too(tmp_path: Path) -> None:
 
     train(stages(), tmp_path / "whole", steps=20, every=6, grad_accum_steps=2)
     with pytest.raises(CutOff):
-        train(stages(), tmp_path / "cut", steps=20, every=6, grad_accum_steps=2, ear=Ear(at_step))
+        train(stages(), tmp_path / "cut", steps=20, every=6, grad_accum_steps=2, callback=AtStep(at_step))
     train(stages(), tmp_path / "cut", steps=20, every=6, grad_accum_steps=2)
     assert differing(state(tmp_path / "whole", 20), state(tmp_path / "cut", 20)) == []
 
@@ -69,7 +79,7 @@ def test_a_run_of_growing_resolution_resumes_inside_any_phase(tmp_path: Path) ->
                 raise CutOff
 
         with pytest.raises(CutOff):
-            train(stages(), out, steps=21, every=5, phases=phases, ear=Ear(at_step))
+            train(stages(), out, steps=21, every=5, phases=phases, callback=AtStep(at_step))
         train(stages(), out, steps=21, every=5, phases=phases)
         assert differing(state(tmp_path / "whole", 21), state(out, 21)) == []
 
@@ -87,6 +97,6 @@ def test_a_hierarchy_of_growing_resolution_resumes_in_its_second_phase(tmp_path:
 
     train(stages(), tmp_path / "whole", steps=8, every=5, phases=phases)
     with pytest.raises(CutOff):
-        train(stages(), tmp_path / "cut", steps=8, every=5, phases=phases, ear=Ear(at_step))
+        train(stages(), tmp_path / "cut", steps=8, every=5, phases=phases, callback=AtStep(at_step))
     train(stages(), tmp_path / "cut", steps=8, every=5, phases=phases)
     assert differing(state(tmp_path / "whole", 8), state(tmp_path / "cut", 8)) == []

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from bim.orchestrator.benchmarks.ablation import _Quiet as Quiet
 from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.config.transforms import with_changes
 from bim.orchestrator.distributed.placement import ClusterResources
@@ -17,7 +16,7 @@ from bim.orchestrator.jobs.evaluate_checkpoint import add_latency, evaluate_chec
 from bim.orchestrator.jobs.job import evaluation_task
 from bim.orchestrator.runs.prepare import resolve_run
 from bim.orchestrator.runs.train import resolve_layout, train
-from bim.orchestrator.training.callbacks import StopRequest
+from bim.orchestrator.training.callbacks import NullCallback, StopRequest
 
 RESNET = {"img_size": 64, "layers": [1, 1, 1, 1], "channels": [4, 8, 12, 16]}
 
@@ -38,7 +37,7 @@ def test_timing_adds_latencies_to_the_cards_and_leaves_the_weights(tmp_path: Pat
     settings = with_changes(load_settings([]), changes)
     family, _, _ = resolve_run(settings, tmp_path)
     layout = resolve_layout(settings, ClusterResources(2.0, 0.0))
-    train(family, layout, "fp32", Quiet(), StopRequest())
+    train(family, layout, "fp32", NullCallback(), StopRequest())
     job = evaluation_task(family, layout, CardFacts("resnet", 0), family.depths, references=False)
     found = evaluate_checkpoint(replace(job, evaluation=replace(job.evaluation, latency=False)))
     before = {depth: load_file(Path(folder) / "model.safetensors") for depth, folder in found.folders.items()}

@@ -1,4 +1,4 @@
-"""The tiny family of the integration tests: four blocks of one layer on the scanned digits."""
+"""The tiny model of the integration tests: four blocks of one layer on the scanned digits."""
 
 from __future__ import annotations
 
@@ -13,23 +13,20 @@ from torch import Tensor
 from bim.orchestrator.data.phases import Phase, PhaseSpec, constant, phase_at
 from bim.orchestrator.data.spec import DataSpec
 from bim.orchestrator.distributed.placement import StageLayout, consecutive
-from bim.orchestrator.training.callbacks import EpochReport, StopRequest
-from bim.orchestrator.training.checkpoint import (
-    CheckpointStore,
-    Manifest,
-    load_block_state,
-    load_block_weights,
-)
-from bim.orchestrator.training.loop import PretrainResult, TrainingSchedule, pretrain
+from bim.orchestrator.training.callbacks import Callback, NullCallback, PretrainResult, StopRequest
+from bim.orchestrator.training.checkpoint import CheckpointStore, load_block_state, load_block_weights
+from bim.orchestrator.training.loop import pretrain
 from bim.orchestrator.training.lr_schedule import CosineSchedule
+from bim.orchestrator.training.manifest import Manifest
 from bim.orchestrator.training.restart_policy import RestartPolicy
+from bim.orchestrator.training.schedule import TrainingSchedule
 from bim.orchestrator.training.spec import DecoderSpec, OptimSpec, PretrainSpec, TargetSpec
 from bim.orchestrator.training.stage_group import InProcessStages, Stages
 
 STEPS_PER_EPOCH = 10
 
 
-def family(blocks: int = 4, **changes: Any) -> PretrainSpec:
+def tiny_spec(blocks: int = 4, **changes: Any) -> PretrainSpec:
     args = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2}
     settings: dict[str, Any] = {
         "backbone": "vit_tiny_patch16_224",
@@ -54,19 +51,19 @@ def data(**changes: Any) -> DataSpec:
 
 
 def growing() -> tuple[PretrainSpec, DataSpec, tuple[Phase, ...]]:
-    """A family that uses all at once: three image sizes, one with accumulated steps, thrown tokens, boundary noise."""
+    """Every feature at once: three image sizes, one with accumulated gradients, thrown tokens, boundary noise."""
     throw = DecoderSpec(1, 32, 2, throw_ratio=0.25)
-    spec = family(decoders=(throw,) * 4, boundary_noise=0.25)
-    growing_sizes = (PhaseSpec(0, (16, 16), 256), PhaseSpec(1, (24, 24), 128, 2), PhaseSpec(3, (32, 32), 128))
-    images = data(phases=growing_sizes)
+    spec = tiny_spec(decoders=(throw,) * 4, boundary_noise=0.25)
+    phases = (PhaseSpec(0, (16, 16), 256), PhaseSpec(1, (24, 24), 128, 2), PhaseSpec(3, (32, 32), 128))
+    images = data(phases=phases)
     return spec, images, replace(images, workers=0).train_batches().phases
 
 
 def hierarchy() -> tuple[PretrainSpec, DataSpec, tuple[Phase, ...]]:
-    """A Twins on visible tokens that grows after its first epoch, HOG cells per level, tokens of the fine grids thrown."""
+    """Twins on visible tokens; images that grow after the first epoch, HOG cells per level, tokens thrown on fine grids."""
     args = {"img_size": 96, "embed_dims": [8, 16, 24, 32], "depths": [2, 2, 2, 2], "num_heads": [1, 1, 2, 2]}
     spec = replace(
-        family(),
+        tiny_spec(),
         backbone="twins_svt_small",
         model_args={**args, "wss": [4, 4, 2, 2]},
         blocks=(2, 2, 2, 2),
@@ -79,7 +76,7 @@ def hierarchy() -> tuple[PretrainSpec, DataSpec, tuple[Phase, ...]]:
 
 
 def shifted() -> tuple[PretrainSpec, DataSpec]:
-    """A Swin on visible tokens with shifted windows, and the same targets and thrown tokens as `hierarchy`."""
+    """Swin on visible tokens with shifted windows; targets and thrown tokens as in `hierarchy`."""
     twins, _, _ = hierarchy()
     args = {
         "img_size": 96,
@@ -97,29 +94,18 @@ def layout(stages: int = 4, blocks: int = 4) -> StageLayout:
 
 
 def in_process(spec: PretrainSpec | None = None, stages: int = 4) -> InProcessStages:
-    spec = spec or family()
+    spec = spec or tiny_spec()
     return InProcessStages(spec, data().train_batches, consecutive(len(spec.blocks), stages), threads=1)
 
 
-class Ear:
-    """Keeps what is said; calls `at_step` with every logged step."""
+class AtStep(NullCallback):
+    """Calls a function with every logged step."""
 
-    def __init__(self, at_step: Callable[[int], None] | None = None) -> None:
-        self.said: list[str] = []
-        self.at_step = at_step
+    def __init__(self, function: Callable[[int], None]) -> None:
+        self._function = function
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
-        if self.at_step is not None:
-            self.at_step(step)
-
-    def on_epoch(self, report: EpochReport) -> None: ...
-
-    def on_checkpoint(self, step: int) -> None: ...
-
-    def on_rewind(self, step: int) -> None: ...
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
+        self._function(step)
 
 
 def train(
@@ -127,7 +113,7 @@ def train(
     out: Path,
     steps: int = 50,
     every: int = 20,
-    ear: Ear | None = None,
+    callback: Callback | None = None,
     stop: StopRequest | None = None,
     max_restarts: int = 0,
     grad_accum_steps: int = 1,
@@ -135,36 +121,40 @@ def train(
     phases: tuple[Phase, ...] = (),
 ) -> PretrainResult:
     """Train to `steps` in epochs of ten steps, checkpoints every `every` steps."""
-    ear = ear or Ear()
     epochs = (
         steps // STEPS_PER_EPOCH if not phases else phase_at(phases, steps - 1).epoch_of(steps - 1)[0] + 1
     )
     phases = phases or constant(STEPS_PER_EPOCH, 16, grad_accum_steps, (16, 16))
-    plan = TrainingSchedule(
+    schedule = TrainingSchedule(
         epochs=epochs,
         phases=phases,
         lr=CosineSchedule(1.6e-2 / grad_accum_steps, 0.5, epochs, phases),
-        window=2 * len(stages.places),
+        window=2 * len(stages.stage_blocks),
         checkpoint_epochs=every / STEPS_PER_EPOCH,
         max_bad_images=0,
     )
     out.mkdir(parents=True, exist_ok=True)
-    store = CheckpointStore(out, keep=keep, say=ear.say)
+    store = CheckpointStore(out, keep=keep)
     store.clear_uncommitted()
     return pretrain(
-        plan, stages, store, lambda step: Manifest(step, STEPS_PER_EPOCH, {}, {}, ()), ear, RestartPolicy(max_restarts),
+        schedule,
+        stages,
+        store,
+        lambda step: Manifest(step, STEPS_PER_EPOCH, {}, {}, ()),
+        callback or NullCallback(),
+        RestartPolicy(max_restarts),
         stop or StopRequest(),
-    )  # fmt: skip
+    )
 
 
 def state(out: Path, step: int, blocks: int = 4) -> dict[str, Tensor]:
     """Weights and optimizer state of a committed checkpoint, all blocks, flat."""
     directory = CheckpointStore(out).directory(step)
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for k in range(blocks):
-        found |= {f"{k}/{name}": value for name, value in load_block_weights(directory, k).items()}
-        found |= {f"{k}/optimizer/{name}": value for name, value in load_block_state(directory, k).items()}
-    return found
+        tensors |= {f"{k}/{name}": value for name, value in load_block_weights(directory, k).items()}
+        tensors |= {f"{k}/optimizer/{name}": value for name, value in load_block_state(directory, k).items()}
+    return tensors
 
 
 def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:

@@ -149,7 +149,7 @@ def test_every_block_of_the_large_recipe_gets_a_gpu_of_its_own() -> None:
         for kind in ("CPU", "GPU")
     }
     layout = compute_layout(settings.num_blocks, ClusterResources(have["CPU"], have["GPU"]))
-    assert layout.places == tuple((k,) for k in range(settings.num_blocks))
+    assert layout.stage_blocks == tuple((k,) for k in range(settings.num_blocks))
     assert layout.gpus == 1.0
     assert layout.loader_cpus >= 1.0
 

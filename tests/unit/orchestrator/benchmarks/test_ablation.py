@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from bim.orchestrator.benchmarks.ablation import (
-    BESIDE,
     CASES,
+    EXTRA_MEASUREMENTS,
     CaseResult,
     base_digest,
     read_results,
@@ -64,7 +64,7 @@ def test_a_case_is_trained_and_measured_at_the_depths_of_the_family() -> None:
     )
     for case in ("bim", "mae", "random", "no-network"):
         rows = run_case(base, case, seed=1)
-        assert [found.case for found in rows] == [case, *BESIDE.get(case, ())]
+        assert [found.case for found in rows] == [case, *EXTRA_MEASUREMENTS.get(case, ())]
         for found in rows:
             assert (found.seed, found.epochs, found.n_test) == (1, 1, 359)
             assert list(found.scores["knn_top1"]) == [1, 2, 3, 4]

@@ -12,12 +12,12 @@ from bim.orchestrator.benchmarks.method_costs import (
     depth_runs,
     encoder_cost,
     explicit_attention,
-    family,
     forward_gmacs,
     light_decoders,
     methods,
     plan_seconds,
     sampler_seconds,
+    uniform_spec,
 )
 from bim.orchestrator.evaluation.model_cost import block_gflops
 from bim.orchestrator.training.build import open_spec_backbone
@@ -36,7 +36,7 @@ def test_a_family_with_small_decoders_costs_less_than_half_of_separate_runs_of_i
     name, layers = "vit_base_patch16_224", (3, 3, 3, 3)
     runs = depth_runs(name, layers, SMALL_DECODER)
     assert [run.blocks for run in runs] == [(3,), (6,), (9,), (12,)]
-    share = forward_gmacs(family(name, layers, SMALL_DECODER)) / sum(map(forward_gmacs, runs))
+    share = forward_gmacs(uniform_spec(name, layers, SMALL_DECODER)) / sum(map(forward_gmacs, runs))
     assert share == pytest.approx(0.44, abs=0.01)
 
 
@@ -44,7 +44,7 @@ def test_a_family_with_small_decoders_costs_less_than_half_of_separate_runs_of_i
 def test_the_cost_of_a_method_is_measured_whole(device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    spec = family("vit_tiny_patch16_224", (2, 2), DecoderSpec(1, 32, throw_ratio=0.25), model_args=TINY)
+    spec = uniform_spec("vit_tiny_patch16_224", (2, 2), DecoderSpec(1, 32, throw_ratio=0.25), model_args=TINY)
     found = cost(spec, 4, torch.device(device), "fp32", steps=2)
     assert found.gmacs > 0
     assert found.step_s > 0
@@ -63,7 +63,7 @@ SWIN = {"img_size": 64, "depths": [1, 1, 2, 1], "embed_dim": 8, "num_heads": [1,
 
 
 def test_activations_of_the_encoder_alone_are_counted_in_the_precision_asked_for() -> None:
-    spec = family("swin_tiny_patch4_window7_224", (5,), DecoderSpec(1, 32), model_args=SWIN)
+    spec = uniform_spec("swin_tiny_patch4_window7_224", (5,), DecoderSpec(1, 32), model_args=SWIN)
     held = {
         (batch, precision): encoder_cost(spec, batch, torch.device("cpu"), precision, steps=1)[1]
         for batch in (2, 6)
@@ -75,7 +75,7 @@ def test_activations_of_the_encoder_alone_are_counted_in_the_precision_asked_for
 
 
 def test_the_cost_of_plans_is_measured_apart_from_the_step() -> None:
-    spec = family("swin_tiny_patch4_window7_224", (1, 1, 2, 1), DecoderSpec(1, 32), model_args=SWIN)
+    spec = uniform_spec("swin_tiny_patch4_window7_224", (1, 1, 2, 1), DecoderSpec(1, 32), model_args=SWIN)
     assert plan_seconds(spec, 2, steps=2) > 0
     assert plan_seconds(replace(spec, sweep_groups=True), 2, steps=2) > 0
     found = sampler_seconds(spec, 2, steps=2, throw_ratio=0.25)
@@ -94,7 +94,7 @@ def test_sizes_and_cells_fit_other_patches() -> None:
 
 
 def test_light_decoders_take_the_weight_from_the_fine_grids() -> None:
-    equal = family("swin_tiny_patch4_window7_224", (2, 2, 6, 2), SMALL_DECODER)
+    equal = uniform_spec("swin_tiny_patch4_window7_224", (2, 2, 6, 2), SMALL_DECODER)
     light = light_decoders(equal)
     assert [decoder.dim for decoder in light.decoders] == [64, 128, 256, 256]
     backbone = open_spec_backbone(equal)
@@ -117,7 +117,7 @@ def test_attention_is_counted_whatever_kernel_would_compute_it() -> None:
     args = {"img_size": 64, "patch_size": 4, "embed_dim": 32, "num_heads": 2}
     one, two = (
         forward_gmacs(
-            family(
+            uniform_spec(
                 "vit_tiny_patch16_224", (layers,), DecoderSpec(1, 32), model_args={**args, "depth": layers}
             )
         )

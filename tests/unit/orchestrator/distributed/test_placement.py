@@ -12,34 +12,39 @@ from bim.orchestrator.distributed.placement import (
 
 def test_a_block_per_gpu_when_there_are_enough() -> None:
     layout = compute_layout(4, ClusterResources(cpus=32, gpus=8))
-    assert layout.places == ((0,), (1,), (2,), (3,))
+    assert layout.stage_blocks == ((0,), (1,), (2,), (3,))
     assert layout.gpus == 1
     assert layout.bundles[1] == {"CPU": 1.0, "GPU": 1.0}
     assert layout.bundles[0] == {"CPU": 2.0, "GPU": 1.0}
 
 
 def test_several_consecutive_blocks_per_stage_when_there_are_fewer_gpus() -> None:
-    assert compute_layout(4, ClusterResources(16, 2)).places == ((0, 1), (2, 3))
-    assert compute_layout(4, ClusterResources(16, 3)).places == ((0,), (1, 2), (3,))
-    assert compute_layout(4, ClusterResources(16, 1)).places == ((0, 1, 2, 3),)
+    assert compute_layout(4, ClusterResources(16, 2)).stage_blocks == ((0, 1), (2, 3))
+    assert compute_layout(4, ClusterResources(16, 3)).stage_blocks == ((0,), (1, 2), (3,))
+    assert compute_layout(4, ClusterResources(16, 1)).stage_blocks == ((0, 1, 2, 3),)
 
 
-def test_shares_of_the_cpus_when_there_are_no_gpus() -> None:
+def test_fractions_of_the_cpus_when_there_are_no_gpus() -> None:
     layout = compute_layout(4, ClusterResources(2, 0))
-    assert len(layout.places) == 4
+    assert len(layout.stage_blocks) == 4
     assert layout.gpus == 0
     assert sum(b["CPU"] for b in layout.bundles) <= 2.0
     assert layout.threads == 1
 
 
 def test_a_fraction_shares_one_gpu() -> None:
-    assert compute_layout(4, ClusterResources(16, 1), gpus_per_stage=0.25).places == ((0,), (1,), (2,), (3,))
+    assert compute_layout(4, ClusterResources(16, 1), gpus_per_stage=0.25).stage_blocks == (
+        (0,),
+        (1,),
+        (2,),
+        (3,),
+    )
 
 
-def test_no_share_is_larger_than_what_one_machine_has() -> None:
+def test_no_stage_asks_for_more_than_one_node_has() -> None:
     layout = compute_layout(
         4, ClusterResources(cpus=4, gpus=0, nodes=2)
-    )  # 2 machines of 2 CPUs: three actors on one
+    )  # 2 nodes of 2 CPUs: three actors on one
     assert layout.cpus == layout.loader_cpus == 0.66
     assert max(sum(b["CPU"] for b in layout.bundles[:2]), layout.cpus * 3) <= 2
 
@@ -67,7 +72,7 @@ def test_what_does_not_fit_is_refused_with_both_sides(asked: dict, message: str)
 
 @pytest.mark.parametrize(("blocks", "stages"), [(4, 1), (4, 3), (7, 3), (12, 5), (5, 5)])
 def test_consecutive_covers_every_block_once(blocks: int, stages: int) -> None:
-    places = consecutive(blocks, stages)
-    assert [b for place in places for b in place] == list(range(blocks))
-    sizes = [len(p) for p in places]
+    stage_blocks = consecutive(blocks, stages)
+    assert [block for blocks_ in stage_blocks for block in blocks_] == list(range(blocks))
+    sizes = [len(blocks_) for blocks_ in stage_blocks]
     assert max(sizes) - min(sizes) <= 1

@@ -77,7 +77,7 @@ def test_as_many_trials_run_side_by_side_as_the_cluster_has_room_for(
     cluster: ClusterResources, argv: str, places: int, beside: int
 ) -> None:
     layout, found = trial_placement(settings(*argv.split(), "--search.trials", "8"), cluster)
-    assert (len(layout.places), found) == (places, beside)
+    assert (len(layout.stage_blocks), found) == (places, beside)
     asked = sum(bundle["CPU"] for bundle in layout.bundles) + DRIVER_CPUS
     assert asked * beside <= cluster.cpus + 1e-6
 

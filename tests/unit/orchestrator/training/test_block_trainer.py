@@ -26,8 +26,10 @@ def trainer(block: int = 0, **optim: object) -> BlockTrainer:
     return BlockTrainer(build_local_mim(SPEC, block), block, OptimSpec(**optim), torch.device("cpu"))  # type: ignore[arg-type]
 
 
-def step(t: BlockTrainer, number: int = 0, lr: float = 1e-3, images: Tensor = IMAGES, **micro: int) -> Tensor:
-    return t.train_step(images, images, PLANS[0], step=number, lr=lr, **micro)[0]
+def step(
+    t: BlockTrainer, number: int = 0, lr: float = 1e-3, images: Tensor = IMAGES, **micro_step: int
+) -> Tensor:
+    return t.train_step(images, images, PLANS[0], step=number, lr=lr, **micro_step)[0]
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -73,8 +75,8 @@ def test_a_loss_that_is_not_finite_is_refused_before_the_weights_are_touched(bad
 def test_two_micro_batches_are_one_step_of_their_mean_gradient() -> None:
     one, two = trainer(), trainer()
     step(one)
-    step(two, micro=0, grad_accum_steps=2)
-    step(two, micro=1, grad_accum_steps=2)
+    step(two, micro_step=0, grad_accum_steps=2)
+    step(two, micro_step=1, grad_accum_steps=2)
     assert all(torch.allclose(one.weights()[k], w, atol=1e-6) for k, w in two.weights().items())
 
 

@@ -23,7 +23,7 @@ def test_a_new_hog_decoder_begins_near_its_target() -> None:
     _, pixels = next(iter(eval_images(DigitsSource(), np.arange(64), (32, 32), 64)))
     images = normalize_images(torch.from_numpy(pixels), spec.mean, spec.std)
     module = build_local_mim(spec, 0)
-    plan = mask_plans(spec, open_spec_backbone(spec), (32, 32), 64, step=0, micro=0)[0]
+    plan = mask_plans(spec, open_spec_backbone(spec), (32, 32), 64, step=0, micro_step=0)[0]
     with torch.no_grad():
         loss = float(module(images, images, plan).loss)
     wanted = module.targets(images)

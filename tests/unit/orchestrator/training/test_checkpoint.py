@@ -1,17 +1,26 @@
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bim.orchestrator.training.checkpoint import (
     CheckpointStore,
-    Manifest,
-    all_files,
     load_block_state,
     load_block_weights,
+    load_weights,
     save_block,
 )
+from bim.orchestrator.training.manifest import Manifest, all_files
+from bim.orchestrator.training.spec import DecoderSpec, PretrainSpec
 
 
 def commit(store: CheckpointStore, step: int) -> None:
@@ -21,14 +30,26 @@ def commit(store: CheckpointStore, step: int) -> None:
     store.commit(Manifest(step, 10, {"seed": 0}, {}, all_files([records])))
 
 
+def step_of(store: CheckpointStore) -> int | None:
+    latest = store.latest()
+    return None if latest is None else latest.step
+
+
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     commit(store, 7)
-    found = store.latest()
-    assert found is not None
-    assert (found.step, found.settings) == (7, {"seed": 0})
+    latest = store.latest()
+    assert latest is not None
+    assert (latest.step, latest.settings) == (7, {"seed": 0})
     assert torch.equal(load_block_weights(store.directory(7), 0)["encoder.w"], torch.full((3,), 7.0))
     assert load_block_state(store.directory(7), 0)["step/w"] == 1
+
+
+def test_weights_of_all_blocks_are_loaded_in_the_order_of_the_spec(tmp_path: Path) -> None:
+    for index in (1, 0):
+        save_block(tmp_path, index, {"encoder.w": torch.tensor([float(index)])}, {})
+    spec = PretrainSpec("vit_tiny_patch16_224", {}, (6, 6), (0.75,) * 2, (DecoderSpec(1, 32),) * 2)
+    assert [weights["encoder.w"].item() for weights in load_weights(tmp_path, spec)] == [0.0, 1.0]
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
@@ -38,22 +59,22 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
 
 
-def test_files_without_a_manifest_are_no_checkpoint(tmp_path: Path) -> None:
-    said: list[str] = []
-    store = CheckpointStore(tmp_path, say=said.append)
+def test_files_without_a_manifest_are_no_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = CheckpointStore(tmp_path)
     commit(store, 3)
     save_block(store.directory(6), 0, {"encoder.w": torch.zeros(3)}, {})
-    found = store.latest()
-    assert found is not None
-    assert found.step == 3
-    assert said == ["checkpoint step-00000006 is passed over: it was never committed"]
+    assert step_of(store) == 3
+    assert not caplog.messages
+    store.latest(warn=True)
+    assert caplog.messages == ["checkpoint step-00000006 skipped: no manifest (incomplete write)"]
     store.clear_uncommitted()
     assert not store.directory(6).exists()
 
 
-def test_changed_bytes_and_torn_manifests_are_noticed(tmp_path: Path) -> None:
-    said: list[str] = []
-    store = CheckpointStore(tmp_path, keep=3, say=said.append)
+def test_changed_bytes_and_incomplete_manifests_are_noticed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
     for step in (1, 2, 3):
         commit(store, step)
     weights = store.directory(3) / "block-0.safetensors"
@@ -61,28 +82,87 @@ def test_changed_bytes_and_torn_manifests_are_noticed(tmp_path: Path) -> None:
     raw[-1] ^= 1
     weights.write_bytes(raw)
     (store.directory(2) / "manifest.json").write_text('{"step": 2, "for')
-    found = store.latest()
-    assert found is not None
-    assert found.step == 1
-    assert "does not have the bytes that were written" in said[0]
-    assert "manifest cannot be read" in said[1]
+    latest = store.latest(warn=True)
+    assert latest is not None
+    assert latest.step == 1
+    assert "block-0.safetensors has a wrong checksum" in caplog.messages[0]
+    assert "unreadable manifest" in caplog.messages[1]
 
 
-def test_after_a_rewind_past_damaged_checkpoints_the_new_one_stays_and_they_go(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, keep=1, say=lambda _: None)
+def test_a_commit_after_a_rewind_removes_the_damaged_checkpoints_beyond_it(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
     for step in (1, 5):
         commit(store, step)
     (store.directory(5) / "block-0.safetensors").write_bytes(b"torn")
     commit(store, 3)
-    found = store.latest()
-    assert found is not None
-    assert found.step == 3
+    assert step_of(store) == 3
     assert not store.directory(5).exists()
 
 
-def test_what_a_killed_stage_left_half_written_is_swept_by_the_commit(tmp_path: Path) -> None:
+def test_a_commit_removes_the_temporary_files_of_a_killed_stage(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     store.directory(2).mkdir(parents=True)
     (store.directory(2) / ".block-0.safetensors.77.tmp").write_bytes(b"half")
     commit(store, 2)
     assert not list(store.directory(2).glob(".*"))
+
+
+class ProcessDied(BaseException):
+    """Raised in place of a file operation, as if the process were killed before it."""
+
+
+@contextmanager
+def dying_after(operations: int) -> Iterator[None]:
+    """Let that many file operations happen and raise `ProcessDied` in place of every later one.
+
+    Death at a flush to the disk leaves half of the file.
+    """
+    left = operations
+
+    def dying(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                if operation is fsync:
+                    os.ftruncate(arguments[0], os.fstat(arguments[0]).st_size // 2)
+                raise ProcessDied
+            return operation(*arguments, **options)
+
+        return call
+
+    fsync = os.fsync
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("mkdir", "fsync", "replace", "unlink", "rmdir"):
+            patch.setattr(os, name, dying(getattr(os, name)))
+        yield
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(st.integers(1, 9), min_size=1, max_size=4, unique=True).map(sorted),
+    keep=st.integers(1, 3),
+    operations=st.integers(0, 60),
+)
+def test_a_death_at_any_file_operation_leaves_the_previous_checkpoint_or_the_new_one(
+    steps: list[int], keep: int, operations: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store, committed, current = CheckpointStore(Path(folder), keep), None, None
+        try:
+            with dying_after(operations):
+                for current in steps:
+                    commit(store, current)
+                    committed = current
+        except ProcessDied:
+            assert step_of(store) in (committed, current)
+        else:
+            assert step_of(store) == committed == steps[-1]
+        latest = step_of(store)
+        if latest is not None:
+            assert load_block_weights(store.directory(latest), 0)["encoder.w"][0] == latest
+        restarted = CheckpointStore(Path(folder), keep)
+        restarted.clear_uncommitted()
+        assert step_of(restarted) == latest
+        commit(restarted, 10)
+        assert step_of(restarted) == 10

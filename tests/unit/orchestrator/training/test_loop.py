@@ -1,4 +1,4 @@
-"""The loop over hand-made stages: order, window, marks, rewinds, stops. No torch, no Ray."""
+"""The loop over hand-made stages: order of steps, window, checkpoints, rewinds, stops."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ import pytest
 from bim.orchestrator.data.errors import TooManyCorruptImagesError
 from bim.orchestrator.data.phases import PhaseSpec, constant, phases_on
 from bim.orchestrator.files import atomic_write
-from bim.orchestrator.training.callbacks import EpochReport, StopRequest
-from bim.orchestrator.training.checkpoint import CheckpointStore, FileRecord, Manifest
-from bim.orchestrator.training.errors import NonFiniteLossError, StageFailure
-from bim.orchestrator.training.loop import PretrainResult, TrainingSchedule, pretrain
+from bim.orchestrator.training.callbacks import EpochReport, NullCallback, PretrainResult, StopRequest
+from bim.orchestrator.training.checkpoint import CheckpointStore
+from bim.orchestrator.training.errors import NonFiniteLossError, StageFailure, TrainingError
+from bim.orchestrator.training.loop import pretrain
+from bim.orchestrator.training.manifest import FileRecord, Manifest
 from bim.orchestrator.training.messages import StageReport, StepReport, StepRequest
 from bim.orchestrator.training.restart_policy import RestartPolicy
+from bim.orchestrator.training.schedule import TrainingSchedule
 
 
 class CountingStages:
-    """Two stages whose whole state is the number of updates they made; fails where told, once each."""
+    """Two stages whose state is the number of their updates; each step in `failures` fails once."""
 
-    places = ((0,), (1,))
+    stage_blocks = ((0,), (1,))
 
     def __init__(self, failures: dict[int, BaseException] | None = None) -> None:
         self.failures = dict(failures or {})
         self.updates = 0
-        self.orders: list[StepRequest] = []
+        self.requests: list[StepRequest] = []
         self.restores: list[int] = []
-        self.most_under_way = 0
+        self.max_in_flight = 0
         self._in_flight = 0
         self.bad: dict[int, tuple[tuple[str, str], ...]] = {}
 
@@ -40,23 +42,26 @@ class CountingStages:
         self.updates = 0 if checkpoint is None else int((checkpoint / "updates").read_text())
         self.restores.append(step)
 
-    def submit(self, order: StepRequest) -> Any:
+    def submit(self, request: StepRequest) -> Any:
         self._in_flight += 1
-        self.most_under_way = max(self.most_under_way, self._in_flight)
-        if order.step in self.failures:
+        self.max_in_flight = max(self.max_in_flight, self._in_flight)
+        if request.step in self.failures:
             return StageFailure(
-                "stage 1 (block 1)", f"at step {order.step}", self.failures.pop(order.step), died=False
+                "stage 1 (block 1)",
+                f"at step {request.step}",
+                self.failures.pop(request.step),
+                process_lost=False,
             )
-        self.orders.append(order)
+        self.requests.append(request)
         files: tuple[FileRecord, ...] = ()
-        if order.is_last_micro_step:
+        if request.is_last_micro_step:
             self.updates += 1
-            if order.checkpoint:
-                files = self.save(Path(order.checkpoint))
-        report = StageReport({0: {"loss": 1.0 / (order.step + 1)}, 1: {"loss": 2.0}}, files, 0.01, 0.0)
-        return StepReport(order, (report,), self.bad.get(order.step, ()), 0.0, 0.0)
+            if request.checkpoint:
+                files = self.save(Path(request.checkpoint))
+        report = StageReport({0: {"loss": 1.0 / (request.step + 1)}, 1: {"loss": 2.0}}, files, 0.01, 0.0)
+        return StepReport(request, (report,), self.bad.get(request.step, ()), 0.0, 0.0)
 
-    def settle(self, pending: Any) -> StepReport:
+    def wait(self, pending: Any) -> StepReport:
         self._in_flight -= 1
         if isinstance(pending, BaseException):
             raise pending
@@ -73,9 +78,8 @@ class CountingStages:
     def close(self) -> None: ...
 
 
-class Ear:
+class Recorder(NullCallback):
     def __init__(self) -> None:
-        self.said: list[str] = []
         self.epochs: list[EpochReport] = []
         self.steps: list[int] = []
         self.rewinds: list[int] = []
@@ -93,11 +97,8 @@ class Ear:
     def on_rewind(self, step: int) -> None:
         self.rewinds.append(step)
 
-    def say(self, text: str) -> None:
-        self.said.append(text)
 
-
-def plan(**changes: Any) -> TrainingSchedule:
+def schedule(**changes: Any) -> TrainingSchedule:
     settings: dict[str, Any] = {
         "epochs": 3,
         "phases": constant(5, 8),
@@ -110,65 +111,72 @@ def plan(**changes: Any) -> TrainingSchedule:
 
 
 def run(
-    stages: CountingStages, out: Path, ear: Ear | None = None, stop: StopRequest | None = None, **changes: Any
+    stages: CountingStages,
+    out: Path,
+    recorder: Recorder | None = None,
+    stop: StopRequest | None = None,
+    **changes: Any,
 ) -> PretrainResult:
-    ear = ear or Ear()
-    store = CheckpointStore(out, say=ear.say)
     max_restarts = changes.pop("max_restarts", 3)
     return pretrain(
-        plan(**changes),
+        schedule(**changes),
         stages,
-        store,
+        CheckpointStore(out),
         lambda step: Manifest(step, 5, {}, {}, ()),
-        ear,
+        recorder or Recorder(),
         RestartPolicy(max_restarts),
         stop or StopRequest(),
     )
 
 
 def test_every_step_is_submitted_once_in_order_and_the_end_is_saved(tmp_path: Path) -> None:
-    stages, ear = CountingStages(), Ear()
-    result = run(stages, tmp_path, ear)
-    assert [o.step for o in stages.orders] == list(range(15))
+    stages, recorder = CountingStages(), Recorder()
+    result = run(stages, tmp_path, recorder)
+    assert [r.step for r in stages.requests] == list(range(15))
     assert result.step == 15
     assert result.stopped is None
     latest = CheckpointStore(tmp_path).latest()
     assert latest is not None
     assert latest.step == 15
-    assert [e.epoch for e in ear.epochs] == [1, 2, 3]
-    assert ear.epochs[0].losses == pytest.approx({0: (1 + 1 / 2 + 1 / 3 + 1 / 4 + 1 / 5) / 5, 1: 2.0})
+    assert [e.epoch for e in recorder.epochs] == [1, 2, 3]
+    assert recorder.epochs[0].losses == pytest.approx({0: (1 + 1 / 2 + 1 / 3 + 1 / 4 + 1 / 5) / 5, 1: 2.0})
 
 
-def test_no_more_than_the_window_is_under_way(tmp_path: Path) -> None:
+def test_no_more_than_the_window_is_in_flight(tmp_path: Path) -> None:
     stages = CountingStages()
     run(stages, tmp_path, window=3)
-    assert stages.most_under_way == 4  # the window, and the one that is being pushed
+    assert stages.max_in_flight == 4  # the window, and the one that is being pushed
 
 
-def test_micro_batches_come_in_order_and_only_the_last_is_marked(tmp_path: Path) -> None:
+def test_micro_batches_come_in_order_and_only_the_last_is_saved(tmp_path: Path) -> None:
     stages = CountingStages()
     run(stages, tmp_path, phases=constant(5, 8, grad_accum_steps=3))
-    assert [(o.step, o.micro) for o in stages.orders[:6]] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
-    assert all(o.is_last_micro_step for o in stages.orders if o.checkpoint)
+    steps = [(request.step, request.micro_step) for request in stages.requests[:6]]
+    assert steps == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert all(r.is_last_micro_step for r in stages.requests if r.checkpoint)
     assert stages.updates == 15
 
 
 @pytest.mark.parametrize("failing", [0, 3, 4, 5, 14])
-def test_a_failed_step_rewinds_to_the_last_commit_and_is_said(tmp_path: Path, failing: int) -> None:
-    stages, ear = CountingStages({failing: RuntimeError("out of luck")}), Ear()
-    result = run(stages, tmp_path, ear)
+def test_a_failed_step_rewinds_to_the_last_commit_and_is_logged(
+    tmp_path: Path, failing: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    stages, recorder = CountingStages({failing: RuntimeError("out of luck")}), Recorder()
+    result = run(stages, tmp_path, recorder)
     assert stages.updates == 15
     assert result.restarts == 1
-    assert stages.restores == ear.rewinds == [0, failing // 4 * 4]
-    assert any("out of luck" in text and "restart 1 of 3" in text for text in ear.said)
+    assert stages.restores == recorder.rewinds == [0, failing // 4 * 4]
+    assert any("out of luck" in text and "restart 1 of 3" in text for text in caplog.messages)
 
 
 def test_when_restarts_are_used_up_the_user_sees_what_the_code_raised(tmp_path: Path) -> None:
     class Stubborn(CountingStages):
-        def submit(self, order: StepRequest) -> Any:
-            if order.step == 6:
-                return StageFailure("stage 0 (block 0)", "at step 6", KeyError("their own"), died=False)
-            return super().submit(order)
+        def submit(self, request: StepRequest) -> Any:
+            if request.step == 6:
+                return StageFailure(
+                    "stage 0 (block 0)", "at step 6", KeyError("their own"), process_lost=False
+                )
+            return super().submit(request)
 
     with pytest.raises(KeyError, match="their own"):
         run(Stubborn(), tmp_path, max_restarts=2)
@@ -189,7 +197,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once(tmp_path: Path) -> None:
 def test_a_stop_request_ends_with_a_checkpoint_of_where_the_run_stands(tmp_path: Path) -> None:
     stop, stages = StopRequest(), CountingStages()
 
-    class Stopper(Ear):
+    class Stopper(Recorder):
         def on_epoch(self, report: EpochReport) -> None:
             stop.reason = "SIGTERM"
 
@@ -205,46 +213,85 @@ def test_a_stop_request_ends_with_a_checkpoint_of_where_the_run_stands(tmp_path:
     assert resumed.updates == 15
 
 
-def test_too_many_unreadable_images_stop_the_run_and_name_the_last(tmp_path: Path) -> None:
-    stages, ear = CountingStages(), Ear()
+def test_too_many_unreadable_images_stop_the_run_and_name_the_last(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stages = CountingStages()
     stages.bad = {1: (("a.jpg", "truncated"),), 2: (("a.jpg", "truncated"),), 3: (("b.jpg", "empty"),)}
     with pytest.raises(TooManyCorruptImagesError, match=r"2 images could not be read.*b\.jpg"):
-        run(stages, tmp_path, ear)
-    assert sum("a.jpg" in text for text in ear.said) == 1
+        run(stages, tmp_path)
+    assert sum("a.jpg" in text for text in caplog.messages) == 1
 
 
-def test_a_cut_short_checkpoint_is_passed_over_and_that_is_said(tmp_path: Path) -> None:
+def test_an_incomplete_checkpoint_is_skipped_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run(CountingStages(), tmp_path)
     (tmp_path / "checkpoints" / "step-00000015" / "updates").write_text("1")
-    ear, stages = Ear(), CountingStages()
-    run(stages, tmp_path, ear)
+    stages = CountingStages()
+    run(stages, tmp_path)
     assert stages.restores == [12]
-    assert any("step-00000015 is passed over: updates has 1 of 2 bytes" in text for text in ear.said)
+    assert caplog.messages == ["checkpoint step-00000015 skipped: updates has 1 of 2 bytes"]
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(CountingStages(), tmp_path)
+    caplog.set_level("INFO")
+    stages = CountingStages()
+    assert run(stages, tmp_path).step == 15
+    assert stages.requests == []
+    assert caplog.messages == ["checkpoint is already at the last step (15); nothing to train"]
+
+
+def test_a_failure_after_a_stop_request_ends_the_run_at_the_last_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stop, stages = StopRequest(), CountingStages({6: RuntimeError("out of luck")})
+
+    class Stopper(Recorder):
+        def on_checkpoint(self, step: int) -> None:
+            stop.reason = "SIGTERM"
+
+    result = run(stages, tmp_path, Stopper(), stop)
+    assert (result.stopped, result.restarts) == ("SIGTERM", 0)
+    assert caplog.messages[-1].endswith("stopping; last checkpoint: step 4")
+
+
+def test_a_process_that_is_lost_too_often_ends_the_run_with_its_cause(tmp_path: Path) -> None:
+    class Lost(CountingStages):
+        def submit(self, request: StepRequest) -> Any:
+            return StageFailure(
+                "stage 0 (block 0)", "at step 0", RuntimeError("out of memory"), process_lost=True
+            )
+
+    message = r"stage 0 \(block 0\) died at step 0: out of memory, after 2 restarts \(failures.max_restarts\)"
+    with pytest.raises(TrainingError, match=message):
+        run(Lost(), tmp_path, max_restarts=2)
 
 
 def test_the_pipeline_is_drained_where_a_phase_ends_and_its_last_step_is_saved(tmp_path: Path) -> None:
     class Watched(CountingStages):
-        def submit(self, order: StepRequest) -> Any:
-            if order.step == 10 and order.micro == 0:
+        def submit(self, request: StepRequest) -> Any:
+            if request.step == 10 and request.micro_step == 0:
                 assert self._in_flight == 0
-            return super().submit(order)
+            return super().submit(request)
 
     phases = phases_on([PhaseSpec(0, (8, 8), 8), PhaseSpec(2, (16, 16), 4, grad_accum_steps=2)], images=40)
-    stages, ear = Watched(), Ear()
-    run(stages, tmp_path, ear, phases=phases, checkpoint_epochs=2.5)
-    assert [o.grad_accum_steps for o in stages.orders] == [1] * 10 + [2] * 10
-    assert ear.checkpoints == [10, 15]
-    assert [e.epoch for e in ear.epochs] == [1, 2, 3]
+    stages, recorder = Watched(), Recorder()
+    run(stages, tmp_path, recorder, phases=phases, checkpoint_epochs=2.5)
+    assert [r.grad_accum_steps for r in stages.requests] == [1] * 10 + [2] * 10
+    assert recorder.checkpoints == [10, 15]
+    assert [e.epoch for e in recorder.epochs] == [1, 2, 3]
 
 
-def test_a_checkpoint_is_told_once_it_is_whole(tmp_path: Path) -> None:
-    class Looking(Ear):
+def test_a_checkpoint_is_reported_once_it_is_valid(tmp_path: Path) -> None:
+    class Looking(Recorder):
         def on_checkpoint(self, step: int) -> None:
             latest = CheckpointStore(tmp_path).latest()
             assert latest is not None
             assert latest.step == step
             super().on_checkpoint(step)
 
-    ear = Looking()
-    run(CountingStages(), tmp_path, ear)
-    assert ear.checkpoints == [4, 8, 12, 15]
+    recorder = Looking()
+    run(CountingStages(), tmp_path, recorder)
+    assert recorder.checkpoints == [4, 8, 12, 15]

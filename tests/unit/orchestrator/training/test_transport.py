@@ -16,11 +16,11 @@ def test_a_tensor_comes_out_as_it_went_in(dtype: torch.dtype) -> None:
 
 
 def test_the_buffer_is_reused_and_never_the_senders_memory() -> None:
-    inbox, first = ReceiveBuffer(torch.device("cpu")), torch.ones(4)
-    a = inbox.unpack("x", to_message(first))
+    buffer, first = ReceiveBuffer(torch.device("cpu")), torch.ones(4)
+    a = buffer.unpack("x", to_message(first))
     a.add_(1)
     assert torch.equal(first, torch.ones(4))
-    b = inbox.unpack("x", to_message(torch.zeros(4)))
+    b = buffer.unpack("x", to_message(torch.zeros(4)))
     assert a.data_ptr() == b.data_ptr()
 
 

@@ -1,0 +1,52 @@
+"""Records of a checkpoint: the files that the stages write, and the manifest that commits them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Name, size in bytes and checksum of a file as it was written."""
+
+    name: str
+    size: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The commit of a checkpoint.
+
+    `step` counts the optimizer updates that are in the weights, which is also the next step to run. Batches are
+    indexed by step, so it is the position in the data too.
+    """
+
+    step: int
+    steps_per_epoch: int
+    settings: dict[str, Any]
+    facts: dict[str, Any]
+    files: tuple[FileRecord, ...]
+    format: int = FORMAT
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read a committed manifest. Raises ValueError, KeyError or TypeError if its content is not a manifest."""
+    raw = json.loads((directory / MANIFEST).read_text())
+    if raw["format"] != FORMAT:
+        raise ValueError(f"format {raw['format']}, this version reads {FORMAT}")
+    files = tuple(FileRecord(**record) for record in raw["files"])
+    return Manifest(raw["step"], raw["steps_per_epoch"], raw["settings"], raw["facts"], files)
+
+
+def all_files(records: Iterable[Iterable[FileRecord]]) -> tuple[FileRecord, ...]:
+    """Flatten the records of all stages, sorted by name so that equal checkpoints have equal manifests."""
+    return tuple(sorted((record for stage in records for record in stage), key=lambda record: record.name))
