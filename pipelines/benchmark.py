@@ -288,8 +288,8 @@ def seeds(arguments: argparse.Namespace) -> None:
     print("score        depth  mean lead  standard error  lead / error  least lead")
     for lead in improvements_over_random(runs):
         print(
-            f"{lead.score:<11}  {lead.depth:5d}  {100 * lead.mean:9.1f}  {100 * lead.error:14.1f}  "
-            f"{lead.mean / lead.error:12.1f}  {100 * lead.least:10.1f}"
+            f"{lead.metric:<11}  {lead.depth:5d}  {100 * lead.mean:9.1f}  {100 * lead.error:14.1f}  "
+            f"{lead.mean / lead.error:12.1f}  {100 * lead.min_difference:10.1f}"
         )
 
 

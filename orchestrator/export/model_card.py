@@ -1,7 +1,7 @@
-"""The README.md of an exported model: what it is, how to load it, how it was trained and what it is worth.
+"""The README.md of an exported model: what it is, how to load it, how it was trained and evaluated.
 
-Hugging Face's model card format (a YAML header, then Markdown), so that the folder can be uploaded as it is. Formats
-facts that others gather; states no licence, since that is the choice of whoever owns the weights.
+Hugging Face's model card format (a YAML header, then Markdown), so that the folder can be uploaded as it is. States no
+license, which is the choice of the owner of the weights.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ import yaml
 
 from bim.models.backbones.backbone import Backbone
 from bim.orchestrator.evaluation.features import MAX_IMAGES
+from bim.orchestrator.evaluation.metric_info import COST, QUALITY, MetricInfo
 from bim.orchestrator.evaluation.records import DepthReport
 from bim.orchestrator.runs.provenance import CodeState, DataRecord
-from bim.orchestrator.text import params_text, score_text, three_digits
+from bim.orchestrator.tables import render
 
 TRAINING_KEYS = ("backbone", "blocks", "mask", "decoder", "target", "data", "schedule", "optim")
-"""Settings that make the weights what they are; where they ran and were recorded is left out."""
+"""Settings that determine the weights; placement and tracking are left out."""
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the cards of one family share.
+    """Facts on the cards of all variants of a run.
 
     Args:
         run: name of the run.
         seed: of initial weights, masks, order and augmentation.
-        settings: resolved settings as plain values, nested; see `TRAINING_KEYS` for what is shown.
+        settings: resolved settings as plain values, nested; the card shows `TRAINING_KEYS`.
         data: the images, with fingerprint and sizes of the splits; None if it was not recorded.
         code: revision of the code; None if unknown.
         init_from: weights that the run started from, as the user named them.
@@ -52,7 +53,7 @@ def render_card(
     random_reports: Sequence[DepthReport] = (),
     raw: Mapping[str, float] | None = None,
 ) -> str:
-    """The card of the variant of `depth` layers, built for images of `size`; reports are those of the whole family."""
+    """The card of the variant of `depth` layers for images of `size` (height, width); reports are those of all depths."""
     total = backbone.blocks[-1].depth
     architecture = backbone.name.partition(".")[0]
     sections = [
@@ -68,15 +69,15 @@ def render_card(
         sections += ["## Evaluation", _evaluation(depth, reports, random_reports, raw or {})]
     siblings = [str(report.depth) for report in reports if report.depth != depth]
     if siblings:
-        one = len(siblings) == 1
+        models = "a model" if len(siblings) == 1 else "models"
         sections += [
             "## Siblings",
-            f"The same run gave {'a model' if one else 'models'} of {_listed(siblings)} layers. They share their first "
-            "layers with this one, each with a final norm of its own: choose by what your hardware affords.",
+            f"The same run trained {models} of {_join_and(siblings)} layers. All share their first layers, "
+            "each with its own final norm: choose the depth that your hardware affords.",
         ]
     sections += [
-        "## Licence",
-        "None is stated. Whoever publishes these weights chooses one (`license:` in the header above), with an eye on the "
+        "## License",
+        "Not stated. The publisher of these weights chooses one (`license:` in the header above) that respects the "
         "terms of the training images" + (" and of the weights it started from." if facts.init_from else "."),
     ]
     return "\n\n".join(sections) + "\n"
@@ -106,7 +107,7 @@ def _what_it_is(backbone: Backbone, depth: int, facts: CardFacts) -> str:
     text = f"An image encoder: the first {depth} layers of timm's `{architecture}`, pretrained {start}, without labels, "
     if len(blocks) == 1:
         method = "MAE" if backbone.encode == "visible" else "SimMIM"
-        text += f"by masked image modelling end to end ({method})"
+        text += f"by masked image modeling end to end ({method})"
         cut = depth < blocks[0].depth
         return text + (f" at {blocks[0].depth} layers, and cut to {depth} afterwards." if cut else ".")
     share = (
@@ -122,8 +123,8 @@ def _what_it_is(backbone: Backbone, depth: int, facts: CardFacts) -> str:
         else ""
     )
     return text + (
-        "by block-wise masked image modelling (BIM): the layers are cut into blocks of "
-        f"{_listed([str(info.layers) for info in blocks])}, each with a decoder and a reconstruction loss of its own "
+        "by block-wise masked image modeling (BIM): the layers are cut into blocks of "
+        f"{_join_and([str(info.layers) for info in blocks])}, each with its own decoder and reconstruction loss "
         f"and no gradient between them. This model is {share}{norm}."
     )
 
@@ -171,54 +172,51 @@ def _evaluation(
     random_reports: Sequence[DepthReport],
     raw: Mapping[str, float],
 ) -> str:
-    """A Markdown table of the family, this depth in bold, and how it was measured."""
-    scored = any(report.knn_top1 is not None for report in reports)
-    timed = any(report.latency_ms_b1 is not None for report in reports)
-    heads = ["layers", "parameters", "GFLOPs"]
-    heads += ["ms, batch 1", "ms, batch 64"] if timed else []
-    scores = {"knn_top1": "kNN top-1, %", "linear_top1": "linear top-1, %"} if scored else {}
-    ranked = max((report.n_ranked for report in reports), default=0)
-    scores |= {"rankme": "RankMe"} if ranked else {}
-    heads += scores.values()
-    lines = ["| " + " | ".join(heads) + " |", "|" + " ---: |" * len(heads)]
-
-    def row(label: str, costs: Sequence[str], values: Mapping[str, float], bold: bool = False) -> str:
-        cells = [label, *costs] + [""] * (len(heads) - 1 - len(costs) - len(scores))
-        cells += [score_text(values, key) for key in scores]
-        return "| " + " | ".join(f"**{cell}**" if bold and cell else cell for cell in cells) + " |"
-
+    """A Markdown table of all depths, this one in bold, and how they were measured."""
+    rows = []
     for report in reports:
-        costs = [params_text(report.params), three_digits(report.gflops)]
-        times = (report.latency_ms_b1, report.latency_ms_b64)
-        costs += [three_digits(time) if time is not None else "-" for time in times] if timed else []
-        lines.append(row(str(report.depth), costs, report.metrics(), bold=report.depth == depth))
-    if scores:
-        lines += [row(f"{report.depth}, untrained", [], report.metrics()) for report in random_reports]
-        lines += [row("raw pixels", [], raw)] if raw else []
-    return "\n".join(lines) + "\n\n" + _how_measured(reports, scored, timed, ranked)
+        row = {"layers": str(report.depth), **_cells(report.metrics(), (*COST, *QUALITY))}
+        rows.append({key: f"**{cell}**" for key, cell in row.items()} if report.depth == depth else row)
+    references: dict[str, Mapping[str, float]] = {
+        f"{report.depth}, untrained": report.metrics() for report in random_reports
+    }
+    references |= {"raw pixels": raw} if raw else {}
+    if any(metric.key in report.metrics() for report in reports for metric in QUALITY):
+        rows += [{"layers": name, **_cells(values, QUALITY)} for name, values in references.items()]
+    return f"{render(rows, 'markdown')}\n\n{_how_measured(reports)}"
 
 
-def _how_measured(reports: Sequence[DepthReport], scored: bool, timed: bool, ranked: int) -> str:
-    text = "GFLOPs are 2 x multiply-accumulates of one image"
+def _cells(values: Mapping[str, float], metrics: Sequence[MetricInfo]) -> dict[str, str]:
+    """Heading -> cell of what was measured."""
+    measured = [metric for metric in metrics if metric.key in values]
+    return {m.heading if m.higher_is_better else m.name: m.cell(values) for m in measured}
+
+
+def _how_measured(reports: Sequence[DepthReport]) -> str:
     size = next((report.image_size for report in reports if report.image_size), None)
+    num_test = max((report.n_test for report in reports), default=0)
+    num_ranked = max((report.n_ranked for report in reports), default=0)
+    text = "GFLOPs are 2 x multiply-accumulates of one image"
     text += f" of {size[0]} x {size[1]} pixels." if size else "."
-    if timed:
+    if any(report.latency_ms_b1 is not None for report in reports):
         device = next((report.device for report in reports if report.device), "")
-        text += " Milliseconds are the median of a batch" + (f" on {device}." if device else ".")
-    if scored:
-        text += (
-            f" Accuracies are on {max(report.n_test for report in reports):,} test images, ± one standard error: weighted "
-            "nearest neighbours by cosine, and logistic regression on frozen, standardised embeddings, both fitted on the "
-            f"labels of the training images (at most {MAX_IMAGES:,} of them)."
+        text += " Milliseconds are the median of a batch of 1 and of 64" + (
+            f" on {device}." if device else "."
         )
-    if ranked:
+    if any(report.knn_top1 is not None for report in reports):
         text += (
-            f" RankMe (arXiv 2210.02885) is the effective rank of the embeddings of {ranked:,} training images: more is "
+            f" Accuracies are on {num_test:,} test images, ± one standard error: weighted nearest neighbors by cosine, and "
+            "logistic regression on frozen, standardized embeddings, both fitted on the labels of the training images "
+            f"(at most {MAX_IMAGES:,} of them)."
+        )
+    if num_ranked:
+        text += (
+            f" RankMe (arXiv 2210.02885) is the effective rank of the embeddings of {num_ranked:,} training images: more is "
             "better, at most the width of the embedding. The images have no labels, so there is no accuracy."
         )
     return text
 
 
-def _listed(words: Sequence[str]) -> str:
+def _join_and(words: Sequence[str]) -> str:
     """`2`, `2 and 4`, `2, 4 and 6`."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

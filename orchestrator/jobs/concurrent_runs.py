@@ -181,8 +181,11 @@ def _train_and_assess(course: BackboneRun, rooms: PlacementGroupPool, stop: Stop
                 return
             if number:
                 course.say("the baseline: one end-to-end MAE run (K = 1), to be truncated at each depth")
-            progress = Progress(course.say, course.tracker, "mae" if number else "")
-            train(family, layout, course.precision, progress, stop, group)
+            series = "mae" if number else ""
+            with Progress(
+                course.tracker, series, f"{course.name}  {series}".strip(), family.total_steps
+            ) as progress:
+                train(family, layout, course.precision, progress, stop, group)
             if stop.reason is not None:
                 return
             depths = course.prepared.family.depths

@@ -211,7 +211,7 @@ def _reconstructions(
             predicted=_visible_range(predicted, job.spec),
             masked=masked.cpu().numpy(),
             grid=plan.token_grid,
-            wanted=None if is_pixels[k] else _visible_range(module.target.to_image(wanted, images), job.spec),
+            target=None if is_pixels[k] else _visible_range(module.target.to_image(wanted, images), job.spec),
             title=f"depth {info.depth}: {count} of {math.prod(plan.token_grid)} patches predicted",
             thrown=thrown.cpu().numpy(),
         )

@@ -150,14 +150,16 @@ def _run(prepared: PreparedJob, say: Say) -> JobResult:
         searched = finished_search(family.out)
         if searched is not None:
             record_search(tracker, searched)
-        train(family, layout, precision, Progress(say, tracker), stop)
+        with Progress(tracker, total_steps=family.total_steps) as progress:
+            train(family, layout, precision, progress, stop)
         if stop.reason is None:
             say(f"measuring and exporting depth{'s' * (len(depths) > 1)} {', '.join(map(str, depths))}")
             found = _assess(family, layout, card_facts(family, provenance), depths)
             record_depths(tracker, family, found)
         if stop.reason is None and baseline is not None and baseline_layout is not None:
             say("the baseline: one end-to-end MAE run (K = 1), to be truncated at each depth")
-            train(baseline, baseline_layout, precision, Progress(say, tracker, "mae"), stop)
+            with Progress(tracker, "mae", "mae", baseline.total_steps) as progress:
+                train(baseline, baseline_layout, precision, progress, stop)
         if stop.reason is not None:
             tracker.finish("KILLED")
             return JobResult(family.out, stop.reason)

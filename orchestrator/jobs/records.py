@@ -20,7 +20,6 @@ from bim.orchestrator.runs.provenance import DataRecord, Provenance
 from bim.orchestrator.search.results import (
     BEST,
     FOLDER,
-    METRIC_NAMES,
     TABLE,
     SearchResult,
     best_line,
@@ -106,7 +105,7 @@ def record_search(tracker: Tracker, result: SearchResult) -> None:
     """A finished search on the parent run: its table, its best recipe, its picture, and what it changed, as tags."""
     for name in (TABLE, BEST):
         tracker.log_file(tracker.out / FOLDER / name, FOLDER)
-    figure = pareto_figure(result, METRIC_NAMES[result.metric])
+    figure = pareto_figure(result)
     if figure is not None:
         tracker.log_picture(figure, "pareto")
     tags: dict[str, object] = {f"search.best.{key}": value for key, value in changes_of_best(result).items()}
@@ -158,7 +157,7 @@ def record_summary(
         f"{params_text(found.reports[-1].params)} parameters at full depth, {settings.backbone.name}, "
         f"{len(family.spec.blocks)} blocks, {settings.schedule.epochs} epochs of {settings.data.source}.\n\n"
         f"{results_table(depth_rows(records))}\n\nOpen a variant without this package:\n\n"
-        f"{loading_note(name, f'depth{deepest}', tracker.store_to_name)}{before}",
+        f"{loading_note(name, f'depth{deepest}', tracker.uri_to_set)}{before}",
         pictures,
     )
     return table

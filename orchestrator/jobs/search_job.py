@@ -134,9 +134,7 @@ def run_search(
     for line in opening(empty, grace_of(settings, empty.epochs), space, trials, beside, at_most_s):
         say(line)
     with stop_on_signals(stop, say, meanwhile="ending the trials; the search can be continued"):
-        result = search(
-            SearchSpec(settings, space, plan, empty), family.out, SearchProgress(say, tracker), stop
-        )
+        result = search(SearchSpec(settings, space, plan, empty), family.out, SearchProgress(tracker), stop)
     if not result.finished:
         return None
     recipe = short_path(family.out / FOLDER / BEST)

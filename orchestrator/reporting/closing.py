@@ -1,4 +1,4 @@
-"""The lines that end a command: where the results are, how to open them, how to resume."""
+"""The lines at the end of a command: where the results are, how to open them, how to resume."""
 
 from __future__ import annotations
 
@@ -12,38 +12,41 @@ from bim.orchestrator.reporting.comparison import MemberResult
 from bim.orchestrator.text import short_path
 
 
-def closing_lines(out: Path, depths: Sequence[int], ui: str) -> list[str]:
-    """Where everything is, and the line that opens the MLflow UI."""
+def closing_lines(out: Path, depths: Sequence[int], ui: tuple[str | None, str]) -> list[str]:
+    """Where the results are. ui: as of `Tracker.ui_hint`, the command that starts MLflow's pages and the run's address."""
     folder = short_path(out)
-    command, _, page = ui.partition("   then open ")
-    return [
-        f"models:   {folder}/variants/depth{depths[0]:02d} ... depth{depths[-1]:02d}, opened in Python by",
-        f"  timm.create_model('local-dir:{folder}/variants/depth{depths[-1]:02d}', pretrained=True)",
-        f"results:  {folder}/summary.csv, {folder}/pictures",
-        *([f"compare:  {command}, then open", f"  {page}"] if page else [f"compare:  {command}"]),
-    ]
+    variants = f"{folder}/variants/depth{depths[0]:02d} ... depth{depths[-1]:02d}"
+    return _lines(
+        variants, f"{folder}/variants/depth{depths[-1]:02d}", f"{folder}/summary.csv, {folder}/pictures", ui
+    )
 
 
-def several_closing_lines(out: Path, results: Sequence[MemberResult], ui: str) -> list[str]:
+def several_closing_lines(
+    out: Path, results: Sequence[MemberResult], ui: tuple[str | None, str]
+) -> list[str]:
     """`closing_lines` of a run with several backbones."""
     folder, lines = short_path(out), []
     finished = [result for result in results if result.failed is None]
     if finished:
-        last = finished[-1]
-        depth = last.trained[-1]["depth"]
-        lines = closing_lines(out / last.name, [int(row["depth"] or 0) for row in last.trained], ui)[2:]
-        lines = [
-            f"models:   {folder}/BACKBONE/variants, opened in Python by",
-            f"  timm.create_model('local-dir:{folder}/{last.name}/variants/depth{depth:02d}', pretrained=True)",
-            f"results:  {folder}/summary.csv, {folder}/pictures/backbones.png",
-            *lines[1:],
-        ]
+        example = f"{folder}/{finished[-1].name}/variants/depth{finished[-1].trained[-1]['depth']:02d}"
+        files = f"{folder}/summary.csv, {folder}/pictures/backbones.png"
+        lines = _lines(f"{folder}/BACKBONE/variants", example, files, ui)
     if len(finished) < len(results):
         lines += [
-            f"again:    {_resume_command(out)} goes on with those that failed;",
-            f"  one that fails for its settings: first remove its folder {folder}/BACKBONE, then change them in --backbones",
+            f"retry failed backbones: {_resume_command(out)}",
+            f"  to change the settings of one in --backbones, first remove its folder {folder}/BACKBONE",
         ]
     return lines
+
+
+def _lines(variants: str, example: str, files: str, ui: tuple[str | None, str]) -> list[str]:
+    command, page = ui
+    return [
+        f"models:   {variants}, opened in Python by",
+        f"  timm.create_model('local-dir:{example}', pretrained=True)",
+        f"results:  {files}",
+        *([f"compare:  {page}"] if command is None else [f"compare:  {command}, then open", f"  {page}"]),
+    ]
 
 
 def _resume_command(out: Path) -> str:
@@ -51,7 +54,7 @@ def _resume_command(out: Path) -> str:
 
 
 def stopped_line(signal_name: str, out: Path) -> str:
-    """That a run was ended early, and how to continue it."""
+    """For a run that a signal stopped: how to continue it."""
     if not (out / SAVED_SETTINGS).exists():
         return f"stopped by {signal_name} before anything was written"
     return f"stopped by {signal_name}; go on with: {_resume_command(out)}"

@@ -1,7 +1,4 @@
-"""The table of a run with several backbones: every depth of every one, what it costs and is worth, and who is on the front.
-
-Rows in (those of each backbone's own summary), rows, text and files out. Measures and prints nothing.
-"""
+"""The table of a run with several backbones: cost and quality of every depth of each, and which are Pareto-optimal."""
 
 from __future__ import annotations
 
@@ -10,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bim.orchestrator.reporting.summary import COLUMNS, SCORE_TITLES, Row
-from bim.orchestrator.reporting.table import Column, note_lines, table_lines
-from bim.orchestrator.text import NOT_MEASURED, params_text, score_text, three_digits
+from bim.orchestrator.evaluation.metric_info import COST, METRICS, QUALITY, RANKED_BY
+from bim.orchestrator.evaluation.pareto import pareto_front
+from bim.orchestrator.reporting.summary import COLUMNS, NO_LABELS, NOTES, Row, number
+from bim.orchestrator.tables import Key, note_lines, render
 
 ALL_COLUMNS = ("backbone", "status", *COLUMNS, "on_front", "cause")
 
-SCORES = {"knn_top1": "kNN", "rankme": "RankMe"}
-"""What the front can be about, against `cost_of`, and what it is called; the first that was measured counts."""
+WEIGHTS = {"trained": "trained", "MAE": "mae", "random": "random"}
+"""Heading -> value of the column `weights`."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +25,9 @@ class MemberResult:
     Args:
         name: of its folder and its rows.
         backbone: timm name.
-        size: (height, width) of the images it is scored on.
+        size: (height, width) of the images that it is evaluated on.
         rows: those of its own summary; none if it failed.
-        failed: why, in a sentence; None if it came to its end.
+        failed: the cause in a sentence; None if it finished.
     """
 
     name: str
@@ -41,20 +39,17 @@ class MemberResult:
     @property
     def trained(self) -> list[Row]:
         """The rows of its depth variants."""
-        return self._of("trained")
-
-    def _of(self, weights: str) -> list[Row]:
-        return [row for row in self.rows if row["weights"] == weights]
+        return [row for row in self.rows if row["weights"] == "trained"]
 
     def row(self, weights: str, depth: object) -> Row | None:
-        """What was measured of one depth, None if it was not."""
-        return next((row for row in self._of(weights) if row["depth"] == depth), None)
+        """The row of one depth, None if it was not measured."""
+        return next((row for row in self.rows if (row["weights"], row["depth"]) == (weights, depth)), None)
 
     @property
     def title(self) -> str:
-        """What stands over its rows."""
-        known = [] if self.backbone == self.name else [self.backbone]
-        return f"{self.name}, {', '.join([*known, f'{self.size[0]} x {self.size[1]} px'])}"
+        """The line above its rows."""
+        names = [self.name] if self.backbone == self.name else [self.name, self.backbone]
+        return ", ".join([*names, f"{self.size[0]} x {self.size[1]} px"])
 
 
 def read_rows(out: Path) -> tuple[Row, ...]:
@@ -62,130 +57,106 @@ def read_rows(out: Path) -> tuple[Row, ...]:
     return tuple(json.loads((out / "summary.json").read_text(encoding="utf-8")))
 
 
-def cost_of(results: Sequence[MemberResult]) -> str:
-    """The column that the depths are compared by: the latency where all of them were timed, else the arithmetic."""
+def cost_key(results: Sequence[MemberResult]) -> str:
+    """The cost that depths are compared by: the latency if all of them were timed, else GFLOPs."""
     rows = [row for result in results for row in result.trained]
     return "latency_b1_ms" if rows and all(row["latency_b1_ms"] is not None for row in rows) else "gflops"
 
 
-def score_of(results: Sequence[MemberResult]) -> str | None:
-    """The column that the depths are compared by: kNN where there are labels, else RankMe; None if neither was measured."""
+def quality_key(results: Sequence[MemberResult]) -> str | None:
+    """The metric that depths are compared by: the first of `RANKED_BY` that was measured; None without any."""
     rows = [row for result in results for row in result.trained]
-    return next((score for score in SCORES if any(row.get(score) is not None for row in rows)), None)
+    return next((key for key in RANKED_BY if any(row.get(key) is not None for row in rows)), None)
 
 
-def front(results: Sequence[MemberResult], score: str | None = None) -> list[tuple[str, object]]:
-    """(name, depth) of the variants than which none is both no dearer and better; the cheapest first.
+def pareto_depths(results: Sequence[MemberResult], metric: str | None = None) -> list[tuple[str, object]]:
+    """(name, depth) of the Pareto-optimal variants, the cheapest first.
 
-    score: the column that counts; that of `score_of` if it is not given.
+    metric: key of the quality; that of `quality_key` by default.
     """
-    cost, score = cost_of(results), score or score_of(results)
-    if score is None:
+    cost, metric = cost_key(results), metric or quality_key(results)
+    if metric is None:
         return []
     points = sorted(
-        (_number(row[cost]), -_number(row[score]), result.name, row["depth"])
+        (number(row[cost]), -number(row[metric]), result.name, row["depth"])
         for result in results
         for row in result.trained
-        if row.get(score) is not None
+        if row.get(metric) is not None
     )
-    found: list[tuple[str, object]] = []
-    best = float("inf")
-    for _, loss, name, depth in points:
-        if loss < best:
-            found.append((name, depth))
-            best = loss
-    return found
+    front = pareto_front([point[0] for point in points], [-point[1] for point in points])
+    return [points[index][2:] for index in front]
 
 
 def comparison_rows(results: Sequence[MemberResult]) -> list[Row]:
-    """One flat row for everything that was measured, and one for every backbone that failed; keys are `ALL_COLUMNS`."""
-    best = set(front(results))
+    """One flat row for every model that was measured and for every backbone that failed; keys are `ALL_COLUMNS`."""
+    optimal = set(pareto_depths(results))
     rows: list[Row] = []
     for result in results:
-        empty: Row = dict.fromkeys(ALL_COLUMNS)
-        own: Row = empty | {"backbone": result.name, "status": "finished"}
+        common: Row = dict.fromkeys(ALL_COLUMNS) | {"backbone": result.name, "status": "finished"}
         if result.failed is not None:
-            rows.append(own | {"status": "failed", "cause": result.failed})
+            rows.append(common | {"status": "failed", "cause": result.failed})
             continue
         for row in result.rows:
-            on_front = (result.name, row["depth"]) in best if row["weights"] == "trained" else None
-            rows.append(own | row | {"on_front": None if on_front is None else int(on_front)})
+            on_front = int((result.name, row["depth"]) in optimal) if row["weights"] == "trained" else None
+            rows.append(common | row | {"on_front": on_front})
     return rows
 
 
-def comparison_table(results: Sequence[MemberResult], tested: int = 0, device: str = "") -> str:
-    """All backbones as plain text, each below its name; one that failed is a line with its cause.
+def comparison_table(results: Sequence[MemberResult], num_test: int = 0, device: str = "") -> str:
+    """All backbones as text, each below its name; one that failed is a line with its cause.
 
-    tested: test images that the accuracies were counted on. device: what the latencies were measured on.
+    num_test: test images that the accuracies were counted on. device: where the latencies were measured.
     """
-    lines = [(result, row) for result in results for row in result.trained]
-    notes: list[tuple[str, str]] = []
-    text: list[str] = []
-    score = score_of(results)
-    if lines:
-        best, cost = set(front(results)), cost_of(results)
-        table = table_lines(*_columns(lines, best))
-        text, body = table[: -len(lines)], table[-len(lines) :]
-        for result in results:
-            if result.failed is None:
-                text.append(result.title)
-                text += [body.pop(0) for _ in result.trained]
-        named = {"latency_b1_ms": "ms b1", "gflops": "GFLOPs"}[cost]
-        if score is not None:
-            notes.append(("*", f"nothing else here has as good a {SCORES[score]} at as low a cost ({named})"))
-        if score == "knn_top1":
-            notes.append(("±", f"one standard error on {tested:,} test images"))
-        if score == "rankme":
-            what = "effective rank of the embeddings, at most their width; more is better"
-            notes.append(("RankMe", f"{what}, but compare different widths with caution"))
-        if any(result.row("mae", row["depth"]) for result, row in lines):
-            notes.append(("MAE", "the end-to-end baseline, cut to the same depth"))
-        if score is not None and any(result.row("random", row["depth"]) for result, row in lines):
-            notes.append(("random", "the same depth before training"))
-        notes.append(("GFLOPs", "2 x multiply-accumulates, one image"))
-        if cost == "latency_b1_ms":
-            on = f" on {device}" if device else ""
-            notes.append(("ms", f"median time of a batch of 1 and of 64{on}"))
-    text += [f"{result.name}  FAILED: {result.failed}" for result in results if result.failed is not None]
-    if notes:
-        text += ["", *note_lines(notes)]
-    if lines and score != "knn_top1":
-        text.append("No accuracy: the data has no labels.")
-    return "\n".join(text)
+    finished = [result for result in results if result.trained]
+    lines = [render(_table_rows(finished))] if finished else []
+    lines += [f"{result.name}  FAILED: {result.failed}" for result in results if result.failed is not None]
+    if finished:
+        lines += ["", *note_lines(_notes(finished, num_test, device))]
+        if quality_key(finished) != "knn_top1":
+            lines.append(NO_LABELS)
+    return "\n".join(lines)
 
 
-def _columns(
-    lines: Sequence[tuple[MemberResult, Row]], best: set[tuple[str, object]]
-) -> tuple[list[Column], list[Column]]:
-    costs = [
-        Column("", tuple("*" if (result.name, row["depth"]) in best else "" for result, row in lines)),
-        Column("depth", tuple(str(row["depth"]) for _, row in lines)),
-    ]
-    for title, key, form in (
-        ("params", "params", params_text),
-        ("GFLOPs", "gflops", three_digits),
-        ("ms b1", "latency_b1_ms", three_digits),
-        ("ms b64", "latency_b64_ms", three_digits),
-    ):
-        cells = tuple(NOT_MEASURED if row[key] is None else form(_number(row[key])) for _, row in lines)
-        costs.append(Column(title, cells))
-    scores = []
-    kinds = {"trained": "trained", "MAE": "mae", "random": "random"}
-    for title, key in SCORE_TITLES:
-        for kind, weights in kinds.items():
-            cells = tuple(_score(result.row(weights, row["depth"]), key) for result, row in lines)
-            if any(cell != NOT_MEASURED for cell in cells):
-                scores.append(Column(kind, cells, title))
-                title = ""  # over the first column of the group only
-    return costs, scores
+def _table_rows(results: Sequence[MemberResult]) -> list[dict[Key, str]]:
+    optimal = set(pareto_depths(results))
+    columns: list[Key] = ["" if optimal else "depth", "depth", *(metric.heading for metric in COST)]
+    columns += [(metric.heading, name) for metric in QUALITY for name in WEIGHTS]
+    rows: list[dict[Key, str]] = []
+    for result in results:
+        rows.append(dict.fromkeys(columns, "") | {columns[0]: result.title})
+        for trained in result.trained:
+            depth = trained["depth"]
+            row: dict[Key, str] = {"": "*" if (result.name, depth) in optimal else "", "depth": str(depth)}
+            row |= {metric.heading: metric.cell(_values(trained)) for metric in COST}
+            for name, weights in WEIGHTS.items():
+                values = _values(result.row(weights, depth))
+                row |= {(metric.heading, name): metric.cell(values) for metric in QUALITY}
+            rows.append(row)
+    return rows
 
 
-def _score(row: Row | None, key: str) -> str:
-    values = {} if row is None else row
-    measured = {name: _number(values[name]) for name in (key, f"{key}_se") if values.get(name) is not None}
-    return score_text(measured, key)
+def _values(row: Row | None) -> dict[str, float | None]:
+    return {key: None if (row or {}).get(key) is None else number((row or {})[key]) for key in COLUMNS[2:]}
 
 
-def _number(value: str | float | None) -> float:
-    assert value is not None
-    return float(value)
+def _notes(results: Sequence[MemberResult], num_test: int, device: str) -> list[tuple[str, str]]:
+    """Terms of the table and what they mean."""
+    notes = []
+    quality, cost = quality_key(results), cost_key(results)
+    if quality is not None:
+        name = METRICS[quality].name
+        notes.append(
+            ("*", f"Pareto-optimal: nothing as cheap ({METRICS[cost].heading}) has as good a {name}")
+        )
+    if quality == "knn_top1":
+        notes.append(("±", f"one standard error on {num_test:,} test images"))
+    if quality == "rankme":
+        rank = "effective rank of the embeddings, at most their width"
+        notes.append(("RankMe", f"{rank}; compare different widths with caution"))
+    weights = {row["weights"] for result in results for row in result.rows}
+    if quality is not None:
+        notes += [(name, text) for name, text in NOTES.items() if WEIGHTS[name] in weights]
+    notes.append(("GFLOPs", "2 x multiply-accumulates, one image"))
+    if cost == "latency_b1_ms":
+        notes.append(("ms", "median time of a batch of 1 and of 64" + (f" on {device}" if device else "")))
+    return notes

@@ -1,73 +1,193 @@
-"""What a person reads while a run trains: one line per epoch, one sentence per event. Also hands numbers to the tracker.
-
-Prints nothing by itself: the caller gives the function that does.
-"""
+"""Progress of trainings: a live display on a terminal, one line an epoch elsewhere; metrics go to the tracker."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+import atexit
+import functools
+import logging
+import sys
+import threading
+import time
+from typing import Protocol, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 
 from bim.orchestrator.text import duration
 from bim.orchestrator.training.callbacks import EpochReport
 
+log = logging.getLogger(__name__)
+
 MIN_REPORTED_WAIT = 0.02
-"""Share of an epoch's time from which on waiting for plans of masks is told."""
+"""Fraction of an epoch's time from which on waiting for mask plans is reported."""
+
+WIDTH = 100
+"""Columns of the live display and of a line, at most."""
+
+
+@functools.cache
+def console() -> Console:
+    """The console of the live display; lines that are printed meanwhile appear above it. If `quiet`, there is none."""
+    return Console(highlight=False)
 
 
 class MetricSink(Protocol):
-    """Where numbers and events are kept; `bim.orchestrator.tracking.tracker.Tracker` is one. Must not raise."""
+    """Keeps metrics; `bim.orchestrator.tracking.tracker.Tracker` is one. Must not raise."""
 
     def log_metrics(self, step: int, values: dict[str, float]) -> None: ...
-
-    def log_event(self, text: str) -> None: ...
 
     def rewind(self, step: int, prefix: str = "") -> None: ...
 
 
 class Progress:
-    """A listener of the training loop.
+    """Training callback; as a context manager it shows its training in the live display, if there is one.
+
+    Log records of epochs that the display shows have the attribute `in_live_display`.
 
     Args:
-        say: takes one line for the reader.
-        prefix: put before metric names and lines, for a second run beside the first ("mae").
+        series: prefix of the metric names of a second training in the same run ("mae").
+        label: name of the training in the display, among several.
+        total_steps: optimizer steps of the training; 0 if unknown.
     """
 
-    def __init__(self, say: Callable[[str], None], sink: MetricSink, prefix: str = "") -> None:
-        self._say, self._sink = say, sink
-        self._metric_prefix = f"{prefix}/" if prefix else ""
-        self._line_prefix = f"{prefix}  " if prefix else ""
+    def __init__(self, sink: MetricSink, series: str = "", label: str = "", total_steps: int = 0) -> None:
+        self.label = label
         self.started = False
-        """Whether the stages have stood once, ready to train."""
+        """Whether the stages were restored once, ready to train."""
+        self._sink, self._total_steps = sink, total_steps
+        self._metric_prefix = f"{series}/" if series else ""
+        self._report: EpochReport | None = None
+        self._step = 0
+        self._losses: dict[int, float] = {}
+        self._images_per_s = 0.0
+        self._eta_at = 0.0
+
+    def __enter__(self) -> Self:
+        _display.add(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if _display.remove(self) and self._report is not None:
+            line = epoch_line(self._report)
+            console().print(f"{self.label}  {line}".lstrip(), markup=False, soft_wrap=True)
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
         self._sink.log_metrics(step, {self._metric_prefix + name: value for name, value in metrics.items()})
+        losses = {name[5:-5]: value for name, value in metrics.items() if name.endswith("/loss")}
+        self._losses = {int(block): value for block, value in losses.items()}
+        self._step, self._images_per_s = step, metrics.get("images_per_s", 0.0)
 
     def on_epoch(self, report: EpochReport) -> None:
-        self._say(self._line_prefix + epoch_line(report))
+        self._report, self._eta_at = report, time.monotonic() + report.eta_s
+        log.info(epoch_line(report), extra={"in_live_display": _display.shows(self)})
 
     def on_checkpoint(self, step: int) -> None: ...
 
     def on_rewind(self, step: int) -> None:
-        self.started = True
+        self.started, self._step = True, step
         self._sink.rewind(step, self._metric_prefix)
 
-    def say(self, text: str) -> None:
-        """An event: read by the person now, and kept with the run."""
-        self._say(self._line_prefix + text)
-        self._sink.log_event(self._line_prefix + text)
+    def status(self) -> str:
+        """`epoch 3/60  1240 img/s  data wait 2%  ETA 1 min 12 s`, as far as it is known."""
+        report, parts = self._report, []
+        if report is not None:
+            parts.append(f"epoch {report.epoch}/{report.epochs}")
+        elif self._total_steps:
+            parts.append(f"step {self._step}/{self._total_steps}")
+        if self._images_per_s:
+            parts.append(f"{self._images_per_s:.0f} img/s")
+        if report is not None:
+            parts += [*_waits(report), f"ETA {duration(max(0.0, self._eta_at - time.monotonic()))}"]
+        return "  ".join(parts)
+
+    def rows(self, label_width: int) -> list[RenderableType]:
+        """The lines of the live display: bar and status, then the loss of every block."""
+        done, total = self._step, self._total_steps
+        if not total and self._report is not None:
+            done, total = self._report.epoch, self._report.epochs
+        line = Table.grid(padding=(0, 2, 0, 0), expand=True)
+        line.add_column(no_wrap=True)
+        line.add_column(ratio=1)
+        line.add_column(no_wrap=True)
+        bar = ProgressBar(total or None, done, pulse=not total)
+        line.add_row(self.label.ljust(label_width), bar, self.status())
+        return [line, Padding(_losses(self._losses), (0, 0, 0, 2))] if self._losses else [line]
+
+
+class _LiveDisplay:
+    """The trainings of this process that are in progress; a single `Live` shows all of them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._trainings: list[Progress] = []
+        self._live: Live | None = None
+
+    def add(self, training: Progress) -> None:
+        with self._lock:
+            self._trainings.append(training)
+            if self._live is None and console().is_interactive and not console().quiet:
+                # Lines on a stderr that is redirected to a file stay there.
+                self._live = Live(
+                    self, console=console(), transient=True, redirect_stderr=sys.stderr.isatty()
+                )
+                self._live.start()
+                atexit.register(self.close)
+
+    def remove(self, training: Progress) -> bool:
+        """Take a training off the display. True if it was shown."""
+        with self._lock:
+            shown = self._live is not None and training in self._trainings
+            self._trainings.remove(training)
+        if not self._trainings:
+            self.close()
+        return shown
+
+    def shows(self, training: Progress) -> bool:
+        return self._live is not None and training in self._trainings
+
+    def close(self) -> None:
+        """Give the terminal back: at the end, and at exit if a training could not leave its context."""
+        with self._lock:
+            if self._live is not None:
+                self._live.stop()
+                self._live = None
+                atexit.unregister(self.close)
+
+    def __rich__(self) -> RenderableType:
+        trainings = list(self._trainings)
+        width = max((len(training.label) for training in trainings), default=0)
+        table = Table.grid(expand=True)
+        table.width = min(WIDTH, console().width)
+        table.add_row(Group(*(row for training in trainings for row in training.rows(width))))
+        return table
+
+
+_display = _LiveDisplay()
 
 
 def epoch_line(report: EpochReport) -> str:
-    """`epoch 12/60  loss by block 0.731 0.702 0.698 0.695  1240 img/s  data wait 2 %  to go 1 min 12 s`
+    """`epoch 12/60  loss by block 0.731 0.702 0.698 0.695  1240 img/s  data wait 2%  ETA 1 min 12 s`
 
-    The wait for plans of masks is there where it is worth a word.
+    If that is longer than 100 columns it has the losses of the first and the last block alone.
     """
-    width = len(str(report.epochs))
-    losses = " ".join(f"{report.losses[k]:.3f}" for k in sorted(report.losses))
-    name = "loss by block" if len(report.losses) > 1 else "loss"
-    plan = f"  mask wait {report.mask_wait:.0%}" if report.mask_wait >= MIN_REPORTED_WAIT else ""
-    return (
-        f"epoch {report.epoch:{width}d}/{report.epochs}  {name} {losses}  {report.images_per_s:.0f} img/s  "
-        f"data wait {report.data_wait:.0%}{plan}  to go {duration(report.eta_s)}"
-    )
+    epoch = f"epoch {report.epoch:{len(str(report.epochs))}d}/{report.epochs}"
+    parts = [f"{report.images_per_s:.0f} img/s", *_waits(report), f"ETA {duration(report.eta_s)}"]
+    line = "  ".join([epoch, _losses(report.losses), *parts])
+    if len(line) <= WIDTH:
+        return line
+    first, last = min(report.losses), max(report.losses)
+    ends = f"loss {report.losses[first]:.3f} ... {report.losses[last]:.3f}"
+    return "  ".join([epoch, ends, *parts])
+
+
+def _losses(losses: dict[int, float]) -> str:
+    name = "loss by block" if len(losses) > 1 else "loss"
+    return " ".join([name, *(f"{losses[block]:.3f}" for block in sorted(losses))])
+
+
+def _waits(report: EpochReport) -> list[str]:
+    waits = [f"data wait {report.data_wait:.0%}"]
+    return waits + [f"mask wait {report.mask_wait:.0%}"] * (report.mask_wait >= MIN_REPORTED_WAIT)

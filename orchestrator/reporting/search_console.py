@@ -1,78 +1,64 @@
-"""What a person reads while a search runs, and what its tracker hears of it.
-
-Prints nothing by itself: the caller gives the function that does. Knows no Ray and no MLflow.
-"""
+"""Progress of a search: lines of the log, and trials for the tracker."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from typing import Protocol
 
 from bim.orchestrator.config.messages import format_value
-from bim.orchestrator.search.results import (
-    METRIC_NAMES,
-    SearchResult,
-    TrialRow,
-    best_line,
-    counted,
-    score_text,
-)
+from bim.orchestrator.evaluation.metric_info import METRICS
+from bim.orchestrator.search.results import SearchResult, TrialRow, best_line, counted
 from bim.orchestrator.search.space import Choice, Space, changes_text
 from bim.orchestrator.text import duration, wrapped
 
+log = logging.getLogger(__name__)
+
 
 class TrialSink(Protocol):
-    """Where trials are recorded; `bim.orchestrator.tracking.tracker.Tracker` is one. Must not raise."""
+    """Records trials; `bim.orchestrator.tracking.tracker.Tracker` is one. Must not raise."""
 
     def log_trial(self, row: TrialRow, metric: str) -> None: ...
 
-    def log_event(self, text: str) -> None: ...
-
 
 class SearchProgress:
-    """A listener of a search.
+    """A callback of a search."""
 
-    Args:
-        say: takes one line for the reader.
-    """
-
-    def __init__(self, say: Callable[[str], None], sink: TrialSink) -> None:
-        self._say, self._sink = say, sink
+    def __init__(self, sink: TrialSink) -> None:
+        self._sink = sink
 
     def on_begin(self, result: SearchResult, row: TrialRow) -> None:
-        again = f" goes on after epoch {row.epoch}" if row.curve else ""
-        self._tell(row, f"trial {row.number}{again}: {changes_text(row.changes, result.own)}", result)
+        resumed = f" continues after epoch {row.epoch}" if row.curve else ""
+        self._report(row, f"trial {row.number}{resumed}: {changes_text(row.changes, result.own)}", result)
 
     def on_score(self, result: SearchResult, row: TrialRow) -> None:
         assert row.score is not None
-        best, rivals = result.best_at(row.epoch), result.scored_at(row.epoch)
-        beside = ""
+        metric, best, rivals = METRICS[result.metric], result.best_at(row.epoch), result.scored_at(row.epoch)
+        rank = ""
         if best is not None and best.number != row.number:
-            where = "level with" if rivals[best.number] == row.score else "behind"
-            beside = f"  {where} trial {best.number} ({score_text(result, rivals[best.number])})"
+            relation = "=" if rivals[best.number] == row.score else "behind"
+            rank = f"  {relation} trial {best.number} ({metric.text(rivals[best.number])})"
         elif len(rivals) > 1:
-            beside = "  best so far"
-        self._say(
+            rank = "  new best"
+        log.info(
             f"trial {row.number}  epoch {row.epoch:{len(str(result.epochs))}d}/{result.epochs}  "
-            f"{METRIC_NAMES[result.metric]} {score_text(result, row.score)}{beside}"
+            f"{metric.name} {metric.text(row.score)}{rank}"
         )
         self._sink.log_trial(row, result.metric)
 
     def on_retry(self, result: SearchResult, row: TrialRow) -> None:
-        self._tell(row, f"trial {row.number}  failed and is tried once more: {row.why}", result)
+        self._report(row, f"trial {row.number}  failed, retrying once: {row.why}", result)
 
     def on_end(self, result: SearchResult, row: TrialRow) -> None:
         if row.status == "stopped early":
-            self._tell(row, f"trial {row.number}  stopped {row.why}", result)
+            self._report(row, f"trial {row.number}  stopped {row.why}", result)
         elif row.status != "finished":
-            self._tell(row, f"trial {row.number}  {row.status}: {row.why}", result)
+            self._report(row, f"trial {row.number}  {row.status}: {row.why}", result)
         else:
             self._sink.log_trial(row, result.metric)
 
-    def _tell(self, row: TrialRow, text: str, result: SearchResult) -> None:
+    def _report(self, row: TrialRow, text: str, result: SearchResult) -> None:
         for line in wrapped(text):
-            self._say(line)
-        self._sink.log_event(text)
+            log.info(line)
         self._sink.log_trial(row, result.metric)
 
 
@@ -82,33 +68,30 @@ def opening(
     space: Space,
     trials: int,
     run_concurrently: int,
-    at_most_s: float,
+    max_seconds: float,
 ) -> list[str]:
-    """What is about to be searched, by what it is ranked, and how long it may take."""
-    beside = f", {run_concurrently} side by side" if run_concurrently > 1 else ""
-    judged = "validation images" if result.metric == "knn_top1" else "training images, without labels"
+    """What is searched, the metric that ranks trials, and how long it may take."""
+    concurrent = f", {run_concurrently} at a time" if run_concurrently > 1 else ""
+    images = "validation images" if result.metric == "knn_top1" else "training images, without labels"
     lines = [
-        f"search: {trials} trials of {result.epochs} epochs{beside}, ranked by {METRIC_NAMES[result.metric]} of "
-        f"{result.images} {judged}, the mean of all depths; the weak are stopped early, after "
-        f"{grace} epochs at the soonest"
+        f"search: {trials} trials of {result.epochs} epochs{concurrent}, ranked by {METRICS[result.metric].name} of "
+        f"{result.images} {images}, mean over all depths; ASHA, grace period {grace} epochs"
     ]
     for key, values in space.items():
         if isinstance(values, Choice):
-            tried = ", ".join(format_value(value) for value in values.values[1:]) or "nothing else"
-            lines.append(f"  {key}: {format_value(values.values[0])} (the recipe's), {tried}")
+            default, *others = map(format_value, values.values)
+            lines.append(f"  {key}: {default} (baseline), {', '.join(others) or 'no other value'}")
         else:
-            how = ", by its logarithm" if values.log else ""
-            lines.append(
-                f"  {key}: {format_value(result.own[key])} (the recipe's), {values.low:g} to {values.high:g}{how}"
-            )
+            scale = ", log scale" if values.log else ""
+            default = format_value(result.own[key])
+            lines.append(f"  {key}: {default} (baseline), {values.low:g} to {values.high:g}{scale}")
     return [
         *(part for line in lines for part in wrapped(line)),
-        f"  it takes about {duration(at_most_s)} or less if nothing else runs here; "
-        "--search.trials 0 trains without it",
+        f"  at most about {duration(max_seconds)} if nothing else runs here; --search.trials 0 trains without a search",
     ]
 
 
 def closing(result: SearchResult, seconds: float, recipe: str) -> list[str]:
-    """How the search ended, and what the run goes on with."""
+    """How the search ended, and the setting that the run continues with."""
     lines = [f"search: {counted(result.rows)}, in {duration(seconds)}", best_line(result)]
     return [*(part for line in lines for part in wrapped(line)), f"  as a recipe: {recipe}"]

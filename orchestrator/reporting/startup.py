@@ -1,7 +1,4 @@
-"""What a finished run tells: opening lines, the depth variants and the summary in MLflow and in the output directory.
-
-Turns records of the other parts into text and into calls of the tracker; measures nothing.
-"""
+"""The lines at the start of a run: model, data, schedule, placement, and notes on settings that may surprise."""
 
 from __future__ import annotations
 
@@ -18,51 +15,52 @@ from bim.orchestrator.text import short_path, wrapped
 from bim.orchestrator.training.lr_schedule import peak_rate
 
 DECODER_COST_WARNING_RATIO = 2.0
-"""Cost of all decoders over that of all encoders from which on it is told."""
+"""Ratio of the GFLOPs of all decoders to those of all encoders from which on there is a note."""
 
 MIN_DISTINCT_MASKS = 100
-"""Fewer different masks than these are told at the start; 16 units, 4 of them visible, have 1,820."""
+"""Fewer distinct masks than this get a note; 16 units, 4 of them visible, have 1,820."""
 
 DIGITS_PX = 64
-"""The largest image, in pixels, to which the scanned digits are worth enlarging; they have 8 x 8."""
+"""The largest side, in pixels, up to which the scanned digits of 8 x 8 are enlarged without a note."""
 
 
 def opening_lines(family: ResolvedRun, prepared: PreparedJob, layout: StageLayout) -> list[str]:
-    """What is about to happen, for the person who started it."""
+    """Model, data, schedule and placement, a line each, then the notes and the output directory."""
     settings, blocks = family.settings, family.backbone.blocks
-    layers = "+".join(str(b.layers) for b in blocks)
-    stages = len(layout.stage_blocks)
-    where = " | ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else f"{p[0]}" for p in layout.stage_blocks)
-    on = f"{layout.gpus:g} GPU" if layout.gpus else f"{layout.threads} CPU thread{'s' * (layout.threads > 1)}"
-    place = f"in this process, {on}"
-    if settings.placement.backend == "ray":
-        place = f"on {stages} Ray actor{'s' * (stages > 1)}, {on} each"
-    splits = prepared.splits
+    layers, splits = "+".join(str(b.layers) for b in blocks), prepared.splits
+    notes = [
+        *_demo_settings_note(settings, family),
+        *ineffective_settings(settings),
+        *_padding_note(family),
+        *_few_masks_note(family),
+        *_expensive_decoder_warning(family),
+    ]
     return [
         f"{settings.backbone.name}: {blocks[-1].depth} layers in {len(blocks)} blocks ({layers}), width {blocks[0].width}, "
         f"{_sizes(family)} px, {_targets(family)}",
-        f"{settings.data.source}: {len(splits.train)} images to train on, {len(splits.val)} for validation, "
-        f"{len(splits.test)} for the final scores",
+        f"{settings.data.source}: {len(splits.train)} train / {len(splits.val)} val / {len(splits.test)} test images",
         f"{settings.schedule.epochs} epochs of {_steps(family)} images, "
         f"peak learning rate {_rates(family)}, seed {settings.seed}",
-        f"block{'s' * (len(blocks) > 1)} {where} {place}",
-        *(
-            line
-            for said in [
-                *_meant_for_digits(settings, family),
-                *ineffective_settings(settings),
-                *_padding(family),
-                *_few_masks(family),
-                *_dear_decoders(family),
-            ]
-            for line in wrapped(f"note: {said}")
-        ),
+        _placement(settings, layout),
+        *(line for note in notes for line in wrapped(f"note: {note}")),
         f"output: {short_path(family.out)}",
     ]
 
 
-def _meant_for_digits(settings: Settings, family: ResolvedRun) -> list[str]:
-    """That the demo's settings are used for other images or sizes, where they are: whoever names no recipe has them."""
+def _placement(settings: Settings, layout: StageLayout) -> str:
+    """`blocks 0-1 | 2-3 on 2 Ray actors, 1 GPU each`."""
+    stages = layout.stage_blocks
+    blocks = " | ".join(f"{stage[0]}-{stage[-1]}" if len(stage) > 1 else f"{stage[0]}" for stage in stages)
+    label = f"block{'s' * (sum(map(len, stages)) > 1)} {blocks}"
+    device = f"{layout.threads} CPU thread{'s' * (layout.threads > 1)}"
+    device = f"{layout.gpus:g} GPU" if layout.gpus else device
+    if settings.placement.backend == "ray":
+        return f"{label} on {len(stages)} Ray actor{'s' * (len(stages) > 1)}, {device} each"
+    return f"{label} in this process, {device}"
+
+
+def _demo_settings_note(settings: Settings, family: ResolvedRun) -> list[str]:
+    """For the demo's settings, the default recipe, with other images or sizes."""
     is_one_of_several = settings.name.startswith(f"{DEFAULT_RECIPE}-")
     if settings.name != DEFAULT_RECIPE and not is_one_of_several:
         return []
@@ -77,34 +75,34 @@ def _meant_for_digits(settings: Settings, family: ResolvedRun) -> list[str]:
     ]
 
 
-def _padding(family: ResolvedRun) -> list[str]:
-    """What a variant computes otherwise than the blocks that were trained, if it does."""
+def _padding_note(family: ResolvedRun) -> list[str]:
+    """For variants that pad windows, which the trained blocks do not."""
     size = family.backbone.image_size
     padded = ", ".join(str(level + 1) for level in family.backbone.padded_levels(size))
     if not padded:
         return []
     return [
         f"at {size[0]} x {size[1]} px the windows of level {padded} do not divide the grid; timm pads them with tokens that "
-        "training never sees (README, Pyramids)"
+        "training never sees (docs/backbones.md)"
     ]
 
 
-def _few_masks(family: ResolvedRun) -> list[str]:
-    """That there are hardly any masks to draw, where that is so."""
+def _few_masks_note(family: ResolvedRun) -> list[str]:
+    """For grids with fewer than `MIN_DISTINCT_MASKS` masks."""
     rows, columns = family.backbone.grid
     visible = visible_counts(rows * columns, family.spec.mask_ratios)[-1]
-    different = math.comb(rows * columns, visible)
-    if different >= MIN_DISTINCT_MASKS:
+    num_masks = math.comb(rows * columns, visible)
+    if num_masks >= MIN_DISTINCT_MASKS:
         return []
     size = family.backbone.image_size
     return [
-        f"at {size[0]} x {size[1]} px there are {rows * columns} mask units, of which {visible} stay visible: {different} "
+        f"at {size[0]} x {size[1]} px there are {rows * columns} mask units, of which {visible} stay visible: {num_masks} "
         "different masks in all; larger images have more"
     ]
 
 
-def _dear_decoders(family: ResolvedRun) -> list[str]:
-    """That most of the work is in the decoders of fine grids, where it is: what visible tokens save would be lost there."""
+def _expensive_decoder_warning(family: ResolvedRun) -> list[str]:
+    """For decoders of fine grids that cost more than encoding visible tokens alone saves."""
     blocks = family.backbone.blocks
     if len({block.stride for block in blocks}) == 1:
         return []
@@ -115,9 +113,9 @@ def _dear_decoders(family: ResolvedRun) -> list[str]:
         return []
     k = max(range(len(costs)), key=lambda k: costs[k][1])
     rows, columns = (side // blocks[k].stride for side in size)
-    advice = "lower decoder.dim or raise decoder.throw_ratio there (README, Pyramids)"
-    if family.backbone.encode == "all":  # its decoders add no mask tokens that they could throw
-        advice = "lower decoder.dim there, or take fewer blocks (README, Pyramids)"
+    advice = "lower decoder.dim or raise decoder.throw_ratio there (docs/backbones.md)"
+    if family.backbone.encode == "all":  # its decoders add no mask tokens, so none can be thrown
+        advice = "lower decoder.dim there, or take fewer blocks (docs/backbones.md)"
     return [
         f"the decoders cost {decoders / encoders:.1f} times the encoders, most of it in block {k}, on {rows} x {columns} "
         f"tokens; {advice}"
@@ -131,17 +129,18 @@ def _sizes(family: ResolvedRun) -> str:
 
 def _steps(family: ResolvedRun) -> str:
     """Steps of an epoch and images of a step, phase by phase: `19 steps of 64`."""
-    counted = dict.fromkeys(f"{p.steps_per_epoch} steps of {p.images_per_step}" for p in family.phases)
-    return ", then ".join(counted)
+    return ", then ".join(
+        dict.fromkeys(f"{p.steps_per_epoch} steps of {p.images_per_step}" for p in family.phases)
+    )
 
 
 def _rates(family: ResolvedRun) -> str:
-    """Peak learning rates, phase by phase, as they follow the images of a step: `0.004, then 0.002`."""
-    found = dict.fromkeys(f"{peak_rate(family.settings.optim.blr, p):.3g}" for p in family.phases)
-    return ", then ".join(found)
+    """Peak learning rates, phase by phase, scaled with the images of a step: `0.004, then 0.002`."""
+    blr = family.settings.optim.blr
+    return ", then ".join(dict.fromkeys(f"{peak_rate(blr, phase):.3g}" for phase in family.phases))
 
 
 def _targets(family: ResolvedRun) -> str:
     """`pixels`, or the ladder of targets: `hog of 8 px, hog of 16 px`."""
-    named = [t.name + (f" of {t.args['cell']} px" if "cell" in t.args else "") for t in family.spec.targets]
-    return ", ".join(named if len(set(named)) > 1 else named[:1])
+    names = [t.name + (f" of {t.args['cell']} px" if "cell" in t.args else "") for t in family.spec.targets]
+    return ", ".join(names if len(set(names)) > 1 else names[:1])

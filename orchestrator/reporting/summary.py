@@ -1,7 +1,6 @@
-"""The final table of a run: every depth, what it costs and what it is worth, beside its references.
+"""The final table of a run: cost and quality of every depth, beside its references.
 
-As text that a person reads in a terminal, and the same as rows for other programs (summary.json, summary.csv). Formats
-what `evaluation.py` measured; measures and prints nothing.
+As text for a terminal, and as rows for other programs (summary.json, summary.csv).
 """
 
 from __future__ import annotations
@@ -9,26 +8,25 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bim.orchestrator.evaluation.metric_info import COST, QUALITY, MetricInfo
+from bim.orchestrator.files import atomic_write
+from bim.orchestrator.tables import Key, note_lines, render
+
 if TYPE_CHECKING:
     from bim.orchestrator.evaluation.records import DepthReport
-from bim.orchestrator.reporting.table import Column, note_lines, table_lines
-from bim.orchestrator.text import NOT_MEASURED, _number, params_text, score_text, three_digits
 
-Row = dict[str, str | int | float | None]
+Cell = str | int | float | None
+Row = dict[str, Cell]
 
 COLUMNS = (
     "weights",
     "depth",
-    "params",
-    "gflops",
-    "latency_b1_ms",
-    "latency_b64_ms",
+    *(metric.key for metric in COST),
     "knn_top1",
     "knn_top1_se",
     "linear_top1",
@@ -36,7 +34,13 @@ COLUMNS = (
     "rankme",
 )
 
-SCORE_TITLES = (("kNN top-1 %", "knn_top1"), ("linear top-1 %", "linear_top1"), ("RankMe", "rankme"))
+NOTES = {
+    "MAE": "the end-to-end baseline, cut to the same depth",
+    "random": "the same depth before training",
+}
+"""Reference -> what it is, for the lines under a table."""
+
+NO_LABELS = "No accuracy: the data has no labels."
 
 
 def summary_rows(
@@ -45,10 +49,10 @@ def summary_rows(
     raw: Mapping[str, float] | None = None,
     baseline_reports: Sequence[DepthReport] = (),
 ) -> list[Row]:
-    """One flat row per measured thing, with the keys of `COLUMNS`; what was not measured is None.
+    """One flat row per model that was measured, with the keys of `COLUMNS`; what was not measured is None.
 
-    "weights" says what was measured: "trained", "mae" (the truncated baseline), "random" or "raw pixels".
-    raw: accuracies of raw pixels, by the names of `Scores.metrics`.
+    "weights" is one of "trained", "mae" (the truncated baseline), "random" and "raw pixels".
+    raw: accuracies of raw pixels, by the keys of `metric_info.METRICS`.
     """
     groups = (("trained", reports), ("mae", baseline_reports), ("random", random_reports))
     measured: list[tuple[str, int | None, Mapping[str, float]]] = [
@@ -72,36 +76,34 @@ def render_table(
     raw: Mapping[str, float] | None = None,
     baseline_reports: Sequence[DepthReport] = (),
 ) -> str:
-    """The table as plain text of at most 100 columns, with notes of at most 125 under it on what the figures are.
+    """The table as text of at most 100 columns, with notes under it on what the figures are.
 
     Arguments as in `summary_rows`. A column of which nothing was measured is left out.
     """
-    kinds = {"trained": reports, "MAE": baseline_reports, "random": random_reports}
+    groups = {"trained": reports, "MAE": baseline_reports, "random": random_reports}
     by_depth = {
-        kind: {report.depth: report.metrics() for report in group} for kind, group in kinds.items() if group
+        name: {report.depth: report.metrics() for report in group} for name, group in groups.items() if group
     }
     depths = sorted({depth for group in by_depth.values() for depth in group})
-    costs = {report.depth: report.metrics() for group in reversed(kinds.values()) for report in group}
-    raw = raw or {}
+    costs = {depth: values for group in reversed(by_depth.values()) for depth, values in group.items()}
 
-    cost_columns = [Column("depth", tuple(str(depth) for depth in depths))]
-    for title, key, form in (
-        ("params", "params", params_text),
-        ("GFLOPs", "gflops", three_digits),
-        ("ms b1", "latency_b1_ms", three_digits),
-        ("ms b64", "latency_b64_ms", three_digits),
-    ):
-        cells = tuple(form(costs[depth][key]) if key in costs[depth] else NOT_MEASURED for depth in depths)
-        cost_columns.append(Column(title, cells))
-    score_columns = []
-    for title, key in SCORE_TITLES:
-        pixels = score_text(raw, key) if raw else ""
-        for kind, group in by_depth.items():
-            cells = tuple(score_text(group.get(depth, {}), key) for depth in depths)
-            heading = (kind, title) if len(by_depth) > 1 else (title, "")
-            score_columns.append(Column(heading[0], cells, heading[1], pixels))
-            title = pixels = ""  # over and under the first column of the group only
-    return "\n".join((*table_lines(cost_columns, score_columns), "", *_notes(reports, by_depth)))
+    def key(metric: MetricInfo, name: str) -> Key:
+        return (metric.heading, name) if len(by_depth) > 1 else metric.heading
+
+    rows: list[dict[Key, str]] = []
+    for depth in depths:
+        row: dict[Key, str] = {"depth": str(depth)}
+        row |= {metric.heading: metric.cell(costs[depth]) for metric in COST}
+        row |= {
+            key(metric, name): metric.cell(group.get(depth, {}))
+            for metric in QUALITY
+            for name, group in by_depth.items()
+        }
+        rows.append(row)
+    if raw:
+        scored = [metric for metric in QUALITY if metric.key in raw]
+        rows.append({"depth": "raw pixels", **{key(m, "trained"): m.cell(raw) for m in scored}})
+    return "\n".join([render(rows), "", *_notes(reports, by_depth)])
 
 
 def write_summary(rows: Sequence[Row], folder: Path, columns: Sequence[str] = COLUMNS) -> tuple[Path, Path]:
@@ -113,89 +115,83 @@ def write_summary(rows: Sequence[Row], folder: Path, columns: Sequence[str] = CO
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return (
-        _replace(folder / "summary.json", json.dumps(list(rows), indent=2) + "\n"),
-        _replace(folder / "summary.csv", text.getvalue()),
-    )
+    folder.mkdir(parents=True, exist_ok=True)
+    as_json, as_csv = folder / "summary.json", folder / "summary.csv"
+    atomic_write(as_json, json.dumps(list(rows), indent=2) + "\n")
+    atomic_write(as_csv, text.getvalue())
+    return as_json, as_csv
+
+
+def number(value: str | float | None) -> float:
+    """The number in a cell of a row. Raises TypeError if it was not measured."""
+    if value is None:
+        raise TypeError("not measured")
+    return float(value)
 
 
 @dataclass(frozen=True)
 class ImprovementOverRandom:
-    """How far trained weights are ahead of random ones in one score, over several runs with other seeds.
+    """Difference between trained and random weights in one metric, over several runs with other seeds.
 
-    mean: mean difference, 0..1. error: standard error of one run's difference, not divided by the number of runs, since
-    they share their test images. least: the smallest difference of any run.
+    Args:
+        mean: mean difference, 0..1.
+        error: standard error of one run's difference, not divided by the number of runs, since they share their test
+            images.
+        min_difference: the smallest difference of any run.
     """
 
     depth: int
-    score: str
+    metric: str
     mean: float
     error: float
-    least: float
+    min_difference: float
 
 
 def improvements_over_random(runs: Sequence[Sequence[Row]]) -> list[ImprovementOverRandom]:
-    """Every depth's lead over its own random start, from the `summary.json` rows of several runs.
+    """The improvement of every depth over its own random start, from the `summary.json` rows of several runs.
 
-    Raises ValueError if a run has no scores, or other depths than the first.
+    Raises ValueError if a run has no accuracies, or other depths than the first.
     """
-    found = []
     tables = [{(row["weights"], row["depth"]): row for row in rows} for rows in runs]
     depths = sorted(
         {depth for weights, depth in tables[0] if weights == "trained" and isinstance(depth, int)}
     )
-    for score in ("knn_top1", "linear_top1"):
-        for depth in depths:
-            differences, variances = [], []
-            for table in tables:
-                try:
-                    trained, random = table["trained", depth], table["random", depth]
-                    differences.append(_number(trained[score]) - _number(random[score]))
-                    variances.append(
-                        _number(trained[f"{score}_se"]) ** 2 + _number(random[f"{score}_se"]) ** 2
-                    )
-                except (KeyError, TypeError):
-                    raise ValueError(f"a run has no {score} of depth {depth}, trained and random") from None
-            error = (sum(variances) / len(variances)) ** 0.5
-            found.append(
-                ImprovementOverRandom(
-                    depth, score, sum(differences) / len(differences), error, min(differences)
-                )
-            )
-    return found
+    return [
+        _improvement(tables, depth, metric.key) for metric in QUALITY if metric.percent for depth in depths
+    ]
 
 
-def _notes(
-    reports: Sequence[DepthReport], by_depth: Mapping[str, Mapping[int, Mapping[str, float]]]
-) -> list[str]:
+def _improvement(
+    tables: Sequence[Mapping[tuple[Cell, Cell], Row]], depth: int, key: str
+) -> ImprovementOverRandom:
+    differences, variances = [], []
+    for table in tables:
+        try:
+            trained, random = table["trained", depth], table["random", depth]
+            differences.append(number(trained[key]) - number(random[key]))
+            variances.append(number(trained[f"{key}_se"]) ** 2 + number(random[f"{key}_se"]) ** 2)
+        except (KeyError, TypeError):
+            raise ValueError(f"a run has no {key} of depth {depth}, trained and random") from None
+    mean, error = sum(differences) / len(differences), (sum(variances) / len(variances)) ** 0.5
+    return ImprovementOverRandom(depth, key, mean, error, min(differences))
+
+
+def _notes(reports: Sequence[DepthReport], groups: Mapping[str, object]) -> list[str]:
     """What the figures are, a line each; only what the table shows is explained."""
     notes = []
-    tested = next((report.n_test for report in reports if report.n_test), 0)
-    if tested:
-        notes.append(("±", f"one standard error on {tested:,} test images"))
-    ranked = next((report.n_ranked for report in reports if report.n_ranked), 0)
-    if ranked:
-        what = f"effective rank of the embeddings of {ranked:,} training images"
-        notes.append(("RankMe", f"{what}; more is better, at most the embedding's width"))
-    if tested or ranked:
-        if "MAE" in by_depth:
-            notes.append(("MAE", "the end-to-end baseline, cut to the same depth"))
-        if "random" in by_depth:
-            notes.append(("random", "the same depth before training"))
+    num_test = next((report.n_test for report in reports if report.n_test), 0)
+    if num_test:
+        notes.append(("±", f"one standard error on {num_test:,} test images"))
+    num_ranked = next((report.n_ranked for report in reports if report.n_ranked), 0)
+    if num_ranked:
+        rank = f"effective rank of embeddings of {num_ranked:,} training images, at most their width"
+        notes.append(("RankMe", f"{rank}; more is better"))
+    if num_test or num_ranked:
+        notes += [(name, text) for name, text in NOTES.items() if name in groups]
     size = next((report.image_size for report in reports if report.image_size), None)
     pixels = f" of {size[0]} x {size[1]} pixels" if size else ""
     notes.append(("GFLOPs", f"2 x multiply-accumulates, one image{pixels}"))
     device = next((report.device for report in reports if report.device), "")
     if device:
         notes.append(("ms", f"median time of a batch of 1 and of 64 on {device}"))
-    lines = note_lines(notes)
-    return lines if tested else [*lines, "No accuracy: the data has no labels."]
-
-
-def _replace(path: Path, text: str) -> Path:
-    """Write by renaming: whoever reads finds the old file or the new one, never a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)
-    return path
+    return note_lines(notes) + [NO_LABELS] * (not num_test)

@@ -1,7 +1,4 @@
-"""What a person reads in MLflow about a run and its depth variants: their record, and the texts made from it.
-
-Pure values and text; knows no MLflow. Serves `tracking.py`.
-"""
+"""The texts on MLflow's pages of a run and of its depth variants: records in, Markdown out."""
 
 from __future__ import annotations
 
@@ -10,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from bim.orchestrator.text import rank_text
+from bim.orchestrator.evaluation.metric_info import COST, METRICS, QUALITY
+from bim.orchestrator.tables import render
 from bim.orchestrator.tracking.records import DepthRecord
 
 CURVE_POINTS = 500
-"""Points of a curve on a child run; the parent run keeps them all."""
-
-ACCURACIES = (("knn_top1", "kNN top-1"), ("linear_top1", "linear probe top-1"))
+"""Points of a curve on a child run; the parent run has all of them."""
 
 VIEW = "depth-variants"
 """Key of the saved view of the runs table that `runs_view` describes."""
@@ -30,52 +26,28 @@ def downsample(curve: Sequence[tuple[int, float]], points: int = CURVE_POINTS) -
 
 
 def rounded(value: float) -> float:
-    """Four significant digits, or the whole number: what MLflow's tables can show. 0.91178 -> 0.9118."""
+    """Four significant digits, or the whole number, which fit MLflow's tables. 0.91178 -> 0.9118."""
     return float(round(value)) if abs(value) >= 1e4 else float(f"{value:.4g}")
 
 
 def summary_line(record: DepthRecord) -> str:
-    """One variant in a line: what it is worth and what it costs."""
-    m = record.metrics
-    parts = [f"{name} {text}" for name, text in _worth(m).items()]
-    if "params" in m:
-        parts.append(f"{m['params'] / 1e6:.2f} M parameters")
-    if "gflops" in m:
-        parts.append(f"{m['gflops']:.3g} GFLOPs")
-    if "latency_b1_ms" in m:
-        parts.append(f"{m['latency_b1_ms']:.3g} ms per image")
-    return ", ".join(parts)
+    """The quality and the cost of one variant in a line."""
+    values = record.metrics
+    quality = [f"{m.name} {m.cell(values)}{' %' * m.percent}" for m in QUALITY if m.key in values]
+    return "; ".join([*quality, *(f"{m.text(values[m.key])} {m.name}" for m in COST if m.key in values)])
 
 
 def depth_rows(records: Sequence[DepthRecord]) -> list[dict[str, str]]:
-    """The results of some variants as rows for people: accuracies with standard errors or RankMe, sizes in millions."""
-    rows = []
-    for record in records:
-        m = record.metrics
-        row = {"model": record.title, **_worth(m)}
-        if "params" in m:
-            row["parameters"] = f"{m['params'] / 1e6:.2f} M"
-        if "gflops" in m:
-            row["GFLOPs"] = f"{m['gflops']:.3g}"
-        for key, name in (("latency_b1_ms", "ms, batch 1"), ("latency_b64_ms", "ms, batch 64")):
-            if key in m:
-                row[name] = f"{m[key]:.3g}"
-        rows.append(row)
-    return rows
-
-
-def results_table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows as preformatted Markdown; the columns are their keys in order of appearance.
-
-    MLflow sets a Markdown table without any space between its columns.
-    """
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns] + [[str(row.get(column, "")) for column in columns] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = [
-        "   ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells
+    """The results of some variants as rows for `results_table`."""
+    return [
+        {"model": record.title, **{m.heading: m.cell(record.metrics) for m in METRICS.values()}}
+        for record in records
     ]
-    return fenced("\n".join(lines))
+
+
+def results_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows as preformatted text; MLflow sets a Markdown table without any space between its columns."""
+    return fenced(render(rows, align="left"))
 
 
 def loading_note(model_name: str, alias: str, store: str | None) -> str:
@@ -102,7 +74,7 @@ def fenced(text: str) -> str:
 
 
 def pages(experiment_id: str) -> str:
-    """Markdown links from a run to what one looks for next."""
+    """Markdown links from a run to the variants and the models of all runs."""
     experiment = f"#/experiments/{experiment_id}"
     return (
         f"[The depth variants of all runs]({experiment}/runs?viewStateShareKey={VIEW}&workflowType=machine_learning), "
@@ -112,14 +84,12 @@ def pages(experiment_id: str) -> str:
 
 
 def runs_view(now: int) -> str:
-    """A saved view of the runs table, as MLflow 3.15 and later keep it: the depth variants of all runs, the best first.
+    """A saved view of the runs table in the format of MLflow 3.15 and later: the depth variants of all runs, the best first.
 
     MLflow's own page of models can be sorted by date only. now: milliseconds since 1970.
     """
-    metrics = [
-        f"metrics.`{name}`"
-        for name in ("knn_top1", "linear_top1", "rankme", "latency_b1_ms", "params", "gflops")
-    ]
+    keys = [*(metric.key for metric in QUALITY), "latency_b1_ms", "params", "gflops"]
+    metrics = [f"metrics.`{key}`" for key in keys]
     first = ["attributes.`Run Name`", "runDateAndNestInfo", "duration"]
     state = {
         "selectedColumns": ["attributes.`Models`", *metrics],
@@ -131,17 +101,3 @@ def runs_view(now: int) -> str:
     }
     view = {"name": "Depth variants", "createdAt": now, "updatedAt": now, "state": json.dumps(state)}
     return json.dumps(view)
-
-
-def _worth(metrics: Mapping[str, float]) -> dict[str, str]:
-    """What was measured of the scores, by their names in words."""
-    named = {
-        name: _with_error(metrics[key], metrics.get(f"{key}_se"))
-        for key, name in ACCURACIES
-        if key in metrics
-    }
-    return named | ({"RankMe": rank_text(metrics["rankme"])} if "rankme" in metrics else {})
-
-
-def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"

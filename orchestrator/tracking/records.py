@@ -27,7 +27,7 @@ class DepthRecord:
     folder: Path
     """Its timm folder: model.safetensors, config.json, README.md."""
     metrics: Mapping[str, float]
-    """Evaluation, by the names of `DepthReport.metrics()`: knn_top1, linear_top1, rankme, params, gflops, ..."""
+    """Evaluation, by the keys of `metric_info.METRICS`."""
     params: Mapping[str, object] = field(default_factory=dict)
     """The few settings that make this variant; the rest is on the parent run."""
     curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
@@ -47,6 +47,6 @@ class DepthRecord:
         return f"{self.series}-depth{self.depth}".lstrip("-")
 
     def digest(self) -> str:
-        """Of the weights: equal weights are the same model, however often a run is finished."""
+        """SHA-256 of the weights: equal weights are the same logged model, however often a run is finished."""
         with (self.folder / "model.safetensors").open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

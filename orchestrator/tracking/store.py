@@ -1,7 +1,7 @@
-"""Where the MLflow store is: how to show its address, whether it can be reached, how a person opens its pages.
+"""The address of the MLflow store: how it is shown, whether it can be reached, how its pages are opened.
 
 MLflow itself waits minutes for a server and up to an hour for a database that does not answer; here a wrong address is
-known in seconds, before anything starts. Knows no MLflow; serves `tracking.py`.
+an error within seconds, before anything starts.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from urllib.parse import unquote, urlsplit
 
 try:
     import fcntl
-except ImportError:  # where there is none, runs must not be started at the same moment in a new folder
+except ImportError:  # without it, runs must not be started at the same moment in a new folder
     fcntl = None  # type: ignore[assignment]
 
 CONNECT_TIMEOUT_S = 5.0
-"""How long a store may take to answer at the start."""
+"""Seconds that a store may take to answer at the start."""
 
 LOCK_TIMEOUT_S = 60.0
-"""How long a process waits for another one that opens the same SQLite store; MLflow makes its tables in about 5 s."""
+"""Seconds that a process waits for another one that opens the same SQLite store; MLflow makes its tables in about 5 s."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class StoreAddress:
 
     @property
     def is_default(self) -> bool:
-        """What MLflow uses in this folder when it is told nothing."""
+        """Whether MLflow uses this store in this folder by default."""
         return self.sqlite_file == Path("mlflow.db").absolute()
 
-    def to_name(self) -> str | None:
-        """The URI that a reader in this folder must set; None if nothing."""
+    def uri_to_set(self) -> str | None:
+        """The tracking URI that a reader in this folder must set; None for MLflow's default."""
         return None if self.is_default else str(self)
 
     def artifact_folder(self, experiment: str) -> str | None:
@@ -72,19 +72,19 @@ class StoreAddress:
             return None
         return (file.parent / "mlruns" / re.sub(r"[^\w.-]+", "-", experiment)).as_uri()
 
-    def ui_hint(self, experiment_id: str, run_id: str) -> str:
-        """What a person does to see the run: an address, preceded by a command if no server shows it yet."""
+    def ui_hint(self, experiment_id: str, run_id: str) -> tuple[str | None, str]:
+        """The command that starts MLflow's pages, None if a server shows them already, and the address of the run there."""
         # Without this parameter the pages of MLflow 3 open as those for language models, where models are hidden.
         page = f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
         if self.is_http:
-            return f"{str(self).rstrip('/')}/{page}"
+            return None, f"{str(self).rstrip('/')}/{page}"
         command = "mlflow ui" if self.is_default else f"mlflow ui --backend-store-uri '{self}'"
-        return f"{command}   then open http://127.0.0.1:5000/{page}"
+        return command, f"http://127.0.0.1:5000/{page}"
 
     def probe(self) -> None:
-        """Try a database once, and to write if it is SQLite. A server is tried by its first request instead.
+        """Connect to a database once, and write if it is SQLite. A server is tried by its first request instead.
 
-        Raises whatever says why it cannot be used: OSError, sqlite3.Error, or an error of SQLAlchemy.
+        Raises OSError, sqlite3.Error or an error of SQLAlchemy if it cannot be used.
         """
         file = self.sqlite_file
         parts = urlsplit(self.uri)
@@ -94,7 +94,7 @@ class StoreAddress:
                 database.execute("BEGIN IMMEDIATE")
                 database.execute("ROLLBACK")
         elif not self.is_http and parts.hostname:
-            import sqlalchemy  # comes with mlflow; wanted only for databases on servers
+            import sqlalchemy  # comes with mlflow; only databases on servers need it
 
             ports = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
             port = parts.port or ports.get(parts.scheme.partition("+")[0])
@@ -109,23 +109,22 @@ class StoreAddress:
 
 @contextlib.contextmanager
 def exclusive_lock(address: StoreAddress) -> Iterator[None]:
-    """Within the block no other process of this machine is in such a block of the same SQLite store.
+    """Hold a lock that no other process of this machine holds for the same SQLite store.
 
     Several runs started at once in a new folder find no database, each makes MLflow's tables, and all but one fail
-    ("table alembic_version already exists"). Stores on servers have been made by their server: nobody waits for them.
+    ("table alembic_version already exists"). Stores on servers have been made by their server and need no lock.
     """
     file = address.sqlite_file
     if file is None or fcntl is None:
         yield
         return
-    # Not the database itself: where locks of files are emulated (NFS), this one would be SQLite's own.
+    # Not the database itself: on file systems that emulate flock (NFS) the lock would collide with SQLite's own.
     name = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]
-    lock = os.open(
-        Path(tempfile.gettempdir()) / f"mlflow-store-{os.getuid()}-{name}.lock", os.O_RDWR | os.O_CREAT, 0o600
-    )
+    path = Path(tempfile.gettempdir()) / f"mlflow-store-{os.getuid()}-{name}.lock"
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        until = time.monotonic() + LOCK_TIMEOUT_S
-        while time.monotonic() < until:  # a process that hangs does not stop the others for good
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        while time.monotonic() < deadline:  # a process that hangs does not stop the others for good
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -133,53 +132,53 @@ def exclusive_lock(address: StoreAddress) -> Iterator[None]:
                 time.sleep(0.1)
         yield
     finally:
-        os.close(lock)  # and with it goes the lock
+        os.close(lock)  # releases the lock
 
 
 @contextlib.contextmanager
 def http_timeouts(retries: int, seconds: int) -> Iterator[None]:
-    """How long MLflow's HTTP client tries, within the block, where it also prints no addresses.
+    """Limit retries and seconds of MLflow's HTTP client, which also prints no addresses within the block.
 
     What the user has set in the environment stays. MLflow reads these variables at every request and has no other
-    way to be told.
+    interface for them.
     """
-    wanted = {
+    defaults = {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds),
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     }
-    ours = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(ours)
+    added = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        for name in ours:
+        for name in added:
             os.environ.pop(name, None)
 
 
 @contextlib.contextmanager
 def quiet_client_logs() -> Iterator[None]:
-    """Within the block the client's own logs of failed attempts, pages long each, are left out; we say it in a line."""
+    """Suppress the client's own logs of failed attempts, pages long each; the tracker logs one line."""
 
-    def keep(record: logging.LogRecord) -> bool:
+    def is_foreign(record: logging.LogRecord) -> bool:
         return "mlflow" not in f"{record.name} {record.getMessage()}"
 
     loggers = [logging.getLogger(name) for name in ("mlflow.store.db.utils", "urllib3.connectionpool")]
     for logger in loggers:
-        logger.addFilter(keep)
+        logger.addFilter(is_foreign)
     try:
         yield
     finally:
         for logger in loggers:
-            logger.removeFilter(keep)
+            logger.removeFilter(is_foreign)
 
 
 def summarize_error(error: BaseException, length: int = 160) -> str:
-    """Why, in a few words, out of an error that may be long and nested."""
+    """The cause in a few words, out of an error message that may be long and nested."""
     text = str(error).strip() or type(error).__name__
-    inner = re.findall(r"\[Errno -?\d+\] ([^\"')\]]+)|Failed to resolve '[^']+'|timed out", text)
-    if inner:
-        return inner[-1].strip(" :") or ("timed out" if "timed out" in text else "unknown host name")
+    causes = re.findall(r"\[Errno -?\d+\] ([^\"')\]]+)|Failed to resolve '[^']+'|timed out", text)
+    if causes:
+        return causes[-1].strip(" :") or ("timed out" if "timed out" in text else "unknown host name")
     if "Can't load plugin: sqlalchemy.dialects:" in text:
         return f"'{text.rpartition(':')[2]}' is no kind of store that MLflow knows"
     if "OperationalError) " in text:

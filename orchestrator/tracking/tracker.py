@@ -1,19 +1,17 @@
 """The record of a run in MLflow: a parent run, and a child run and a logged model per depth variant.
 
-With `tracking_depths.py` and `tracking_trials.py` the only code that speaks MLflow; the driver alone uses it. A store
-that cannot be reached is an error at the start and never later: metrics wait in `metrics.jsonl`, files stay in the
-output directory, the training goes on.
+Only the driver uses it. A store that cannot be reached is an error at the start and never later: metrics wait in
+`metrics.jsonl`, files stay in the output directory, the training goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
+import io
 import json
 import logging
 import re
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -26,6 +24,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
+from bim.orchestrator.files import atomic_write
 from bim.orchestrator.runs.provenance import Provenance
 from bim.orchestrator.tracking.background_upload import BackgroundUploader, RetryQueue
 from bim.orchestrator.tracking.descriptions import VIEW, pages, picture, runs_view
@@ -40,14 +39,15 @@ from bim.orchestrator.tracking.store import (
     summarize_error,
 )
 from bim.orchestrator.tracking.trial_runs import TrialRuns
-from bim.orchestrator.tracking.variant_runs import DESCRIPTION_TAG, DepthRuns, origin
+from bim.orchestrator.tracking.variant_runs import DESCRIPTION_TAG, DepthRuns, source_tags
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from bim.orchestrator.search.results import TrialRow
 
-SHOWN_PACKAGES = ("torch", "timm", "ray")  # as tags; provenance.json has them all
+TAGGED_PACKAGES = ("torch", "timm", "ray")
+"""Packages whose versions are tags of the run; provenance.json has all of them."""
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -61,8 +61,8 @@ class TrackingError(ValueError):
 class Tracker:
     """One run's record. A context manager: leaving it by an exception ends the run as FAILED or KILLED.
 
-    After `open` nothing raises on account of the store. What it did not take is said in one line, kept in `out`, and
-    offered again when the run ends.
+    After `open` nothing raises because of the store. What could not be uploaded is one line in the log, stays in
+    `out`, and is tried again when the run ends.
     """
 
     def __init__(
@@ -78,19 +78,17 @@ class Tracker:
         self.run_id: str = run.info.run_id
         self.experiment_id: str = run.info.experiment_id
         self._client, self._address = client, address
-        self._open_things = contextlib.ExitStack()
-        self._open_things.enter_context(http_timeouts(retries=1, seconds=60))
-        self._open_things.enter_context(quiet_client_logs())
-        self._debts = RetryQueue(
-            str(address), _refused, away=lambda: self._courier is not None and self._courier.down
-        )
-        self._depths = DepthRuns(client, run, model_name, address.to_name())
+        self._resources = contextlib.ExitStack()
+        self._resources.enter_context(http_timeouts(retries=1, seconds=60))
+        self._resources.enter_context(quiet_client_logs())
+        self._uploader: BackgroundUploader | None = None
+        self._retries = RetryQueue(str(address), _is_permanent, self._store_is_unavailable)
+        self._depths = DepthRuns(client, run, model_name, address.uri_to_set())
         self._trials = TrialRuns(client, run)
         self._trial_rows: dict[int, TrialRow] = {}
         self._metrics = MetricLog(out / "metrics.jsonl", same_store=continued)
         self._events = out / "events.log"
         self._events_sent = 0
-        self._courier: BackgroundUploader | None = None
 
     @classmethod
     def open(
@@ -104,14 +102,18 @@ class Tracker:
         parent_run_id: str | None = None,
         interval: float = 2.0,
     ) -> Tracker:
-        """Start a run, or go on with the one that `recorded_run(out)` gave.
+        """Start a run, or continue the one that `recorded_run(out)` gave.
 
-        Metrics that lie in `out` already belong to the run: what its store has not received is sent.
+        Metrics in `out` belong to the run: those that its store has not received are sent.
 
-        uri: MLflow tracking URI; None is MLflow's own default (MLFLOW_TRACKING_URI, else ./mlflow.db).
-        model_name: the registered model whose versions the depth variants become; None is the experiment's name.
-        parent_run_id: the run below which a new one stands; a run of several backbones has one for each.
-        interval: seconds between two deliveries of metrics. Raises TrackingError, within seconds.
+        Args:
+            uri: MLflow tracking URI; None is MLflow's own default (MLFLOW_TRACKING_URI, else ./mlflow.db).
+            model_name: the registered model whose versions the depth variants become; None is the experiment's name.
+            parent_run_id: the parent of a new run; a run of several backbones has a child run for each.
+            interval: seconds between two uploads of metrics.
+
+        Raises:
+            TrackingError: within seconds.
         """
         model_name = model_name or experiment
         if re.search(r"[/:]", model_name):
@@ -129,10 +131,10 @@ class Tracker:
                 address.probe()
                 client = MlflowClient(tracking_uri=address.uri)
                 if resume_run_id is None:
-                    where = _experiment(client, experiment, address)
-                    run = _new_run(client, where, run_name, parent_run_id)
+                    experiment_id = _experiment(client, experiment, address)
+                    run = _new_run(client, experiment_id, run_name, parent_run_id)
                 else:
-                    run = _continued_run(client, resume_run_id, address)
+                    run = _resumed_run(client, resume_run_id, address)
         except TrackingError:
             raise
         except Exception as error:  # each kind of store has its own errors
@@ -141,10 +143,10 @@ class Tracker:
                 "start or repair it, or give another one with --tracking.uri (sqlite:///mlflow.db needs no server)"
             ) from error
         tracker = cls(client, address, run, out, model_name, continued=resume_run_id is not None)
-        note = {"run_id": tracker.run_id, "experiment_id": tracker.experiment_id, "uri": str(address)}
-        (out / "tracking.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-        tracker._courier = BackgroundUploader(
-            [tracker._carry_metrics, tracker._carry_events], str(address), str(out), interval
+        record = {"run_id": tracker.run_id, "experiment_id": tracker.experiment_id, "uri": str(address)}
+        atomic_write(out / "tracking.json", json.dumps(record, indent=2) + "\n")
+        tracker._uploader = BackgroundUploader(
+            [tracker._upload_metrics, tracker._upload_events], str(address), str(out), interval
         )
         return tracker
 
@@ -157,33 +159,30 @@ class Tracker:
             return None
 
     @property
-    def store_to_name(self) -> str | None:
-        """The tracking URI that a reader must set before loading a model; None where it is MLflow's default."""
-        return self._address.to_name()
+    def uri_to_set(self) -> str | None:
+        """The tracking URI that a reader must set before loading a model; None for MLflow's default."""
+        return self._address.uri_to_set()
 
-    def ui_hint(self) -> str:
-        """What a person does to see this run: a command and an address, or the address alone for a server."""
+    def ui_hint(self) -> tuple[str | None, str]:
+        """The command that starts MLflow's pages, None if a server shows them already, and this run's address there."""
         return self._address.ui_hint(self.experiment_id, self.run_id)
 
     # -- while training -----------------------------------------------------------------------------------------
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Record values of one step, names like block2/loss. Costs one line in a file; never blocks or raises."""
+        """Record values of one step, names like block2/loss. Appends one line to a file; never blocks or raises."""
         self._metrics.append(step, values)
 
     def rewind(self, step: int, prefix: str = "") -> None:
-        """The training goes on after `step`: forget what was recorded later. After a restart and at --resume.
-
-        prefix: of the metrics of a second training in the same run, recorded behind the first ("mae/").
-        """
+        """Drop what was recorded after `step`, from which the training continues; see `MetricLog.rewind`."""
         self._metrics.rewind(step, prefix)
 
     def history(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) of one metric so far, processes before this one included."""
+        """(step, value) of one metric so far, earlier processes included."""
         return self._metrics.history(name)
 
     def log_event(self, text: str) -> None:
-        """Record something that happened once (a restart, skipped images) with its time, in events.log."""
+        """Record an event (a restart, skipped images) with its time, in events.log."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         with contextlib.suppress(OSError), self._events.open("a", encoding="utf-8") as file:
             file.write(f"{stamp}  {text}\n")
@@ -194,21 +193,21 @@ class Tracker:
         """Settings as parameters (flat: mask.ratio -> 0.6) and whole, as settings.yaml."""
 
         def job() -> None:
-            known = self._client.get_run(self.run_id).data.params
+            recorded = self._client.get_run(self.run_id).data.params
             new = {key: str(value)[:6000] for key, value in flat.items()}
-            params = [Param(key, value) for key, value in new.items() if key not in known]
+            params = [Param(key, value) for key, value in new.items() if key not in recorded]
             self._client.log_batch(self.run_id, params=params)
             # MLflow never changes a parameter.
-            for key in sorted(key for key, value in known.items() if new.get(key, value) != value):
-                self.log_event(f"resumed with {key} = {new[key]} (started with {known[key]})")
+            for key in sorted(key for key, value in recorded.items() if new.get(key, value) != value):
+                self.log_event(f"resumed with {key} = {new[key]} (started with {recorded[key]})")
             self._client.log_text(self.run_id, yaml_text, "settings.yaml")
 
-        self._debts.do("the settings", job)
+        self._retries.submit("the settings", job)
 
     def log_provenance(self, record: Provenance) -> None:
-        """Code revision, versions, hardware and data: whole as provenance.json, the gist as tags and a dataset."""
+        """Code revision, versions, hardware and data as provenance.json; the main ones as tags and a dataset."""
         tags = {"hardware": str(record.hardware), "python": record.python}
-        tags |= {name: version for name, version in record.packages.items() if name in SHOWN_PACKAGES}
+        tags |= {name: version for name, version in record.packages.items() if name in TAGGED_PACKAGES}
         if record.code.commit is not None:
             tags["mlflow.source.git.commit"] = record.code.commit
             tags["git_dirty"] = str(record.code.dirty).lower()
@@ -226,95 +225,91 @@ class Tracker:
             self._client.log_dict(self.run_id, record.as_dict(), "provenance.json")
             self._depths.log_dataset(self.run_id)
 
-        self._debts.do("the provenance", job)
+        self._retries.submit("the provenance", job)
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
         """Tags of the parent run."""
         pairs = [RunTag(key, str(value)) for key, value in tags.items()]
-        self._debts.do("tags", lambda: self._client.log_batch(self.run_id, tags=pairs))
+        self._retries.submit("tags", lambda: self._client.log_batch(self.run_id, tags=pairs))
 
     def remove_tag(self, key: str) -> None:
-        """Take a tag off the parent run, if it is there."""
+        """Remove a tag of the parent run, if it exists."""
 
         def job() -> None:
             if key in self._client.get_run(self.run_id).data.tags:
                 self._client.delete_tag(self.run_id, key)
 
-        self._debts.do("tags", job)
+        self._retries.submit("tags", job)
 
     def describe(self, markdown: str, pictures: Sequence[str] = ()) -> None:
-        """The text at the head of the parent run's page, with links to the pages beside it.
+        """The description at the top of the parent run's page, with links to related pages.
 
         pictures: names given to `log_picture`, shown below the text.
         """
         parts = [markdown, pages(self.experiment_id)]
         parts += [picture(self.run_id, f"pictures/{name}.png") for name in pictures]
         note = "\n\n".join(parts)
-        self._debts.do("the description", lambda: self._client.set_tag(self.run_id, DESCRIPTION_TAG, note))
+        self._retries.submit(
+            "the description", lambda: self._client.set_tag(self.run_id, DESCRIPTION_TAG, note)
+        )
 
     def log_picture(self, figure: Path | Figure, name: str) -> Path:
         """A picture on the parent run, kept as out/pictures/NAME.png. Returns the file."""
         path = self.out / "pictures" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not isinstance(figure, Path):
-            figure.savefig(path, dpi=120, bbox_inches="tight")
-        elif figure.resolve() != path.resolve():
-            shutil.copyfile(figure, path)
+        if isinstance(figure, Path):
+            content = figure.read_bytes()
+        else:
+            png = io.BytesIO()
+            figure.savefig(png, format="png", dpi=120, bbox_inches="tight")
+            content = png.getvalue()
+        atomic_write(path, content)
         self.log_file(path, "pictures")
-        return path
-
-    def log_table(self, rows: Sequence[Mapping[str, object]], name: str) -> Path:
-        """A table on the parent run, written to out/NAME.csv (MLflow shows that as a table). Returns the file."""
-        path = self.out / f"{name}.csv"
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        self.log_file(path)
         return path
 
     def log_file(self, path: Path, folder: str | None = None) -> None:
         """A file of the output directory on the parent run."""
-        self._debts.do(path.name, lambda: self._client.log_artifact(self.run_id, str(path), folder))
+        self._retries.submit(path.name, lambda: self._client.log_artifact(self.run_id, str(path), folder))
 
     def log_depth(self, record: DepthRecord, model_name: str | None = None) -> str | None:
         """Child run and logged model of one variant; one of this run (not of a baseline) is also registered.
 
-        model_name: the registered model of which it becomes a version; None is the experiment's name. Finishing a
-        run twice uses what is there: the same child run, and the same model if its weights are equal. Returns the
-        address that `mlflow.artifacts.download_artifacts` takes, None if the store has not taken it yet.
+        Finishing a run twice uses the existing child run, and the existing model if its weights are equal.
+        model_name: the registered model of which it becomes a version; None is the experiment's name. Returns the
+        address that `mlflow.artifacts.download_artifacts` takes, None if the upload is pending.
         """
-        return self._debts.do(record.title, lambda: self._depths.send(record, model_name))
+        return self._retries.submit(record.title, lambda: self._depths.send(record, model_name))
 
     def log_trial(self, row: TrialRow, metric: str) -> None:
-        """A child run for one trial of a search, with what is known of it by now. metric: what its scores are."""
+        """A child run for one trial of a search in its present state. metric: the key of its scores."""
         self._trial_rows[row.number] = row
-        what = f"trial {row.number}"
-        if what not in self._debts.open:  # one that is owed is sent as it is known by then
-            self._debts.do(what, lambda: self._trials.send(self._trial_rows[row.number], metric))
+        name = f"trial {row.number}"
+        if name not in self._retries.pending:  # a pending trial is sent in the state that it has by then
+            self._retries.submit(name, lambda: self._trials.send(self._trial_rows[row.number], metric))
 
     # -- the end ------------------------------------------------------------------------------------------------
 
-    def finish(self, status: Status = "FINISHED", patience: float = 20.0) -> bool:
-        """Send what is left and end the run. Waits at most `patience` seconds for metrics. True if all arrived."""
-        if self._courier is None:
-            return not self._debts.open
-        courier, self._courier = self._courier, None
-        delivered = courier.close(patience)
-        arrived = False
-        if delivered:
+    def finish(self, status: Status = "FINISHED", timeout: float = 20.0) -> bool:
+        """Send what is left and end the run. Waits at most `timeout` seconds for metrics. True if all arrived."""
+        if self._uploader is None:
+            return not self._retries.pending
+        uploader, self._uploader = self._uploader, None
+        metrics_sent = uploader.close(timeout)
+        complete = False
+        if metrics_sent:
             for row in [row for row in self._trial_rows.values() if row.status == "running"]:
-                self._debts.do(f"the end of trial {row.number}", partial(self._trials.cut_off, row))
-            self._debts.do("the end of the run", lambda: self._client.set_terminated(self.run_id, status))
-            arrived = self._debts.settle()
-        if not arrived:
-            missing = ["the last metrics"] * (not delivered) + self._debts.open
-            log.warning(
-                "MLflow at %s has not taken %s; look in %s", self._address, ", ".join(missing), self.out
+                self._retries.submit(
+                    f"the end of trial {row.number}", partial(self._trials.mark_cut_off, row)
+                )
+            self._retries.submit(
+                "the end of the run", lambda: self._client.set_terminated(self.run_id, status)
             )
-        self._open_things.close()
-        return arrived
+            complete = self._retries.flush()
+        if not complete:
+            missing = ", ".join(["the last metrics"] * (not metrics_sent) + self._retries.pending)
+            log.warning("MLflow at %s: not uploaded: %s; kept in %s", self._address, missing, self.out)
+        self._resources.close()
+        return complete
 
     def __enter__(self) -> Self:
         return self
@@ -327,9 +322,12 @@ class Tracker:
         else:
             self.finish("FAILED" if issubclass(kind, Exception) else "KILLED")
 
-    # -- towards the store --------------------------------------------------------------------------------------
+    # -- upload -------------------------------------------------------------------------------------------------
 
-    def _carry_metrics(self) -> None:
+    def _store_is_unavailable(self) -> bool:
+        return self._uploader is not None and self._uploader.is_unavailable
+
+    def _upload_metrics(self) -> None:
         self._metrics.deliver(self._send_points)
 
     def _send_points(self, points: Sequence[MetricPoint]) -> None:
@@ -338,13 +336,13 @@ class Tracker:
         try:
             self._client.log_batch(self.run_id, metrics=metrics)
         except MlflowException as error:
-            if not _refused(error):
+            if not _is_permanent(error):
                 raise
             log.warning(
                 "MLflow refused %d metrics of run %s (%s)", len(points), self.run_id, summarize_error(error)
             )
 
-    def _carry_events(self) -> None:
+    def _upload_events(self) -> None:
         size = self._events.stat().st_size if self._events.exists() else 0
         if size != self._events_sent:
             self._client.log_artifact(self.run_id, str(self._events))
@@ -352,47 +350,48 @@ class Tracker:
 
 
 def _experiment(client: MlflowClient, name: str, address: StoreAddress) -> str:
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         # The kind tells MLflow's pages to show runs and models rather than traces of language models.
         kind = {"mlflow.experimentKind": "custom_model_development"}
         try:
-            found = client.get_experiment(client.create_experiment(name, address.artifact_folder(name), kind))
+            experiment_id = client.create_experiment(name, address.artifact_folder(name), kind)
+            experiment = client.get_experiment(experiment_id)
         except MlflowException as error:
-            found = client.get_experiment_by_name(name)  # another run may have made it since
-            if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
+            experiment = client.get_experiment_by_name(name)  # another run may have created it since
+            if error.error_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:
                 raise
-    if found.lifecycle_stage != "active":
+    if experiment.lifecycle_stage != "active":
         raise TrackingError(
             f"the experiment {name!r} of the MLflow store {address} was deleted; choose another --tracking.experiment, "
-            f"or bring it back with: mlflow experiments restore -x {found.experiment_id}"
+            f"or bring it back with: mlflow experiments restore -x {experiment.experiment_id}"
         )
     view = f"mlflow.sharedViewState.{VIEW}"
-    if view not in found.tags:
-        client.set_experiment_tag(found.experiment_id, view, runs_view(int(1000 * time.time())))
-    return str(found.experiment_id)
+    if view not in experiment.tags:
+        client.set_experiment_tag(experiment.experiment_id, view, runs_view(int(1000 * time.time())))
+    return str(experiment.experiment_id)
 
 
 def _new_run(client: MlflowClient, experiment_id: str, name: str, parent_run_id: str | None) -> Run:
-    below = {} if parent_run_id is None else {"mlflow.parentRunId": parent_run_id}
-    return client.create_run(experiment_id, tags=origin() | below, run_name=name)
+    parent = {} if parent_run_id is None else {"mlflow.parentRunId": parent_run_id}
+    return client.create_run(experiment_id, tags=source_tags() | parent, run_name=name)
 
 
-def _continued_run(client: MlflowClient, run_id: str, address: StoreAddress) -> Run:
+def _resumed_run(client: MlflowClient, run_id: str, address: StoreAddress) -> Run:
     try:
         run = client.get_run(run_id)
         client.update_run(run_id, "RUNNING")
     except MlflowException as error:
-        if not _refused(error):
+        if not _is_permanent(error):
             raise
         raise TrackingError(
             f"the run {run_id} that is to be resumed is not in the MLflow store {address}; give --tracking.uri its "
-            "store, or remove tracking.json from the output directory to go on as a new run"
+            "store, or remove tracking.json from the output directory to continue as a new run"
         ) from error
     return run
 
 
-def _refused(error: Exception) -> bool:
-    """The store is there and the request is at fault: to repeat it would be in vain."""
+def _is_permanent(error: Exception) -> bool:
+    """Whether the store answers and refuses the request, so that repeating it does not help."""
     codes = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
     return isinstance(error, MlflowException) and error.error_code in codes

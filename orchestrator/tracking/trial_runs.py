@@ -1,6 +1,6 @@
-"""The trials of a search in MLflow: a child run for each, with its settings, its scores over the epochs, and why it ended.
+"""The trials of a search in MLflow: a child run for each, with its settings, its scores over the epochs and its end.
 
-Part of `tracking.py`, which alone uses it. Everything here may raise and may be repeated: what is there is used again.
+Part of `tracker.py`. Every method may raise and may be repeated: existing runs are used again.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 
-from bim.orchestrator.tracking.variant_runs import DESCRIPTION_TAG, last_steps, origin
+from bim.orchestrator.tracking.variant_runs import DESCRIPTION_TAG, last_steps, source_tags
 
 if TYPE_CHECKING:
     from bim.orchestrator.search.results import TrialRow
 
 CUT_OFF = "cut off; --resume goes on with it"
 
-END = {"finished": "FINISHED", "stopped early": "KILLED", "infeasible": "KILLED", "failed": "FAILED"}
-"""Status of a trial -> how MLflow's own status says it."""
+END_STATUS = {"finished": "FINISHED", "stopped early": "KILLED", "infeasible": "KILLED", "failed": "FAILED"}
+"""Status of a trial -> status of its MLflow run."""
 
 
 class TrialRuns:
@@ -28,19 +28,19 @@ class TrialRuns:
 
     Args:
         client: of the store.
-        parent: the run that they belong to.
+        parent: the run of the search.
     """
 
     def __init__(self, client: MlflowClient, parent: Run) -> None:
         self._client, self._parent = client, parent
 
     def send(self, row: TrialRow, metric: str) -> None:
-        """Write what is known of one trial; what the store has of it already stays. metric: what its scores are."""
+        """Write the present state of one trial; what the store has already stays. metric: the key of its scores."""
         client, run = self._client, self._run(row)
         run_id: str = run.info.run_id
-        known, there, now = run.data.params, last_steps(client, run), int(1000 * time.time())
-        params = [Param(key, json.dumps(value)) for key, value in row.changes.items() if key not in known]
-        if row.status == "running" and run.info.status != "RUNNING":  # tried again, or gone on with
+        sent_steps, now = last_steps(client, run), int(1000 * time.time())
+        params = [Param(k, json.dumps(value)) for k, value in row.changes.items() if k not in run.data.params]
+        if row.status == "running" and run.info.status != "RUNNING":  # retried, or resumed
             client.update_run(run_id, "RUNNING")
         metrics = []
         for point in row.curve:
@@ -50,7 +50,7 @@ class TrialRuns:
             metrics += [
                 Metric(name, value, now, point.epoch)
                 for name, value in values.items()
-                if point.epoch > there.get(name, -1)
+                if point.epoch > sent_steps.get(name, -1)
             ]
         if row.images_per_s is not None:
             metrics.append(Metric("search/images_per_s", row.images_per_s, now, row.epoch))
@@ -59,11 +59,11 @@ class TrialRuns:
         client.log_batch(
             run_id, metrics=metrics, params=params, tags=[RunTag(k, v[:5000]) for k, v in tags.items()]
         )
-        if row.status in END:
-            client.set_terminated(run_id, END[row.status])
+        if row.status in END_STATUS:
+            client.set_terminated(run_id, END_STATUS[row.status])
 
-    def cut_off(self, row: TrialRow) -> None:
-        """End the run of a trial that was under way when the search was."""
+    def mark_cut_off(self, row: TrialRow) -> None:
+        """End the run of a trial that was still running when the search ended."""
         run_id = self._run(row).info.run_id
         tags = [RunTag("status", "cut off"), RunTag("why", CUT_OFF), RunTag(DESCRIPTION_TAG, CUT_OFF)]
         self._client.log_batch(run_id, tags=tags)
@@ -71,10 +71,9 @@ class TrialRuns:
 
     def _run(self, row: TrialRow) -> Run:
         client, parent = self._client, self._parent.info
-        mine = f"tags.mlflow.parentRunId = '{parent.run_id}' and tags.trial = '{row.number}'"
-        if found := client.search_runs([parent.experiment_id], mine, max_results=1):
-            return found[0]
-        tags = {"mlflow.parentRunId": parent.run_id, "trial": str(row.number), **origin()}
-        return client.create_run(
-            parent.experiment_id, tags=tags, run_name=f"trial {row.number} of {parent.run_name}"
-        )
+        query = f"tags.mlflow.parentRunId = '{parent.run_id}' and tags.trial = '{row.number}'"
+        if runs := client.search_runs([parent.experiment_id], query, max_results=1):
+            return runs[0]
+        tags = {"mlflow.parentRunId": parent.run_id, "trial": str(row.number), **source_tags()}
+        name = f"trial {row.number} of {parent.run_name}"
+        return client.create_run(parent.experiment_id, tags=tags, run_name=name)

@@ -1,6 +1,6 @@
 """The depth variants of a run in MLflow: for each a child run, a logged model, and a version of a registered model.
 
-Part of `tracking.py`, which alone uses it. Everything here may raise and may be repeated: what is there is used again.
+Part of `tracker.py`. Every method may raise and may be repeated: existing runs and models are used again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mlflow.entities import Dataset, DatasetInput, LoggedModelOutput, Metric, Pa
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
+from bim.orchestrator.evaluation.metric_info import QUALITY
 from bim.orchestrator.tracking.descriptions import (
     depth_rows,
     downsample,
@@ -30,11 +31,11 @@ from bim.orchestrator.tracking.descriptions import (
     rounded,
     summary_line,
 )
+from bim.orchestrator.tracking.metric_log import BATCH
 from bim.orchestrator.tracking.records import DepthRecord
 
-DESCRIPTION_TAG = "mlflow.note.content"  # the tag that MLflow's pages show as a description
-SCORES = {"knn_top1": ".3f", "linear_top1": ".3f", "rankme": ".1f"}  # shown as tags of a registered version
-BATCH = 1000  # metrics that MLflow takes in one request
+DESCRIPTION_TAG = "mlflow.note.content"
+"""The tag that MLflow's pages show as a description."""
 
 
 class DepthRuns:
@@ -42,9 +43,9 @@ class DepthRuns:
 
     Args:
         client: of the store.
-        parent: the run that they belong to.
-        model_name: the registered model whose versions they become, where `send` is given no other.
-        store: what a reader must set as tracking URI to open them; None if nothing.
+        parent: the run that trained them.
+        model_name: the registered model whose versions they become, unless `send` is given another.
+        store: the tracking URI that a reader must set to open them; None for MLflow's default.
     """
 
     def __init__(self, client: MlflowClient, parent: Run, model_name: str, store: str | None) -> None:
@@ -77,46 +78,44 @@ class DepthRuns:
         return uri
 
     def log_dataset(self, run_id: str) -> None:
-        """Tell a run which images it is about."""
+        """Record the images as an input of a run."""
         if self.dataset is not None:
             self._client.log_inputs(run_id, [DatasetInput(self.dataset)])
 
     def _child_run(self, record: DepthRecord) -> Run:
         client, parent = self._client, self._parent.info
-        mine = f"tags.mlflow.parentRunId = '{parent.run_id}' and tags.variant = '{record.alias}'"
-        found = client.search_runs([self._experiment_id], mine, max_results=1)
-        if found:
-            return found[0]
-        tags = {"mlflow.parentRunId": parent.run_id, "variant": record.alias, **origin()}
-        # A variant took as long as the training did; the milliseconds make MLflow list the variants by depth.
+        query = f"tags.mlflow.parentRunId = '{parent.run_id}' and tags.variant = '{record.alias}'"
+        if runs := client.search_runs([self._experiment_id], query, max_results=1):
+            return runs[0]
+        tags = {"mlflow.parentRunId": parent.run_id, "variant": record.alias, **source_tags()}
+        # Training a variant took as long as the run; the milliseconds make MLflow list the variants by depth.
         start = parent.start_time + record.depth
-        # In flat lists, of models above all, "depth 6" alone would not say which run's.
+        # In flat lists, of models above all, "depth 6" alone does not name the run.
         name = f"{record.title} of {parent.run_name}"
         run = client.create_run(self._experiment_id, start, tags, name)
         self.log_dataset(run.info.run_id)
         return run
 
     def _send_curves(self, run: Run, record: DepthRecord) -> None:
-        there = last_steps(self._client, run)
-        now = int(1000 * time.time())
+        sent_steps, now = last_steps(self._client, run), int(1000 * time.time())
         metrics = [
             Metric(name, value, now, step)
             for name, curve in record.curves.items()
             for step, value in downsample(curve)
-            if step > there.get(name, -1)
+            if step > sent_steps.get(name, -1)
         ]
         for start in range(0, len(metrics), BATCH):
             self._client.log_batch(run.info.run_id, metrics=metrics[start : start + BATCH])
 
     def _logged_model(self, run: Run, record: DepthRecord, model_name: str) -> str:
-        """The id of the logged model with these weights, made and filled if there is none."""
+        """The id of the logged model with these weights, created and filled if there is none."""
         client, run_id, digest = self._client, run.info.run_id, record.digest()
         models = client.search_logged_models([self._experiment_id], f"tags.weights = '{digest}'")
         model = next((model for model in models if model.source_run_id == run_id), None)
         if model is None:
             name = re.sub(r"[/:.%\"']", "-", f"{model_name}-{record.alias}")
             params = {key: str(value) for key, value in record.params.items()}
-            tags = {"weights": digest, **origin()}
+            tags = {"weights": digest, **source_tags()}
             model = client.create_logged_model(self._experiment_id, name, run_id, tags, params, "timm")
             client.log_outputs(run_id, [LoggedModelOutput(model.model_id, record.step)])
         if str(model.status) != "READY":
@@ -126,7 +125,7 @@ class DepthRuns:
     def _fill(self, run_id: str, model_id: str, record: DepthRecord) -> None:
         client, data, now = self._client, self.dataset, int(1000 * time.time())
         name, digest = (None, None) if data is None else (data.name, data.digest)
-        # Step 0: MLflow draws a metric that has no other step as a bar, so that the variants can be compared. The
+        # Step 0: MLflow draws a metric that has no other step as a bar, which compares the variants. The
         # standard errors stay with the run: among the models they would push the sizes out of the page.
         metrics = [
             Metric(
@@ -136,7 +135,7 @@ class DepthRuns:
         ]
         client.log_batch(run_id, metrics=metrics)
         with tempfile.TemporaryDirectory() as folder:
-            # The registry and the pages want an MLmodel file; nothing in it is pickled or run.
+            # The registry and the pages need an MLmodel file; nothing in it is pickled or run.
             flavors = {"timm": {"data": "."}}
             Model(run_id=run_id, model_id=model_id, flavors=flavors).save(str(Path(folder) / "MLmodel"))
             client.log_model_artifacts(model_id, folder)
@@ -153,8 +152,10 @@ class DepthRuns:
         versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
         version = next((v for v in versions if v.source == source), None)
         if version is None:
-            measured = record.metrics
-            scores = {key: format(measured[key], form) for key, form in SCORES.items() if key in measured}
+            values = record.metrics
+            scores = {
+                metric.key: metric.text(values[metric.key]) for metric in QUALITY if metric.key in values
+            }
             tags = {"depth": str(record.depth), **scores}
             text = summary_line(record)
             with _default_store(client.tracking_uri):
@@ -187,9 +188,9 @@ def last_steps(client: MlflowClient, run: Run) -> dict[str, int]:
     return {name: max(m.step for m in client.get_metric_history(run.info.run_id, name)) for name in names}
 
 
-def origin() -> dict[str, str]:
+def source_tags() -> dict[str, str]:
     """The tags that fill MLflow's columns User and Source."""
     tags = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
-    with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
+    with contextlib.suppress(OSError, KeyError):  # the user of a container may have no name
         tags["mlflow.user"] = getpass.getuser()
     return tags

@@ -208,7 +208,7 @@ def test_a_damaged_image_is_skipped_counted_and_named(
     few = {"data__batch_size": "16", "data__val_fraction": "0", "schedule__epochs": "2"}
     done = main_job(tmp_path / "run", source, store, data__max_bad_fraction="0.02", **few)
     assert done.status == 0, done.stderr
-    assert "96 images to train on, 0 for validation, 40 for the final scores" in done.stdout
+    assert "96 train / 0 val / 40 test images" in done.stdout
     assert done.stdout.count(f"skipped an unreadable image: {damaged} (") == 1
     assert "±  " in done.stdout  # there are labels, so there are accuracies
     parent = parent_run(store, done.out)

@@ -53,12 +53,10 @@ def test_a_signal_ends_the_search_in_order_and_the_last_line_says_how_to_go_on(
 
 def test_before_the_search_its_time_and_its_space_are_told(searched: tuple[Finished, Finished]) -> None:
     text = " ".join(searched[0].stdout.split())
-    assert (
-        "search: 2 trials of 2 epochs, 2 side by side, ranked by kNN top-1 of 180 validation images" in text
-    )
-    assert "mask.ratio: 0.75 (the recipe's), 0.5" in text
+    assert "search: 2 trials of 2 epochs, 2 at a time, ranked by kNN top-1 of 180 validation images" in text
+    assert "mask.ratio: 0.75 (baseline), 0.5" in text
     assert re.search(
-        r"it takes about .* or less if nothing else runs here; --search.trials 0 trains without it",
+        r"at most about .* if nothing else runs here; --search.trials 0 trains without a search",
         text,
     )
 

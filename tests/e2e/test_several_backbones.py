@@ -181,7 +181,7 @@ def test_a_loss_that_is_not_finite_fails_one_and_the_other_finishes(
     )
     assert re.search(r"^swin  FAILED: the .* is not finite", done.stdout, re.MULTILINE)
     assert re.search(
-        r"^again:    python .* --resume goes on with those that failed;\n  .*: first remove its folder .*/BACKBONE, then",
+        r"^retry failed backbones: python .* --resume\n  .*, first remove its folder .*/BACKBONE$",
         done.stdout,
         re.MULTILINE,
     )

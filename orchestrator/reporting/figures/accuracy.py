@@ -1,25 +1,39 @@
-"""Accuracy of every depth against latency, parameters and FLOPs."""
+"""Accuracy, or RankMe without labels, of every depth against its latency."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from bim.orchestrator.evaluation.metric_info import METRICS, RANKED_BY
+from bim.orchestrator.reporting.figures.style import (
+    BLUE,
+    ERROR_BARS,
+    GRAY,
+    GREEN,
+    ORANGE,
+    cost_axis,
+    label_cost,
+    legend_above,
+    metric_axis,
+    metric_panels,
+)
 
 if TYPE_CHECKING:
     from bim.orchestrator.evaluation.records import DepthReport
-from bim.orchestrator.reporting.figures.style import (
-    COSTS,
-    PANELS,
-    RAW_COLOR,
-    SERIES,
-    _depth_axis,
-    cost_axis,
-    figure_of_panels,
-    scale_of,
-    score_axis,
-)
+
+SERIES: dict[str, dict[str, Any]] = {
+    "trained": {"color": BLUE, "marker": "o", "linestyle": "-"},
+    "MAE cut to the depth": {"color": ORANGE, "marker": "s", "linestyle": "--"},
+    "random initialization": {"color": GRAY, "marker": "^", "linestyle": "-."},
+}
+
+DIGIT_PX = 11
+"""Width of a digit of a label, in pixels."""
 
 
 def accuracy_latency_figure(
@@ -28,50 +42,81 @@ def accuracy_latency_figure(
     raw: Mapping[str, float] | None = None,
     baseline_reports: Sequence[DepthReport] = (),
 ) -> Figure | None:
-    """Accuracy of every depth against its latency, nearest neighbours left, linear probe right.
+    """Accuracy of every depth against its latency, nearest neighbors left, linear probe right.
 
     Without labels one panel of RankMe; None if that was not measured either. Bars are one standard error. All series of
-    one depth stand at the latency measured for the trained variant, since they are the same network. Where no latency was
-    measured the arithmetic per image takes its place.
-    raw: accuracies of raw pixels by the names of `Scores.metrics`.
+    one depth have the x of the trained variant, since they are the same network. If not all latencies were measured,
+    GFLOPs per image replace them.
+    raw: accuracies of raw pixels, by the keys of `metric_info.METRICS`.
     """
     costs = {report.depth: report.metrics() for report in reports}
-    compared = next((score for score in PANELS if all(score in cost for cost in costs.values())), None)
-    if not reports or compared is None:
+    metric = next((key for key in RANKED_BY if all(key in cost for cost in costs.values())), None)
+    if not reports or metric is None:
         return None
-    by = "latency_b1_ms" if all("latency_b1_ms" in cost for cost in costs.values()) else "gflops"
-    x = {depth: cost[by] for depth, cost in costs.items()}
-    series = dict(zip(SERIES, (reports, baseline_reports, random_reports), strict=True))
-    figure, panels = figure_of_panels(compared, 4.6, top=0.815, bottom=0.14)
+    cost = "latency_b1_ms" if all("latency_b1_ms" in cost for cost in costs.values()) else "gflops"
+    x = {depth: values[cost] for depth, values in costs.items()}
+    figure, panels = metric_panels(metric, 4.6, top=0.815, bottom=0.14)
     for key, axes in panels.items():
-        for name, group in series.items():
-            shown = sorted((report for report in group if report.depth in x), key=lambda report: report.depth)
-            if not shown:
-                continue
-            found = [report.metrics() for report in shown]
-            axes.errorbar(
-                [x[report.depth] for report in shown],
-                [scale_of(key) * values[key] for values in found],
-                yerr=None if key == "rankme" else [100 * values[f"{key}_se"] for values in found],
-                label=name,
-                capsize=2.5,
-                markersize=5,
-                linewidth=1.3,
-                elinewidth=1.0,
-                **SERIES[name],
-            )
+        for name, group in zip(SERIES, (reports, baseline_reports, random_reports), strict=True):
+            points = sorted((report.depth, report.metrics()) for report in group if report.depth in x)
+            if points:
+                _draw_series(
+                    axes, key, name, [x[depth] for depth, _ in points], [values for _, values in points]
+                )
         if raw and key in raw:
-            axes.axhline(100 * raw[key], color=RAW_COLOR, linestyle=":", linewidth=1.5, label="raw pixels")
+            height = METRICS[key].scale * raw[key]
+            axes.axhline(height, color=GREEN, linestyle=":", linewidth=1.5, label="raw pixels")
         axes.grid(axis="y", color="0.9", linewidth=0.8)
         axes.margins(x=0.06, y=0.08)
-        score_axis(axes, key)
+        metric_axis(axes, key)
         cost_axis(axes, list(x.values()))
         _depth_axis(figure, axes, x)
-    drawn = dict(zip(*reversed(panels[compared].get_legend_handles_labels()), strict=True))
-    names = [name for name in (*SERIES, "raw pixels") if name in drawn]
-    handles = [drawn[name] for name in names]
-    figure.legend(handles, names, loc="upper center", ncols=4, frameon=False, fontsize=9)
-    device = next((report.device for report in reports if report.device), "")
-    measured_on = f" ({device})" if device and by == "latency_b1_ms" else ""
-    figure.supxlabel(COSTS[by] + measured_on, fontsize=10, y=0.02)
+    legend_above(figure, panels[metric], [*SERIES, "raw pixels"], columns=4)
+    label_cost(figure, cost, next((report.device for report in reports if report.device), ""))
     return figure
+
+
+def _draw_series(
+    axes: Axes, metric: str, name: str, x: Sequence[float], values: Sequence[Mapping[str, float]]
+) -> None:
+    scale, has_error = METRICS[metric].scale, all(f"{metric}_se" in row for row in values)
+    axes.errorbar(
+        x,
+        [scale * row[metric] for row in values],
+        yerr=[scale * row[f"{metric}_se"] for row in values] if has_error else None,
+        label=name,
+        **ERROR_BARS,
+        **SERIES[name],
+    )
+
+
+def _depth_axis(figure: Figure, axes: Axes, x: Mapping[int, float]) -> None:
+    """Name the depths along the upper edge, once for all series; depths too close for a label each share one.
+
+    Labels beside the points would collide with error bars and lines of three series.
+    """
+    figure.draw_without_rendering()  # fixes the limits of the axes, on which distances in pixels depend
+    pixels = axes.transData.transform([(value, 0.0) for value in x.values()])[:, 0]
+    labels: list[tuple[list[float], str]] = []
+    for pixel, depth in sorted(zip(pixels.tolist(), x, strict=True)):
+        labels.append(([pixel], str(depth)))
+        while len(labels) > 1 and _overlap(labels[-2], labels[-1]):
+            (right, last), (left, first) = labels.pop(), labels.pop()
+            labels.append((left + right, f"{first}, {last}"))
+    centers = [(float(np.mean(group)), 0.0) for group, _ in labels]
+    upper = axes.secondary_xaxis("top")
+    upper.set_ticks(
+        axes.transData.inverted().transform(centers)[:, 0].tolist(), [text for _, text in labels], fontsize=8
+    )
+    upper.minorticks_off()
+    axes.annotate(
+        "layers", (0, 1), (-6, 7.5), "axes fraction", "offset points", fontsize=8, ha="right", va="baseline"
+    )
+    for value in x.values():
+        axes.axvline(value, color="0.9", linewidth=0.8, zorder=0)
+
+
+def _overlap(left: tuple[list[float], str], right: tuple[list[float], str]) -> bool:
+    """Whether two labels, each centered on the mean of its pixels, are less than a digit apart."""
+    distance = float(np.mean(right[0]) - np.mean(left[0]))
+    return distance < DIGIT_PX * (len(left[1]) + len(right[1]) + 2) / 2

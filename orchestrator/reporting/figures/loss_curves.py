@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    pass
-from bim.orchestrator.reporting.figures.style import figure_of
+from bim.orchestrator.reporting.figures.style import new_figure
 
 
 def loss_curves_figure(curves: Mapping[int, Sequence[tuple[int, float]]]) -> Figure:
     """The loss of each block over optimizer steps: as measured (faint) and as a running mean (bold).
 
-    curves: block -> (step, loss) in order; values that are not finite leave a hole. The axis fits the running means, so that
+    curves: block -> (step, loss) in order; values that are not finite leave a gap. The axis fits the running means, so that
     one outlier does not flatten the rest.
     """
-    figure = figure_of(7.2, 4.0)
+    figure = new_figure(7.2, 4.0)
     figure.subplots_adjust(left=0.09, right=0.975, top=0.93, bottom=0.125)
     axes = figure.subplots()
     low, high = [], []
-    for place, (block, points) in enumerate(sorted(curves.items())):
+    for index, (block, points) in enumerate(sorted(curves.items())):
         if not points:
             continue
         steps, losses = np.array(points, dtype=float).T
-        color = colormaps["viridis"](0.9 * place / max(1, len(curves) - 1))
+        color = colormaps["viridis"](0.9 * index / max(1, len(curves) - 1))
         smooth = _running_mean(losses, max(1, len(losses) // 50))
         if len(losses) >= 100:
             axes.plot(steps, losses, color=color, linewidth=0.6, alpha=0.25)
@@ -48,7 +45,7 @@ def loss_curves_figure(curves: Mapping[int, Sequence[tuple[int, float]]]) -> Fig
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean over a centred window that shrinks at both ends; what is not finite does not count. (n,) -> (n,)"""
+    """Mean over a centered window that shrinks at both ends; values that are not finite do not count. (n,) -> (n,)"""
     known = np.isfinite(values)
     window = np.ones(2 * (width // 2) + 1)
     total = np.convolve(np.where(known, values, 0.0), window, mode="same")

@@ -1,32 +1,32 @@
-"""Reconstruction grids: test images masked, predicted, and as they are."""
+"""Reconstructions: test images masked, predicted, and original."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    pass
-from bim.orchestrator.reporting.figures.style import DPI, GREY, figure_of, write_png
+from bim.orchestrator.reporting.figures.style import DPI, new_figure, write_png
 
-CELL = 190
-"""Least side in pixels at which an image is shown."""
+GRAY = 0.5
+"""Value of masked pixels: neither the black background of scans nor the white of drawings."""
 
-GAP, HEAD, TITLE = 8, 26, 34
-"""Pixels between images, for column heads, and for the title."""
+MIN_IMAGE_PX = 190
+"""Smallest side at which an image is shown."""
+
+GAP_PX, HEADING_PX, TITLE_PX = 8, 26, 34
+"""Space between images, for the headings of columns, and for the title."""
 
 
 def hide_masked(images: np.ndarray, masked: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Grey where masked. images: (B, H, W, 3) in 0..1; masked: (B, M) mask units, row by row over `grid`."""
-    return np.where(_is_masked(masked, grid, images.shape[1:3]), GREY, images)
+    """Gray where masked. images: (B, H, W, 3) in 0..1; masked: (B, M) mask units, row by row over `grid`."""
+    return np.where(_is_masked(masked, grid, images.shape[1:3]), GRAY, images)
 
 
 def hide_visible(images: np.ndarray, masked: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Grey where not masked; shapes as in `hide_masked`."""
-    return np.where(_is_masked(masked, grid, images.shape[1:3]), images, GREY)
+    """Gray where not masked; shapes as in `hide_masked`."""
+    return np.where(_is_masked(masked, grid, images.shape[1:3]), images, GRAY)
 
 
 def fill_masked(
@@ -42,49 +42,41 @@ def reconstruction_figure(
     masked: np.ndarray,
     grid: tuple[int, int],
     title: str = "",
-    wanted: np.ndarray | None = None,
+    target: np.ndarray | None = None,
     thrown: np.ndarray | None = None,
 ) -> Figure:
-    """One row per image: masked | reconstructed | original. The visible part is shown as it is, not as it was predicted.
+    """One row per image: masked | reconstructed | original. Visible patches are those of the image, not predictions.
 
-    original, predicted: (B, H, W, 3), un-normalised; what lies outside 0..1 is clipped. masked: (B, M) tokens that are
-    predicted; thrown: (B, T) those that are masked too and of which nothing is predicted: they stay grey.
-    wanted: where no pixels are predicted, a picture of the true target: masked | predicted | target | original.
+    Args:
+        original, predicted: (B, H, W, 3), not normalized; values outside 0..1 are clipped.
+        masked: (B, M) indices of tokens that are predicted.
+        thrown: (B, T) indices of masked tokens that are not predicted; they stay gray.
+        target: (B, H, W, 3), an image of the true target if it is not pixels: masked | predicted | target | original.
     """
-    seen = original if thrown is None or not thrown.size else hide_masked(original, thrown, grid)
-    columns = {"masked": hide_masked(seen, masked, grid)}
-    if wanted is None:
-        columns["reconstructed"] = fill_masked(seen, predicted, masked, grid)
+    visible = original if thrown is None or not thrown.size else hide_masked(original, thrown, grid)
+    columns = {"masked": hide_masked(visible, masked, grid)}
+    if target is None:
+        columns["reconstructed"] = fill_masked(visible, predicted, masked, grid)
     else:
-        columns |= {"predicted": hide_visible(predicted, masked, grid), "target": wanted}
+        columns |= {"predicted": hide_visible(predicted, masked, grid), "target": target}
     columns["original"] = original
-    scale = max(1, -(-CELL // max(original.shape[1:3])))  # whole pixels, or patches would differ in size
-    sheets = [np.clip(shown, 0, 1).repeat(scale, axis=1).repeat(scale, axis=2) for shown in columns.values()]
-    rows, height, width = sheets[0].shape[:3]
-    sheet_height = rows * (height + GAP) - GAP
-    canvas = np.ones((sheet_height, len(columns) * (width + GAP) - GAP, 3))
-    for column, shown in enumerate(sheets):
-        for row, image in enumerate(shown):
-            top, left = row * (height + GAP), column * (width + GAP)
-            canvas[top : top + height, left : left + width] = image
+    scale = max(
+        1, -(-MIN_IMAGE_PX // max(original.shape[1:3]))
+    )  # whole pixels, or patches would differ in size
+    canvas, width = _tile([np.clip(images, 0, 1) for images in columns.values()], scale)
 
-    margin = GAP * 2
+    margin = GAP_PX * 2
     total_width = canvas.shape[1] + 2 * margin
-    total_height = sheet_height + 2 * margin + HEAD + (TITLE if title else 0)
-    figure = figure_of(total_width / DPI, total_height / DPI)
-    place = (
-        margin / total_width,
-        margin / total_height,
-        canvas.shape[1] / total_width,
-        sheet_height / total_height,
-    )
-    axes = figure.add_axes(place)
+    total_height = canvas.shape[0] + 2 * margin + HEADING_PX + (TITLE_PX if title else 0)
+    figure = new_figure(total_width / DPI, total_height / DPI)
+    left, bottom = margin / total_width, margin / total_height
+    axes = figure.add_axes((left, bottom, canvas.shape[1] / total_width, canvas.shape[0] / total_height))
     axes.imshow(canvas, interpolation="nearest", aspect="auto")
     axes.set_axis_off()
-    head = (margin + sheet_height + HEAD / 3) / total_height
+    heading = (margin + canvas.shape[0] + HEADING_PX / 3) / total_height
     for column, name in enumerate(columns):
-        centre = (margin + column * (width + GAP) + width / 2) / total_width
-        figure.text(centre, head, name, ha="center", va="bottom", fontsize=8)
+        center = (margin + column * (width + GAP_PX) + width / 2) / total_width
+        figure.text(center, heading, name, ha="center", va="bottom", fontsize=8)
     if title:
         figure.text(0.5, 1 - margin / 2 / total_height, title, ha="center", va="top", fontsize=9)
     return figure
@@ -97,11 +89,22 @@ def save_reconstructions(
     masked: np.ndarray,
     grid: tuple[int, int],
     title: str = "",
-    wanted: np.ndarray | None = None,
+    target: np.ndarray | None = None,
     thrown: np.ndarray | None = None,
 ) -> Path:
     """`reconstruction_figure` as a PNG file."""
-    return write_png(reconstruction_figure(original, predicted, masked, grid, title, wanted, thrown), path)
+    return write_png(reconstruction_figure(original, predicted, masked, grid, title, target, thrown), path)
+
+
+def _tile(columns: list[np.ndarray], scale: int) -> tuple[np.ndarray, int]:
+    """Columns of images (B, H, W, 3) on one white canvas, enlarged `scale` times, and the width of a column in pixels."""
+    rows, height, width = columns[0].shape[0], scale * columns[0].shape[1], scale * columns[0].shape[2]
+    canvas = np.ones((rows * (height + GAP_PX) - GAP_PX, len(columns) * (width + GAP_PX) - GAP_PX, 3))
+    for column, images in enumerate(columns):
+        for row, image in enumerate(images.repeat(scale, axis=1).repeat(scale, axis=2)):
+            top, left = row * (height + GAP_PX), column * (width + GAP_PX)
+            canvas[top : top + height, left : left + width] = image
+    return canvas, width
 
 
 def _is_masked(masked: np.ndarray, grid: tuple[int, int], size: tuple[int, ...]) -> np.ndarray:

@@ -1,105 +1,76 @@
-"""Pictures of a run: reconstructions, accuracy against cost, losses of the blocks.
+"""What the figures share: size, colors, file format, and panels of a quality metric against a cost.
 
-Matplotlib figures on the Agg canvas, without pyplot: no global state, no display, safe beside training threads. Arrays and
-records in, a figure or a PNG out. Colours are Okabe and Ito's, told apart by the colour-blind, and every series has a marker
-of its own.
+Matplotlib figures on the Agg canvas, without pyplot: no global state, no display, safe beside training threads. Colors are
+Okabe and Ito's, which color-blind readers can tell apart, and every series has a marker of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-if TYPE_CHECKING:
-    pass
-
+from bim.orchestrator.evaluation.metric_info import METRICS, same_scale
+from bim.orchestrator.files import atomic_write
 
 DPI = 150
 
-GREY = 0.5
-"""What stands for a masked unit: neither the black ground of scans nor the white of drawings."""
+BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
 
-SERIES: dict[str, dict[str, Any]] = {
-    "trained": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
-    "MAE cut to the depth": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
-    "random initialisation": {"color": "#7F7F7F", "marker": "^", "linestyle": "-."},
-}
-
-RAW_COLOR = "#009E73"
-
-PANELS = {
-    "knn_top1": {"knn_top1": "Nearest neighbours", "linear_top1": "Linear probe"},
-    "rankme": {"rankme": "RankMe"},
-}
-"""By what variants are compared -> the scores that are drawn, with the titles of their panels."""
-
-WORTH = {
-    "knn_top1": "top-1 accuracy on test images, %",
-    "rankme": "effective rank of the embeddings",
-}
-
-COSTS = {"latency_b1_ms": "latency of one image, ms", "gflops": "GFLOPs per image"}
-
-DIGIT = 11
-"""Width in pixels of a digit of a label."""
+ERROR_BARS: dict[str, Any] = {"capsize": 2.5, "markersize": 5, "linewidth": 1.3, "elinewidth": 1.0}
+"""Style of a series with error bars."""
 
 
 def write_png(figure: Figure, path: Path) -> Path:
-    """Save by renaming, so that whoever looks never sees half a picture; missing folders are made."""
+    """Save a figure; missing folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}")
-    figure.savefig(fresh, format="png", dpi=DPI)
-    fresh.replace(path)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=DPI)
+    atomic_write(path, png.getvalue())
     return path
 
 
-def figure_of(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """An empty figure of that size in inches, bound to Agg whatever backend the process has chosen."""
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def figure_of_panels(
-    compared: str, height: float, top: float, bottom: float
-) -> tuple[Figure, dict[str, Axes]]:
-    """An empty figure with the panels of `PANELS[compared]`, by score: two side by side or one, with titles and label.
+def metric_panels(metric: str, height: float, top: float, bottom: float) -> tuple[Figure, dict[str, Axes]]:
+    """An empty figure with one panel for every metric on the scale of `metric`, by key, with titles and label.
 
-    height: in inches. top, bottom: edges of the panels, as shares of it.
+    Args:
+        height: in inches.
+        top, bottom: edges of the panels, as fractions of it.
     """
-    titles = PANELS[compared]
-    width, left = (9.6, 0.07) if len(titles) > 1 else (6.4, 0.115)
-    figure = figure_of(width, height)
+    infos = same_scale(metric)
+    width, left = (9.6, 0.07) if len(infos) > 1 else (6.4, 0.115)
+    figure = new_figure(width, height)
     figure.subplots_adjust(left=left, right=0.985, top=top, bottom=bottom, wspace=0.13)
-    panels = dict(zip(titles, figure.subplots(1, len(titles), squeeze=False)[0], strict=True))
-    for key, axes in panels.items():
-        axes.set_title(titles[key], fontsize=10, pad=8)
-        axes.set_axisbelow(True)
-    panels[compared].set_ylabel(WORTH[compared])
-    return figure, panels
+    axes = figure.subplots(1, len(infos), squeeze=False)[0]
+    for panel, info in zip(axes, infos, strict=True):
+        panel.set_title(info.title, fontsize=10, pad=8)
+        panel.set_axisbelow(True)
+    axes[0].set_ylabel(METRICS[metric].axis)
+    return figure, {info.key: panel for info, panel in zip(infos, axes, strict=True)}
 
 
-def scale_of(score: str) -> float:
-    """By what a score is multiplied to be shown: accuracies in per cent, RankMe as it is."""
-    return 1.0 if score == "rankme" else 100.0
-
-
-def score_axis(axes: Axes, score: str) -> None:
-    """Plain numbers; an accuracy does not go beyond 100 %."""
+def metric_axis(axes: Axes, metric: str) -> None:
+    """Plain numbers; a percentage does not go beyond 100."""
     axes.yaxis.set_major_locator(MaxNLocator(9, steps=[1, 2, 5, 10]))
-    if score != "rankme":
+    if METRICS[metric].percent:
         axes.set_ylim(top=min(axes.get_ylim()[1], 101.0))
 
 
 def cost_axis(axes: Axes, values: Sequence[float]) -> None:
-    """Logarithmic where the costs differ more than tenfold; plain numbers either way."""
+    """Logarithmic if the costs differ more than tenfold; plain numbers either way."""
     if max(values) > 10 * min(values):
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -109,31 +80,21 @@ def cost_axis(axes: Axes, values: Sequence[float]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _depth_axis(figure: Figure, axes: Axes, x: Mapping[int, float]) -> None:
-    """Name the depths along the upper edge, once for all series; those too close for a label each share one.
+def label_cost(figure: Figure, cost: str, device: str) -> None:
+    """Name the cost under all panels. cost: key of the metric; device: where latencies were measured, if known."""
+    measured_on = f" ({device})" if device and cost == "latency_b1_ms" else ""
+    figure.supxlabel(METRICS[cost].axis + measured_on, fontsize=10, y=0.02)
 
-    Labels beside the points would have to dodge error bars and lines of three series.
-    """
-    figure.draw_without_rendering()  # settles the limits, which decide what is close
-    pixels = axes.transData.transform([(place, 0.0) for place in x.values()])[:, 0]
-    labels: list[tuple[list[float], str]] = []
-    for pixel, depth in sorted(zip(pixels.tolist(), x, strict=True)):
-        labels.append(([pixel], str(depth)))
-        while len(labels) > 1 and _touch(labels[-2], labels[-1]):
-            (right, last), (left, first) = labels.pop(), labels.pop()
-            labels.append((left + right, f"{first}, {last}"))
-    places = axes.transData.inverted().transform([(float(np.mean(group)), 0.0) for group, _ in labels])[:, 0]
-    upper = axes.secondary_xaxis("top")
-    upper.set_ticks(places.tolist(), [text for _, text in labels], fontsize=8)
-    upper.minorticks_off()
-    axes.annotate(
-        "layers", (0, 1), (-6, 7.5), "axes fraction", "offset points", fontsize=8, ha="right", va="baseline"
+
+def legend_above(figure: Figure, axes: Axes, names: Sequence[str], columns: int) -> None:
+    """One legend above all panels, with those of `names` that were drawn in `axes`, in their order."""
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    drawn = [name for name in names if name in handles]
+    figure.legend(
+        [handles[name] for name in drawn],
+        drawn,
+        loc="upper center",
+        ncols=columns,
+        frameon=False,
+        fontsize=9,
     )
-    for place in x.values():
-        axes.axvline(place, color="0.9", linewidth=0.8, zorder=0)
-
-
-def _touch(left: tuple[list[float], str], right: tuple[list[float], str]) -> bool:
-    """Whether two labels, each centred on its pixels, are nearer than a digit of each other."""
-    distance = float(np.mean(right[0]) - np.mean(left[0]))
-    return distance < DIGIT * (len(left[1]) + len(right[1]) + 2) / 2

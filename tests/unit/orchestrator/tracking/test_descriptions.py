@@ -1,4 +1,4 @@
-"""What a person reads in MLflow."""
+"""The texts on MLflow's pages."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from bim.orchestrator.tracking.descriptions import (
     summary_line,
 )
 from bim.orchestrator.tracking.records import DepthRecord
+from tests.snapshots import assert_snapshot
 
 METRICS = {
     "knn_top1": 0.91234,
@@ -33,31 +34,16 @@ def record(depth: int, metrics: dict[str, float] | None = None, series: str = ""
     return DepthRecord(depth, Path("."), METRICS if metrics is None else metrics, series=series)
 
 
-def test_a_headline_says_worth_before_cost() -> None:
-    assert summary_line(record(6)) == (
-        "kNN top-1 0.912 ± 0.015, linear probe top-1 0.950, 2.69 M parameters, 0.361 GFLOPs, 9.4 ms per image"
-    )
-
-
-def test_without_labels_the_rank_says_what_a_variant_is_worth() -> None:
-    ranked = record(6, {"rankme": 31.26, "params": 1e6})
-    assert summary_line(ranked) == "RankMe 31.3, 1.00 M parameters"
-    assert depth_rows([ranked]) == [{"model": "depth 6", "RankMe": "31.3", "parameters": "1.00 M"}]
-
-
-def test_a_headline_leaves_out_what_was_not_measured() -> None:
-    assert summary_line(record(6, {"params": 1e6})) == "1.00 M parameters"
-
-
-def test_a_table_keeps_its_columns_aligned_and_leaves_out_what_nobody_measured() -> None:
-    rows = depth_rows([record(6, {"params": 1e6}), record(12, {"knn_top1": 0.9, "params": 22e6})])
-    assert results_table(rows).splitlines() == [
-        "```",
-        "model      parameters   kNN top-1",
-        "depth 6    1.00 M",
-        "depth 12   22.00 M      0.900",
-        "```",
+def test_variants_are_described_by_what_was_measured() -> None:
+    variants = [
+        record(6),
+        record(12, {"knn_top1": 0.9, "params": 22e6}),
+        record(24, {"rankme": 31.26, "params": 1e6}),
+        record(6, {"params": 1e6}, series="mae"),
     ]
+    texts = [*map(summary_line, variants), results_table(depth_rows(variants))]
+    texts.append(results_table(depth_rows(variants[1:2])))
+    assert_snapshot("descriptions", "\n".join(texts))
 
 
 def test_a_baseline_has_its_own_names() -> None:

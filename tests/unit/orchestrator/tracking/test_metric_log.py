@@ -14,16 +14,16 @@ from bim.orchestrator.tracking.records import MetricPoint
 
 
 class Store:
-    """Takes points, unless it is away."""
+    """Takes points, unless it is unavailable."""
 
     def __init__(self) -> None:
         self.points: list[MetricPoint] = []
-        self.away = False
+        self.unavailable = False
         self.calls = 0
 
     def __call__(self, points: Sequence[MetricPoint]) -> None:
         self.calls += 1
-        if self.away:
+        if self.unavailable:
             raise ConnectionError("nobody home\nand a long story")
         assert len(points) <= BATCH
         self.points += points
@@ -59,14 +59,14 @@ def test_deliveries_stay_below_the_stores_limit(metrics: MetricLog, store: Store
     assert store.calls == 3
 
 
-def test_nothing_is_lost_while_the_store_is_away(metrics: MetricLog, store: Store) -> None:
+def test_nothing_is_lost_while_the_store_is_unavailable(metrics: MetricLog, store: Store) -> None:
     metrics.append(0, {"loss": 1.0})
-    store.away = True
+    store.unavailable = True
     for step in (1, 2):
         metrics.append(step, {"loss": 1.0})
         with pytest.raises(ConnectionError):
             metrics.deliver(store)
-    store.away = False
+    store.unavailable = False
     metrics.deliver(store)
     assert [step for step, _ in store.series("loss")] == [0, 1, 2]
 
@@ -142,17 +142,17 @@ def test_what_arrived_before_a_failure_is_remembered(metrics: MetricLog, store: 
         metrics.append(step, {f"m{i}": i for i in range(20)})
 
     def breaks(points: Sequence[MetricPoint]) -> None:
-        store.away = store.calls == 1
+        store.unavailable = store.calls == 1
         store(points)
 
     with pytest.raises(ConnectionError):
         metrics.deliver(breaks)
-    store.away = False
+    store.unavailable = False
     MetricLog(metrics.path, same_store=True).deliver(store)
     assert [step for step, _ in store.series("m7")] == list(range(150))
 
 
-def test_broken_marks_are_no_marks(metrics: MetricLog, store: Store) -> None:
+def test_a_broken_record_of_what_was_sent_is_ignored(metrics: MetricLog, store: Store) -> None:
     metrics.append(0, {"loss": 1.0})
     metrics.path.with_name("metrics.sent.json").write_text("[")
     assert MetricLog(metrics.path, same_store=True).deliver(store) == 1
@@ -176,7 +176,7 @@ def test_infinities_are_kept_in_valid_json(metrics: MetricLog, store: Store) -> 
     assert store.series("b") == [(0, -math.inf)]
 
 
-def test_what_cannot_be_written_is_said_once_and_never_raised(
+def test_what_cannot_be_written_is_logged_once_and_never_raised(
     metrics: MetricLog, caplog: pytest.LogCaptureFixture
 ) -> None:
     metrics.append(0, {"loss": "high"})  # type: ignore[dict-item]

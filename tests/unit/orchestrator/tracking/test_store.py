@@ -17,7 +17,7 @@ from bim.orchestrator.tracking.store import StoreAddress, exclusive_lock, http_t
 def test_passwords_are_never_shown() -> None:
     address = StoreAddress("postgresql://ada:secret@db.example.org:5432/mlflow")
     assert str(address) == "postgresql://ada:***@db.example.org:5432/mlflow"
-    assert "secret" not in address.ui_hint("1", "abc")
+    assert "secret" not in str(address.ui_hint("1", "abc"))
     assert str(StoreAddress("https://ada:secret@example.org")) == "https://ada:***@example.org"
 
 
@@ -26,7 +26,7 @@ def test_the_default_store_opens_with_the_bare_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for uri in (f"sqlite:///{tmp_path}/mlflow.db", "sqlite:///mlflow.db"):
-        command, _, page = StoreAddress(uri).ui_hint("1", "abc").partition("   then open ")
+        command, page = StoreAddress(uri).ui_hint("1", "abc")
         assert command == "mlflow ui"
         assert page == "http://127.0.0.1:5000/#/experiments/1/runs/abc?workflowType=machine_learning"
         assert StoreAddress(uri).artifact_folder("bim") is None
@@ -35,14 +35,13 @@ def test_the_default_store_opens_with_the_bare_command(
 def test_another_database_keeps_its_files_beside_it(tmp_path: Path) -> None:
     address = StoreAddress(f"sqlite:///{tmp_path}/x.db")
     assert address.artifact_folder("my bim") == f"file://{tmp_path}/mlruns/my-bim"
-    assert address.ui_hint("1", "abc").startswith(
-        f"mlflow ui --backend-store-uri 'sqlite:///{tmp_path}/x.db'   then "
-    )
+    command, _ = address.ui_hint("1", "abc")
+    assert command == f"mlflow ui --backend-store-uri 'sqlite:///{tmp_path}/x.db'"
 
 
 def test_a_server_opens_at_the_page_of_the_run() -> None:
     hint = StoreAddress("http://host:5000/").ui_hint("3", "abc")
-    assert hint == "http://host:5000/#/experiments/3/runs/abc?workflowType=machine_learning"
+    assert hint == (None, "http://host:5000/#/experiments/3/runs/abc?workflowType=machine_learning")
     assert StoreAddress("http://host:5000").artifact_folder("bim") is None
 
 
@@ -66,7 +65,7 @@ def test_a_database_server_that_is_not_there_is_found_out_at_once() -> None:
     assert time.monotonic() - start < 60  # MLflow would try for an hour
 
 
-def test_patience_is_given_back_and_the_users_own_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timeouts_are_restored_and_those_of_the_user_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
     with http_timeouts(1, 5):
@@ -96,7 +95,7 @@ def test_patience_is_given_back_and_the_users_own_is_kept(monkeypatch: pytest.Mo
         ("", "ValueError"),
     ],
 )
-def test_the_gist_of_an_error_is_short(text: str, expected: str) -> None:
+def test_the_cause_of_an_error_is_short(text: str, expected: str) -> None:
     assert summarize_error(ValueError(text)) == expected
 
 
@@ -120,7 +119,7 @@ def test_one_process_at_a_time_opens_a_sqlite_store(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nobody_waits_for_another_store_a_server_or_a_process_that_hangs(
+def test_the_lock_of_another_store_a_server_or_a_process_that_hangs_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = time.monotonic()
