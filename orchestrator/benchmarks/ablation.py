@@ -112,7 +112,7 @@ class CaseResult:
 class _Quiet:
     """A listener that keeps silent."""
 
-    began = True
+    started = True
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None: ...
 

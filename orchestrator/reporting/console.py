@@ -37,7 +37,7 @@ class Progress:
         self._say, self._sink = say, sink
         self._metric_prefix = f"{prefix}/" if prefix else ""
         self._line_prefix = f"{prefix}  " if prefix else ""
-        self.began = False
+        self.started = False
         """Whether the stages have stood once, ready to train."""
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
@@ -49,7 +49,7 @@ class Progress:
     def on_checkpoint(self, step: int) -> None: ...
 
     def on_rewind(self, step: int) -> None:
-        self.began = True
+        self.started = True
         self._sink.rewind(step, self._metric_prefix)
 
     def say(self, text: str) -> None:

@@ -13,7 +13,7 @@ from bim.orchestrator.config.recipes import DEFAULT_RECIPE
 from bim.orchestrator.config.schema import Settings
 from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.evaluation.model_cost import block_gflops
-from bim.orchestrator.runs.prepare import PreparedJob, ResolvedRun
+from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun
 from bim.orchestrator.text import short_path, wrapped
 from bim.orchestrator.training.lr_schedule import peak_rate
 
@@ -27,7 +27,7 @@ DIGITS_PX = 64
 """The largest image, in pixels, to which the scanned digits are worth enlarging; they have 8 x 8."""
 
 
-def opening_lines(family: ResolvedRun, prepared: PreparedJob, layout: StageLayout) -> list[str]:
+def opening_lines(family: ResolvedRun, prepared: PreparedBackbone, layout: StageLayout) -> list[str]:
     """What is about to happen, for the person who started it."""
     settings, blocks = family.settings, family.backbone.blocks
     layers = "+".join(str(b.layers) for b in blocks)

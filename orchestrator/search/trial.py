@@ -174,7 +174,7 @@ class _ScoredTraining:
     """A listener that scores checkpoints at the ends of some epochs."""
 
     def __init__(self, family: ResolvedRun, every: int, score: Scorer, report: Report) -> None:
-        self.began = False
+        self.started = False
         self._family, self._every, self._score, self._report = family, every, score, report
         self._store = CheckpointStore(family.out)
         self._gflops = training_gflops(family.spec, family.phases, family.settings.schedule.epochs)
@@ -210,7 +210,7 @@ class _ScoredTraining:
         self._report(result)
 
     def on_rewind(self, step: int) -> None:
-        self.began = True
+        self.started = True
         self._scoring_s = 0.0  # of a checkpoint that was scored before any epoch of this training
 
     def say(self, text: str) -> None: ...
