@@ -18,6 +18,12 @@ def normalize_images(images: Tensor, mean: Sequence[float], std: Sequence[float]
     return (images.to(torch.float32) / 255.0 - channel_mean) / channel_std
 
 
+def denormalize_images(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The inverse of `normalize_images`: (B, C, H, W) float -> the same in 0..1, clamped."""
+    center, spread = (_per_channel(tuple(values), images.device) for values in (mean, std))
+    return (images * spread + center).clamp(0, 1)
+
+
 @cache
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     """(1, C, 1, 1) float32, cached: a copy to a GPU synchronizes with it."""

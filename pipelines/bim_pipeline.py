@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -9,57 +10,51 @@ from collections.abc import Sequence
 
 from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.config.schema import Settings, SettingsError
+from bim.orchestrator.reporting.log import configure_console
+
+log = logging.getLogger("bim.pipelines.bim_pipeline")
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the main job. Returns the exit status: 0 done, 1 training failed, 2 bad input, 128 + n stopped by signal n."""
+    verbose, quiet = "--verbose" in argv, "--quiet" in argv
+    configure_console(verbose, quiet)
     try:
-        return run(load_settings(argv))
+        return run(load_settings(argv), live=not quiet)
     except SettingsError as error:
-        return complain(error, 2)
+        return fail(error, 2)
     except KeyboardInterrupt:
-        say("interrupted before anything was started")
+        log.info("interrupted before anything was started")
         return 128 + signal.SIGINT
 
 
-def run(settings: Settings) -> int:
-    """The job for settings that are known to be well-formed."""
-    # Ray would print a paragraph for every stage that dies; the loop says it in a line.
+def run(settings: Settings, live: bool = True) -> int:
+    """The job for settings that are known to be well-formed. live: whether a terminal shows its progress live."""
+    # Ray would print a paragraph for every stage that dies; the loop logs it in a line.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
-    from bim.orchestrator.jobs.job import BAD_INPUT, prepare, run_job
-    from bim.orchestrator.jobs.several import prepare_several, run_several
+    from bim.orchestrator.jobs.job import BAD_INPUT, run_job  # here: torch takes seconds to import
+    from bim.orchestrator.jobs.prepare import prepare
     from bim.orchestrator.reporting.closing import stopped_line
-    from bim.orchestrator.training.errors import TrainingError  # here: torch takes seconds to import
+    from bim.orchestrator.reporting.console import console
+    from bim.orchestrator.training.errors import TrainingError
 
+    console().quiet = not live
     try:
-        if settings.backbones is None:
-            outcome = run_job(prepare(settings), say)
-        else:
-            outcome = run_several(prepare_several(settings), say)
+        result = run_job(prepare(settings))
     except BAD_INPUT as error:
-        return complain(error, 2)
+        return fail(error, 2)
     except TrainingError as error:
-        return complain(error, 1)
-    if outcome.stopped is not None:
-        say(stopped_line(outcome.stopped, outcome.out))
-        return 128 + signal.Signals[outcome.stopped]
-    say("")
-    say(outcome.table)
-    say("")
-    for line in outcome.closing:
-        say(line)
-    return complain("\n".join(outcome.failed), 1) if outcome.failed else 0
+        return fail(error, 1)
+    if result.stopped is not None:
+        log.info(stopped_line(result.stopped, result.out))
+        return 128 + signal.Signals[result.stopped]
+    print("", result.table, "", *result.closing, sep="\n", flush=True)
+    return fail("\n".join(result.failed), 1) if result.failed else 0
 
 
-def say(text: str) -> None:
-    """One line for the person at the terminal, at once."""
-    print(text, flush=True)
-
-
-def complain(error: BaseException | str, status: int) -> int:
-    """Print an error as the sentences that it consists of, without a traceback. Returns `status`."""
-    for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr, flush=True)
+def fail(error: BaseException | str, status: int) -> int:
+    """Print an error, each line as a sentence of its own, without a traceback. Returns `status`."""
+    log.error(error)
     return status
 
 

@@ -1,49 +1,48 @@
-"""What a finished checkpoint is worth: every depth variant built, exported, measured, pictured, beside its random start.
+"""A finished checkpoint evaluated: every depth variant built, exported, measured and pictured, beside its random start.
 
-One function that runs where a GPU is and returns plain records; the driver does the telling. Knows no Ray and no MLflow.
+Runs where the GPU is, in a process of its own, and returns plain records.
 """
 
 from __future__ import annotations
 
-import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bim.models.backbones.backbone import Backbone
-from bim.models.tokens import normalize_images
-from bim.orchestrator.data.loader import eval_images
+from bim.orchestrator.config.transforms import settings_to_mapping
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.spec import DataSpec
 from bim.orchestrator.data.splits import Splits
+from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.evaluation.evaluate import evaluate_variants, raw_pixels
 from bim.orchestrator.evaluation.model_cost import device_name, latencies_ms
 from bim.orchestrator.evaluation.records import DepthReport, EvalConfig, EvaluationResult
 from bim.orchestrator.export.model_card import CardFacts
 from bim.orchestrator.export.timm_folder import export_decoder, export_variant, folder_name, rewrite_card
-from bim.orchestrator.reporting.figures.reconstruction import save_reconstructions
-from bim.orchestrator.training.build import build_local_mim, mask_plans, open_spec_backbone
-from bim.orchestrator.training.checkpoint import load_weights
+from bim.orchestrator.jobs.reconstructions import save_all_reconstructions
+from bim.orchestrator.runs.prepare import ResolvedRun
+from bim.orchestrator.runs.provenance import Provenance
+from bim.orchestrator.training.build import open_spec_backbone
+from bim.orchestrator.training.checkpoint import CheckpointStore, load_block_weights
 from bim.orchestrator.training.depth_variants import random_variants, trained_variant
 from bim.orchestrator.training.spec import PretrainSpec
-
-PICTURE_ROWS = 6
 
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """A checkpoint and what to make of it.
+    """A checkpoint and how it is evaluated.
 
     Args:
         checkpoint: committed folder.
         out: `variants/`, `decoders/` and `pictures/` are written below it.
         depths: cumulative layers of the variants; need not be block boundaries (a K = 1 run truncated).
         device: "cpu" or "cuda".
-        threads: torch CPU threads, for honest latencies.
-        references: also measure random starts and raw pixels.
+        threads: torch CPU threads at most, for honest latencies; None: as the process has them.
+        with_baselines: also measure random starts and raw pixels.
     """
 
     spec: PretrainSpec
@@ -55,178 +54,135 @@ class EvaluationTask:
     card: CardFacts
     device: str = "cpu"
     threads: int | None = None
-    references: bool = True
+    with_baselines: bool = True
 
 
-def evaluate_checkpoint(job: EvaluationTask) -> EvaluationResult:
+def evaluation_task(
+    run: ResolvedRun,
+    layout: StageLayout,
+    provenance: Provenance,
+    depths: tuple[int, ...],
+    with_baselines: bool = True,
+) -> EvaluationTask:
+    """The evaluation of the last checkpoint of a trained run."""
+    settings, evaluation = run.settings, run.settings.evaluation
+    return EvaluationTask(
+        spec=run.spec,
+        data=run.data,
+        evaluation=EvalConfig(
+            evaluation.knn_k,
+            evaluation.knn_temperature,
+            evaluation.batch_size,
+            evaluation.latency,
+            settings.data.split_seed,
+        ),
+        checkpoint=str(CheckpointStore(run.out).directory(run.total_steps)),
+        out=str(run.out),
+        depths=depths,
+        card=CardFacts(
+            run=settings.name,
+            seed=settings.seed,
+            settings=settings_to_mapping(settings),
+            data=provenance.data,
+            code=provenance.code,
+            init_from=settings.init_from,
+        ),
+        device="cuda" if layout.gpus else "cpu",
+        with_baselines=with_baselines,
+    )
+
+
+def evaluate_checkpoint(task: EvaluationTask) -> EvaluationResult:
     """Export, measure and picture every depth variant of a checkpoint."""
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
-    device = torch.device(job.device)
-    backbone = open_spec_backbone(job.spec)
-    source, splits = job.data.open()
-    weights = load_weights(Path(job.checkpoint), job.spec)
-    variants = {depth: trained_variant(backbone, weights, depth) for depth in job.depths}
-    measured = _measure(job, backbone, source, splits, variants, device)
+    if task.threads is not None:
+        torch.set_num_threads(min(task.threads, os.cpu_count() or 1))
+    device, out = torch.device(task.device), Path(task.out)
+    backbone, weights, variants = _load(task)
+    source, splits = task.data.open()
+    measured = _measure(task, backbone, source, splits, variants, task.evaluation.latency)
     random: tuple[DepthReport, ...] = ()
     raw: dict[str, float] = {}
-    if job.references:
-        random = _measure(
-            job,
-            backbone,
-            source,
-            splits,
-            random_variants(job.spec, backbone, job.depths),
-            device,
-            add_latency=False,
-        )
+    if task.with_baselines:
+        random_starts = random_variants(task.spec, backbone, task.depths)
+        random = _measure(task, backbone, source, splits, random_starts, latency=False)
         if source.labels is not None:
-            how = job.evaluation
-            size, batch = backbone.image_size, how.batch_size
+            config, size = task.evaluation, backbone.image_size
             raw = raw_pixels(
-                source, splits, size, how.knn_k, how.knn_temperature, how.seed, batch, device
-            ).metrics()
-    folders = _export(job, backbone, variants, measured, random, raw)
+                source, splits, size, config.knn_k, config.knn_temperature, config.seed, config.batch_size, device
+            ).metrics()  # fmt: skip
+    folders = {}
+    for report in measured:
+        folder = out / "variants" / folder_name(report.depth)
+        variant = variants[report.depth]
+        export_variant(backbone, report.depth, variant, folder, task.card, measured, random, raw)
+        folders[report.depth] = str(folder)
     for k, state in enumerate(weights):
         decoder = {
             name.removeprefix("decoder."): value
             for name, value in state.items()
             if name.startswith("decoder.")
         }
-        export_decoder(decoder, Path(job.out) / "decoders" / f"block-{k}.safetensors")
-    return EvaluationResult(
-        measured, random, raw, folders, _reconstructions(job, backbone, weights, source, splits, device)
+        export_decoder(decoder, out / "decoders" / f"block-{k}.safetensors")
+    pictures = save_all_reconstructions(
+        task.spec, backbone, weights, source, splits, out / "pictures", device
     )
+    return EvaluationResult(measured, random, raw, folders, pictures)
 
 
-def add_latency(job: EvaluationTask, found: EvaluationResult) -> EvaluationResult:
-    """The same with latencies, measured now, and on the model cards: for what was assessed beside other work.
+def add_latency(task: EvaluationTask, result: EvaluationResult) -> EvaluationResult:
+    """The same result with latencies, measured now, and on the model cards: after an evaluation beside other work.
 
-    found: what `evaluate_checkpoint` made of the same job.
+    Args:
+        result: what `evaluate_checkpoint` returned for the same task.
     """
-    device, backbone = torch.device(job.device), open_spec_backbone(job.spec)
-    weights = load_weights(Path(job.checkpoint), job.spec)
-    variants = {
-        depth: trained_variant(backbone, weights, depth).to(device).eval() for depth in sorted(job.depths)
-    }
-    ones, many = (latencies_ms(variants, backbone.image_size, batch, device) for batch in (1, 64))
+    device = torch.device(task.device)
+    backbone, _, variants = _load(task)
+    variants = {depth: variants[depth].to(device).eval() for depth in sorted(variants)}
+    batch_1, batch_64 = (latencies_ms(variants, backbone.image_size, batch, device) for batch in (1, 64))
     reports = tuple(
         replace(
             report,
-            latency_ms_b1=ones[report.depth],
-            latency_ms_b64=many[report.depth],
+            latency_ms_b1=batch_1[report.depth],
+            latency_ms_b64=batch_64[report.depth],
             device=device_name(device),
         )
-        for report in found.reports
+        for report in result.reports
     )
-    for (
-        depth,
-        folder,
-    ) in found.folders.items():  # the weights there have what was gathered of the images since
-        rewrite_card(backbone, depth, Path(folder), job.card, reports, found.random, found.raw)
-    return replace(found, reports=reports)
+    # The cards alone are written again: the exported weights hold batch statistics gathered by the evaluation.
+    for depth, folder in result.folders.items():
+        rewrite_card(backbone, depth, Path(folder), task.card, reports, result.random, result.raw)
+    return replace(result, reports=reports)
 
 
-def _export(
-    job: EvaluationTask,
-    backbone: Backbone,
-    variants: dict[int, nn.Module],
-    measured: tuple[DepthReport, ...],
-    random: tuple[DepthReport, ...],
-    raw: dict[str, float],
-) -> dict[int, str]:
-    """A timm folder for every variant, with its card; depth -> folder."""
-    folders = {}
-    for report in measured:
-        folder = Path(job.out) / "variants" / folder_name(report.depth)
-        export_variant(
-            backbone, report.depth, variants[report.depth], folder, job.card, measured, random, raw
-        )
-        folders[report.depth] = str(folder)
-    return folders
+def _load(task: EvaluationTask) -> tuple[Backbone, list[dict[str, Tensor]], dict[int, nn.Module]]:
+    """The backbone, the weights of every block, and the variants that they make by depth."""
+    backbone = open_spec_backbone(task.spec)
+    weights = [load_block_weights(Path(task.checkpoint), k) for k in range(len(task.spec.blocks))]
+    return backbone, weights, {depth: trained_variant(backbone, weights, depth) for depth in task.depths}
 
 
 def _measure(
-    job: EvaluationTask,
+    task: EvaluationTask,
     backbone: Backbone,
     source: Source,
     splits: Splits,
     variants: dict[int, nn.Module],
-    device: torch.device,
-    add_latency: bool = True,
+    latency: bool,
 ) -> tuple[DepthReport, ...]:
-    how = job.evaluation
+    config = task.evaluation
     return tuple(
         evaluate_variants(
             variants,
             source,
             splits,
             backbone.image_size,
-            mean=job.spec.mean,
-            std=job.spec.std,
-            device=device,
-            k=how.knn_k,
-            temperature=how.knn_temperature,
-            seed=how.seed,
-            batch_size=how.batch_size,
-            latency=how.latency and add_latency,
+            mean=task.spec.mean,
+            std=task.spec.std,
+            device=torch.device(task.device),
+            k=config.knn_k,
+            temperature=config.knn_temperature,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            latency=latency,
         )
     )
-
-
-@torch.inference_mode()
-def _reconstructions(
-    job: EvaluationTask,
-    backbone: Backbone,
-    weights: list[dict[str, Tensor]],
-    source: Source,
-    splits: Splits,
-    device: torch.device,
-) -> dict[int, str]:
-    """One picture per block: test images masked, reconstructed by that block's decoder, and as they are."""
-    shown = splits.test if len(splits.test) else splits.train
-    chosen = shown[np.linspace(0, len(shown) - 1, num=min(PICTURE_ROWS, len(shown))).astype(int)]
-    _, pixels = next(iter(eval_images(source, chosen, backbone.image_size, len(chosen))))
-    images = normalize_images(torch.from_numpy(pixels).to(device), job.spec.mean, job.spec.std)
-    plans = mask_plans(job.spec, backbone, backbone.image_size, len(images), step=0, micro_step=0)
-    x, paths = images, {}
-    is_pixels = [target.name == "pixels" for target in job.spec.targets] or [True] * len(job.spec.blocks)
-    for k, info in enumerate(backbone.blocks):
-        plan = plans[k].to(device)
-        module = build_local_mim(job.spec, k, backbone)
-        module.load_state_dict(weights[k])
-        module.to(device).eval()
-        x = module.encoder(x, plan)
-        found = module.decoder(x, plan)
-        count = found.shape[
-            1
-        ]  # without recovery a decoder says nothing of thrown tokens, the last of the masked
-        masked, thrown = plan.masked[:, :count], plan.masked[:, count:]
-        wanted = module.target(images)
-        predicted = module.target.to_image(_all_tokens(found, masked, wanted), images)
-        path = Path(job.out) / "pictures" / f"reconstruction_depth{info.depth:02d}.png"
-        save_reconstructions(
-            path,
-            original=_visible_range(images, job.spec),
-            predicted=_visible_range(predicted, job.spec),
-            masked=masked.cpu().numpy(),
-            grid=plan.token_grid,
-            target=None if is_pixels[k] else _visible_range(module.target.to_image(wanted, images), job.spec),
-            title=f"depth {info.depth}: {count} of {math.prod(plan.token_grid)} patches predicted",
-            thrown=thrown.cpu().numpy(),
-        )
-        paths[info.depth] = str(path)
-    return paths
-
-
-def _all_tokens(predicted: Tensor, masked: Tensor, target: Tensor) -> Tensor:
-    """(B, M, D) predictions of the tokens `masked` among the true values of the others: (B, N, D)."""
-    index = masked.unsqueeze(-1).expand(-1, -1, target.shape[-1])
-    return target.scatter(1, index, predicted.to(target.dtype))
-
-
-def _visible_range(images: Tensor, spec: PretrainSpec) -> np.ndarray:
-    """(B, 3, H, W) normalised -> (B, H, W, 3) in [0, 1]."""
-    mean = torch.tensor(spec.mean, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(spec.std, device=images.device).view(1, 3, 1, 1)
-    return (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()

@@ -1,22 +1,26 @@
-"""What a job records of its results in the output directory and in MLflow."""
+"""What a job records of a backbone in its output directory and in MLflow."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from bim.orchestrator.config.transforms import settings_to_mapping
+from bim.orchestrator.config.recipes import SAVED_SETTINGS
+from bim.orchestrator.config.transforms import flat, settings_to_yaml, with_changes
+from bim.orchestrator.distributed.placement import ClusterResources, StageLayout
 from bim.orchestrator.evaluation.records import EvaluationResult
-from bim.orchestrator.export.model_card import CardFacts
-from bim.orchestrator.reporting.comparison import ALL_COLUMNS, MemberResult, comparison_rows, comparison_table
+from bim.orchestrator.files import atomic_write
+from bim.orchestrator.jobs.backbone_run import BASELINE_SERIES, BackboneRun, clear_failure
+from bim.orchestrator.jobs.search_job import search_due
 from bim.orchestrator.reporting.figures.accuracy import accuracy_latency_figure
-from bim.orchestrator.reporting.figures.backbones import comparison_figure
 from bim.orchestrator.reporting.figures.loss_curves import loss_curves_figure
 from bim.orchestrator.reporting.figures.pareto import pareto_figure
+from bim.orchestrator.reporting.log import log_to_file
 from bim.orchestrator.reporting.summary import render_table, summary_rows, write_summary
-from bim.orchestrator.runs.prepare import PreparedJob, ResolvedRun
-from bim.orchestrator.runs.provenance import DataRecord, Provenance
+from bim.orchestrator.runs.output_dir import new_output
+from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun
+from bim.orchestrator.runs.provenance import DataRecord, collect
 from bim.orchestrator.search.results import (
     BEST,
     FOLDER,
@@ -25,20 +29,88 @@ from bim.orchestrator.search.results import (
     best_line,
     changes_of_best,
     counted,
+    finished_search,
     note_rows,
 )
 from bim.orchestrator.text import params_text
-from bim.orchestrator.tracking.descriptions import depth_rows, fenced, loading_note, results_table
+from bim.orchestrator.tracking.descriptions import depth_rows, loading_note, results_table
 from bim.orchestrator.tracking.records import DepthRecord
 from bim.orchestrator.tracking.tracker import Tracker
+from bim.orchestrator.training.spec import Precision
+
+EVENTS = "events.log"
+
+# -- before the training ------------------------------------------------------------------------------------------
 
 
-def data_record(prepared: PreparedJob) -> DataRecord:
+def open_backbone_run(
+    prepared: PreparedBackbone,
+    layouts: list[StageLayout],
+    precision: Precision,
+    cluster: ClusterResources,
+    parent: Tracker | None,
+    label: str,
+    stack: ExitStack,
+) -> BackboneRun:
+    """Create the output directory and the MLflow run of a backbone, and save its settings and provenance.
+
+    Args:
+        parent: of the comparison of several backbones, below which its run stands.
+        label: begins its lines.
+        stack: closes what is opened here.
+
+    Raises:
+        OutputError, TrackingError: nothing is left of a directory that is new.
+    """
+    run = prepared.run
+    provenance = collect(data_record(prepared), _resolved_settings(run, layouts[0], precision, cluster))
+    run_name = run.out.name if parent is None else f"{parent.out.name}/{prepared.name}"
+    with new_output(run.out):
+        text = write_settings(run)  # before anything else: by this file --resume knows that it was begun
+        tracker = stack.enter_context(open_tracker(run, run_name, None if parent is None else parent.run_id))
+    stack.enter_context(log_to_file(run.out / EVENTS, label))
+    # MLflow never changes a parameter, so those that the search decides wait for its end.
+    undecided = tuple(run.settings.search.space) if search_due(run.settings, run.out) else ()
+    log_settings(run, tracker, text, undecided)
+    tracker.log_provenance(provenance)
+    return BackboneRun(prepared, layouts, precision, provenance, tracker, label)
+
+
+def open_tracker(run: ResolvedRun, run_name: str, parent_run_id: str | None) -> Tracker:
+    """The MLflow record of this run, continued if the run is. Raises TrackingError within seconds."""
+    tracking = run.settings.tracking
+    resumed = Tracker.recorded_run(run.out) if run.settings.resume else None
+    return Tracker.open(
+        tracking.uri, tracking.experiment, run_name, run.out, resumed, _model_name(run), parent_run_id
+    )
+
+
+def write_settings(run: ResolvedRun) -> str:
+    """Save the settings in the output directory, from where --resume takes them. Returns the text.
+
+    After a finished search they are those of its best trial, and a run that starts from them does not search again.
+    """
+    settings = with_changes(run.settings, {"resume": False, "search.resume": False})
+    if finished_search(run.out) is not None:
+        settings = with_changes(settings, {"search.trials": 0})
+    text = settings_to_yaml(settings)
+    atomic_write(run.out / SAVED_SETTINGS, text)
+    return text
+
+
+def log_settings(run: ResolvedRun, tracker: Tracker, text: str, undecided: tuple[str, ...] = ()) -> None:
+    """Log the settings to MLflow, without the keys in `undecided`; `text` is the whole of them as YAML."""
+    if finished_search(run.out) is not None:
+        undecided = (*undecided, "search.trials")  # MLflow has the number that the search was started with
+    tracker.log_settings({key: v for key, v in flat(run.settings).items() if key not in undecided}, text)
+
+
+def data_record(prepared: PreparedBackbone) -> DataRecord:
     """The images of a run, for its provenance and its model cards."""
     source, splits = prepared.source, prepared.splits
     return DataRecord(
-        source=prepared.family.settings.data.source,
-        fingerprint=prepared.family.fingerprint,
+        source=prepared.run.settings.data.source,
+        fingerprint=prepared.run.fingerprint,
         images=len(source),
         train=len(splits.train),
         val=len(splits.val),
@@ -47,58 +119,86 @@ def data_record(prepared: PreparedJob) -> DataRecord:
     )
 
 
-def card_facts(family: ResolvedRun, provenance: Provenance) -> CardFacts:
-    """What the model cards of a family share."""
-    settings = family.settings
-    return CardFacts(
-        run=settings.name,
-        seed=settings.seed,
-        settings=settings_to_mapping(settings),
-        data=provenance.data,
-        code=provenance.code,
-        init_from=settings.init_from,
-    )
+def _resolved_settings(
+    run: ResolvedRun, layout: StageLayout, precision: Precision, cluster: ClusterResources
+) -> dict[str, str]:
+    """What the settings leave to the machine, for the provenance."""
+    return {
+        "cluster": cluster_text(cluster),
+        "layers_by_block": "+".join(str(size) for size in run.spec.blocks),
+        "blocks_by_stage": " | ".join(", ".join(map(str, blocks)) for blocks in layout.stage_blocks),
+        "per_stage": f"{layout.gpus:g} GPU, {layout.cpus:g} CPU, {layout.threads} threads",
+        "precision": precision,
+    }
 
 
-def record_depths(tracker: Tracker, family: ResolvedRun, found: EvaluationResult, series: str = "") -> None:
+def cluster_text(cluster: ClusterResources) -> str:
+    """`4 CPU, 1 GPU`."""
+    return f"{cluster.cpus:g} CPU, {cluster.gpus:g} GPU"
+
+
+# -- while it runs, and at its end --------------------------------------------------------------------------------
+
+
+def record_progress(backbone: BackboneRun) -> None:
+    """Record what is new of a backbone, by the main thread: evaluated variants, its summary at the end, or its failure.
+
+    What waits for its latencies is not recorded yet. Safe to call again.
+    """
+    if backbone.closed:
+        return
+    with backbone.lines(), backbone.isolated():
+        if backbone.failed is None and not backbone.latency_pending:
+            _record_evaluations(backbone)
+            if backbone.evaluated:
+                backbone.table = _record_summary(backbone)
+                clear_failure(backbone)
+                backbone.tracker.finish("FINISHED")
+                backbone.closed = True
+    if backbone.failed is not None:
+        backbone.tracker.set_tags({"failed": backbone.failed})
+        backbone.tracker.finish("FAILED")
+        backbone.closed = True
+
+
+def _record_evaluations(backbone: BackboneRun) -> None:
+    for number in range(backbone.num_recorded, len(backbone.evaluations)):
+        run = backbone.prepared.runs[number]
+        record_variants(backbone.tracker, run, backbone.evaluations[number], backbone.series_of(run))
+        backbone.num_recorded += 1
+
+
+def record_variants(
+    tracker: Tracker, run: ResolvedRun, evaluation: EvaluationResult, series: str = ""
+) -> None:
     """A child run and a model for every variant; `series` names a baseline's."""
-    settings = family.settings
+    settings = run.settings
     prefix = f"{series}/" if series else ""
-    name = settings.tracking.model_name or settings.name
-    for report in found.reports:
-        block = next(b for b in family.backbone.blocks if b.depth >= report.depth)
-        curves = {
-            short: tracker.history(f"{prefix}{long}")
-            for short, long in (
-                ("loss", f"block{block.index}/loss"),
-                ("loss_always_masked", f"block{block.index}/loss_always_masked"),
-                ("loss_newly_dropped", f"block{block.index}/loss_newly_dropped"),
-                ("loss_kept", f"block{block.index}/loss_kept"),
-                ("loss_thrown", f"block{block.index}/loss_thrown"),
-                ("grad_norm", f"block{block.index}/grad_norm"),
-                ("images_per_s", "images_per_s"),
-            )
-        }
-        decoder = family.spec.decoders[block.index]
+    for report in evaluation.reports:
+        block = next(b for b in run.backbone.blocks if b.depth >= report.depth)
+        names = ("loss", "loss_always_masked", "loss_newly_dropped", "loss_kept", "loss_thrown", "grad_norm")
+        curves = {name: tracker.history(f"{prefix}block{block.index}/{name}") for name in names}
+        curves["images_per_s"] = tracker.history(f"{prefix}images_per_s")
+        decoder = run.spec.decoders[block.index]
         record = DepthRecord(
             depth=report.depth,
-            folder=Path(found.folders[report.depth]),
+            folder=Path(evaluation.folders[report.depth]),
             metrics=report.metrics(),
             params={
                 "depth": report.depth,
                 "backbone": settings.backbone.name,
                 "block": block.index,
-                "mask_ratio": family.spec.mask_ratios[block.index],
+                "mask_ratio": run.spec.mask_ratios[block.index],
                 "decoder": f"{decoder.depth}x{decoder.dim}",
                 "epochs": settings.schedule.epochs,
                 "seed": settings.seed,
             },
-            curves={key: curve for key, curve in curves.items() if curve},
-            pictures=[Path(found.pictures[report.depth])] if report.depth in found.pictures else [],
-            step=family.total_steps,
+            curves={name: curve for name, curve in curves.items() if curve},
+            pictures=[Path(evaluation.pictures[report.depth])] if report.depth in evaluation.pictures else [],
+            step=run.total_steps,
             series=series,
         )
-        tracker.log_depth(record, name)
+        tracker.log_depth(record, _model_name(run))
 
 
 def record_search(tracker: Tracker, result: SearchResult) -> None:
@@ -114,89 +214,58 @@ def record_search(tracker: Tracker, result: SearchResult) -> None:
     tracker.set_tags(tags | ({} if score is None else {"search.best.score": f"{score:.4g}"}))
 
 
-def record_summary(
-    tracker: Tracker,
-    family: ResolvedRun,
-    found: EvaluationResult,
-    truncated: EvaluationResult | None,
-    searched: SearchResult | None = None,
-) -> str:
-    """The table and the pictures of a run, in its output directory and on its MLflow page. Returns the table as text."""
-    baseline = () if truncated is None else truncated.reports
-    rows = summary_rows(found.reports, found.random, found.raw, baseline)
-    table = render_table(found.reports, found.random, found.raw, baseline)
-    (family.out / "summary.txt").write_text(table + "\n", encoding="utf-8")
-    for path in write_summary(rows, family.out):
+def _record_summary(backbone: BackboneRun) -> str:
+    """The table and the pictures of a backbone, in its output directory and on its MLflow page. Returns the table."""
+    run, tracker = backbone.prepared.run, backbone.tracker
+    evaluation, *baselines = backbone.evaluations
+    baseline = baselines[0].reports if baselines else ()
+    reports, random = evaluation.reports, evaluation.random
+    table = render_table(reports, random, evaluation.raw, baseline)
+    atomic_write(run.out / "summary.txt", table + "\n")
+    for path in write_summary(summary_rows(reports, random, evaluation.raw, baseline), run.out):
         tracker.log_file(path)
-    figure = accuracy_latency_figure(found.reports, found.random, found.raw, baseline)
-    pictures = ["loss_by_block"]
+    pictures = []
+    figure = accuracy_latency_figure(reports, random, evaluation.raw, baseline)
     if figure is not None:
-        worth = "accuracy" if found.reports[0].knn_top1 is not None else "rankme"
-        pictures.insert(0, f"{worth}_against_latency")
-        tracker.log_picture(figure, f"{worth}_against_latency")
-    curves = {b.index: tracker.history(f"block{b.index}/loss") for b in family.backbone.blocks}
-    tracker.log_picture(loss_curves_figure(curves), "loss_by_block")
-    settings = family.settings
-    scores = _mean_scores(found)
-    if scores:
-        tracker.log_metrics(family.total_steps, scores)
-    name = settings.tracking.model_name or settings.name
-    deepest = found.reports[-1].depth
-    records = [DepthRecord(r.depth, Path(found.folders[r.depth]), r.metrics()) for r in found.reports]
-    if truncated is not None:
-        records += [
-            DepthRecord(r.depth, Path(truncated.folders[r.depth]), r.metrics(), series="mae")
-            for r in truncated.reports
-        ]
-    records += [DepthRecord(r.depth, Path(), r.metrics(), series="random") for r in found.random]
-    before = ""
-    if searched is not None:
+        metric = "accuracy" if reports[0].knn_top1 is not None else "rankme"
+        pictures.append(f"{metric}_against_latency")
+        tracker.log_picture(figure, pictures[-1])
+    curves = {b.index: tracker.history(f"block{b.index}/loss") for b in run.backbone.blocks}
+    pictures.append("loss_by_block")
+    tracker.log_picture(loss_curves_figure(curves), pictures[-1])
+    if means := _mean_scores(evaluation):
+        tracker.log_metrics(run.total_steps, means)
+    search_note = ""
+    if (searched := finished_search(run.out)) is not None:
         pictures.insert(0, "pareto")
-        before = f"\n\nThe search: {counted(searched.rows)}; {best_line(searched)}\n\n{results_table(note_rows(searched))}"
+        search_note = (
+            f"\n\nThe search: {counted(searched.rows)}; {best_line(searched)}\n\n"
+            f"{results_table(note_rows(searched))}"
+        )
+    records = [
+        DepthRecord(report.depth, Path(), report.metrics(), series=series)
+        for series, group in (("", reports), (BASELINE_SERIES, baseline), ("random", random))
+        for report in group
+    ]
+    settings = run.settings
     tracker.describe(
-        f"{params_text(found.reports[-1].params)} parameters at full depth, {settings.backbone.name}, "
-        f"{len(family.spec.blocks)} blocks, {settings.schedule.epochs} epochs of {settings.data.source}.\n\n"
+        f"{params_text(reports[-1].params)} parameters at full depth, {settings.backbone.name}, "
+        f"{len(run.spec.blocks)} blocks, {settings.schedule.epochs} epochs of {settings.data.source}.\n\n"
         f"{results_table(depth_rows(records))}\n\nOpen a variant without this package:\n\n"
-        f"{loading_note(name, f'depth{deepest}', tracker.uri_to_set)}{before}",
+        f"{loading_note(_model_name(run), f'depth{reports[-1].depth}', tracker.uri_to_set)}{search_note}",
         pictures,
     )
     return table
 
 
-def record_comparison(
-    tracker: Tracker,
-    results: Sequence[MemberResult],
-    runs: Mapping[str, str | None],
-    tested: int,
-    device: str,
-) -> str:
-    """The table and the picture of several backbones, in the output directory and on their common MLflow page.
-
-    runs: name -> MLflow's run of that backbone. Returns the table as text.
-    """
-    table = comparison_table(results, tested, device)
-    (tracker.out / "summary.txt").write_text(table + "\n", encoding="utf-8")
-    for path in write_summary(comparison_rows(results), tracker.out, ALL_COLUMNS):
-        tracker.log_file(path)
-    figure = comparison_figure(results, device)
-    if figure is not None:
-        tracker.log_picture(figure, "backbones")
-    tracker.set_tags({f"backbone.{r.name}": "failed" if r.failed else "finished" for r in results})
-    page = f"#/experiments/{tracker.experiment_id}/runs/"
-    links = ", ".join(
-        f"[{name}]({page}{run}?workflowType=machine_learning)"
-        for name, run in runs.items()
-        if run is not None
-    )
-    note = f"{len(results)} backbones side by side: {links}\n\n{fenced(table)}"
-    tracker.describe(note, [] if figure is None else ["backbones"])
-    return table
-
-
-def _mean_scores(found: EvaluationResult) -> dict[str, float]:
+def _mean_scores(evaluation: EvaluationResult) -> dict[str, float]:
     """Accuracies, or RankMe without labels, averaged over the depths: one number per run to sort the runs by."""
     return {
-        f"mean_{key}": statistics.mean(report.metrics()[key] for report in found.reports)
+        f"mean_{key}": statistics.mean(report.metrics()[key] for report in evaluation.reports)
         for key in ("knn_top1", "linear_top1", "rankme")
-        if all(key in report.metrics() for report in found.reports)
+        if all(key in report.metrics() for report in evaluation.reports)
     }
+
+
+def _model_name(run: ResolvedRun) -> str:
+    return run.settings.tracking.model_name or run.settings.name

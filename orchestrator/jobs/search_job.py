@@ -1,14 +1,11 @@
-"""The search as a part of the main job: whether one is due, what is wrong with it, and the family that it leads to.
-
-Composes `search.py` and what it needs; holds no arithmetic.
-"""
+"""The search as a part of a job: whether one is due, what is wrong with it, and the run of its best trial."""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from bim.orchestrator.distributed.placement import ClusterResources
 from bim.orchestrator.evaluation.evaluate import RANK_IMAGES
 from bim.orchestrator.reporting.search_console import SearchProgress, closing, opening
 from bim.orchestrator.runs.output_dir import OutputError
-from bim.orchestrator.runs.prepare import PreparedJob, ResolvedRun, resolve_run
+from bim.orchestrator.runs.prepare import PreparedBackbone, resolve_backbone, resolve_run
 from bim.orchestrator.runs.signals import stop_on_signals
 from bim.orchestrator.search.controller import SearchSpec, grace_of
 from bim.orchestrator.search.objective import (
@@ -34,7 +31,6 @@ from bim.orchestrator.search.results import (
     BEST,
     FOLDER,
     SearchResult,
-    best_line,
     finished_search,
     load_result,
     with_best,
@@ -49,10 +45,12 @@ from bim.orchestrator.training.checkpoint import CheckpointStore
 from bim.orchestrator.training.spec import Precision
 
 MARGIN = 1.5
-"""Trials share memory and caches, and a trial's own setting may be dearer than the recipe's (a lower mask ratio)."""
+"""Trials share memory and caches, and a trial's setting may cost more than the baseline's (a lower mask ratio)."""
 
 MAY_CHANGE = ("resume", "trial_stages")
 """Settings of a search that may be others when it is continued; Tune's saved state holds the rest."""
+
+log = logging.getLogger(__name__)
 
 
 def search_due(settings: Settings, out: Path) -> bool:
@@ -60,16 +58,17 @@ def search_due(settings: Settings, out: Path) -> bool:
     return settings.search.trials > 0 and not (settings.resume and finished_search(out) is not None)
 
 
-def check_search(family: ResolvedRun, prepared: PreparedJob) -> None:
+def check_search(backbone: PreparedBackbone) -> None:
     """Find what is wrong with a search that is due, before anything starts.
 
     Raises:
         SettingsError: the space, the searcher, the backend; or trial 0 cannot be trained in its shorter time.
         OutputError: the search that is continued was another one.
     """
-    settings, out = family.settings, family.out
-    found = load_result(out)
-    if settings.search.resume and found is None:
+    run = backbone.run
+    settings, out = run.settings, run.out
+    saved = load_result(out)
+    if settings.search.resume and saved is None:
         raise OutputError(f"there is no search to continue in {out}; leave --search.resume out")
     if not search_due(settings, out):
         return
@@ -86,27 +85,25 @@ def check_search(family: ResolvedRun, prepared: PreparedJob) -> None:
         raise SettingsError(
             "search.searcher optuna needs the package optuna: pip install '.[optuna]'; or set it to random"
         )
-    space_of(settings, family.backbone)
+    space_of(settings, run.backbone)
     try:
-        resolve_run(trial_settings(settings, {}), out, (prepared.source, prepared.splits))
+        resolve_run(trial_settings(settings, {}), out, (backbone.source, backbone.splits))
     except SettingsError as error:
         raise SettingsError(
             f"the recipe's own setting, trial 0 of the search, cannot be trained for search.trial_epochs: {error}"
         ) from error
-    if found is not None:
-        _check_same(found, _empty(family, prepared, {}), out)
+    if saved is not None:
+        _check_same(saved, _empty_result(backbone, {}), out)
 
 
 def run_search(
-    family: ResolvedRun,
-    prepared: PreparedJob,
+    backbone: PreparedBackbone,
     cluster: ClusterResources,
     precision: Precision,
     tracker: Tracker,
-    say: Callable[[str], None],
     stop: StopRequest,
-) -> ResolvedRun | None:
-    """Search, and make the family of the best setting; None if `stop` was set meanwhile.
+) -> PreparedBackbone | None:
+    """Search, and prepare the backbone with the settings of the best trial; None if `stop` was set meanwhile.
 
     Raises:
         PlacementError: no trial fits into the cluster.
@@ -114,74 +111,69 @@ def run_search(
     """
     from bim.orchestrator.search.tuner import search  # Tune takes two seconds to import
 
-    began = time.monotonic()
-    settings, asked = family.settings, family.settings.search
-    space = space_of(settings, family.backbone)
-    layout, beside = trial_placement(settings, cluster)
-    plan = TrialSpec(
+    start = time.monotonic()
+    run, settings = backbone.run, backbone.run.settings
+    space = space_of(settings, run.backbone)
+    layout, concurrent = trial_placement(settings, cluster)
+    trial = TrialSpec(
         settings=settings_to_mapping(settings),
         layout=layout,
         precision=precision,
-        folder=str(family.out / FOLDER / "trials"),
+        folder=str(run.out / FOLDER / "trials"),
         objective=_objective(settings),
-        fingerprint=family.fingerprint,
+        fingerprint=run.fingerprint,
         device="cuda" if layout.gpus else "cpu",
-        run_concurrently=beside,
+        run_concurrently=concurrent,
     )
-    empty = _empty(family, prepared, space)
-    trials = int(min(asked.trials, combinations(space)))
-    at_most_s = MARGIN * math.ceil(trials / beside) * _trial_seconds(family, prepared, plan, cluster)
-    for line in opening(empty, grace_of(settings, empty.epochs), space, trials, beside, at_most_s):
-        say(line)
-    with stop_on_signals(stop, say, meanwhile="ending the trials; the search can be continued"):
-        result = search(SearchSpec(settings, space, plan, empty), family.out, SearchProgress(tracker), stop)
+    empty = _empty_result(backbone, space)
+    trials = int(min(settings.search.trials, combinations(space)))
+    at_most_s = MARGIN * math.ceil(trials / concurrent) * _trial_seconds(backbone, trial, cluster)
+    for line in opening(empty, grace_of(settings, empty.epochs), space, trials, concurrent, at_most_s):
+        log.info(line)
+    with stop_on_signals(stop, meanwhile="ending the trials; the search can be continued"):
+        progress = SearchProgress(tracker)
+        result = search(SearchSpec(settings, space, trial, empty), run.out, progress, stop)
     if not result.finished:
         return None
-    recipe = short_path(family.out / FOLDER / BEST)
-    for line in closing(result, time.monotonic() - began, recipe):
-        say(line)
-    tracker.log_event(best_line(result))
-    return resolve_run(with_best(settings, result), family.out, (prepared.source, prepared.splits))[0]
+    for line in closing(result, time.monotonic() - start, short_path(run.out / FOLDER / BEST)):
+        log.info(line)
+    return resolve_backbone(with_best(settings, result), run.out, (backbone.source, backbone.splits))
 
 
 def _objective(settings: Settings) -> ObjectiveSpec:
-    how = settings.evaluation
-    return ObjectiveSpec(how.knn_k, how.knn_temperature, how.batch_size, settings.data.split_seed)
+    evaluation = settings.evaluation
+    return ObjectiveSpec(
+        evaluation.knn_k, evaluation.knn_temperature, evaluation.batch_size, settings.data.split_seed
+    )
 
 
-def _empty(family: ResolvedRun, prepared: PreparedJob, space: Space) -> SearchResult:
-    settings, source, splits = family.settings, prepared.source, prepared.splits
-    metric = metric_of(source, splits)
-    judged, most = (splits.val, KNN_VAL_IMAGES) if metric == "knn_top1" else (splits.train, RANK_IMAGES)
+def _empty_result(backbone: PreparedBackbone, space: Space) -> SearchResult:
+    """The record of a search before its first trial."""
+    settings, splits = backbone.run.settings, backbone.splits
+    metric = metric_of(backbone.source, splits)
+    images, limit = (splits.val, KNN_VAL_IMAGES) if metric == "knn_top1" else (splits.train, RANK_IMAGES)
     return SearchResult(
         metric=metric,
-        images=min(len(judged), most),
+        images=min(len(images), limit),
         epochs=trial_epochs(settings),
         own=baseline_values(settings, space),
         asked=settings.search.model_dump(mode="json")
         | {f"evaluation.{name}": getattr(settings.evaluation, name) for name in SCORED_BY},
-        fingerprint=family.fingerprint,
+        fingerprint=backbone.run.fingerprint,
     )
 
 
 def _check_same(before: SearchResult, now: SearchResult, out: Path) -> None:
-    def fixed(asked: dict[str, Any]) -> dict[str, Any]:
-        return {
-            key if "." in key else f"search.{key}": value
-            for key, value in asked.items()
-            if key not in MAY_CHANGE
-        }
-
-    old, new = fixed(before.asked), fixed(now.asked)
-    told = [
+    old, new = _fixed_settings(before), _fixed_settings(now)
+    changes = [
         f"{key} is {new.get(key)}, was {old.get(key)}"
         for key in sorted(old.keys() & new.keys())  # a record of an earlier version lacks some
         if old.get(key) != new.get(key)
     ]
-    if told:
+    if changes:
         raise OutputError(
-            f"the search in {out} cannot be continued as another one: {'; '.join(told)}; give the same settings, or start "
-            "a new run with another --out"
+            f"the search in {out} cannot be continued as another one: {'; '.join(changes)}; give the same settings, or "
+            "start a new run with another --out"
         )
     if before.fingerprint != now.fingerprint:
         raise OutputError(
@@ -189,20 +181,28 @@ def _check_same(before: SearchResult, now: SearchResult, out: Path) -> None:
         )
 
 
-def _trial_seconds(
-    family: ResolvedRun, prepared: PreparedJob, plan: TrialSpec, cluster: ClusterResources
-) -> float:
-    """At most, of one trial: measured where its stages will live."""
-    layout, settings = plan.layout, trial_settings(family.settings, {})
-    spec = replace(family.spec, optim=replace(family.spec.optim, precision=plan.precision))
-    measured = run_on_worker(measure_throughput, layout, spec, family.data, plan.device, layout.threads)
-    trial = resolve_run(settings, family.out, (prepared.source, prepared.splits))[0]
-    places = len(layout.stage_blocks)
-    cores = cluster.cpus / plan.run_concurrently
-    speedup = places if layout.gpus else max(1.0, min(places, cores / layout.threads))
-    images = min(len(prepared.splits.train), KNN_TRAIN_IMAGES) + min(len(prepared.splits.val), KNN_VAL_IMAGES)
-    if metric_of(prepared.source, prepared.splits) == "rankme":
-        images = min(len(prepared.splits.train), RANK_IMAGES)
-    return start_seconds(places + 2, cores) + trial_seconds(
-        measured, trial.phases, settings.schedule.epochs, settings.search.every_epochs, images, speedup
+def _fixed_settings(result: SearchResult) -> dict[str, Any]:
+    """The settings of a search, by dotted key, that it must be continued with."""
+    return {
+        key if "." in key else f"search.{key}": value
+        for key, value in result.asked.items()
+        if key not in MAY_CHANGE
+    }
+
+
+def _trial_seconds(backbone: PreparedBackbone, trial: TrialSpec, cluster: ClusterResources) -> float:
+    """Seconds of one trial at most: measured where its stages will live."""
+    run, splits, layout = backbone.run, backbone.splits, trial.layout
+    spec = replace(run.spec, optim=replace(run.spec.optim, precision=trial.precision))
+    throughput = run_on_worker(measure_throughput, layout, spec, run.data, trial.device, layout.threads)
+    settings = trial_settings(run.settings, {})
+    phases = resolve_run(settings, run.out, (backbone.source, splits))[0].phases
+    stages = len(layout.stage_blocks)
+    cpus = cluster.cpus / trial.run_concurrently
+    speedup = stages if layout.gpus else max(1.0, min(stages, cpus / layout.threads))
+    images = min(len(splits.train), KNN_TRAIN_IMAGES) + min(len(splits.val), KNN_VAL_IMAGES)
+    if metric_of(backbone.source, splits) == "rankme":
+        images = min(len(splits.train), RANK_IMAGES)
+    return start_seconds(stages + 2, cpus) + trial_seconds(
+        throughput, phases, settings.schedule.epochs, settings.search.every_epochs, images, speedup
     )

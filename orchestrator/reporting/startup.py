@@ -10,7 +10,7 @@ from bim.orchestrator.config.recipes import DEFAULT_RECIPE
 from bim.orchestrator.config.schema import Settings
 from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.evaluation.model_cost import block_gflops
-from bim.orchestrator.runs.prepare import PreparedJob, ResolvedRun
+from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun
 from bim.orchestrator.text import short_path, wrapped
 from bim.orchestrator.training.lr_schedule import peak_rate
 
@@ -24,7 +24,7 @@ DIGITS_PX = 64
 """The largest side, in pixels, up to which the scanned digits of 8 x 8 are enlarged without a note."""
 
 
-def opening_lines(family: ResolvedRun, prepared: PreparedJob, layout: StageLayout) -> list[str]:
+def opening_lines(family: ResolvedRun, prepared: PreparedBackbone, layout: StageLayout) -> list[str]:
     """Model, data, schedule and placement, a line each, then the notes and the output directory."""
     settings, blocks = family.settings, family.backbone.blocks
     layers, splits = "+".join(str(b.layers) for b in blocks), prepared.splits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from bim.orchestrator.training.manifest import MANIFEST
 
 
 class OutputError(ValueError):
-    """The output directory holds something else than this run needs."""
+    """The output directory cannot be used by this run."""
 
 
 NEW_RUN_HINT = "start a new run with another --out"
@@ -26,13 +27,14 @@ def check_output(
     out: Path,
     settings: Settings,
     fingerprint: str,
-    anew: str = NEW_RUN_HINT,
+    remedy: str = NEW_RUN_HINT,
     apply_search: Callable[[Settings], Settings] = lambda saved: saved,
 ) -> None:
     """Refuse a directory that this run may not use. Writes nothing.
 
-    anew: what to do for other settings than those of the run in it.
-    apply_search: saved settings -> the same with what a finished search of that run found.
+    Args:
+        remedy: what the user does to train with other settings than those of the run in it.
+        apply_search: saved settings -> the same with the best values of a finished search of that run.
 
     Raises:
         OutputError: in use by another run; nothing there to resume; or resumed with settings or data that contradict it.
@@ -53,38 +55,30 @@ def check_output(
     if not (out / SAVED_SETTINGS).exists():
         flag = "--resume" if settings.resume else "--search.resume"
         raise OutputError(f"there is no run to resume in {out}; leave {flag} out to start one there")
-    _check_same(out, settings, fingerprint, anew, apply_search)
+    _check_same(out, settings, fingerprint, remedy, apply_search)
 
 
-def make_output(out: Path) -> list[Path]:
-    """Make the output directory. Returns the folders that were not there before, the innermost first.
+@contextmanager
+def new_output(out: Path) -> Iterator[None]:
+    """Create the output directory for what is opened inside; if that raises, a directory that is new goes again.
 
     Raises:
         OutputError: the system refuses it.
     """
-    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(
             f"the output directory {out} cannot be made ({error.strerror}); choose another one with --out"
         ) from error
-    return missing
-
-
-@contextmanager
-def new_output(out: Path) -> Iterator[None]:
-    """Make the output directory for what is opened inside; if that is refused with nothing written, it goes again.
-
-    Raises:
-        OutputError: the system refuses it.
-    """
-    made = make_output(out)
     try:
         yield
     except Exception:
-        with suppress(OSError):  # not empty
-            for folder in made:
+        if out in new:
+            shutil.rmtree(out, ignore_errors=True)
+        with suppress(OSError):  # another run may have written beside it
+            for folder in new[1:]:
                 folder.rmdir()
         raise
 
@@ -93,14 +87,14 @@ def _check_same(
     out: Path,
     settings: Settings,
     fingerprint: str,
-    anew: str,
+    remedy: str,
     apply_search: Callable[[Settings], Settings],
 ) -> None:
     store = CheckpointStore(out)
     latest = store.latest()
     saved = read_recipe(str(out / SAVED_SETTINGS)) if latest is None else latest.settings
     try:
-        # A search may have ended just before what it found was written down.
+        # A search may have ended just before its best values were saved.
         before = apply_search(settings_from_mapping(saved))
     except SettingsError as error:
         raise OutputError(
@@ -112,13 +106,13 @@ def _check_same(
         keys = [key for key in keys if key.partition(".")[0] not in ("backbone", "backbones")]
     if keys:
         old, new = flat(before), flat(settings)
-        told = "; ".join(f"{key} is {new.get(key)}, was {old.get(key)}" for key in keys)
+        changes = "; ".join(f"{key} is {new.get(key)}, was {old.get(key)}" for key in keys)
         raise OutputError(
-            f"{out} cannot be resumed with other settings than it was trained with: {told}; "
-            f"give the same ones, or {anew}"
+            f"{out} cannot be resumed with other settings than it was trained with: {changes}; "
+            f"give the same ones, or {remedy}"
         )
     if latest is not None and latest.facts.get("data", fingerprint) != fingerprint:
         raise OutputError(
             f"the images behind data.source have changed since the last checkpoint in {out} "
-            f"({store.directory(latest.step).name}/{MANIFEST}); {anew}"
+            f"({store.directory(latest.step).name}/{MANIFEST}); {remedy}"
         )

@@ -1,6 +1,6 @@
 """One pretraining run, checked: settings resolved against the backbone and the data, and where its files go.
 
-Made by the main job for itself and its baseline, and by the search for every trial. Starts nothing and writes nothing.
+Serves a job for its backbones and their baselines, and the search for every trial. Starts nothing and writes nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bim.models.backbones.backbone import Backbone
 from bim.orchestrator.config.schema import Settings
+from bim.orchestrator.config.transforms import end_to_end
 from bim.orchestrator.data.phases import Phase, steps_until
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.spec import DataSpec
@@ -31,7 +32,7 @@ class ResolvedRun:
 
     @property
     def fingerprint(self) -> str:
-        """What the images are, as they were when the job was prepared."""
+        """The fingerprint of the images when the job was prepared."""
         return self.data.fingerprint or ""
 
     @property
@@ -46,19 +47,43 @@ class ResolvedRun:
 
 
 @dataclass(frozen=True)
-class PreparedJob:
-    """A job whose input is known to be good; nothing has been started and nothing written."""
+class PreparedBackbone:
+    """One backbone of a job, checked, with its images; nothing has been started and nothing written.
 
-    family: ResolvedRun
+    Args:
+        baseline: the end-to-end MAE run beside it, if there is one.
+        name: of its folder, its lines and its rows among several backbones; empty for a single one.
+        finished: an earlier process trained and evaluated it.
+    """
+
+    run: ResolvedRun
     baseline: ResolvedRun | None
     source: Source
     splits: Splits
+    name: str = ""
+    finished: bool = False
+
+    @property
+    def runs(self) -> tuple[ResolvedRun, ...]:
+        """What is trained, in this order."""
+        return (self.run,) if self.baseline is None else (self.run, self.baseline)
+
+
+def resolve_backbone(
+    settings: Settings, out: Path, opened: tuple[Source, Splits] | None = None
+) -> PreparedBackbone:
+    """The run that these settings describe, and the baseline that they ask for. See `resolve_run`."""
+    run, source, splits = resolve_run(settings, out, opened)
+    baseline = None
+    if settings.baseline == "mae":
+        baseline, _, _ = resolve_run(end_to_end(settings), out / "baseline_mae", (source, splits))
+    return PreparedBackbone(run, baseline, source, splits)
 
 
 def resolve_run(
     settings: Settings, out: Path, opened: tuple[Source, Splits] | None = None
 ) -> tuple[ResolvedRun, Source, Splits]:
-    """The family of these settings, and its images.
+    """The run that these settings describe, and its images.
 
     Args:
         opened: the images and their split, if they are open already and of the same settings.
@@ -70,7 +95,5 @@ def resolve_run(
     data = data_spec(settings, backbone)
     source, splits = opened or data.open()
     phases = replace(data, workers=0).batches_of(source, splits).phases
-    family = ResolvedRun(
-        settings, spec, backbone, replace(data, fingerprint=source.fingerprint()), phases, out
-    )
-    return family, source, splits
+    data = replace(data, fingerprint=source.fingerprint())
+    return ResolvedRun(settings, spec, backbone, data, phases, out), source, splits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -10,46 +11,43 @@ from types import FrameType
 
 from bim.orchestrator.training.callbacks import StopRequest
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-
-class Interrupted(KeyboardInterrupt):
-    """A signal ended the run; whatever was opened is closed on the way out."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.name = signal.Signals(number).name
+log = logging.getLogger(__name__)
 
 
 @contextmanager
 def stop_on_signals(
-    stop: StopRequest,
-    say: Callable[[str], None],
-    meanwhile: str = "finishing the steps under way, then saving",
+    stop: StopRequest, meanwhile: str = "finishing the steps under way, then saving"
 ) -> Iterator[None]:
-    """Inside, the first signal sets `stop.reason` to its name; a second one raises Interrupted.
+    """Inside, the first signal sets `stop.reason` to its name; a second one raises KeyboardInterrupt.
 
-    meanwhile: what is still done after the first, as told to the reader.
+    Args:
+        meanwhile: what is still done after the first signal, for the user.
 
-    Outside the main thread (a search trial) signals are not ours, and nothing is changed.
+    Outside the main thread nothing is changed: Python delivers signals to the main thread alone.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
         if stop.reason is not None:
-            raise Interrupted(number)
+            raise KeyboardInterrupt
         stop.reason = signal.Signals(number).name
-        say(f"{stop.reason}: {meanwhile}; once more stops at once")
+        log.info("%s: %s; once more stops at once", stop.reason, meanwhile)
 
     with _handled_by(handle):
         yield
 
 
 @contextmanager
-def interrupted_by_signals() -> Iterator[None]:
-    """Inside, a signal raises Interrupted. Entered after Ray is connected, which puts handlers of its own in place."""
+def interrupted_by_signals(stop: StopRequest) -> Iterator[None]:
+    """Inside, a signal sets `stop.reason` to its name and raises KeyboardInterrupt.
+
+    Entered after Ray is connected, which installs handlers of its own.
+    """
 
     def handle(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number)
+        stop.reason = signal.Signals(number).name
+        raise KeyboardInterrupt
 
     with _handled_by(handle):
         yield
@@ -60,7 +58,7 @@ def _handled_by(handle: Callable[[int, FrameType | None], None]) -> Iterator[Non
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handle) for number in STOPPING}
+    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
     try:
         yield
     finally:

@@ -10,7 +10,8 @@ import timm
 import torch
 
 from bim.orchestrator.config.cli import load_settings
-from bim.orchestrator.jobs.job import prepare, run_job
+from bim.orchestrator.jobs.job import run_job
+from bim.orchestrator.jobs.prepare import prepare
 
 pytestmark = pytest.mark.slow
 
@@ -29,17 +30,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
     argv = [part.strip() for line in ARGUMENTS.split("--") if line.strip() for part in line.split(None, 1)]
     argv = [f"--{part}" if number % 2 == 0 else part for number, part in enumerate(argv)]
     store = f"sqlite:///{folder}/mlflow.db"
-    said: list[str] = []
     settings = load_settings([*argv, "--out", str(folder / "run"), "--tracking.uri", store])
-    outcome = run_job(prepare(settings), said.append)
-    return outcome.out, [*said, outcome.table]
+    result = run_job(prepare(settings))
+    events = (result.out / "events.log").read_text().splitlines()
+    return result.out, [*(line[21:] for line in events), result.table]  # without the times
 
 
 def test_a_pyramid_is_trained_through_growing_images_to_its_end(finished: tuple[Path, list[str]]) -> None:
-    _, said = finished
-    assert "64 x 64 -> 96 x 96 px, hog of 4 px, hog of 8 px, hog of 16 px, hog of 32 px" in said[0]
-    assert any(line.startswith("epoch 2/2") for line in said)
-    assert "depth" in said[-1]
+    _, lines = finished
+    assert "64 x 64 -> 96 x 96 px, hog of 4 px, hog of 8 px, hog of 16 px, hog of 32 px" in lines[0]
+    assert any(line.startswith("epoch 2/2") for line in lines)
+    assert "depth" in lines[-1]
 
 
 def test_every_level_comes_out_as_a_folder_that_timm_opens_at_two_sizes(
@@ -52,9 +53,11 @@ def test_every_level_comes_out_as_a_folder_that_timm_opens_at_two_sizes(
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         for size in (96, 128):
             with torch.inference_mode():
-                found = model(torch.zeros(1, 3, size, size))
+                output = model(torch.zeros(1, 3, size, size))
             maps = (
-                found[0] if isinstance(found, list) else model.forward_features(torch.zeros(1, 3, size, size))
+                output[0]
+                if isinstance(output, list)
+                else model.forward_features(torch.zeros(1, 3, size, size))
             )
             assert maps.shape[-2:] == (size // stride, size // stride)
 

@@ -1,10 +1,13 @@
-"""Two families on a cluster with room for one: the second waits, and starts when the first has given its room back."""
+"""Two backbones on a cluster with room for one: the second waits, and starts when the first releases its resources."""
 
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,12 @@ from ray.util.placement_group import placement_group_table
 
 from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.distributed.placement import ClusterResources
-from bim.orchestrator.jobs import concurrent_runs as courses
-from bim.orchestrator.jobs.concurrent_runs import BackboneRun, run_concurrently
-from bim.orchestrator.jobs.several import prepare_several
+from bim.orchestrator.jobs import train_backbones as concurrent
+from bim.orchestrator.jobs.backbone_run import BackboneRun
+from bim.orchestrator.jobs.layouts import single_layouts
+from bim.orchestrator.jobs.prepare import prepare
+from bim.orchestrator.jobs.train_backbones import train_backbones
 from bim.orchestrator.runs.provenance import collect
-from bim.orchestrator.runs.train import resolve_layout
 from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.checkpoint import CheckpointStore
 from tests.e2e.command import image_folder
@@ -26,11 +30,11 @@ from tests.integration.conftest import MODEL_ARGS
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
-WAITS = "waits until another backbone gives its room back"
+WAITS = "waiting for CPUs (held by: "
 
 
 class Sink:
-    """A tracker for those who only train: nothing is kept."""
+    """A tracker for runs that only train: nothing is kept."""
 
     def log_metrics(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -39,13 +43,28 @@ class Sink:
     def rewind(self, step: int, prefix: str = "") -> None: ...
 
 
+class Lines(logging.Handler):
+    """Keeps (name of the thread, line), and calls `on_line` with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[str, str]] = []
+        self.on_line: Callable[[str, str], None] = lambda name, text: None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        name, text = threading.current_thread().name, record.getMessage()
+        self.lines.append((name, text))
+        self.on_line(name, text)
+
+
 class Scene:
-    """Two backbones of 1.5 CPU on a cluster of 2, what they said, and in which order they ended."""
+    """Two backbones of 1.5 CPU on a cluster of 2, what they log, and the order in which they end."""
 
     def __init__(self, out: Path, epochs: int) -> None:
         self.stop = StopRequest()
-        self.said: list[tuple[str, str]] = []
+        self.log = Lines()
         self.ended: list[str] = []
+        self.on_end: Callable[[BackboneRun], None] = lambda backbone: None
         source = image_folder(out / "images", "{number}.png", 40)
         entry = {"name": "vit_tiny_patch16_224", "model_args": MODEL_ARGS, "blocks": 2}
         tiny = f"""--data.source {source} --data.batch_size 8 --data.workers 0 --schedule.epochs {epochs}
@@ -55,48 +74,54 @@ class Scene:
         backbones = json.dumps([entry | {"alias": name} for name in ("a", "b")])
         settings = load_settings([*tiny.split(), "--backbones", backbones])
         tracker: Any = Sink()
-        self.courses: list[BackboneRun] = []
-        for member in prepare_several(settings).members:
-            family = member.prepared.family
-            family.out.mkdir(parents=True)
-            plans = [(family, resolve_layout(family.settings, ClusterResources(2, 0)))]
-            say = self.say_for(member.name)
-            self.courses.append(
-                BackboneRun(member.name, member.prepared, plans, "fp32", collect(), tracker, say)
-            )
+        self.backbones: list[BackboneRun] = []
+        for prepared in prepare(settings).backbones:
+            prepared.run.out.mkdir(parents=True)
+            layouts = single_layouts(prepared, ClusterResources(2, 0))
+            self.backbones.append(BackboneRun(prepared, layouts, "fp32", collect(), tracker, prepared.name))
 
-    def say_for(self, name: str) -> Any:
-        def say(text: str) -> None:
-            self.said.append((name, text))
-            self.on_line(name, text)
-
-        return say
-
-    def on_line(self, name: str, text: str) -> None: ...
-
-    def note(self, course: BackboneRun) -> None:
-        self.ended.append(course.name)
+    def record(self, backbone: BackboneRun) -> None:
+        assert threading.current_thread() is threading.main_thread()
+        if backbone.name not in self.ended:
+            self.ended.append(backbone.name)
+            self.on_end(backbone)
 
     def run(self) -> tuple[BackboneRun, BackboneRun]:
         """Both to their end. Returns (the one that was first, the one that waited)."""
-        run_concurrently(self.courses, self.stop, lambda _: None, self.note)
-        (waiter,) = {name for name, text in self.said if text == WAITS}
-        first, second = sorted(self.courses, key=lambda course: course.name == waiter)
+        with attached(self.log):
+            train_backbones(self.backbones, self.stop, self.record)
+        (waiter,) = {name for name, text in self.log.lines if text.startswith(WAITS)}
+        first, second = sorted(self.backbones, key=lambda backbone: backbone.name == waiter)
         return first, second
 
     def when(self, name: str, begins: str) -> int:
         """Of all lines, the number of the first one of that backbone that begins so."""
-        return next(i for i, (who, text) in enumerate(self.said) if who == name and text.startswith(begins))
+        return next(
+            i for i, (who, text) in enumerate(self.log.lines) if who == name and text.startswith(begins)
+        )
+
+
+@contextmanager
+def attached(handler: logging.Handler) -> Iterator[None]:
+    logger = logging.getLogger("bim")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
 def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wait is told soon, and would soon be given up if the time in which another one holds room counted."""
-    monkeypatch.setattr(courses, "LOG_WAIT_AFTER_S", 0.5)
-    monkeypatch.setattr(courses, "PATIENCE_S", 5.0)
+    """A wait is logged soon, and would soon be given up if the time in which another one holds resources counted."""
+    monkeypatch.setattr(concurrent, "LOG_WAIT_AFTER_S", 0.5)
+    monkeypatch.setattr(concurrent, "placement_timeout_s", lambda settings: 5.0)
 
 
-def room_is_free() -> bool:
+def resources_are_free() -> bool:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         groups = placement_group_table().values()
@@ -107,44 +132,44 @@ def room_is_free() -> bool:
     return False
 
 
-def test_the_second_starts_when_the_first_has_given_its_room_back_and_both_finish(tmp_path: Path) -> None:
+def test_the_second_starts_when_the_first_has_released_its_resources_and_both_finish(tmp_path: Path) -> None:
     scene = Scene(tmp_path, epochs=2)
     first, second = scene.run()
     assert [first.failed, second.failed] == [None, None]
     assert scene.ended == [first.name, second.name]
-    assert sum(text == WAITS for _, text in scene.said) == 1
+    assert [text for _, text in scene.log.lines if text.startswith(WAITS)] == [f"{WAITS}{first.name})"]
     assert scene.when(second.name, WAITS) < scene.when(first.name, "measuring")
     assert scene.when(first.name, "RankMe by depth") < scene.when(second.name, "epoch 1/2")
-    for course in (first, second):
-        assert course.measured
-        assert [report.depth for report in course.found[0].reports] == [2, 4]
-        assert all(Path(folder).is_dir() for folder in course.found[0].folders.values())
-    assert room_is_free()
+    for backbone in (first, second):
+        assert backbone.evaluated
+        (evaluation,) = backbone.evaluations
+        assert [report.depth for report in evaluation.reports] == [2, 4]
+        assert all(Path(folder).is_dir() for folder in evaluation.folders.values())
+    assert resources_are_free()
 
 
-def test_a_stop_request_ends_at_once_what_waits_for_room_and_the_first_with_a_checkpoint(
+def test_a_stop_request_ends_at_once_what_waits_for_resources_and_the_first_with_a_checkpoint(
     tmp_path: Path,
 ) -> None:
     scene = Scene(tmp_path, epochs=500)
     times: dict[str, float] = {}
 
     def on_line(name: str, text: str) -> None:
-        if text == WAITS:
-            times["asked"] = time.monotonic()
+        if text.startswith(WAITS):
+            times["stop"] = time.monotonic()
             scene.stop.reason = "SIGINT"
 
-    def note(course: BackboneRun) -> None:
-        assert threading.current_thread() is threading.main_thread()
-        times[course.name] = time.monotonic()
-        scene.ended.append(course.name)
+    def on_end(backbone: BackboneRun) -> None:
+        times[backbone.name] = time.monotonic()
 
-    scene.on_line, scene.note = on_line, note  # type: ignore[method-assign]
+    scene.log.on_line, scene.on_end = on_line, on_end
     first, second = scene.run()
     assert scene.ended == [second.name, first.name]
-    assert times[second.name] - times["asked"] < 5
+    assert times[second.name] - times["stop"] < 5
     assert [first.failed, second.failed] == [None, None]
-    assert [first.found, second.found] == [[], []]
-    assert [text for name, text in scene.said if name == second.name] == [WAITS]
-    assert CheckpointStore(second.prepared.family.out).latest() is None
-    assert CheckpointStore(first.prepared.family.out).latest() is not None
-    assert room_is_free()
+    assert [first.evaluations, second.evaluations] == [[], []]
+    (wait,) = [text for name, text in scene.log.lines if name == second.name]
+    assert wait.startswith(WAITS)
+    assert CheckpointStore(second.out).latest() is None
+    assert CheckpointStore(first.out).latest() is not None
+    assert resources_are_free()

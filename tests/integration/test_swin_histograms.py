@@ -1,4 +1,4 @@
-"""A Swin on visible tokens with HOG of a level's own cell: LocalMIM's ladder (papers.md 5.1)."""
+"""A Swin on visible tokens with HOG of a level's own cell: LocalMIM's ladder of targets (arXiv 2303.05251)."""
 
 from __future__ import annotations
 

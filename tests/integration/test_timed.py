@@ -1,4 +1,4 @@
-"""What is timed later keeps the weights that were measured; a ResNet, whose batch norms are gathered anew before that."""
+"""What is timed later keeps the weights that were measured; a ResNet, whose batch norms are gathered again before that."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from safetensors.torch import load_file
 from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.config.transforms import with_changes
 from bim.orchestrator.distributed.placement import ClusterResources
-from bim.orchestrator.export.model_card import CardFacts
-from bim.orchestrator.jobs.evaluate_checkpoint import add_latency, evaluate_checkpoint
-from bim.orchestrator.jobs.job import evaluation_task
+from bim.orchestrator.jobs.evaluate_checkpoint import add_latency, evaluate_checkpoint, evaluation_task
 from bim.orchestrator.runs.prepare import resolve_run
+from bim.orchestrator.runs.provenance import collect
 from bim.orchestrator.runs.train import resolve_layout, train
 from bim.orchestrator.training.callbacks import NullCallback, StopRequest
 
@@ -35,15 +34,17 @@ def test_timing_adds_latencies_to_the_cards_and_leaves_the_weights(tmp_path: Pat
         "placement.backend": "in_process",
     }
     settings = with_changes(load_settings([]), changes)
-    family, _, _ = resolve_run(settings, tmp_path)
+    run, _, _ = resolve_run(settings, tmp_path)
     layout = resolve_layout(settings, ClusterResources(2.0, 0.0))
-    train(family, layout, "fp32", NullCallback(), StopRequest())
-    job = evaluation_task(family, layout, CardFacts("resnet", 0), family.depths, references=False)
-    found = evaluate_checkpoint(replace(job, evaluation=replace(job.evaluation, latency=False)))
-    before = {depth: load_file(Path(folder) / "model.safetensors") for depth, folder in found.folders.items()}
-    now = add_latency(job, found)
-    assert all(report.latency_ms_b1 for report in now.reports)
-    for depth, folder in now.folders.items():
+    train(run, layout, "fp32", NullCallback(), StopRequest())
+    task = evaluation_task(run, layout, collect(), run.depths, with_baselines=False)
+    untimed = evaluate_checkpoint(replace(task, evaluation=replace(task.evaluation, latency=False)))
+    before = {
+        depth: load_file(Path(folder) / "model.safetensors") for depth, folder in untimed.folders.items()
+    }
+    timed = add_latency(task, untimed)
+    assert all(report.latency_ms_b1 for report in timed.reports)
+    for depth, folder in timed.folders.items():
         after = load_file(Path(folder) / "model.safetensors")
         assert all(after[name].equal(value) for name, value in before[depth].items())
         assert "CPU" in (Path(folder) / "README.md").read_text()

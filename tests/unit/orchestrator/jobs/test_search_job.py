@@ -10,7 +10,7 @@ import pytest
 
 from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.config.schema import SettingsError
-from bim.orchestrator.jobs.job import prepare
+from bim.orchestrator.jobs.prepare import prepare
 from bim.orchestrator.jobs.search_job import search_due
 from bim.orchestrator.runs.output_dir import OutputError
 from bim.orchestrator.search.results import (
@@ -32,15 +32,15 @@ def problem(*argv: str) -> str:
 
 def begun(out: Path, finished: bool = False, **asked: object) -> SearchResult:
     """What the default command leaves of its search, cut off or not."""
-    prepared = prepare(load_settings(["--out", str(out)]))
-    settings = prepared.family.settings
+    (prepared,) = prepare(load_settings(["--out", str(out)])).backbones
+    settings = prepared.run.settings
     rows = (
         TrialRow(0, {"mask.ratio": 0.75}, "finished", "", (TrialScore(12, 0.5, {2: 0.5}),), 1.0),
         TrialRow(1, {"mask.ratio": 0.6}, "finished", "", (TrialScore(12, 0.6, {2: 0.6}),), 1.0),
     )
     result = SearchResult(
         "knn_top1", 180, 12, {"mask.ratio": 0.75}, settings.search.model_dump(mode="json") | asked,
-        prepared.family.fingerprint, rows, finished,
+        prepared.run.fingerprint, rows, finished,
     )  # fmt: skip
     out.mkdir()
     from bim.orchestrator.config.transforms import settings_to_yaml
@@ -92,8 +92,8 @@ def test_a_search_that_was_cut_off_is_due_and_a_finished_one_is_not(tmp_path: Pa
     begun(tmp_path / "cut")
     begun(tmp_path / "done", finished=True)
     for flag in ("--resume", "--search.resume"):
-        cut = prepare(load_settings(["--out", str(tmp_path / "cut"), flag])).family
-        done = prepare(load_settings(["--out", str(tmp_path / "done"), flag])).family
+        cut = prepare(load_settings(["--out", str(tmp_path / "cut"), flag])).backbones[0].run
+        done = prepare(load_settings(["--out", str(tmp_path / "done"), flag])).backbones[0].run
         assert search_due(cut.settings, cut.out)
         assert cut.settings.mask.ratio == 0.75
         assert not search_due(done.settings, done.out)

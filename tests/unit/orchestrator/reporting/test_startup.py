@@ -7,7 +7,7 @@ from PIL import Image
 
 from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.distributed.placement import ClusterResources
-from bim.orchestrator.jobs.job import prepare
+from bim.orchestrator.jobs.prepare import prepare
 from bim.orchestrator.reporting.startup import opening_lines
 from bim.orchestrator.runs.train import resolve_layout
 from tests.snapshots import assert_snapshot
@@ -17,8 +17,8 @@ def opening(*argv: str, out: Path) -> list[str]:
     settings = load_settings(
         [*argv, "--placement.backend", "in_process", "--search.trials", "0", "--out", str(out)]
     )
-    prepared = prepare(settings)
-    return opening_lines(prepared.family, prepared, resolve_layout(settings, ClusterResources(1, 0)))
+    (prepared,) = prepare(settings).backbones
+    return opening_lines(prepared.run, prepared, resolve_layout(settings, ClusterResources(1, 0)))
 
 
 def notes_of(lines: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.config.transforms import settings_to_mapping, with_changes
 from bim.orchestrator.config.validate import settings_from_mapping
 from bim.orchestrator.distributed.placement import ClusterResources, shares
-from bim.orchestrator.jobs.members import ErrorCollector, members
+from bim.orchestrator.jobs.backbone_entries import ErrorCollector, backbone_entries
 
 VIT, SWIN = "vit_small_patch16_224", "swin_tiny_patch4_window7_224"
 
@@ -22,34 +22,34 @@ def settings(backbones: Any, **changes: Any) -> Settings:
 
 def problem(backbones: Any, **changes: Any) -> str:
     with pytest.raises(SettingsError) as caught:
-        members(settings(backbones, **changes))
+        backbone_entries(settings(backbones, **changes))
     return str(caught.value)
 
 
 def test_names_joined_by_commas_are_backbones_with_timm_s_own_arguments() -> None:
     run = load_settings(["--backbones", f"{VIT}, {SWIN}", "--out", "runs/a"])
-    vit, swin = members(run)
-    assert (vit.name, swin.name) == (VIT, SWIN)
-    assert vit.settings.backbone.name == VIT
-    assert vit.settings.backbone.model_args == {}
-    assert vit.settings.out == Path("runs/a") / VIT
-    assert swin.settings.name == f"digits_demo-{SWIN}"
-    assert swin.settings.backbones is None
+    entries = backbone_entries(run)
+    assert list(entries) == [VIT, SWIN]
+    assert entries[VIT].backbone.name == VIT
+    assert entries[VIT].backbone.model_args == {}
+    assert entries[VIT].out == Path("runs/a") / VIT
+    assert entries[SWIN].name == f"digits_demo-{SWIN}"
+    assert entries[SWIN].backbones is None
 
 
 def test_a_name_alone_is_timm_s_own_also_where_the_recipe_narrows_that_backbone() -> None:
     run = settings(["vit_tiny_patch16_224", VIT])
     assert run.backbone.name == "vit_tiny_patch16_224"
     assert run.backbone.model_args["depth"] == 8
-    own, _ = members(run)
-    assert own.settings.backbone.model_args == {}
+    default, _ = backbone_entries(run).values()
+    assert default.backbone.model_args == {}
 
 
 def test_a_backbone_has_blocks_and_settings_of_its_own_and_the_rest_is_the_run_s() -> None:
     entry = {"name": SWIN, "blocks": [2, 2, 6, 2], "settings": {"optim.blr": 0.5, "decoder.dim": 64}}
-    (swin,) = members(settings([entry], mask__ratio=0.6))
-    assert swin.settings.blocks == (2, 2, 6, 2)
-    assert (swin.settings.optim.blr, swin.settings.decoder.dim, swin.settings.mask.ratio) == (0.5, 64, 0.6)
+    (swin,) = backbone_entries(settings([entry], mask__ratio=0.6)).values()
+    assert swin.blocks == (2, 2, 6, 2)
+    assert (swin.optim.blr, swin.decoder.dim, swin.mask.ratio) == (0.5, 64, 0.6)
 
 
 def test_settings_with_several_backbones_survive_the_way_through_a_file() -> None:
@@ -64,28 +64,28 @@ def test_a_recipe_with_several_backbones_needs_no_single_one() -> None:
 
 
 def test_equal_names_are_told_apart_and_every_one_is_fit_for_a_folder() -> None:
-    found = members(
-        settings([VIT, VIT, {"name": "hf-hub:timm/vit", "alias": "wide"}, "hf-hub:timm/vit", "pictures"])
+    entries = backbone_entries(
+        settings([VIT, VIT, {"name": "hf-hub:timm/vit", "called": "wide"}, "hf-hub:timm/vit", "pictures"])
     )
-    assert [member.name for member in found] == [VIT, f"{VIT}-2", "wide", "hf-hub-timm-vit", "pictures-2"]
-    assert len({member.settings.out for member in found}) == 5
+    assert list(entries) == [VIT, f"{VIT}-2", "wide", "hf-hub-timm-vit", "pictures-2"]
+    assert len({entry.out for entry in entries.values()}) == 5
 
 
 def test_a_name_that_is_taken_is_refused() -> None:
-    told = problem([{"name": VIT, "alias": "same"}, {"name": SWIN, "alias": "Same"}])
-    assert told == "backbones: the name 'Same' is taken; give this one another alias"
+    told = problem([{"name": VIT, "called": "same"}, {"name": SWIN, "called": "Same"}])
+    assert told == "backbones: the name 'Same' is taken; give this backbone another one"
 
 
 def test_registered_models_of_two_backbones_never_share_a_name() -> None:
-    vit, swin = members(settings([VIT, SWIN], tracking__model_name="mine"))
-    assert vit.settings.tracking.model_name == f"mine-{VIT}"
-    assert swin.settings.tracking.model_name == f"mine-{SWIN}"
+    vit, swin = backbone_entries(settings([VIT, SWIN], tracking__model_name="mine")).values()
+    assert vit.tracking.model_name == f"mine-{VIT}"
+    assert swin.tracking.model_name == f"mine-{SWIN}"
 
 
 def test_the_search_of_the_default_recipe_is_left_out() -> None:
     run = settings([VIT, SWIN])
     assert run.search.trials > 0
-    assert all(member.settings.search.trials == 0 for member in members(run))
+    assert all(entry.search.trials == 0 for entry in backbone_entries(run).values())
 
 
 def test_a_list_per_block_that_does_not_fit_names_the_backbone() -> None:
@@ -94,12 +94,12 @@ def test_a_list_per_block_that_does_not_fit_names_the_backbone() -> None:
 
 
 def test_what_is_wrong_with_all_backbones_is_told_once_and_the_rest_by_name() -> None:
-    problems = ErrorCollector(ValueError)
+    errors = ErrorCollector(ValueError)
     for name, text in (("a", "both\nonly a"), ("b", "both")):
-        with problems.of(name):
+        with errors.of(name):
             raise ValueError(text)
     with pytest.raises(ValueError, match=r"^both\na: only a$"):
-        problems.tell()
+        errors.raise_if_any()
 
 
 @pytest.mark.parametrize(

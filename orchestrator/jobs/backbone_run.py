@@ -1,0 +1,133 @@
+"""One backbone on its way through a job: what it runs on, where it is recorded, what came out of it."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bim.orchestrator.data.errors import DataError
+from bim.orchestrator.distributed.placement import PlacementError, StageLayout
+from bim.orchestrator.evaluation.records import DepthReport, EvaluationResult
+from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask
+from bim.orchestrator.reporting.log import line_prefix
+from bim.orchestrator.runs.output_dir import OutputError
+from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun
+from bim.orchestrator.runs.provenance import Provenance
+from bim.orchestrator.text import rank_text
+from bim.orchestrator.tracking.tracker import Tracker
+from bim.orchestrator.training.errors import TrainingError
+from bim.orchestrator.training.spec import Precision
+
+USER_FACING_ERRORS = (TrainingError, DataError, OutputError, PlacementError)
+"""Errors whose message is meant for the person who started the run."""
+
+BASELINE_SERIES = "mae"
+"""Begins the metrics, child runs and lines of a baseline."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class BackboneRun:
+    """The state of one backbone. Its training thread writes, the main thread reads what is complete.
+
+    Args:
+        layouts: of the stages of each of `prepared.runs`.
+        label: begins its lines among several backbones.
+        tasks, evaluations: one for each of `prepared.runs` that is trained and evaluated.
+        latency_pending: whether its latencies are measured when nothing else runs any more.
+        failed: why it did not come to its end, in a sentence.
+        table: its results as text.
+        num_recorded: how many of `evaluations` are in MLflow.
+        closed: whether its record is complete, be it of a failure.
+    """
+
+    prepared: PreparedBackbone
+    layouts: list[StageLayout]
+    precision: Precision
+    provenance: Provenance
+    tracker: Tracker
+    label: str = ""
+    tasks: list[EvaluationTask] = field(default_factory=list)
+    evaluations: list[EvaluationResult] = field(default_factory=list)
+    latency_pending: bool = False
+    failed: str | None = None
+    table: str = ""
+    num_recorded: int = 0
+    closed: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.prepared.name
+
+    @property
+    def out(self) -> Path:
+        return self.prepared.run.out
+
+    @property
+    def placements(self) -> list[tuple[ResolvedRun, StageLayout]]:
+        """What is trained, in this order, and where."""
+        return list(zip(self.prepared.runs, self.layouts, strict=True))
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether everything of it was trained and evaluated."""
+        return len(self.evaluations) == len(self.layouts)
+
+    def series_of(self, run: ResolvedRun) -> str:
+        """The series of metrics and child runs that one of `prepared.runs` has."""
+        return BASELINE_SERIES if run is self.prepared.baseline else ""
+
+    def lines(self) -> AbstractContextManager[None]:
+        """Inside, the lines of this thread are those of this backbone."""
+        return line_prefix(self.label)
+
+    @contextmanager
+    def isolated(self) -> Iterator[None]:
+        """Inside, an error of one of several backbones is its own failure; that of a single one is raised."""
+        try:
+            yield
+        except Exception as error:
+            if not self.name:
+                raise
+            record_failure(self, error)
+
+
+def record_failure(backbone: BackboneRun, error: Exception) -> None:
+    """Log why in a line; of an error that is not user-facing keep the traceback in `failure.txt`."""
+    backbone.failed = format_error(error)
+    _traceback_file(backbone).unlink(missing_ok=True)
+    if not isinstance(error, USER_FACING_ERRORS):
+        _traceback_file(backbone).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    log.info("failed: %s", backbone.failed)
+
+
+def clear_failure(backbone: BackboneRun) -> None:
+    """Remove what an earlier process left of a failure that this one has got over; `events.log` keeps its line."""
+    _traceback_file(backbone).unlink(missing_ok=True)
+    backbone.tracker.remove_tag("failed")
+
+
+def format_error(error: Exception) -> str:
+    """An error in one line, for the user; one that is not user-facing begins with its type."""
+    lines = str(error).strip().splitlines() or ["no error message"]
+    return " ".join(lines) if isinstance(error, USER_FACING_ERRORS) else f"{type(error).__name__}: {lines[0]}"
+
+
+def scores_line(reports: tuple[DepthReport, ...]) -> str:
+    """`kNN top-1 by depth 41.0, 52.3 %`, of what was measured."""
+    accuracies = [100 * report.knn_top1 for report in reports if report.knn_top1 is not None]
+    if len(accuracies) == len(reports):
+        return f"kNN top-1 by depth {', '.join(f'{accuracy:.1f}' for accuracy in accuracies)} %"
+    ranks = [rank_text(report.rankme) for report in reports if report.rankme is not None]
+    if len(ranks) == len(reports):
+        return f"RankMe by depth {', '.join(ranks)}"
+    return f"measured and exported {len(reports)} depths"
+
+
+def _traceback_file(backbone: BackboneRun) -> Path:
+    return backbone.out / "failure.txt"

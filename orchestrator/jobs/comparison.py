@@ -1,0 +1,133 @@
+"""The comparison of several backbones: the MLflow run above theirs, their common table and picture."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from bim.orchestrator.config.recipes import SAVED_SETTINGS
+from bim.orchestrator.config.transforms import settings_to_yaml, with_changes
+from bim.orchestrator.distributed.cluster import run_on_worker
+from bim.orchestrator.distributed.placement import ClusterResources
+from bim.orchestrator.evaluation.features import MAX_IMAGES
+from bim.orchestrator.files import atomic_write
+from bim.orchestrator.jobs.backbone_run import BackboneRun, format_error
+from bim.orchestrator.jobs.evaluate_checkpoint import add_latency
+from bim.orchestrator.jobs.prepare import PreparedJob
+from bim.orchestrator.jobs.records import EVENTS, cluster_text, data_record, record_progress
+from bim.orchestrator.reporting.comparison import (
+    ALL_COLUMNS,
+    MemberResult,
+    comparison_rows,
+    comparison_table,
+    read_rows,
+)
+from bim.orchestrator.reporting.figures.backbones import comparison_figure
+from bim.orchestrator.reporting.log import log_to_file
+from bim.orchestrator.reporting.summary import write_summary
+from bim.orchestrator.runs.output_dir import new_output
+from bim.orchestrator.runs.prepare import PreparedBackbone
+from bim.orchestrator.runs.provenance import collect
+from bim.orchestrator.tracking.descriptions import fenced
+from bim.orchestrator.tracking.tracker import Tracker
+
+log = logging.getLogger(__name__)
+
+
+def open_comparison(job: PreparedJob, cluster: ClusterResources, stack: ExitStack) -> Tracker:
+    """The MLflow run above those of all backbones, with what they have in common.
+
+    Raises:
+        OutputError, TrackingError: nothing is left of a directory that is new.
+    """
+    settings, tracking = job.settings, job.settings.tracking
+    resumed = Tracker.recorded_run(job.out) if settings.resume else None
+    text = settings_to_yaml(with_changes(settings, {"resume": False}))
+    with new_output(job.out):
+        atomic_write(job.out / SAVED_SETTINGS, text)
+        tracker = stack.enter_context(
+            Tracker.open(
+                tracking.uri, tracking.experiment, job.out.name, job.out, resumed, tracking.model_name
+            )
+        )
+    stack.enter_context(log_to_file(job.out / EVENTS))
+    params = {
+        "backbones": ", ".join(backbone.name for backbone in job.backbones),
+        "data.source": settings.data.source,
+        "schedule.epochs": settings.schedule.epochs,
+        "seed": settings.seed,
+    }
+    tracker.log_settings(params, text)
+    facts = {"cluster": cluster_text(cluster)}
+    tracker.log_provenance(collect(data_record(job.backbones[0]), facts))
+    return tracker
+
+
+def measure_pending_latencies(backbones: Sequence[BackboneRun]) -> None:
+    """Measure the latencies that waited until nothing else runs; what cannot be measured is left out."""
+    pending = [backbone for backbone in backbones if backbone.latency_pending and backbone.failed is None]
+    if pending:
+        log.info("measuring latency")
+    for backbone in pending:
+        with backbone.lines():
+            _measure_latency(backbone)
+        record_progress(backbone)
+
+
+def _measure_latency(backbone: BackboneRun) -> None:
+    backbone.latency_pending = False
+    for number, (run, layout) in enumerate(backbone.placements):
+        task, result = backbone.tasks[number], backbone.evaluations[number]
+        try:
+            backbone.evaluations[number] = (
+                run_on_worker(add_latency, layout, task, result)
+                if run.settings.placement.backend == "ray"
+                else add_latency(task, result)
+            )
+        except Exception as error:  # a measurement must not cost what was trained
+            log.info("no latencies%s: %s", " of the baseline" if number else "", format_error(error))
+
+
+def record_comparison(
+    job: PreparedJob, backbones: Sequence[BackboneRun], tracker: Tracker
+) -> tuple[str, list[MemberResult]]:
+    """The table and the picture of all backbones, in the output directory and on their common MLflow page.
+
+    Args:
+        backbones: those that ran now.
+
+    Returns the table, and how every backbone ended.
+    """
+    failures = {backbone.name: backbone.failed for backbone in backbones}
+    results = [_result(prepared, failures.get(prepared.name)) for prepared in job.backbones]
+    reports = [report for run in backbones for part in run.evaluations for report in part.reports]
+    # An earlier process may have counted the accuracies.
+    num_test = max((report.n_test for report in reports), default=0)
+    num_test = num_test or min(len(job.backbones[0].splits.test), MAX_IMAGES)
+    device = next((report.device for report in reports if report.device), "")
+    table = comparison_table(results, num_test, device)
+    atomic_write(job.out / "summary.txt", table + "\n")
+    for path in write_summary(comparison_rows(results), job.out, ALL_COLUMNS):
+        tracker.log_file(path)
+    figure = comparison_figure(results, device)
+    if figure is not None:
+        tracker.log_picture(figure, "backbones")
+    tracker.set_tags({f"backbone.{r.name}": "failed" if r.failed else "finished" for r in results})
+    page = f"#/experiments/{tracker.experiment_id}/runs/"
+    run_ids = {result.name: Tracker.recorded_run(job.out / result.name) for result in results}
+    links = ", ".join(
+        f"[{name}]({page}{run_id}?workflowType=machine_learning)"
+        for name, run_id in run_ids.items()
+        if run_id is not None
+    )
+    note = f"{len(results)} backbones side by side: {links}\n\n{fenced(table)}"
+    tracker.describe(note, [] if figure is None else ["backbones"])
+    return table, results
+
+
+def _result(prepared: PreparedBackbone, failed: str | None) -> MemberResult:
+    """How a backbone ended: with the rows in its folder, or with a failure."""
+    run = prepared.run
+    rows = read_rows(run.out) if failed is None else ()
+    return MemberResult(prepared.name, run.settings.backbone.name, run.backbone.image_size, rows, failed)

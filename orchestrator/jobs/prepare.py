@@ -1,0 +1,129 @@
+"""Everything that can be checked before a cluster is there: settings, backbones, images, output directories."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bim.orchestrator.config.recipes import SAVED_SETTINGS, read_recipe
+from bim.orchestrator.config.schema import Settings, SettingsError
+from bim.orchestrator.config.transforms import with_changes
+from bim.orchestrator.config.validate import settings_from_mapping
+from bim.orchestrator.data.errors import DataError
+from bim.orchestrator.data.source import Source
+from bim.orchestrator.data.splits import Splits
+from bim.orchestrator.jobs.backbone_entries import ErrorCollector, backbone_entries
+from bim.orchestrator.jobs.search_job import check_search
+from bim.orchestrator.runs.output_dir import NEW_RUN_HINT, OutputError, check_output
+from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun, resolve_backbone
+from bim.orchestrator.search.results import finished_search, with_best
+from bim.orchestrator.text import short_path
+from bim.orchestrator.training.checkpoint import CheckpointStore
+
+
+@dataclass(frozen=True)
+class PreparedJob:
+    """A job whose input is known to be good; nothing has been started and nothing written.
+
+    Args:
+        backbones: one, whose files lie in `out` itself, or those of `settings.backbones`, each in its own folder.
+    """
+
+    settings: Settings
+    out: Path
+    backbones: tuple[PreparedBackbone, ...]
+
+    @property
+    def compares(self) -> bool:
+        """Whether the job is one of `settings.backbones`, which are compared."""
+        return self.settings.backbones is not None
+
+
+def prepare(settings: Settings) -> PreparedJob:
+    """Check every backbone of a job. All that is wrong is in the error, with the backbone that it is wrong with.
+
+    Raises:
+        SettingsError, DataError, OutputError: one line for every problem.
+    """
+    settings, out = resolve_paths(settings)
+    if settings.backbones is None:
+        backbone = prepare_backbone(settings)
+        return PreparedJob(backbone.run.settings, out, (backbone,))
+    check_output(out, settings, fingerprint="")
+    entries = backbone_entries(settings)
+    if settings.resume:
+        _check_none_left_out(out, entries.keys())
+    backbones: list[PreparedBackbone] = []
+    errors = ErrorCollector(SettingsError, DataError, OutputError)
+    for name, entry in entries.items():
+        begun = settings.resume and (out / name / SAVED_SETTINGS).exists()
+        opened = (backbones[0].source, backbones[0].splits) if backbones else None
+        remedy = f"remove the folder {short_path(out / name)} to train this backbone again from the beginning"
+        with errors.of(name):
+            backbone = prepare_backbone(with_changes(entry, {"resume": begun}), opened, remedy)
+            finished = begun and _is_finished(backbone.run)
+            backbones.append(replace(backbone, name=name, finished=finished))
+    errors.raise_if_any()
+    return PreparedJob(settings, out, tuple(backbones))
+
+
+def prepare_backbone(
+    settings: Settings, opened: tuple[Source, Splits] | None = None, remedy: str = NEW_RUN_HINT
+) -> PreparedBackbone:
+    """Check one backbone: its settings, its images, its output directory, and the search that comes first.
+
+    Args:
+        opened: the images and their split, if they are open already and of the same settings.
+        remedy: what the user does to train with other settings than those of the run in the output directory.
+
+    Raises:
+        SettingsError, DataError, OutputError: one clear sentence.
+    """
+    settings, out = resolve_paths(settings)
+    if settings.resume or settings.search.resume:
+        settings = with_best(with_changes(settings, {"resume": True}), finished_search(out))
+    backbone = resolve_backbone(settings, out, opened)
+    check_output(
+        out, settings, backbone.run.fingerprint, remedy, lambda saved: with_best(saved, finished_search(out))
+    )
+    check_search(backbone)
+    return backbone
+
+
+def resolve_paths(settings: Settings) -> tuple[Settings, Path]:
+    """The settings with absolute paths, which hold in the working directory of any actor; and the output directory."""
+    out = settings.out or Path("runs") / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    paths = {"out": str(out.expanduser().absolute())}
+    for key, value in {"data.source": settings.data.source, "init_from": settings.init_from}.items():
+        # "local-dir:DIR" and "torchvision:NAME:ROOT" end in a path too.
+        scheme, colon, path = (value or "").rpartition(":")
+        if path and Path(path).exists():
+            paths[key] = f"{scheme}{colon}{Path(path).absolute()}"
+    return with_changes(settings, paths), Path(paths["out"])
+
+
+def _check_none_left_out(out: Path, names: Collection[str]) -> None:
+    """Refuse a resumed job that leaves out a backbone which was begun: the new table would be without its rows.
+
+    Raises:
+        OutputError: naming those that are left out.
+    """
+    saved = settings_from_mapping(read_recipe(str(out / SAVED_SETTINGS)))
+    begun = [name for name in backbone_entries(saved) if (out / name / SAVED_SETTINGS).exists()]
+    missing = ", ".join(name for name in begun if name not in names)
+    if missing:
+        raise OutputError(
+            f"{short_path(out)} has backbones that --backbones does not name: {missing}; name them too, remove their "
+            "folders, or start a new run with another --out"
+        )
+
+
+def _is_finished(run: ResolvedRun) -> bool:
+    """Whether an earlier process trained the run to its end and evaluated it as it would be evaluated now."""
+    latest = CheckpointStore(run.out).latest()
+    if latest is None or latest.step < run.total_steps or not (run.out / "summary.json").exists():
+        return False
+    saved = settings_from_mapping(read_recipe(str(run.out / SAVED_SETTINGS)))
+    return (saved.evaluation, saved.baseline) == (run.settings.evaluation, run.settings.baseline)
