@@ -27,7 +27,7 @@ from bim.orchestrator.jobs.reconstructions import save_all_reconstructions
 from bim.orchestrator.runs.prepare import ResolvedRun
 from bim.orchestrator.runs.provenance import Provenance
 from bim.orchestrator.training.build import open_spec_backbone
-from bim.orchestrator.training.checkpoint import CheckpointStore, load_block_weights
+from bim.orchestrator.training.checkpoint import CheckpointStore, load_weights
 from bim.orchestrator.training.depth_variants import random_variants, trained_variant
 from bim.orchestrator.training.spec import PretrainSpec
 
@@ -157,7 +157,7 @@ def add_latency(task: EvaluationTask, result: EvaluationResult) -> EvaluationRes
 def _load(task: EvaluationTask) -> tuple[Backbone, list[dict[str, Tensor]], dict[int, nn.Module]]:
     """The backbone, the weights of every block, and the variants that they make by depth."""
     backbone = open_spec_backbone(task.spec)
-    weights = [load_block_weights(Path(task.checkpoint), k) for k in range(len(task.spec.blocks))]
+    weights = load_weights(Path(task.checkpoint), task.spec)
     return backbone, weights, {depth: trained_variant(backbone, weights, depth) for depth in task.depths}
 
 
