@@ -11,6 +11,7 @@ import time
 from typing import Protocol, Self
 
 from rich.console import Console, Group, RenderableType
+from rich.constrain import Constrain
 from rich.live import Live
 from rich.padding import Padding
 from rich.progress_bar import ProgressBar
@@ -23,6 +24,9 @@ log = logging.getLogger(__name__)
 
 MIN_REPORTED_WAIT = 0.02
 """Fraction of an epoch's time from which on waiting for mask plans is reported."""
+
+STATUS_WIDTH = 56
+"""Columns of the longest usual status and the gaps beside it."""
 
 WIDTH = 100
 """Columns of the live display and of a line, at most."""
@@ -63,6 +67,7 @@ class Progress:
         self._step = 0
         self._losses: dict[int, float] = {}
         self._images_per_s = 0.0
+        self._start: tuple[float, int] | None = None
         self._eta_at = 0.0
 
     def __enter__(self) -> Self:
@@ -79,6 +84,9 @@ class Progress:
         losses = {name[5:-5]: value for name, value in metrics.items() if name.endswith("/loss")}
         self._losses = {int(block): value for block, value in losses.items()}
         self._step, self._images_per_s = step, metrics.get("images_per_s", 0.0)
+        if self._report is None and self._total_steps and self._start is not None:
+            now, (time_s, first_step) = time.monotonic(), self._start
+            self._eta_at = now + (now - time_s) * (self._total_steps - step) / max(1, step - first_step)
 
     def on_epoch(self, report: EpochReport) -> None:
         self._report, self._eta_at = report, time.monotonic() + report.eta_s
@@ -87,7 +95,7 @@ class Progress:
     def on_checkpoint(self, step: int) -> None: ...
 
     def on_rewind(self, step: int) -> None:
-        self.started, self._step = True, step
+        self.started, self._step, self._start = True, step, (time.monotonic(), step)
         self._sink.rewind(step, self._metric_prefix)
 
     def status(self) -> str:
@@ -100,20 +108,20 @@ class Progress:
         if self._images_per_s:
             parts.append(f"{self._images_per_s:.0f} img/s")
         if report is not None:
-            parts += [*_waits(report), f"ETA {duration(max(0.0, self._eta_at - time.monotonic()))}"]
+            parts += _waits(report)
+        if self._eta_at:
+            parts.append(f"ETA {duration(max(0.0, self._eta_at - time.monotonic()))}")
         return "  ".join(parts)
 
-    def rows(self, label_width: int) -> list[RenderableType]:
+    def rows(self, label_width: int, columns: int) -> list[RenderableType]:
         """The lines of the live display: bar and status, then the loss of every block."""
         done, total = self._step, self._total_steps
         if not total and self._report is not None:
             done, total = self._report.epoch, self._report.epochs
-        line = Table.grid(padding=(0, 2, 0, 0), expand=True)
-        line.add_column(no_wrap=True)
-        line.add_column(ratio=1)
-        line.add_column(no_wrap=True)
-        bar = ProgressBar(total or None, done, pulse=not total)
-        line.add_row(self.label.ljust(label_width), bar, self.status())
+        bar_width = max(6, min(24, columns - label_width - STATUS_WIDTH))
+        bar = ProgressBar(total or None, done, bar_width, pulse=not total)
+        line = Table.grid(padding=(0, 2, 0, 0))
+        line.add_row(*[self.label.ljust(label_width)] * (label_width > 0), bar, self.status())
         return [line, Padding(_losses(self._losses), (0, 0, 0, 2))] if self._losses else [line]
 
 
@@ -158,11 +166,10 @@ class _LiveDisplay:
 
     def __rich__(self) -> RenderableType:
         trainings = list(self._trainings)
-        width = max((len(training.label) for training in trainings), default=0)
-        table = Table.grid(expand=True)
-        table.width = min(WIDTH, console().width)
-        table.add_row(Group(*(row for training in trainings for row in training.rows(width))))
-        return table
+        columns = min(WIDTH, console().width)
+        label_width = max((len(training.label) for training in trainings), default=0)
+        rows = Group(*(row for training in trainings for row in training.rows(label_width, columns)))
+        return Constrain(rows, columns)
 
 
 _display = _LiveDisplay()

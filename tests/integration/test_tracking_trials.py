@@ -1,4 +1,4 @@
-"""The trials of a search in a real MLflow store: written bit by bit, more than once, and when the store was away."""
+"""The trials of a search in a real MLflow store: written piece by piece, more than once, and after an outage."""
 
 from __future__ import annotations
 
@@ -11,18 +11,14 @@ from mlflow.entities import Run
 
 from bim.orchestrator.search.results import TrialRow, TrialScore
 from bim.orchestrator.tracking.tracker import Tracker
+from tests.integration.tracking import open_tracker, outage
 
 pytestmark = pytest.mark.usefixtures("home")
 
 
-def open_tracker(out: Path) -> Tracker:
-    out.mkdir(exist_ok=True)
-    return Tracker.open(None, "bim", "a run", out, interval=0.05)
-
-
 def trials(client: MlflowClient, tracker: Tracker) -> dict[str, Run]:
-    mine = f"tags.mlflow.parentRunId = '{tracker.run_id}'"
-    return {run.data.tags["trial"]: run for run in client.search_runs([tracker.experiment_id], mine)}
+    query = f"tags.mlflow.parentRunId = '{tracker.run_id}'"
+    return {run.data.tags["trial"]: run for run in client.search_runs([tracker.experiment_id], query)}
 
 
 ROW = TrialRow(3, {"mask.ratio": 0.6, "schedule.resolution": [[0, 24], [0.5, 32]]}, tune_id="x", gflops=0.5)
@@ -64,14 +60,14 @@ def test_a_trial_grows_with_its_scores_and_ends_with_its_reason(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("status", "theirs"), [("finished", "FINISHED"), ("failed", "FAILED"), ("infeasible", "KILLED")]
+    ("status", "expected"), [("finished", "FINISHED"), ("failed", "FAILED"), ("infeasible", "KILLED")]
 )
-def test_how_a_trial_ended_is_told_in_mlflows_words_too(
-    tmp_path: Path, client: MlflowClient, status: str, theirs: str
+def test_the_end_of_a_trial_is_the_status_of_its_run(
+    tmp_path: Path, client: MlflowClient, status: str, expected: str
 ) -> None:
     with open_tracker(tmp_path / "out") as tracker:
         tracker.log_trial(replace(ROW, status=status, why="so"), "rankme")  # type: ignore[arg-type]
-    assert trials(client, tracker)["3"].info.status == theirs
+    assert trials(client, tracker)["3"].info.status == expected
 
 
 def test_a_trial_that_the_end_of_the_search_cut_off_does_not_go_on_running(
@@ -83,9 +79,7 @@ def test_a_trial_that_the_end_of_the_search_cut_off_does_not_go_on_running(
     (run,) = trials(client, tracker).values()
     assert run.info.status == "KILLED"
     assert run.data.tags["why"] == "cut off; --resume goes on with it"
-    with Tracker.open(
-        None, "bim", "a run", tmp_path / "out", Tracker.recorded_run(tmp_path / "out")
-    ) as tracker:
+    with open_tracker(tmp_path / "out", resume=Tracker.recorded_run(tmp_path / "out")) as tracker:
         tracker.log_trial(at(replace(ROW, status="running"), 2, 4), "knn_top1")
         (run,) = trials(client, tracker).values()
         assert (run.info.status, run.data.tags["status"], run.data.tags["why"]) == ("RUNNING", "running", "")
@@ -94,19 +88,14 @@ def test_a_trial_that_the_end_of_the_search_cut_off_does_not_go_on_running(
     assert run.info.status == "FINISHED"
 
 
-def test_what_a_store_that_was_away_missed_of_a_trial_comes_at_the_end_and_once(
+def test_what_an_outage_kept_of_a_trial_is_uploaded_at_the_end_and_once(
     tmp_path: Path, home: Path, client: MlflowClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    away = home / "away.db"
     with open_tracker(tmp_path / "out") as tracker:
         tracker.log_trial(ROW, "knn_top1")
-        (home / "mlflow.db").rename(away)
-        try:
+        with outage(home):
             for epochs in ((2,), (2, 4), (2, 4, 6)):
                 tracker.log_trial(at(ROW, *epochs), "knn_top1")
-        finally:
-            (home / "mlflow.db").unlink(missing_ok=True)
-            away.rename(home / "mlflow.db")
     (run,) = trials(client, tracker).values()
     assert [p.step for p in client.get_metric_history(run.info.run_id, "search/score")] == [2, 4, 6]
-    assert sum("did not take trial 3" in message for message in caplog.messages) == 1
+    assert sum("trial 3 not uploaded" in message for message in caplog.messages) == 1
