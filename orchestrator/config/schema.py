@@ -162,7 +162,7 @@ class MaskSettings(_Group):
     per_batch: bool | None = Field(
         default=None,
         description="one mask for all images of a batch; null: for Swin and Twins on visible tokens, where one per image "
-        "costs the host much time (docs/costs.md)",
+        "costs the host much time (docs/benchmarks.md)",
     )
     sweep_groups: bool = Field(
         default=False,

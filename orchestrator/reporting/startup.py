@@ -85,7 +85,7 @@ def _padding(family: Family) -> list[str]:
         return []
     return [
         f"at {size[0]} x {size[1]} px the windows of level {padded} do not divide the grid; timm pads them with tokens that "
-        "training never sees (README, Pyramids)"
+        "training never sees (docs/backbones.md)"
     ]
 
 
@@ -115,9 +115,9 @@ def _dear_decoders(family: Family) -> list[str]:
         return []
     k = max(range(len(costs)), key=lambda k: costs[k][1])
     rows, columns = (side // blocks[k].stride for side in size)
-    advice = "lower decoder.dim or raise decoder.throw_ratio there (README, Pyramids)"
+    advice = "lower decoder.dim or raise decoder.throw_ratio there (docs/backbones.md)"
     if family.backbone.encode == "all":  # its decoders add no mask tokens that they could throw
-        advice = "lower decoder.dim there, or take fewer blocks (README, Pyramids)"
+        advice = "lower decoder.dim there, or take fewer blocks (docs/backbones.md)"
     return [
         f"the decoders cost {decoders / encoders:.1f} times the encoders, most of it in block {k}, on {rows} x {columns} "
         f"tokens; {advice}"
