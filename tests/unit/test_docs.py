@@ -1,0 +1,111 @@
+"""README and docs: links lead somewhere, settings and files exist, code runs, and README stays short."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import yaml
+
+from bim.orchestrator.config.schema import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
+BRITISH = re.compile(
+    r"(?i)\b(unlabelled|labelled|modelling|learnt|grey|neighbours?|colours?|centre[ds]?|behaviour|licence"
+    r"|\w*(?:normal|initial|standard|organ|optim|recogn|minim|maxim)is(?:e|ed|es|ing|ation))\b"
+)
+
+
+def ids(paths: list[Path]) -> list[str]:
+    return [path.name for path in paths]
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and MkDocs make them."""
+    titles = re.findall(r"^#+ (.*)$", without_code(page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def test_readme_is_at_most_150_lines_of_at_most_100_columns() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    assert [line for line in lines if len(line) > 100] == []
+
+
+def test_readme_has_the_two_commands() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert (
+        "python -m venv .venv && . .venv/bin/activate && pip install -e . && python pipelines/bim_pipeline.py"
+        in lines
+    )
+    assert "pip install -e '.[dev]' && pytest" in lines
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=ids(TEXTS))
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    text = re.sub(r"<!--.*?-->", "", without_code(page.read_text(encoding="utf-8")), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = unquote(target).partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), f"{page.name} links to {target}"
+        if anchor:
+            assert anchor in anchors(linked), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=ids(TEXTS))
+def test_named_files_of_the_repository_exist(page: Path) -> None:
+    named = re.findall(
+        r"`((?:models|orchestrator|pipelines|tests|docs)/[\w./-]+)`", page.read_text(encoding="utf-8")
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=ids(TEXTS))
+def test_named_settings_exist(page: Path) -> None:
+    schema = Settings.model_json_schema()
+    for name in re.findall(r"--([a-z_]+(?:\.[a-z_]+)+)", page.read_text(encoding="utf-8")):
+        group, key, *_ = name.split(".")
+        definition = schema["properties"][group]["$ref"].rsplit("/", 1)[1]
+        assert key in schema["$defs"][definition]["properties"], f"{page.name} names --{name}"
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=ids(TEXTS))
+def test_spelling_is_american(page: Path) -> None:
+    assert BRITISH.findall(without_code(page.read_text(encoding="utf-8"))) == []
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+
+    def listed(entry: object) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        children = entry.values() if isinstance(entry, dict) else entry
+        return [name for child in children for name in listed(child)]  # type: ignore[attr-defined]
+
+    assert sorted(listed(config["nav"])) == [page.name for page in PAGES]
+
+
+@pytest.mark.parametrize("name", ["architecture.md", "python-api.md"])
+def test_code_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bim.models.targets import TARGETS
+
+    monkeypatch.chdir(tmp_path)
+    registered = dict(TARGETS)
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8").partition("## Run the job")[0]
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
+    try:
+        exec(compile(code, name, "exec"), {"__name__": name})
+    finally:
+        TARGETS.clear()
+        TARGETS.update(registered)
