@@ -81,11 +81,7 @@ def evaluate_checkpoint(job: EvaluationTask) -> EvaluationResult:
             add_latency=False,
         )
         if source.labels is not None:
-            how = job.evaluation
-            size, batch = backbone.image_size, how.batch_size
-            raw = raw_pixels(
-                source, splits, size, how.knn_k, how.knn_temperature, how.seed, batch, device
-            ).metrics()
+            raw = raw_pixels(source, splits, backbone.image_size, job.evaluation, device).metrics()
     folders = _export(job, backbone, variants, measured, random, raw)
     for k, state in enumerate(weights):
         decoder = {
@@ -155,7 +151,6 @@ def _measure(
     device: torch.device,
     add_latency: bool = True,
 ) -> tuple[DepthReport, ...]:
-    how = job.evaluation
     return tuple(
         evaluate_variants(
             variants,
@@ -165,11 +160,7 @@ def _measure(
             mean=job.spec.mean,
             std=job.spec.std,
             device=device,
-            k=how.knn_k,
-            temperature=how.knn_temperature,
-            seed=how.seed,
-            batch_size=how.batch_size,
-            latency=how.latency and add_latency,
+            config=replace(job.evaluation, latency=job.evaluation.latency and add_latency),
         )
     )
 

@@ -23,7 +23,7 @@ from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.distributed.cluster import ClusterError, ray_cluster, run_on_worker
 from bim.orchestrator.distributed.placement import ClusterResources, PlacementError, StageLayout
-from bim.orchestrator.evaluation.records import EvalConfig, EvaluationResult
+from bim.orchestrator.evaluation.records import EvaluationResult
 from bim.orchestrator.export.model_card import CardFacts
 from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, evaluate_checkpoint
 from bim.orchestrator.jobs.records import (
@@ -40,6 +40,7 @@ from bim.orchestrator.reporting.startup import opening_lines
 from bim.orchestrator.runs.output_dir import NEW_RUN_HINT, OutputError, check_output, new_output
 from bim.orchestrator.runs.prepare import PreparedJob, ResolvedRun, resolve_run
 from bim.orchestrator.runs.provenance import collect
+from bim.orchestrator.runs.resolve import eval_config
 from bim.orchestrator.runs.signals import Interrupted, interrupted_by_signals
 from bim.orchestrator.runs.train import resolve_layout, resolve_precision, train
 from bim.orchestrator.search.results import finished_search, with_best
@@ -241,13 +242,10 @@ def evaluation_task(
 ) -> EvaluationTask:
     """What is to be made of the last checkpoint of a trained family."""
     settings = family.settings
-    how = settings.evaluation
     return EvaluationTask(
         spec=family.spec,
         data=family.data,
-        evaluation=EvalConfig(
-            how.knn_k, how.knn_temperature, how.batch_size, how.latency, settings.data.split_seed
-        ),
+        evaluation=eval_config(settings),
         checkpoint=str(CheckpointStore(family.out).directory(family.total_steps)),
         out=str(family.out),
         depths=depths,

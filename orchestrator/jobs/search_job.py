@@ -17,17 +17,17 @@ from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.config.transforms import settings_to_mapping
 from bim.orchestrator.distributed.cluster import run_on_worker
 from bim.orchestrator.distributed.placement import ClusterResources
-from bim.orchestrator.evaluation.evaluate import RANK_IMAGES
+from bim.orchestrator.evaluation.evaluate import RANKME_IMAGES
 from bim.orchestrator.reporting.search_console import SearchProgress, closing, opening
 from bim.orchestrator.runs.output_dir import OutputError
 from bim.orchestrator.runs.prepare import PreparedJob, ResolvedRun, resolve_run
+from bim.orchestrator.runs.resolve import eval_config
 from bim.orchestrator.runs.signals import stop_on_signals
 from bim.orchestrator.search.controller import SearchSpec, grace_of
 from bim.orchestrator.search.objective import (
     KNN_TRAIN_IMAGES,
     KNN_VAL_IMAGES,
     SCORED_BY,
-    ObjectiveSpec,
     metric_of,
 )
 from bim.orchestrator.search.results import (
@@ -123,7 +123,7 @@ def run_search(
         layout=layout,
         precision=precision,
         folder=str(family.out / FOLDER / "trials"),
-        objective=_objective(settings),
+        objective=eval_config(settings),
         fingerprint=family.fingerprint,
         device="cuda" if layout.gpus else "cpu",
         run_concurrently=beside,
@@ -146,15 +146,10 @@ def run_search(
     return resolve_run(with_best(settings, result), family.out, (prepared.source, prepared.splits))[0]
 
 
-def _objective(settings: Settings) -> ObjectiveSpec:
-    how = settings.evaluation
-    return ObjectiveSpec(how.knn_k, how.knn_temperature, how.batch_size, settings.data.split_seed)
-
-
 def _empty(family: ResolvedRun, prepared: PreparedJob, space: Space) -> SearchResult:
     settings, source, splits = family.settings, prepared.source, prepared.splits
     metric = metric_of(source, splits)
-    judged, most = (splits.val, KNN_VAL_IMAGES) if metric == "knn_top1" else (splits.train, RANK_IMAGES)
+    judged, most = (splits.val, KNN_VAL_IMAGES) if metric == "knn_top1" else (splits.train, RANKME_IMAGES)
     return SearchResult(
         metric=metric,
         images=min(len(judged), most),
@@ -204,7 +199,7 @@ def _trial_seconds(
     speedup = places if layout.gpus else max(1.0, min(places, cores / layout.threads))
     images = min(len(prepared.splits.train), KNN_TRAIN_IMAGES) + min(len(prepared.splits.val), KNN_VAL_IMAGES)
     if metric_of(prepared.source, prepared.splits) == "rankme":
-        images = min(len(prepared.splits.train), RANK_IMAGES)
+        images = min(len(prepared.splits.train), RANKME_IMAGES)
     return start_seconds(places + 2, cores) + trial_seconds(
         measured, trial.phases, settings.schedule.epochs, settings.search.every_epochs, images, speedup
     )

@@ -1,4 +1,5 @@
 import pytest
+
 from bim.orchestrator.evaluation.metric_info import COST, METRICS, QUALITY, same_scale
 from bim.orchestrator.evaluation.records import DepthReport
 
