@@ -79,7 +79,7 @@ def compute_layout(
         )
     gpus = (1.0 if cluster.gpus >= 1 else 0.0) if gpus_per_stage is None else gpus_per_stage
     if gpus > 0:
-        room = _gpu_room(cluster.gpus, gpus)
+        room = gpu_capacity(cluster.gpus, gpus)
         wanted = stages if stages is not None else max(1, min(blocks, room))
         if wanted > room:
             raise PlacementError(
@@ -123,7 +123,7 @@ def shares(
     families = len(blocks)
     gpus = (1.0 if cluster.gpus >= 1 else 0.0) if gpus_per_stage is None else gpus_per_stage
     if gpus > 0:
-        room = _gpu_room(cluster.gpus, gpus)
+        room = gpu_capacity(cluster.gpus, gpus)
         beside = max(1, min(families, room))
         each, left = divmod(room, beside)
         wanted = [min(b, max(1, each + (i < left))) for i, b in enumerate(blocks)]
@@ -134,7 +134,7 @@ def shares(
     return tuple(ResourceShare(part, stages) for stages in wanted)
 
 
-def _gpu_room(gpus: float, per_stage: float) -> int:
+def gpu_capacity(gpus: float, per_stage: float) -> int:
     """How many stages of `per_stage` GPUs fit into `gpus` whole GPUs (a fraction never spans two of them)."""
     if per_stage >= 1:
         return int(gpus // per_stage)

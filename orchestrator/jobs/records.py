@@ -20,13 +20,12 @@ from bim.orchestrator.runs.provenance import DataRecord, Provenance
 from bim.orchestrator.search.results import (
     BEST,
     FOLDER,
-    METRIC_NAMES,
     TABLE,
     SearchResult,
     best_line,
     changes_of_best,
-    counted,
     note_rows,
+    status_counts,
 )
 from bim.orchestrator.text import params_text
 from bim.orchestrator.tracking.descriptions import depth_rows, fenced, loading_note, results_table
@@ -106,12 +105,12 @@ def record_search(tracker: Tracker, result: SearchResult) -> None:
     """A finished search on the parent run: its table, its best recipe, its picture, and what it changed, as tags."""
     for name in (TABLE, BEST):
         tracker.log_file(tracker.out / FOLDER / name, FOLDER)
-    figure = pareto_figure(result, METRIC_NAMES[result.metric])
+    figure = pareto_figure(result, result.info.name)
     if figure is not None:
         tracker.log_picture(figure, "pareto")
     tags: dict[str, object] = {f"search.best.{key}": value for key, value in changes_of_best(result).items()}
     score = result.best.score
-    tags |= {"search.trials": counted(result.rows), "search.best": f"trial {result.best.number}"}
+    tags |= {"search.trials": status_counts(result.rows), "search.best": f"trial {result.best.number}"}
     tracker.set_tags(tags | ({} if score is None else {"search.best.score": f"{score:.4g}"}))
 
 
@@ -153,7 +152,8 @@ def record_summary(
     before = ""
     if searched is not None:
         pictures.insert(0, "pareto")
-        before = f"\n\nThe search: {counted(searched.rows)}; {best_line(searched)}\n\n{results_table(note_rows(searched))}"
+        outcome = f"The search: {status_counts(searched.rows)}; {best_line(searched)}"
+        before = f"\n\n{outcome}\n\n{results_table(note_rows(searched))}"
     tracker.describe(
         f"{params_text(found.reports[-1].params)} parameters at full depth, {settings.backbone.name}, "
         f"{len(family.spec.blocks)} blocks, {settings.schedule.epochs} epochs of {settings.data.source}.\n\n"

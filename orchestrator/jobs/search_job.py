@@ -23,7 +23,7 @@ from bim.orchestrator.runs.output_dir import OutputError
 from bim.orchestrator.runs.prepare import PreparedJob, ResolvedRun, resolve_run
 from bim.orchestrator.runs.resolve import eval_config
 from bim.orchestrator.runs.signals import stop_on_signals
-from bim.orchestrator.search.controller import SearchSpec, grace_of
+from bim.orchestrator.search.controller import SearchSpec, grace_period
 from bim.orchestrator.search.objective import (
     KNN_TRAIN_IMAGES,
     KNN_VAL_IMAGES,
@@ -123,15 +123,15 @@ def run_search(
         layout=layout,
         precision=precision,
         folder=str(family.out / FOLDER / "trials"),
-        objective=eval_config(settings),
+        evaluation=eval_config(settings),
         fingerprint=family.fingerprint,
         device="cuda" if layout.gpus else "cpu",
-        run_concurrently=beside,
+        max_concurrent_trials=beside,
     )
     empty = _empty(family, prepared, space)
     trials = int(min(asked.trials, combinations(space)))
     at_most_s = MARGIN * math.ceil(trials / beside) * _trial_seconds(family, prepared, plan, cluster)
-    for line in opening(empty, grace_of(settings, empty.epochs), space, trials, beside, at_most_s):
+    for line in opening(empty, grace_period(settings, empty.epochs), space, trials, beside, at_most_s):
         say(line)
     with stop_on_signals(stop, say, meanwhile="ending the trials; the search can be continued"):
         result = search(
@@ -154,8 +154,8 @@ def _empty(family: ResolvedRun, prepared: PreparedJob, space: Space) -> SearchRe
         metric=metric,
         images=min(len(judged), most),
         epochs=trial_epochs(settings),
-        own=baseline_values(settings, space),
-        asked=settings.search.model_dump(mode="json")
+        baseline_values=baseline_values(settings, space),
+        search_settings=settings.search.model_dump(mode="json")
         | {f"evaluation.{name}": getattr(settings.evaluation, name) for name in SCORED_BY},
         fingerprint=family.fingerprint,
     )
@@ -169,7 +169,7 @@ def _check_same(before: SearchResult, now: SearchResult, out: Path) -> None:
             if key not in MAY_CHANGE
         }
 
-    old, new = fixed(before.asked), fixed(now.asked)
+    old, new = fixed(before.search_settings), fixed(now.search_settings)
     told = [
         f"{key} is {new.get(key)}, was {old.get(key)}"
         for key in sorted(old.keys() & new.keys())  # a record of an earlier version lacks some
@@ -195,7 +195,7 @@ def _trial_seconds(
     measured = run_on_worker(measure_throughput, layout, spec, family.data, plan.device, layout.threads)
     trial = resolve_run(settings, family.out, (prepared.source, prepared.splits))[0]
     places = len(layout.places)
-    cores = cluster.cpus / plan.run_concurrently
+    cores = cluster.cpus / plan.max_concurrent_trials
     speedup = places if layout.gpus else max(1.0, min(places, cores / layout.threads))
     images = min(len(prepared.splits.train), KNN_TRAIN_IMAGES) + min(len(prepared.splits.val), KNN_VAL_IMAGES)
     if metric_of(prepared.source, prepared.splits) == "rankme":

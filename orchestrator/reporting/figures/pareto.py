@@ -26,7 +26,7 @@ def pareto_figure(result: SearchResult, metric: str) -> Figure | None:
     figure.subplots_adjust(left=0.11, right=0.975, top=0.87, bottom=0.125)
     axes = figure.subplots()
     per_cent = scale_of(result.metric)
-    front = [(row.gflops, per_cent * (row.score or 0.0)) for row in result.front]
+    front = [(row.gflops, per_cent * (row.score or 0.0)) for row in result.pareto_front]
     if front:
         axes.plot(
             *zip(*front, strict=True),

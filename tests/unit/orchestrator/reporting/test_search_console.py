@@ -44,9 +44,11 @@ def test_every_trial_is_followed_against_the_best_of_the_same_epoch() -> None:
     both = EMPTY.with_row(own).with_row(other)
     progress.on_score(both, other)
     progress.on_score(both, own)
-    progress.on_end(both, replace(other, status="stopped early", why="by ASHA after epoch 3: too weak"))
+    progress.on_end(
+        both, replace(other, status="stopped early", status_reason="by ASHA after epoch 3: too weak")
+    )
     assert said == [
-        "trial 0: the recipe's own setting",
+        "trial 0: baseline config",
         "trial 0  epoch  3/12  kNN top-1 0.500",
         "trial 1: mask.ratio 0.6",
         "trial 1  epoch  3/12  kNN top-1 0.550  best so far",
@@ -68,9 +70,9 @@ def test_what_was_not_trained_says_why() -> None:
     said: list[str] = []
     progress = SearchProgress(said.append, Sink())
     progress.on_end(
-        EMPTY, row(2, 0.9, status="infeasible", why="mask.ratio 0.9 leaves block 0 no visible unit")
+        EMPTY, row(2, 0.9, status="infeasible", status_reason="mask.ratio 0.9 leaves block 0 no visible unit")
     )
-    progress.on_end(EMPTY, row(3, 0.6, status="failed", why="the loss of block 0 is not finite"))
+    progress.on_end(EMPTY, row(3, 0.6, status="failed", status_reason="the loss of block 0 is not finite"))
     assert said == [
         "trial 2  infeasible: mask.ratio 0.9 leaves block 0 no visible unit",
         "trial 3  failed: the loss of block 0 is not finite",
@@ -86,7 +88,7 @@ def test_a_trial_that_is_continued_says_so() -> None:
 def test_the_opening_tells_how_long_it_may_take_and_what_is_tried() -> None:
     space = {
         "mask.ratio": Choice((0.75, 0.5, [0.6, 0.65, 0.7, 0.75])),
-        "optim.blr": Range(1e-3, 1e-1, log=True, whole=False),
+        "optim.blr": Range(1e-3, 1e-1, log=True, is_integer=False),
         "decoder.throw_ratio": Choice((0.0,)),
     }
     lines = opening(EMPTY, 6, space, trials=4, run_concurrently=2, at_most_s=100)
@@ -107,7 +109,7 @@ def test_the_closing_tells_what_the_run_goes_on_with() -> None:
     result = EMPTY.with_row(replace(own, status="finished")).with_row(replace(better, status="finished"))
     lines = closing(result, 90, "runs/a/search/best.yaml")
     assert lines[0] == "search: 2 finished, in 1 min 30 s"
-    assert " ".join(lines[1:3]).startswith("best: trial 1, mask.ratio 0.6: kNN top-1 0.600 against 0.500")
+    assert " ".join(lines[1:3]).startswith("best: trial 1, mask.ratio 0.6: kNN top-1 0.600 (baseline 0.500, ")
     assert lines[-1] == "  as a recipe: runs/a/search/best.yaml"
 
 
