@@ -1,15 +1,19 @@
-"""Numbers and paths as text, for tables, messages and figures. A leaf: knows no record."""
+"""Numbers, durations and paths as text, for tables, messages and figures. A leaf."""
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
 NOT_MEASURED = "-"
-"""What a table shows where there is no value."""
+"""Cell of a table without a value."""
 
-_NO_BREAK = "\0"
+WIDTH = 98
+"""Columns of a line of prose on a terminal."""
+
+_LIST, _NO_BREAK = re.compile(r"\[(?:[^\[\]]|\[[^\[\]]*\])*\]"), "\0"
 
 
 def duration(seconds: float) -> str:
@@ -25,32 +29,18 @@ def duration(seconds: float) -> str:
 
 
 def short_path(path: Path) -> str:
-    """Relative to the working directory where that is shorter."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
-
-
-WIDTH = 98
+    """The path relative to the working directory if it lies below it, else as it is."""
+    cwd = Path.cwd()
+    return str(path.relative_to(cwd) if path.is_relative_to(cwd) else path)
 
 
 def wrapped(text: str) -> list[str]:
-    """A text as lines that a terminal shows whole, the later ones set in."""
-    depth, held = 0, []
-    for sign in text:  # a list stays on one line
-        depth += (sign == "[") - (sign == "]")
-        held.append(_NO_BREAK if sign == " " and depth > 0 else sign)
+    """Lines of at most `WIDTH` columns, the later ones indented; a list in brackets stays on one line."""
+    unbroken = _LIST.sub(lambda match: match[0].replace(" ", _NO_BREAK), text)
     lines = textwrap.wrap(
-        "".join(held), WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+        unbroken, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
     )
     return [line.replace(_NO_BREAK, " ") for line in lines]
-
-
-def _number(value: str | float | None) -> float:
-    if value is None:
-        raise TypeError("not measured")
-    return float(value)
 
 
 def params_text(params: float) -> str:
@@ -59,13 +49,19 @@ def params_text(params: float) -> str:
 
 
 def three_digits(value: float) -> str:
-    """Three significant digits without an exponent: `0.00123`, `0.81`, `12.3`, `1230`."""
+    """Three significant digits without an exponent: `0.00123`, `0.810`, `12.3`, `1230`."""
     if value == 0:
         return "0"
     decimals = 0
     while abs(value) * 10**decimals < 99.95 and decimals < 6:
         decimals += 1
     return f"{value:.{decimals}f}"
+
+
+def _number(value: str | float | None) -> float:
+    if value is None:
+        raise TypeError("not measured")
+    return float(value)
 
 
 def accuracy_text(values: Mapping[str, float], key: str) -> str:

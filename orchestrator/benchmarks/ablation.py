@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from bim.orchestrator.config.validate import settings_from_mapping
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.distributed.placement import ClusterResources
-from bim.orchestrator.evaluation.evaluate import Scores, evaluate_variants, raw_pixels
-from bim.orchestrator.evaluation.records import DepthReport
+from bim.orchestrator.evaluation.evaluate import evaluate_variants, raw_pixels
+from bim.orchestrator.evaluation.records import DepthReport, Scores
 from bim.orchestrator.runs.prepare import ResolvedRun, resolve_run
+from bim.orchestrator.runs.resolve import eval_config
 from bim.orchestrator.runs.train import resolve_layout, train
 from bim.orchestrator.search.objective import SCORED_BY
 from bim.orchestrator.training.callbacks import NullCallback, StopRequest
@@ -152,7 +153,7 @@ def run_case(
     with tempfile.TemporaryDirectory(prefix="ablation-") as folder:
         family, source, splits = resolve_run(settings, Path(folder))
         if case == RAW_PIXELS:
-            scores = raw_pixels(source, splits, family.backbone.image_size, **_how(settings))
+            scores = raw_pixels(source, splits, family.backbone.image_size, eval_config(settings))
             measured[case] = dict.fromkeys(depths, scores)
         elif case == RANDOM:
             variants = random_variants(family.spec, family.backbone, depths)
@@ -187,17 +188,6 @@ def _trained_weights(family: ResolvedRun, settings: Settings) -> list[dict[str, 
     return load_weights(CheckpointStore(family.out).directory(family.total_steps), family.spec)
 
 
-def _how(settings: Settings) -> dict[str, Any]:
-    """How accuracies are measured, in the words of `evaluation.py`."""
-    how = settings.evaluation
-    return {
-        "k": how.knn_k,
-        "temperature": how.knn_temperature,
-        "seed": settings.data.split_seed,
-        "batch_size": how.batch_size,
-    }
-
-
 def _scores(
     family: ResolvedRun, settings: Settings, source: Source, splits: Splits, variants: Mapping[int, nn.Module]
 ) -> Mapping[int, Scores | DepthReport]:
@@ -210,8 +200,7 @@ def _scores(
         mean=family.spec.mean,
         std=family.spec.std,
         device=torch.device("cpu"),
-        latency=False,
-        **_how(settings),
+        config=replace(eval_config(settings), latency=False),
     )
     return {report.depth: report for report in reports}
 

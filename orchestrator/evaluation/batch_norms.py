@@ -1,7 +1,7 @@
-"""Statistics of batch norms for whole images, since training saw them with most units painted over.
+"""Statistics of batch norms for whole images, since training saw them with most mask units filled.
 
-Masked training of a ResNet gathers means and variances of pictures that are three quarters one colour; a variant is used on
-whole ones. Only the running statistics change, no weight does. Models without batch norms are left alone.
+Masked training of a ResNet gathers means and variances of images of which three quarters have one color; a variant is used
+on whole images. Only the running statistics change, no weight does. Models without batch norms are left alone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from bim.models.seeding import generator
 from bim.models.tokens import normalize_images
 from bim.orchestrator.data.loader import eval_images
 from bim.orchestrator.data.source import Source
+from bim.orchestrator.evaluation.records import EvalConfig
 
 IMAGES = 2048
 """Training images that the statistics are gathered from, drawn from the seed where there are more."""
@@ -30,39 +31,37 @@ def gather_statistics(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     device: torch.device,
-    seed: int = 0,
-    batch_size: int = 256,
+    config: EvalConfig,
 ) -> None:
     """Replace the running statistics of every batch norm by those of whole training images, all images weighing the same.
 
-    variants: models that take (B, 3, H, W); they are left on `device` in evaluation mode. train: image numbers of the
-    training split. size: (height, width).
+    variants: models that take (B, 3, H, W); they are left on `device` in evaluation mode. train: indices of the images of
+    the training split. size: (height, width).
     """
-    norms = {depth: _norms(model) for depth, model in variants.items()}
-    wanted = {depth: model for depth, model in variants.items() if norms[depth]}
-    if not wanted:
+    norms = {depth: _norms(model) for depth, model in variants.items() if _norms(model)}
+    if not norms:
         return
-    gen = generator(seed, "batch norms")
-    chosen = np.sort(
+    gen = generator(config.seed, "batch norms")
+    sample = np.sort(
         train[torch.randperm(len(train), generator=gen)[:IMAGES].numpy()]
     )  # files are read in order
-    images = torch.from_numpy(
-        np.concatenate([pixels for _, pixels in eval_images(source, chosen, size, batch_size)])
-    )
-    images = images[torch.randperm(len(images), generator=gen)]  # so that a batch is not one class
-    kept = {norm: norm.momentum for found in norms.values() for norm in found}
-    for depth, model in wanted.items():
-        model.to(device).eval()
-        for norm in norms[depth]:
+    pixels = np.concatenate([batch for _, batch in eval_images(source, sample, size, config.batch_size)])
+    images = torch.from_numpy(pixels)[
+        torch.randperm(len(pixels), generator=gen)
+    ]  # so that a batch is not one class
+    momenta = {norm: norm.momentum for of_model in norms.values() for norm in of_model}
+    for depth, of_model in norms.items():
+        variants[depth].to(device).eval()
+        for norm in of_model:
             norm.reset_running_stats()
             norm.momentum = None  # the plain mean over all batches
             norm.train()
     with torch.inference_mode():
-        for batch in images.tensor_split(-(-len(images) // batch_size)):  # of equal weight
+        for batch in images.tensor_split(-(-len(images) // config.batch_size)):  # of equal weight
             x = normalize_images(batch.to(device), mean, std)
-            for model in wanted.values():
-                model(x)
-    for norm, momentum in kept.items():
+            for depth in norms:
+                variants[depth](x)
+    for norm, momentum in momenta.items():
         norm.momentum = momentum
         norm.eval()
 

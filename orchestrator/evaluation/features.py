@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -12,25 +12,10 @@ from bim.models.seeding import generator
 from bim.models.tokens import normalize_images
 from bim.orchestrator.data.loader import eval_images
 from bim.orchestrator.data.source import Source
+from bim.orchestrator.evaluation.records import EvalConfig
 
 MAX_IMAGES = 50_000
-"""Images taken of a split, drawn from the seed where there are more: decoding a million to judge a run takes hours."""
-
-
-def embed(
-    model: nn.Module,
-    batches: Iterable[np.ndarray],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    device: torch.device,
-) -> Tensor:
-    """Embeddings of uint8 images, batches of (B, 3, H, W) -> (n, D) float32 on the CPU.
-
-    The mean of the patch tokens after the model's final norm, in timm's terms `global_pool="avg", fc_norm=False`; the
-    model is on `device`, in evaluation mode.
-    """
-    embedder = _embedder(model, mean, std, device)
-    return torch.cat([embedder(images) for images in batches])
+"""Images taken of a split, drawn from the seed where there are more: decoding a million takes hours."""
 
 
 Embedder = Callable[[np.ndarray], Tensor]
@@ -40,7 +25,11 @@ Embedder = Callable[[np.ndarray], Tensor]
 def build_embedders(
     variants: Mapping[int, nn.Module], mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> dict[int, Embedder]:
-    """What embeds images by each variant, which is left on `device` in evaluation mode."""
+    """Depth -> function that embeds images by that variant, which is left on `device` in evaluation mode.
+
+    The embedding is the mean of the patch tokens after the model's final norm, in timm's terms `global_pool="avg",
+    fc_norm=False`.
+    """
     return {depth: _embedder(model.to(device).eval(), mean, std, device) for depth, model in variants.items()}
 
 
@@ -56,44 +45,47 @@ def _embedder(
     return embedding
 
 
-def labelled(
+def extract_labelled_features(
     embedders: Mapping[int, Embedder],
     source: Source,
     indices: np.ndarray,
     size: tuple[int, int],
-    batch_size: int,
+    config: EvalConfig,
+    limit: int,
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """`embedded`, and the labels (n,) of the images; the source has labels."""
-    features, numbers = embedded(embedders, source, indices, size, batch_size)
+    """`extract_features`, and the labels (n,) of the images; the source has labels."""
+    features, read = extract_features(embedders, source, indices, size, config, limit)
     assert source.labels is not None
-    return features, torch.from_numpy(source.labels[numbers])
+    return features, torch.from_numpy(source.labels[read])
 
 
-def embedded(
+def extract_features(
     embedders: Mapping[int, Embedder],
     source: Source,
     indices: np.ndarray,
     size: tuple[int, int],
-    batch_size: int,
+    config: EvalConfig,
+    limit: int,
 ) -> tuple[dict[int, Tensor], np.ndarray]:
-    """Embeddings (n, D) by name, and numbers (n,), of the images that can be read; each is decoded once.
+    """Embeddings (n, D) by name, and indices (n,), of at most `limit` images that can be read; each is decoded once.
 
     Raises ValueError if none of them can be read.
     """
     features: dict[int, list[Tensor]] = {name: [] for name in embedders}
-    kept = []
-    for found, images in eval_images(source, indices, size, batch_size):
-        kept.append(found)
+    read = []
+    sample = subsample(indices, limit, config.seed)
+    for batch_indices, images in eval_images(source, sample, size, config.batch_size):
+        read.append(batch_indices)
         for name, embedder in embedders.items():
             features[name].append(embedder(images))
-    if not kept:
+    if not read:
         raise ValueError(f"no image of a split of {source.name} could be read, so nothing can be scored")
-    return {name: torch.cat(parts) for name, parts in features.items()}, np.concatenate(kept)
+    return {name: torch.cat(parts) for name, parts in features.items()}, np.concatenate(read)
 
 
 def subsample(indices: np.ndarray, limit: int, seed: int) -> np.ndarray:
-    """At most `limit` of the image numbers, a sample that depends on the seed alone; sorted."""
+    """At most `limit` of the indices, a sample that depends on the seed alone; sorted."""
     if len(indices) <= limit:
         return indices
-    chosen = torch.randperm(len(indices), generator=generator(seed, "evaluation"))[:limit].numpy()
-    return np.sort(indices[chosen])
+    order = torch.randperm(len(indices), generator=generator(seed, "evaluation"))
+    return np.sort(indices[order[:limit].numpy()])

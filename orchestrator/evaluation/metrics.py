@@ -1,7 +1,6 @@
-"""Scores of frozen embeddings: weighted nearest neighbours, a linear probe, and RankMe where there are no labels.
+"""Scores of frozen embeddings: weighted nearest neighbors, a linear probe, and RankMe where there are no labels.
 
-Plain functions of feature matrices and integer labels; they know no model and no data set. They serve the
-evaluation of depth variants and whoever ranks configurations by what stays comparable between them.
+Plain functions of feature matrices and integer labels, without a model or a data set.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bim.orchestrator.evaluation.records import Probe, Scores
+from bim.orchestrator.evaluation.records import EvalConfig, Probe, Scores
 
 KNN_CHUNK = 2**26
 """Similarities held at once (float32, 256 MB), however large the two sets are."""
@@ -24,32 +23,24 @@ PROBE_L2 = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)
 """Penalties tried, strong to weak: each fit starts from the one before it, which is near."""
 
 PROBE_PATIENCE = 2
-"""Penalties in a row that may fail to improve on the held-out part before weaker ones are left out."""
+"""Penalties in a row that may fail to improve on the validation part before weaker ones are left out."""
 
-PROBE_HELD_OUT = 0.2
+PROBE_VAL_FRACTION = 0.2
 
 PROBE_ITERATIONS = 200
 
 PRECONDITION_WIDTH = 2048
 """Widest features whose covariance is factored; wider ones (raw pixels) separate the classes without it."""
 
-RANK_EPSILON = 1e-7
-"""RankMe's, for float32."""
+RANKME_EPSILON = 1e-7
+"""The epsilon of RankMe for float32."""
 
 
-def score(
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
-    k: int = 20,
-    temperature: float = 0.07,
-    seed: int = 0,
-) -> Scores:
+def score(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, config: EvalConfig) -> Scores:
     """Both accuracies of one set of embeddings; shapes as in `weighted_knn`."""
     n = len(test_y)
-    knn = weighted_knn(train_x, train_y, test_x, test_y, k, temperature)
-    probe = linear_probe(train_x, train_y, test_x, test_y, seed).accuracy
+    knn = weighted_knn(train_x, train_y, test_x, test_y, config.knn_k, config.knn_temperature)
+    probe = linear_probe(train_x, train_y, test_x, test_y, config.seed).accuracy
     return Scores(knn, standard_error(knn, n), probe, standard_error(probe, n), n)
 
 
@@ -59,12 +50,7 @@ def standard_error(accuracy: float, n: int) -> float:
 
 
 def weighted_knn(
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
-    k: int = 20,
-    temperature: float = 0.07,
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int, temperature: float
 ) -> float:
     """Top-1 accuracy of the k nearest training embeddings by cosine, each voting exp(similarity / temperature).
 
@@ -87,45 +73,46 @@ def weighted_knn(
 
 
 def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int) -> Probe:
-    """Multinomial logistic regression on standardised features, scored on the test part.
+    """Multinomial logistic regression on standardized features, scored on the test part.
 
-    Shapes as in `weighted_knn`. Features are standardised with the training part's own mean and deviation. A
-    fifth of the training part, drawn from `seed`, chooses the L2 penalty by its accuracy (among equals the smaller
-    loss); the probe is then fitted again on all of it. Full-batch L-BFGS: no learning rate, and the same answer
-    at every call.
+    Shapes as in `weighted_knn`. Features are standardized with mean and standard deviation of the training part. A fifth
+    of the training part, drawn from `seed`, chooses the L2 penalty by its accuracy (among equals the smaller loss); the
+    probe is then fitted again on all of it. Full-batch L-BFGS has no learning rate, and gives the same answer at every
+    call.
     """
     _check(train_x, train_y, test_x, test_y)
     if len(train_x) < 2:
         raise ValueError(f"a linear probe needs at least 2 training images, got {len(train_x)}")
-    classes = int(max(train_y.max(), test_y.max())) + 1
-    mean = train_x.mean(dim=0)
-    deviation = train_x.std(dim=0, unbiased=False)
-    scale = torch.where(deviation > 1e-6, deviation, torch.ones_like(deviation))  # a constant feature stays 0
+    num_classes = int(max(train_y.max(), test_y.max())) + 1
+    mean, std = train_x.mean(dim=0), train_x.std(dim=0, unbiased=False)
+    scale = torch.where(std > 1e-6, std, torch.ones_like(std))  # a constant feature stays 0
     train_x, test_x = (train_x - mean) / scale, (test_x - mean) / scale
 
-    shuffled = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(seed)).to(train_x.device)
-    held = max(1, round(PROBE_HELD_OUT * len(train_x)))
-    held_x, held_y = train_x[shuffled[:held]], train_y[shuffled[:held]]
-    fit_x, fit_y = train_x[shuffled[held:]], train_y[shuffled[held:]]
+    permutation = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(seed)).to(
+        train_x.device
+    )
+    num_val = max(1, round(PROBE_VAL_FRACTION * len(train_x)))
+    val_x, val_y = train_x[permutation[:num_val]], train_y[permutation[:num_val]]
+    fit_x, fit_y = train_x[permutation[num_val:]], train_y[permutation[num_val:]]
 
-    covariance = _covariance(fit_x)
-    weight = train_x.new_zeros(train_x.shape[1] + 1, classes)  # the last row is the bias
-    best, chosen, since = (-1.0, 0.0), (0.0, weight), 0
+    covariance = feature_covariance(fit_x)
+    weight = train_x.new_zeros(train_x.shape[1] + 1, num_classes)  # the last row is the bias
+    best, chosen, since_best = (-1.0, 0.0), (0.0, weight), 0
     for l2 in PROBE_L2:
-        weight = _fit(fit_x, fit_y, covariance, weight, l2)
-        logits = _logits(held_x, weight)
-        score = (_accuracy(logits, held_y), -F.cross_entropy(logits, held_y).item())
-        if score > best:
-            best, chosen, since = score, (l2, weight), 0
-        elif (since := since + 1) == PROBE_PATIENCE:
+        weight = fit_logistic_regression(fit_x, fit_y, covariance, weight, l2)
+        logits = _logits(val_x, weight)
+        val_score = (_accuracy(logits, val_y), -F.cross_entropy(logits, val_y).item())
+        if val_score > best:
+            best, chosen, since_best = val_score, (l2, weight), 0
+        elif (since_best := since_best + 1) == PROBE_PATIENCE:
             break
     l2, weight = chosen
-    weight = _fit(train_x, train_y, _covariance(train_x), weight, l2)
+    weight = fit_logistic_regression(train_x, train_y, feature_covariance(train_x), weight, l2)
     return Probe(_accuracy(_logits(test_x, weight), test_y), l2)
 
 
 def rankme(embeddings: Tensor) -> float:
-    """Effective rank of embeddings (n, D): exp of the entropy of their singular values, normalised to sum 1.
+    """Effective rank of embeddings (n, D): exp of the entropy of their singular values, normalized to sum 1.
 
     RankMe (arXiv 2210.02885, equations 1 and 2): p_k = s_k / |s|_1 + eps, exp(-sum_k p_k log p_k). Between 1 (all on one
     line) and min(n, D). Raises ValueError if an embedding is not finite.
@@ -133,8 +120,73 @@ def rankme(embeddings: Tensor) -> float:
     if not torch.isfinite(embeddings).all():
         raise ValueError("embeddings are not finite, so they cannot be scored")
     values = torch.linalg.svdvals(embeddings.float())
-    p = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny) + RANK_EPSILON
+    p = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny) + RANKME_EPSILON
     return float(torch.exp(-(p * p.log()).sum()))
+
+
+def feature_covariance(x: Tensor) -> Tensor | None:
+    """x: (n, D) -> second moments (D, D) float64, or None where factoring them would cost more than it saves."""
+    if x.shape[1] > PRECONDITION_WIDTH:
+        return None
+    # Summed in float64: correlated features have eigenvalues below float32's rounding of the largest one.
+    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+    for part in x.split(max(1, PROBE_CHUNK // (2 * x.shape[1]))):
+        total.addmm_(part.double().T, part.double())
+    return total / len(x)
+
+
+def fit_logistic_regression(
+    x: Tensor, y: Tensor, covariance: Tensor | None, start: Tensor, l2: float
+) -> Tensor:
+    """Minimize mean cross-entropy + l2 / 2 |W|^2 (the bias is free) from `start`; returns (D + 1, C), the last row the bias.
+
+    x: (n, D); y: (n,) int64 in 0..C-1; covariance: `feature_covariance(x)`, or None for steps without preconditioner.
+    L-BFGS runs in coordinates in which the problem is nearly round: W = L^-T V with L L^T = c Cov + l2 I, about the
+    Hessian of the loss. Features of untrained networks are so correlated that without this 100 iterations end far from the
+    optimum and show such features as worse than they are (0.87 instead of 0.92 on the digits): an unfair baseline. The
+    minimum itself is the same in either coordinates.
+    """
+    weight = start.clone()
+    factor = None if covariance is None else _factor(covariance, l2)
+    if factor is not None:
+        weight[:-1] = factor.T @ start[:-1]
+    weight.grad = torch.zeros_like(weight)
+    rows = max(1, PROBE_CHUNK // (x.shape[1] + weight.shape[1]))
+    optimizer = torch.optim.LBFGS(
+        [weight],
+        max_iter=PROBE_ITERATIONS,
+        tolerance_grad=1e-5,
+        tolerance_change=1e-8,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+    )
+
+    def unpreconditioned() -> Tensor:
+        if factor is None:
+            return weight
+        return torch.cat([torch.linalg.solve_triangular(factor.T, weight[:-1], upper=True), weight[-1:]])
+
+    def closure() -> Tensor:
+        # The gradient of softmax regression is x^T (softmax - onehot): written out, it needs no graph over all rows.
+        current = unpreconditioned()
+        loss = current.new_zeros(())
+        grad = torch.zeros_like(current)
+        for x_part, y_part in zip(x.split(rows), y.split(rows), strict=True):
+            log_p = F.log_softmax(_logits(x_part, current), dim=1)
+            loss -= log_p.gather(1, y_part[:, None]).sum()
+            error = log_p.exp_()
+            error[torch.arange(len(y_part), device=x.device), y_part] -= 1.0
+            grad[:-1].addmm_(x_part.T, error)
+            grad[-1] += error.sum(dim=0)
+        grad /= len(x)
+        grad[:-1].add_(current[:-1], alpha=l2)
+        if factor is not None:
+            grad[:-1] = torch.linalg.solve_triangular(factor, grad[:-1], upper=False)
+        weight.grad = grad
+        return loss / len(x) + 0.5 * l2 * current[:-1].square().sum()
+
+    optimizer.step(closure)
+    return unpreconditioned().detach()
 
 
 def _check(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> None:
@@ -152,68 +204,6 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
 
 def _accuracy(logits: Tensor, y: Tensor) -> float:
     return int((logits.argmax(dim=1) == y).sum()) / len(y)
-
-
-def _covariance(x: Tensor) -> Tensor | None:
-    """x: (n, D) -> (D, D) float64, or None where factoring it would cost more than it saves."""
-    if x.shape[1] > PRECONDITION_WIDTH:
-        return None
-    # Summed in float64: correlated features have eigenvalues below float32's rounding of the largest one.
-    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
-    for part in x.split(max(1, PROBE_CHUNK // (2 * x.shape[1]))):
-        total.addmm_(part.double().T, part.double())
-    return total / len(x)
-
-
-def _fit(x: Tensor, y: Tensor, covariance: Tensor | None, start: Tensor, l2: float) -> Tensor:
-    """Minimise mean cross-entropy + l2 / 2 |W|^2 (the bias is free) from `start`; returns (D + 1, C).
-
-    The steps are taken in coordinates in which the problem is nearly round: W = L^-T V with
-    L L^T = c Cov + l2 I, about the Hessian of the loss. Features of untrained networks are so correlated that
-    without this 100 iterations end far from the optimum and show such features as worse than they are (0.87
-    instead of 0.92 on the digits): an unfair baseline. The minimum itself is the same in either coordinates.
-    """
-    weight = start.clone()
-    factor = None if covariance is None else _factor(covariance, l2)
-    if factor is not None:
-        weight[:-1] = factor.T @ start[:-1]
-    weight.grad = torch.zeros_like(weight)
-    rows = max(1, PROBE_CHUNK // (x.shape[1] + weight.shape[1]))
-    optimizer = torch.optim.LBFGS(
-        [weight],
-        max_iter=PROBE_ITERATIONS,
-        tolerance_grad=1e-5,
-        tolerance_change=1e-8,
-        history_size=10,
-        line_search_fn="strong_wolfe",
-    )
-
-    def plain() -> Tensor:
-        if factor is None:
-            return weight
-        return torch.cat([torch.linalg.solve_triangular(factor.T, weight[:-1], upper=True), weight[-1:]])
-
-    def closure() -> Tensor:
-        # The gradient of softmax regression is x^T (softmax - onehot): written out, it needs no graph over all rows.
-        current = plain()
-        loss = current.new_zeros(())
-        grad = torch.zeros_like(current)
-        for part, labels in zip(x.split(rows), y.split(rows), strict=True):
-            log_p = F.log_softmax(_logits(part, current), dim=1)
-            loss -= log_p.gather(1, labels[:, None]).sum()
-            error = log_p.exp_()
-            error[torch.arange(len(labels), device=x.device), labels] -= 1.0
-            grad[:-1].addmm_(part.T, error)
-            grad[-1] += error.sum(dim=0)
-        grad /= len(x)
-        grad[:-1].add_(current[:-1], alpha=l2)
-        if factor is not None:
-            grad[:-1] = torch.linalg.solve_triangular(factor, grad[:-1], upper=False)
-        weight.grad = grad
-        return loss / len(x) + 0.5 * l2 * current[:-1].square().sum()
-
-    optimizer.step(closure)
-    return plain().detach()
 
 
 def _factor(covariance: Tensor, l2: float) -> Tensor:

@@ -1,11 +1,11 @@
-"""What one image costs a model: parameters, arithmetic, time.
+"""Cost of one image: parameters, FLOPs, latency.
 
-Arithmetic and parameters are exact and the same everywhere; latency belongs to the device it was measured on. Serves
-the evaluation of depth variants; it trains nothing and knows no data.
+FLOPs and parameters are exact and the same everywhere; latency belongs to the device it was measured on.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,15 +20,14 @@ from bim.models.backbones.backbone import Backbone
 from bim.orchestrator.training.build import build_local_mim, mask_plans
 from bim.orchestrator.training.spec import PretrainSpec
 
-WARM_UP_S = 0.2
-
-MEASURE_S = 0.6
+WARM_UP_S, MEASURE_S = 0.2, 0.6
+"""Seconds of warm-up and of measurement of one model."""
 
 MAX_REPETITIONS = 100
 
 
 def num_params(model: nn.Module) -> int:
-    """Parameters of the model, those that are never trained (fixed positions) too: what a file of weights holds."""
+    """Parameters of the model as a file of weights holds them, those that are never trained (fixed positions) too."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -56,40 +55,35 @@ def gflops(model: nn.Module, size: tuple[int, int]) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def latency_ms(model: nn.Module, size: tuple[int, int], batch: int, device: torch.device) -> float:
-    """`latencies_ms` of one model."""
-    return latencies_ms({0: model}, size, batch, device)[0]
-
-
 @torch.inference_mode()
 def latencies_ms(
     models: Mapping[int, nn.Module], size: tuple[int, int], batch: int, device: torch.device
 ) -> dict[int, float]:
     """Median milliseconds of each model's float32 forward pass of a batch of noise, (batch, 3, height, width).
 
-    The models are already on `device`; each is warmed up, then they take turns, so that what else the machine does
-    strikes all of them alike and their order can be trusted. Takes under a second per model, unless a single pass
-    takes longer: then one pass to warm up and one to measure. On a CPU it is the latency at torch's present number of
-    threads.
+    The models are already on `device`; each is warmed up, then they take turns, so that load from elsewhere slows all of
+    them alike and their order can be trusted. `torch.utils.benchmark.Timer` times one model after the other and warms up
+    before every block. Takes under a second per model, unless a single pass takes longer: then one pass to warm up and
+    one to measure. On a CPU it is the latency at torch's present number of threads.
     """
     images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
     for model in models.values():
-        warm = time.perf_counter()
+        start = time.perf_counter()
         _timed_pass(model, images)
-        while time.perf_counter() - warm < WARM_UP_S:
+        while time.perf_counter() - start < WARM_UP_S:
             _timed_pass(model, images)
     seconds: dict[int, list[float]] = {name: [] for name in models}
-    spent, turns = 0.0, 0
-    while turns == 0 or (spent < MEASURE_S * len(models) and turns < MAX_REPETITIONS):
+    total_s, turns = 0.0, 0
+    while turns == 0 or (total_s < MEASURE_S * len(models) and turns < MAX_REPETITIONS):
         for name, model in models.items():
             seconds[name].append(_timed_pass(model, images))
-            spent += seconds[name][-1]
+            total_s += seconds[name][-1]
         turns += 1
-    return {name: 1e3 * sorted(times)[len(times) // 2] for name, times in seconds.items()}
+    return {name: 1e3 * statistics.median_high(times) for name, times in seconds.items()}
 
 
 def device_name(device: torch.device) -> str:
-    """What a latency was measured on: "CPU, 2 threads" or the GPU's name."""
+    """Name of the device of a latency: "CPU, 2 threads" or that of the GPU."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     threads = torch.get_num_threads()
@@ -112,12 +106,12 @@ def forward_gflops(spec: PretrainSpec, backbone: Backbone, size: tuple[int, int]
 def block_gflops(spec: PretrainSpec, backbone: Backbone, size: tuple[int, int]) -> list[tuple[float, float]]:
     """(encoder, decoder) of every block, GFLOPs for one image of `size` (height, width).
 
-    One grey image is really computed, since positions of other sizes than the backbone's own depend on the values of its
-    table; a fraction of a second.
+    One image of zeros is computed in a fraction of a second, not on the meta device: positions of other sizes than that of
+    the backbone depend on the values of its table.
     """
     plans = mask_plans(spec, backbone, size, batch_size=1, step=0, micro_step=0)
     x = torch.zeros(1, 3, *size)
-    found = []
+    costs = []
     with torch.no_grad():
         for k in range(len(spec.blocks)):
             module = build_local_mim(spec, k, backbone).eval()
@@ -125,5 +119,5 @@ def block_gflops(spec: PretrainSpec, backbone: Backbone, size: tuple[int, int]) 
                 x = module.encoder(x, plans[k])
             with counting_flops() as decoder:
                 module.decoder(x, plans[k])
-            found.append((encoder.get_total_flops() / 1e9, decoder.get_total_flops() / 1e9))
-    return found
+            costs.append((encoder.get_total_flops() / 1e9, decoder.get_total_flops() / 1e9))
+    return costs

@@ -1,4 +1,4 @@
-"""The records of an evaluation: how it is configured and what it measured. A leaf."""
+"""Records of an evaluation: its configuration and what it measured."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How variants are measured; the same for every run that is to be compared."""
+    """How variants are measured; the same for every run that is to be compared.
+
+    Args:
+        knn_k, knn_temperature: neighbors of the weighted kNN, and T in the weight exp(similarity / T) of each.
+        batch_size: images embedded at a time.
+        latency: measure the latency of every variant too.
+        seed: of samples of large splits, and of the validation part of the linear probe.
+    """
 
     knn_k: int = 20
     knn_temperature: float = 0.07
@@ -18,7 +25,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Measurements per depth and where the files are. `random` and `raw` are empty without references."""
+    """Measurements per depth and where the files are. `random` and `raw` are empty without baselines."""
 
     reports: tuple[DepthReport, ...]
     random: tuple[DepthReport, ...]
@@ -29,7 +36,7 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class DepthReport:
-    """One depth variant, measured.
+    """Measurements of one depth variant.
 
     Args:
         depth: layers.
@@ -62,7 +69,7 @@ class DepthReport:
     n_ranked: int = 0
 
     def metrics(self) -> dict[str, float]:
-        """What was measured, by the names under which it is logged and sorted."""
+        """The values that were measured, by their keys in `metric_info.METRICS`, with standard errors."""
         values = {
             "knn_top1": self.knn_top1,
             "knn_top1_se": self.knn_se,
@@ -79,7 +86,7 @@ class DepthReport:
 
 @dataclass(frozen=True)
 class Probe:
-    """Test accuracy of a linear probe, and the L2 penalty (on the mean loss) that the held-out part chose."""
+    """Test accuracy of a linear probe, and the L2 penalty (on the mean loss) that the validation part chose."""
 
     accuracy: float
     l2: float
@@ -96,7 +103,7 @@ class Scores:
     n_test: int
 
     def metrics(self) -> dict[str, float]:
-        """By the names under which they are logged and sorted."""
+        """The accuracies by their keys in `metric_info.METRICS`, with standard errors."""
         return {
             "knn_top1": self.knn_top1,
             "knn_top1_se": self.knn_se,

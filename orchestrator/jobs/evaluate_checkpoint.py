@@ -26,6 +26,7 @@ from bim.orchestrator.export.timm_folder import export_decoder, export_variant, 
 from bim.orchestrator.jobs.reconstructions import save_all_reconstructions
 from bim.orchestrator.runs.prepare import ResolvedRun
 from bim.orchestrator.runs.provenance import Provenance
+from bim.orchestrator.runs.resolve import eval_config
 from bim.orchestrator.training.build import open_spec_backbone
 from bim.orchestrator.training.checkpoint import CheckpointStore, load_weights
 from bim.orchestrator.training.depth_variants import random_variants, trained_variant
@@ -65,17 +66,11 @@ def evaluation_task(
     with_baselines: bool = True,
 ) -> EvaluationTask:
     """The evaluation of the last checkpoint of a trained run."""
-    settings, evaluation = run.settings, run.settings.evaluation
+    settings = run.settings
     return EvaluationTask(
         spec=run.spec,
         data=run.data,
-        evaluation=EvalConfig(
-            evaluation.knn_k,
-            evaluation.knn_temperature,
-            evaluation.batch_size,
-            evaluation.latency,
-            settings.data.split_seed,
-        ),
+        evaluation=eval_config(settings),
         checkpoint=str(CheckpointStore(run.out).directory(run.total_steps)),
         out=str(run.out),
         depths=depths,
@@ -106,10 +101,7 @@ def evaluate_checkpoint(task: EvaluationTask) -> EvaluationResult:
         random_starts = random_variants(task.spec, backbone, task.depths)
         random = _measure(task, backbone, source, splits, random_starts, latency=False)
         if source.labels is not None:
-            config, size = task.evaluation, backbone.image_size
-            raw = raw_pixels(
-                source, splits, size, config.knn_k, config.knn_temperature, config.seed, config.batch_size, device
-            ).metrics()  # fmt: skip
+            raw = raw_pixels(source, splits, backbone.image_size, task.evaluation, device).metrics()
     folders = {}
     for report in measured:
         folder = out / "variants" / folder_name(report.depth)
@@ -169,7 +161,6 @@ def _measure(
     variants: dict[int, nn.Module],
     latency: bool,
 ) -> tuple[DepthReport, ...]:
-    config = task.evaluation
     return tuple(
         evaluate_variants(
             variants,
@@ -179,10 +170,6 @@ def _measure(
             mean=task.spec.mean,
             std=task.spec.std,
             device=torch.device(task.device),
-            k=config.knn_k,
-            temperature=config.knn_temperature,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            latency=latency,
+            config=replace(task.evaluation, latency=latency),
         )
     )

@@ -28,9 +28,9 @@ from bim.orchestrator.search.results import (
     SearchResult,
     best_line,
     changes_of_best,
-    counted,
     finished_search,
     note_rows,
+    status_counts,
 )
 from bim.orchestrator.text import params_text
 from bim.orchestrator.tracking.descriptions import depth_rows, loading_note, results_table
@@ -210,7 +210,7 @@ def record_search(tracker: Tracker, result: SearchResult) -> None:
         tracker.log_picture(figure, "pareto")
     tags: dict[str, object] = {f"search.best.{key}": value for key, value in changes_of_best(result).items()}
     score = result.best.score
-    tags |= {"search.trials": counted(result.rows), "search.best": f"trial {result.best.number}"}
+    tags |= {"search.trials": status_counts(result.rows), "search.best": f"trial {result.best.number}"}
     tracker.set_tags(tags | ({} if score is None else {"search.best.score": f"{score:.4g}"}))
 
 
@@ -239,7 +239,7 @@ def _record_summary(backbone: BackboneRun) -> str:
     if (searched := finished_search(run.out)) is not None:
         pictures.insert(0, "pareto")
         search_note = (
-            f"\n\nThe search: {counted(searched.rows)}; {best_line(searched)}\n\n"
+            f"\n\nThe search: {status_counts(searched.rows)}; {best_line(searched)}\n\n"
             f"{results_table(note_rows(searched))}"
         )
     records = [

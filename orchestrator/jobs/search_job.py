@@ -14,17 +14,17 @@ from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.config.transforms import settings_to_mapping
 from bim.orchestrator.distributed.cluster import run_on_worker
 from bim.orchestrator.distributed.placement import ClusterResources
-from bim.orchestrator.evaluation.evaluate import RANK_IMAGES
+from bim.orchestrator.evaluation.evaluate import RANKME_IMAGES
 from bim.orchestrator.reporting.search_console import SearchProgress, closing, opening
 from bim.orchestrator.runs.output_dir import OutputError
 from bim.orchestrator.runs.prepare import PreparedBackbone, resolve_backbone, resolve_run
+from bim.orchestrator.runs.resolve import eval_config
 from bim.orchestrator.runs.signals import stop_on_signals
-from bim.orchestrator.search.controller import SearchSpec, grace_of
+from bim.orchestrator.search.controller import SearchSpec, grace_period
 from bim.orchestrator.search.objective import (
     KNN_TRAIN_IMAGES,
     KNN_VAL_IMAGES,
     SCORED_BY,
-    ObjectiveSpec,
     metric_of,
 )
 from bim.orchestrator.search.results import (
@@ -120,15 +120,15 @@ def run_search(
         layout=layout,
         precision=precision,
         folder=str(run.out / FOLDER / "trials"),
-        objective=_objective(settings),
+        evaluation=eval_config(settings),
         fingerprint=run.fingerprint,
         device="cuda" if layout.gpus else "cpu",
-        run_concurrently=concurrent,
+        max_concurrent_trials=concurrent,
     )
     empty = _empty_result(backbone, space)
     trials = int(min(settings.search.trials, combinations(space)))
     at_most_s = MARGIN * math.ceil(trials / concurrent) * _trial_seconds(backbone, trial, cluster)
-    for line in opening(empty, grace_of(settings, empty.epochs), space, trials, concurrent, at_most_s):
+    for line in opening(empty, grace_period(settings, empty.epochs), space, trials, concurrent, at_most_s):
         log.info(line)
     with stop_on_signals(stop, meanwhile="ending the trials; the search can be continued"):
         progress = SearchProgress(tracker)
@@ -140,24 +140,17 @@ def run_search(
     return resolve_backbone(with_best(settings, result), run.out, (backbone.source, backbone.splits))
 
 
-def _objective(settings: Settings) -> ObjectiveSpec:
-    evaluation = settings.evaluation
-    return ObjectiveSpec(
-        evaluation.knn_k, evaluation.knn_temperature, evaluation.batch_size, settings.data.split_seed
-    )
-
-
 def _empty_result(backbone: PreparedBackbone, space: Space) -> SearchResult:
     """The record of a search before its first trial."""
     settings, splits = backbone.run.settings, backbone.splits
     metric = metric_of(backbone.source, splits)
-    images, limit = (splits.val, KNN_VAL_IMAGES) if metric == "knn_top1" else (splits.train, RANK_IMAGES)
+    images, limit = (splits.val, KNN_VAL_IMAGES) if metric == "knn_top1" else (splits.train, RANKME_IMAGES)
     return SearchResult(
         metric=metric,
         images=min(len(images), limit),
         epochs=trial_epochs(settings),
-        own=baseline_values(settings, space),
-        asked=settings.search.model_dump(mode="json")
+        baseline_values=baseline_values(settings, space),
+        search_settings=settings.search.model_dump(mode="json")
         | {f"evaluation.{name}": getattr(settings.evaluation, name) for name in SCORED_BY},
         fingerprint=backbone.run.fingerprint,
     )
@@ -185,7 +178,7 @@ def _fixed_settings(result: SearchResult) -> dict[str, Any]:
     """The settings of a search, by dotted key, that it must be continued with."""
     return {
         key if "." in key else f"search.{key}": value
-        for key, value in result.asked.items()
+        for key, value in result.search_settings.items()
         if key not in MAY_CHANGE
     }
 
@@ -198,11 +191,11 @@ def _trial_seconds(backbone: PreparedBackbone, trial: TrialSpec, cluster: Cluste
     settings = trial_settings(run.settings, {})
     phases = resolve_run(settings, run.out, (backbone.source, splits))[0].phases
     stages = len(layout.stage_blocks)
-    cpus = cluster.cpus / trial.run_concurrently
+    cpus = cluster.cpus / trial.max_concurrent_trials
     speedup = stages if layout.gpus else max(1.0, min(stages, cpus / layout.threads))
     images = min(len(splits.train), KNN_TRAIN_IMAGES) + min(len(splits.val), KNN_VAL_IMAGES)
     if metric_of(backbone.source, splits) == "rankme":
-        images = min(len(splits.train), RANK_IMAGES)
+        images = min(len(splits.train), RANKME_IMAGES)
     return start_seconds(stages + 2, cpus) + trial_seconds(
         throughput, phases, settings.schedule.epochs, settings.search.every_epochs, images, speedup
     )

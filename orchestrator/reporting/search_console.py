@@ -7,7 +7,7 @@ from typing import Protocol
 
 from bim.orchestrator.config.messages import format_value
 from bim.orchestrator.evaluation.metric_info import METRICS
-from bim.orchestrator.search.results import SearchResult, TrialRow, best_line, counted
+from bim.orchestrator.search.results import SearchResult, TrialRow, best_line, status_counts
 from bim.orchestrator.search.space import Choice, Space, changes_text
 from bim.orchestrator.text import duration, wrapped
 
@@ -28,11 +28,13 @@ class SearchProgress:
 
     def on_begin(self, result: SearchResult, row: TrialRow) -> None:
         resumed = f" continues after epoch {row.epoch}" if row.curve else ""
-        self._report(row, f"trial {row.number}{resumed}: {changes_text(row.changes, result.own)}", result)
+        self._report(
+            row, f"trial {row.number}{resumed}: {changes_text(row.changes, result.baseline_values)}", result
+        )
 
     def on_score(self, result: SearchResult, row: TrialRow) -> None:
         assert row.score is not None
-        metric, best, rivals = METRICS[result.metric], result.best_at(row.epoch), result.scored_at(row.epoch)
+        metric, best, rivals = METRICS[result.metric], result.best_at(row.epoch), result.scores_at(row.epoch)
         rank = ""
         if best is not None and best.number != row.number:
             relation = "=" if rivals[best.number] == row.score else "behind"
@@ -46,13 +48,13 @@ class SearchProgress:
         self._sink.log_trial(row, result.metric)
 
     def on_retry(self, result: SearchResult, row: TrialRow) -> None:
-        self._report(row, f"trial {row.number}  failed, retrying once: {row.why}", result)
+        self._report(row, f"trial {row.number}  failed, retrying once: {row.status_reason}", result)
 
     def on_end(self, result: SearchResult, row: TrialRow) -> None:
         if row.status == "stopped early":
-            self._report(row, f"trial {row.number}  stopped {row.why}", result)
+            self._report(row, f"trial {row.number}  stopped {row.status_reason}", result)
         elif row.status != "finished":
-            self._report(row, f"trial {row.number}  {row.status}: {row.why}", result)
+            self._report(row, f"trial {row.number}  {row.status}: {row.status_reason}", result)
         else:
             self._sink.log_trial(row, result.metric)
 
@@ -83,7 +85,7 @@ def opening(
             lines.append(f"  {key}: {default} (baseline), {', '.join(others) or 'no other value'}")
         else:
             scale = ", log scale" if values.log else ""
-            default = format_value(result.own[key])
+            default = format_value(result.baseline_values[key])
             lines.append(f"  {key}: {default} (baseline), {values.low:g} to {values.high:g}{scale}")
     return [
         *(part for line in lines for part in wrapped(line)),
@@ -93,5 +95,5 @@ def opening(
 
 def closing(result: SearchResult, seconds: float, recipe: str) -> list[str]:
     """How the search ended, and the setting that the run continues with."""
-    lines = [f"search: {counted(result.rows)}, in {duration(seconds)}", best_line(result)]
+    lines = [f"search: {status_counts(result.rows)}, in {duration(seconds)}", best_line(result)]
     return [*(part for line in lines for part in wrapped(line)), f"  as a recipe: {recipe}"]

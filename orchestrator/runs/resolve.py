@@ -17,6 +17,7 @@ from bim.models.targets import TARGETS
 from bim.orchestrator.config.schema import Settings, SettingsError, start_epoch
 from bim.orchestrator.data.phases import PhaseSpec
 from bim.orchestrator.data.spec import DataSpec
+from bim.orchestrator.evaluation.records import EvalConfig
 from bim.orchestrator.training.spec import DecoderSpec, OptimSpec, Precision, PretrainSpec, TargetSpec
 
 Check = Callable[[], object]
@@ -200,3 +201,8 @@ def data_spec(settings: Settings, backbone: Backbone) -> DataSpec:
         split_seed=data.split_seed,
         seed=settings.seed,
     )
+
+
+def eval_config(settings: Settings) -> EvalConfig:
+    """How the depth variants of these settings are measured; samples are drawn from the seed of the splits."""
+    return EvalConfig(**settings.evaluation.model_dump(), seed=settings.data.split_seed)

@@ -1,7 +1,7 @@
-"""What a search has found: a row per trial, the best of them, the front of quality against cost; and its files.
+"""Results of a search: a row per trial, the best of them, the Pareto front of quality and cost; and their files.
 
-Written into OUT/search after every event, so that a search that is cut off loses nothing. Plain values in JSON, CSV and
-YAML; knows no Ray and no MLflow.
+Written to OUT/search after every event, so that a search that is interrupted loses no score. Plain values in JSON, CSV and
+YAML.
 """
 
 from __future__ import annotations
@@ -9,28 +9,30 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from bim.orchestrator.config.schema import Settings
 from bim.orchestrator.config.transforms import with_changes
+from bim.orchestrator.evaluation.metric_info import METRICS, MetricInfo
 from bim.orchestrator.evaluation.metrics import standard_error
+from bim.orchestrator.evaluation.pareto import pareto_front
 from bim.orchestrator.files import atomic_write
+from bim.orchestrator.runs.output_dir import NEW_RUN_HINT, OutputError
 from bim.orchestrator.search.space import changes_text
 
 FOLDER = "search"
 RECORD, TABLE, BEST = "trials.json", "trials.csv", "best.yaml"
 
-Status = Literal["waiting", "running", "finished", "stopped early", "infeasible", "failed"]
-
-METRIC_NAMES = {"knn_top1": "kNN top-1", "rankme": "RankMe"}
+Status = Literal["finished", "stopped early", "infeasible", "failed", "running", "waiting"]
 
 
 @dataclass(frozen=True)
 class TrialScore:
-    """A trial's score after some epochs: the mean over the depths, and depth -> its own."""
+    """Score of a trial after some epochs: the mean over the depths, and depth -> score of that variant."""
 
     epoch: int
     score: float
@@ -42,19 +44,19 @@ class TrialRow:
     """One trial.
 
     Args:
-        number: 0 is the recipe's own setting.
-        changes: every searched key with this trial's value.
-        why: how it came to its status, in words.
+        number: 0 is the baseline, the recipe without changes.
+        changes: every searched key with the value of this trial.
+        status_reason: the cause of the status, in words.
         curve: its scores, by epoch.
-        gflops: of the forward passes of one training image, averaged over the epochs; None if it never began.
-        images_per_s: measured while others ran beside it.
-        tune_id: how Tune names it.
+        gflops: of the forward passes of one training image, averaged over the epochs; None before the first score.
+        images_per_s: measured beside concurrent trials.
+        tune_id: Tune's `trial_id`.
     """
 
     number: int
     changes: dict[str, Any]
     status: Status = "running"
-    why: str = ""
+    status_reason: str = ""
     curve: tuple[TrialScore, ...] = ()
     gflops: float | None = None
     images_per_s: float | None = None
@@ -62,172 +64,169 @@ class TrialRow:
 
     @property
     def epoch(self) -> int:
-        """Epochs that it was trained and scored for."""
+        """The last epoch with a score; 0 if there is none."""
         return self.curve[-1].epoch if self.curve else 0
 
     @property
     def score(self) -> float | None:
-        """After its last epoch."""
+        """The score after that epoch."""
         return self.curve[-1].score if self.curve else None
 
-    def with_point(self, point: TrialScore) -> TrialRow:
-        """The same with one more score; one of the same epoch is replaced."""
-        others = [known for known in self.curve if known.epoch != point.epoch]
-        return replace(self, curve=tuple(sorted([*others, point], key=lambda known: known.epoch)))
+    def with_score(self, score: TrialScore) -> TrialRow:
+        """A copy with one more score; one of the same epoch is replaced."""
+        by_epoch = {known.epoch: known for known in self.curve} | {score.epoch: score}
+        return replace(self, curve=tuple(by_epoch[epoch] for epoch in sorted(by_epoch)))
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """A search, finished or under way.
+    """A search, finished or not.
 
     Args:
-        metric: what the scores are: "knn_top1" or "rankme".
-        images: how many each score was counted on.
+        metric: key of the metric of the scores, in `METRICS`.
+        images: number of images of each score.
         epochs: of a trial that is not stopped early.
-        own: the recipe's own values of what is searched.
-        asked: the `search` settings with which it was started.
-        fingerprint: what the images were.
+        baseline_values: the recipe's value of every searched key.
+        search_settings: the settings on which the scores of the search depend.
+        fingerprint: of the images.
         rows: by number.
-        finished: whether the best setting is known.
+        finished: the best setting is known.
     """
 
     metric: str
     images: int
     epochs: int
-    own: dict[str, Any]
-    asked: dict[str, Any] = field(default_factory=dict)
+    baseline_values: dict[str, Any]
+    search_settings: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
     rows: tuple[TrialRow, ...] = ()
     finished: bool = False
 
     @property
+    def info(self) -> MetricInfo:
+        """Name and format of the metric."""
+        return METRICS[self.metric]
+
+    @property
     def best(self) -> TrialRow:
         """The trial with the highest last score among those trained for all epochs; of equal ones the first.
 
-        Scores after fewer epochs are another quantity, so a trial that was stopped early is never the best. The
-        recipe's own, trial 0, is never stopped early: the best is at least as good. Raises ValueError if none finished.
+        Scores after fewer epochs are another quantity, so a trial that was stopped early is never the best. The baseline,
+        trial 0, is never stopped early: the best is at least as good. Raises ValueError if none finished.
         """
-        whole = self._whole()
-        if not whole:
+        completed = self._completed()
+        if not completed:
             raise ValueError("no trial of the search was trained to its end")
-        return max(whole, key=lambda row: (row.score or 0.0, -row.number))
+        return max(completed, key=lambda row: (row.score or 0.0, -row.number))
 
     @property
-    def front(self) -> tuple[TrialRow, ...]:
-        """The whole trials that no other beats both in score and in cost, the cheapest first."""
-        found: list[TrialRow] = []
-        for row in sorted(
-            self._whole(), key=lambda row: (row.gflops or 0.0, -(row.score or 0.0), row.number)
-        ):
-            if not found or (row.score or 0.0) > (found[-1].score or 0.0):
-                found.append(row)
-        return tuple(found)
+    def pareto_front(self) -> tuple[TrialRow, ...]:
+        """The trials trained for all epochs that no other beats in both score and cost, the cheapest first."""
+        rows = self._completed()
+        front = pareto_front([row.gflops or 0.0 for row in rows], [row.score or 0.0 for row in rows])
+        return tuple(rows[index] for index in front)
 
-    def scored_at(self, epoch: int) -> dict[int, float]:
-        """Trial -> its score after so many epochs, of those that came so far."""
-        return {row.number: point.score for row in self.rows for point in row.curve if point.epoch == epoch}
+    def scores_at(self, epoch: int) -> dict[int, float]:
+        """Trial number -> score after `epoch` epochs, of those that have one."""
+        return {row.number: score.score for row in self.rows for score in row.curve if score.epoch == epoch}
 
     def best_at(self, epoch: int) -> TrialRow | None:
-        """The trial with the highest score after so many epochs; of equal ones the first."""
-        scored = self.scored_at(epoch)
-        best = max(scored, key=lambda number: (scored[number], -number), default=None)
+        """The trial with the highest score after `epoch` epochs; of equal ones the first."""
+        scores = self.scores_at(epoch)
+        best = max(scores, key=lambda number: (scores[number], -number), default=None)
         return next((row for row in self.rows if row.number == best), None)
 
     def error_of(self, score: float) -> float | None:
         """Standard error of an accuracy on these images; depths err together, so their mean has about the same."""
-        return standard_error(score, self.images) if self.metric == "knn_top1" else None
+        return standard_error(score, self.images) if self.info.percent else None
 
     def with_row(self, row: TrialRow) -> SearchResult:
-        """The same with one row added or replaced."""
+        """A copy with one row added or replaced."""
         rows = {known.number: known for known in self.rows} | {row.number: row}
         return replace(self, rows=tuple(rows[number] for number in sorted(rows)))
 
-    def _whole(self) -> list[TrialRow]:
+    def _completed(self) -> list[TrialRow]:
         return [row for row in self.rows if row.status == "finished" and row.epoch >= self.epochs]
 
 
 def table_rows(result: SearchResult) -> list[dict[str, str | int | float]]:
     """The trials for a table, the best first, then by status and score; a column per searched setting and per depth."""
-    best, front = result.best if result._whole() else None, {row.number for row in result.front}
-    order: dict[str, int] = {
-        status: place for place, status in enumerate(("finished", "stopped early", "running"))
-    }
-    depths = sorted({depth for row in result.rows for point in row.curve for depth in point.by_depth})
+    best = result.best if result._completed() else None
+    front = {row.number for row in result.pareto_front}
+    order = get_args(Status)
+    depths = sorted({depth for row in result.rows for score in row.curve for depth in score.by_depth})
     rows = []
-    for row in sorted(result.rows, key=lambda r: (order.get(r.status, 9), -(r.score or 0.0), r.number)):
-        shown: dict[str, str | int | float] = {"trial": row.number}
-        shown |= {key: _cell(value) for key, value in row.changes.items()}
-        shown |= {"score": "" if row.score is None else round(row.score, 4)}
+    for row in sorted(result.rows, key=lambda r: (order.index(r.status), -(r.score or 0.0), r.number)):
         by_depth = row.curve[-1].by_depth if row.curve else {}
-        shown |= {
+        cells: dict[str, str | int | float] = {"trial": row.number}
+        cells |= {key: _cell(value) for key, value in row.changes.items()}
+        cells |= {"score": "" if row.score is None else round(row.score, 4)}
+        cells |= {
             f"depth{depth:02d}": round(by_depth[depth], 4) if depth in by_depth else "" for depth in depths
         }
-        shown |= {
+        cells |= {
             "gflops_per_image": "" if row.gflops is None else float(f"{row.gflops:.4g}"),
             "images_per_s": "" if row.images_per_s is None else round(row.images_per_s),
             "epochs": row.epoch,
             "status": row.status,
-            "why": row.why,
-            "best": "best" if best is not None and row.number == best.number else "",
-            "front": "front" if row.number in front else "",
+            "status_reason": row.status_reason,
+            "best": "best" if row == best else "",
+            "pareto_front": "pareto_front" if row.number in front else "",
         }
-        rows.append(shown)
+        rows.append(cells)
     return rows
 
 
 def note_rows(result: SearchResult) -> list[dict[str, str]]:
-    """The trials as a narrow table for people: what they changed, their score, their cost, how they ended."""
-    marks = {row.number: "on the front" for row in result.front}
-    marks |= {result.best.number: "best"} if result._whole() else {}
-    rows = []
-    for row in result.rows:
-        shown = {"trial": str(row.number), "settings": changes_text(row.changes, result.own)}
-        shown |= {METRIC_NAMES[result.metric]: "" if row.score is None else score_text(result, row.score)}
-        shown |= {"GFLOPs": "" if row.gflops is None else f"{row.gflops:.3g}", "epochs": str(row.epoch)}
-        shown |= {"": row.status, " ": marks.get(row.number, "")}
-        rows.append(shown)
-    return rows
+    """The trials as a narrow table for people: changes, score, cost, status."""
+    marks = {row.number: "Pareto front" for row in result.pareto_front}
+    marks |= {result.best.number: "best"} if result._completed() else {}
+    return [
+        {
+            "trial": str(row.number),
+            "settings": changes_text(row.changes, result.baseline_values),
+            result.info.name: "" if row.score is None else result.info.text(row.score),
+            "GFLOPs": "" if row.gflops is None else f"{row.gflops:.3g}",
+            "epochs": str(row.epoch),
+            "": row.status,
+            " ": marks.get(row.number, ""),
+        }
+        for row in result.rows
+    ]
 
 
 def changes_of_best(result: SearchResult) -> dict[str, Any]:
-    """What the best setting changes, by dotted key; nothing if it is the recipe's own."""
-    return {key: value for key, value in result.best.changes.items() if value != result.own.get(key)}
+    """The changes of the best setting, by dotted key; none if it is the baseline."""
+    baseline = result.baseline_values
+    return {key: value for key, value in result.best.changes.items() if value != baseline.get(key)}
 
 
 def with_best(settings: Settings, result: SearchResult | None) -> Settings:
-    """The settings with the best values of a finished search; as they are if there was none."""
+    """The settings with the best values of a finished search; unchanged without a search."""
     return settings if result is None else with_changes(settings, changes_of_best(result))
 
 
 def best_line(result: SearchResult) -> str:
-    """The outcome in a sentence: the best setting, its score, the recipe's own score, and how far chance reaches."""
-    best, own, name = result.best, result.rows[0], METRIC_NAMES[result.metric]
+    """The outcome in a sentence: the best setting, its score, the score of the baseline, the standard error."""
+    best, baseline, text = result.best, result.rows[0], result.info.text
     assert best.score is not None
-    if best.number == 0:
-        return f"best: trial 0, the recipe's own setting, {name} {score_text(result, best.score)}"
-    error = result.error_of(best.score)
-    beside = "" if own.score is None else f" against {score_text(result, own.score)} of the recipe's own"
-    chance = "" if error is None else f"; one standard error is {error:.3f}"
-    said = changes_text(best.changes, result.own)
-    return f"best: trial {best.number}, {said}: {name} {score_text(result, best.score)}{beside}{chance}"
+    notes = []
+    if best is not baseline and baseline.score is not None:
+        notes.append(f"baseline {text(baseline.score)}")
+    if (error := result.error_of(best.score)) is not None:
+        notes.append(f"standard error {error:.3f}")
+    line = f"best: trial {best.number}, {changes_text(best.changes, result.baseline_values)}: "
+    return f"{line}{result.info.name} {text(best.score)}" + (f" ({', '.join(notes)})" if notes else "")
 
 
-def score_text(result: SearchResult, score: float) -> str:
-    """`0.812` of an accuracy, `41.3` of a rank."""
-    return f"{score:.3f}" if result.metric == "knn_top1" else f"{score:.1f}"
-
-
-def counted(rows: Sequence[TrialRow]) -> str:
+def status_counts(rows: Sequence[TrialRow]) -> str:
     """`2 finished, 1 stopped early, 1 infeasible`."""
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[row.status] = counts.get(row.status, 0) + 1
-    order = ("finished", "stopped early", "infeasible", "failed", "running", "waiting")
-    return ", ".join(f"{counts[status]} {status}" for status in order if status in counts)
+    counts = Counter(row.status for row in rows)
+    return ", ".join(f"{counts[status]} {status}" for status in get_args(Status) if counts[status])
 
 
 def save_result(out: Path, result: SearchResult, best_yaml: str | None = None) -> None:
-    """Write the record and the table; `best_yaml`, the recipe of the best setting, ends the search."""
+    """Write the record and the table, and the recipe of the best setting, `best_yaml`, at the end of the search."""
     folder = out / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / RECORD, json.dumps(asdict(result), indent=1) + "\n")
@@ -242,32 +241,41 @@ def save_result(out: Path, result: SearchResult, best_yaml: str | None = None) -
 
 
 def load_result(out: Path) -> SearchResult | None:
-    """The search that was begun or finished in this output directory; None if there is none."""
+    """The search in this output directory, finished or not; None if there is none.
+
+    Raises OutputError for an unfinished search of an earlier version.
+    """
     try:
-        values = json.loads((out / FOLDER / RECORD).read_text(encoding="utf-8"))
+        record = json.loads((out / FOLDER / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    rows = [_row(row) for row in values.pop("rows")]
-    return SearchResult(**values, rows=tuple(rows))
+    if "own" in record:
+        if not record["finished"]:
+            raise OutputError(
+                f"the search in {out} is of an earlier version and cannot be continued; {NEW_RUN_HINT}"
+            )
+        record = _renamed(record, {"own": "baseline_values", "asked": "search_settings"})
+        record["rows"] = [_renamed(row, {"why": "status_reason"}) for row in record["rows"]]
+    rows = [TrialRow(**{**row, "curve": tuple(map(_score, row["curve"]))}) for row in record.pop("rows")]
+    return SearchResult(**record, rows=tuple(rows))
 
 
 def finished_search(out: Path) -> SearchResult | None:
-    """The same, if it came to its end."""
-    found = load_result(out)
-    return found if found is not None and found.finished else None
+    """The search in this output directory if it is finished, else None. Raises OutputError as `load_result` does."""
+    result = load_result(out)
+    return result if result is not None and result.finished else None
 
 
-def _row(values: Mapping[str, Any]) -> TrialRow:
-    curve = [
-        TrialScore(
-            point["epoch"], point["score"], {int(depth): value for depth, value in point["by_depth"].items()}
-        )
-        for point in values["curve"]
-    ]
-    return TrialRow(**{**values, "curve": tuple(curve)})
+def _renamed(record: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return {names.get(key, key): value for key, value in record.items()}
+
+
+def _score(record: dict[str, Any]) -> TrialScore:
+    by_depth = {int(depth): value for depth, value in record["by_depth"].items()}
+    return TrialScore(record["epoch"], record["score"], by_depth)
 
 
 def _cell(value: Any) -> str | int | float:
-    return (
-        value if isinstance(value, int | float | str) and not isinstance(value, bool) else json.dumps(value)
-    )
+    """A value as a cell of a CSV file: numbers and text as they are, others as JSON."""
+    is_plain = isinstance(value, int | float | str) and not isinstance(value, bool)
+    return value if is_plain else json.dumps(value)

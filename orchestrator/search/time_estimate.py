@@ -1,6 +1,6 @@
-"""How long a search will take at most, from a moment's measurement of its own family on its own device.
+"""Upper estimate of the time that a search takes, from a short measurement of its model on its device.
 
-An estimate for a person who decides whether to wait; nothing depends on it. Knows no Ray.
+For the user who decides whether to wait; nothing else depends on it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from bim.orchestrator.training.spec import PretrainSpec
 from bim.orchestrator.training.stage import Stage
 from bim.orchestrator.training.transport import Payload
 
-IMPORT_S, LEAST_START_S = 4.0, 6.0
-"""Core-seconds in which a process imports torch, timm and Ray, and what a trial takes to start and end at least."""
+IMPORT_S, MIN_START_S = 4.0, 6.0
+"""Core-seconds in which a process imports torch, timm and Ray, and seconds that a trial takes to start and end at least."""
 
 MIN_BATCH, MAX_BATCH = 8, 64
 """Images of the first and of the largest timed batch."""
 
 MIN_MEASURE_S = 0.3
-"""A batch that takes this long says enough; a larger one is not tried."""
+"""Seconds of a batch that is long enough to measure; a larger one is not tried."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Throughput:
 
 def measure_throughput(spec: PretrainSpec, data: DataSpec, device: str, threads: int) -> Throughput:
     """Measure both on the first training images. Takes a few seconds, or as long as a batch of 8 does."""
-    before = torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     source, splits = data.open()
     backbone = open_spec_backbone(spec)
     try:
@@ -65,39 +65,47 @@ def measure_throughput(spec: PretrainSpec, data: DataSpec, device: str, threads:
             for embedder in embedders.values():
                 embedder(pixels)
 
-        most = min(data.phases[0].batch_size, MAX_BATCH, len(splits.train))
-        return Throughput(_seconds_per_image(train, most), _seconds_per_image(embed, most))
+        max_batch = min(data.phases[0].batch_size, MAX_BATCH, len(splits.train))
+        return Throughput(_seconds_per_image(train, max_batch), _seconds_per_image(embed, max_batch))
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(num_threads)
 
 
-def _seconds_per_image(work: Callable[[int], None], most: int) -> float:
-    images = min(MIN_BATCH, most)
-    work(images)  # the first call plans kernels and fills caches
+def _seconds_per_image(work: Callable[[int], None], max_batch: int) -> float:
+    batch = min(MIN_BATCH, max_batch)
+    work(batch)  # the first call plans kernels and fills caches
     while True:
-        began = time.perf_counter()
-        work(images)
-        seconds = time.perf_counter() - began
-        if seconds > MIN_MEASURE_S or images == most:
-            return seconds / images
-        images = min(most, 4 * images)
+        start = time.perf_counter()
+        work(batch)
+        seconds = time.perf_counter() - start
+        if seconds > MIN_MEASURE_S or batch == max_batch:
+            return seconds / batch
+        batch = min(max_batch, 4 * batch)
 
 
 def start_seconds(processes: int, cores: float) -> float:
     """Seconds in which the processes of one trial start and end on so many cores."""
-    return max(LEAST_START_S, IMPORT_S * processes / max(1.0, cores))
+    return max(MIN_START_S, IMPORT_S * processes / max(1.0, cores))
 
 
 def trial_seconds(
-    measured: Throughput, phases: tuple[Phase, ...], epochs: int, every: int, scored: int, speedup: float
+    throughput: Throughput,
+    phases: tuple[Phase, ...],
+    epochs: int,
+    every_epochs: int,
+    images: int,
+    speedup: float,
 ) -> float:
-    """Seconds that one trial trains and is scored, if it is not stopped early.
+    """Seconds of training and scoring of one trial that is not stopped early.
 
-    scored: images of a score. speedup: of several stages at work at once, over one process.
+    images: of a score. speedup: of several concurrent stages over one process.
     """
     ends = [*(phase.first_epoch for phase in phases[1:]), epochs]
-    trained = 0.0
+    trained_images = 0.0
     for phase, end in zip(phases, ends, strict=True):
-        pixels = math.prod(phase.size) / math.prod(phases[0].size)
-        trained += (end - phase.first_epoch) * phase.steps_per_epoch * phase.images_per_step * pixels
-    return trained * measured.train_s / speedup + -(-epochs // every) * scored * measured.score_s
+        relative_size = math.prod(phase.size) / math.prod(phases[0].size)
+        trained_images += (
+            (end - phase.first_epoch) * phase.steps_per_epoch * phase.images_per_step * relative_size
+        )
+    scores = -(-epochs // every_epochs)
+    return trained_images * throughput.train_s / speedup + scores * images * throughput.score_s

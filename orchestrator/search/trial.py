@@ -1,7 +1,7 @@
-"""One trial of a search: its settings, its place, and its training, scored on the way.
+"""One trial of a search: its settings, its placement, and its training with a score every few epochs.
 
-The driver of its own stage actors inside its trial's placement group. Knows Ray only through the stages that it starts, and
-not Tune: reports and scores go through functions that `search.py` gives.
+A trial drives its own stage actors inside its placement group. It is independent of Tune: reports and scores go through
+functions that `tuner` passes.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.distributed.placement import ClusterResources, StageLayout, gpu_capacity
 from bim.orchestrator.distributed.placement_group import PlacementGroup
+from bim.orchestrator.evaluation.records import EvalConfig
 from bim.orchestrator.runs.prepare import ResolvedRun, resolve_run
 from bim.orchestrator.runs.resolve import data_spec, resolve
 from bim.orchestrator.runs.train import resolve_layout, train
-from bim.orchestrator.search.objective import ObjectiveSpec, Score, training_gflops
+from bim.orchestrator.search.objective import Score, training_gflops
 from bim.orchestrator.training.callbacks import EpochReport, NullCallback, StopRequest
 from bim.orchestrator.training.checkpoint import CheckpointStore
 from bim.orchestrator.training.spec import Precision, PretrainSpec
 
 DRIVER_CPUS = 0.05
-"""What the driver of a trial asks of the cluster beside its stages; it waits for them most of the time."""
+"""CPUs that the driver of a trial requests beside its stages, for which it waits most of the time."""
 
 Scorer = Callable[[PretrainSpec, Path], Score]
 Report = Callable[[dict[str, Any]], None]
@@ -39,43 +40,45 @@ Report = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """What all trials of a search share; plain values that travel.
+    """What all trials of a search share; plain values that can be pickled.
 
     Args:
         settings: the recipe, as nested plain values.
         layout: of the stages of one trial.
-        folder: checkpoints lie below it while a trial runs.
+        folder: of the checkpoints of trials that run.
+        evaluation: how checkpoints are scored.
+        fingerprint: of the images.
         device: where checkpoints are scored.
-        run_concurrently: trials that run at the same time.
+        max_concurrent_trials: trials that run at the same time.
     """
 
     settings: dict[str, Any]
     layout: StageLayout
     precision: Precision
     folder: str
-    objective: ObjectiveSpec
+    evaluation: EvalConfig
     fingerprint: str
     device: str = "cpu"
-    run_concurrently: int = 1
+    max_concurrent_trials: int = 1
 
 
 class InfeasibleSettings(ValueError):
-    """A combination that the settings' own validation refuses."""
+    """A combination of values that the validation of the settings refuses."""
 
 
 def trial_settings(settings: Settings, changes: Mapping[str, Any]) -> Settings:
-    """The recipe with a trial's changes and a trial's budget: a whole schedule of its own over fewer epochs.
+    """The recipe with the changes and the budget of a trial: a complete schedule over fewer epochs.
 
-    Warm-up and the epochs from which on images grow are scaled in proportion; phases that fall together are infeasible.
+    Warm-up and the epochs at which images grow are scaled in proportion; phases that fall on one epoch are infeasible.
 
     Raises SettingsError if these settings contradict each other.
     """
     changed = with_changes(settings, changes)
     epochs = trial_epochs(settings)
-    share = epochs / settings.schedule.epochs
+    fraction = epochs / settings.schedule.epochs
     budget: dict[str, Any] = {
         "schedule.epochs": epochs,
-        "schedule.warmup_epochs": changed.schedule.warmup_epochs * share,
+        "schedule.warmup_epochs": changed.schedule.warmup_epochs * fraction,
         "checkpoint.every_epochs": 1.0,
         "checkpoint.keep": 1,
         "search.trials": 0,
@@ -83,7 +86,7 @@ def trial_settings(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     }
     if changed.schedule.resolution is not None:
         budget["schedule.resolution"] = [
-            [start if isinstance(start, float) else round(start * share), *rest]
+            [start if isinstance(start, float) else round(start * fraction), *rest]
             for start, *rest in changed.schedule.resolution
         ]
     return with_changes(settings, {**changes, **budget})
@@ -95,38 +98,37 @@ def trial_epochs(settings: Settings) -> int:
 
 
 def trial_placement(settings: Settings, cluster: ClusterResources) -> tuple[StageLayout, int]:
-    """Where the blocks of one trial live, and how many trials fit side by side.
+    """Layout of the stages of one trial, and the number of concurrent trials.
 
     Raises PlacementError if not even one fits.
     """
-    stages = settings.search.trial_stages or settings.placement.stages
-    asked = with_changes(
-        settings, {"placement.stages": None if stages is None else min(stages, settings.num_blocks)}
-    )
-    alone = resolve_layout(asked, cluster)
-    places = len(alone.stage_blocks)
-    if alone.gpus:
-        room = gpu_capacity(cluster.gpus, alone.gpus)
-    else:
-        room = int(cluster.cpus / (settings.placement.cpus_per_stage or 1.0))
-    beside = max(
-        1, min(room // places, settings.search.trials, settings.search.concurrent or settings.search.trials)
-    )
-    if (cpus := settings.placement.cpus_per_stage) is not None:
-        fitting = int(cluster.cpus / (places * cpus + DRIVER_CPUS))
-        beside = max(1, min(beside, fitting))
+    search, cpus = settings.search, settings.placement.cpus_per_stage
+    stages = search.trial_stages or settings.placement.stages
+    stages = None if stages is None else min(stages, settings.num_blocks)
+    settings = with_changes(settings, {"placement.stages": stages})
+    alone = resolve_layout(settings, cluster)  # the layout of a trial that has the cluster to itself
+    stages = len(alone.stage_blocks)
+    capacity = gpu_capacity(cluster.gpus, alone.gpus) if alone.gpus else int(cluster.cpus / (cpus or 1.0))
+    concurrent = min(capacity // stages, search.trials, search.concurrent or search.trials)
+    changes: dict[str, Any] = {"placement.stages": stages}
+    if cpus is not None:
+        cpu_capacity = int(cluster.cpus / (stages * cpus + DRIVER_CPUS))
+        concurrent = min(concurrent, cpu_capacity)
         if (
-            fitting == 0
-        ):  # for want of the driver's small share; the stages of a trial then get a little less than asked
-            asked = with_changes(asked, {"placement.cpus_per_stage": None})
-    share = ClusterResources(
-        round(cluster.cpus / beside - DRIVER_CPUS, 4), cluster.gpus, max(1, -(-cluster.nodes // beside))
+            cpu_capacity == 0
+        ):  # the CPUs of the driver are lacking; the stages get slightly less than requested
+            changes["placement.cpus_per_stage"] = None
+    concurrent = max(1, concurrent)
+    part = ClusterResources(
+        round(cluster.cpus / concurrent - DRIVER_CPUS, 4),
+        cluster.gpus,
+        max(1, -(-cluster.nodes // concurrent)),
     )
-    return resolve_layout(with_changes(asked, {"placement.stages": places}), share), beside
+    return resolve_layout(with_changes(settings, changes), part), concurrent
 
 
 def run_trial(
-    plan: TrialSpec,
+    trial: TrialSpec,
     changes: Mapping[str, Any],
     name: str,
     scorer: Callable[[ResolvedRun, tuple[Source, Splits]], Scorer],
@@ -134,69 +136,67 @@ def run_trial(
     group: PlacementGroup | None = None,
     first_bundle: int = 0,
 ) -> None:
-    """Train one trial to its end, reporting its score every `search.every_epochs`; continued from its last checkpoint.
+    """Train one trial to its end, from its last checkpoint, reporting its score every `search.every_epochs`.
 
     Args:
-        scorer: makes the function that scores checkpoints of this family on its images.
+        scorer: makes the function that scores checkpoints of a run on its images.
         report: takes {"epoch": 4, "score": 0.8, "depths": {2: 0.7, ...}, "gflops": ..., "images_per_s": ...}.
 
     Raises:
         InfeasibleSettings: the settings contradict each other, or the images do not fill one step of such batches.
         DataError: the images cannot be read, or have changed since the search began.
-        Exception: whatever ended the training.
+        Exception: the error that ended the training.
     """
-    recipe = settings_from_mapping(plan.settings)
-    out = Path(plan.folder) / name
-    opened = data_spec(recipe, resolve(recipe)[1]).open()  # no trial has other images
+    recipe = settings_from_mapping(trial.settings)
+    out = Path(trial.folder) / name
+    images = data_spec(recipe, resolve(recipe)[1]).open()  # the same for all trials
     try:
         settings = trial_settings(recipe, changes)
-        family, source, splits = resolve_run(settings, out, opened)
+        run, source, splits = resolve_run(settings, out, images)
     except ValueError as error:  # SettingsError among them, and too few images for one step
         raise InfeasibleSettings(str(error).splitlines()[0]) from error
-    if family.fingerprint != plan.fingerprint:
+    if run.fingerprint != trial.fingerprint:
         raise DataError("the images behind data.source have changed since the search began")
-    store = CheckpointStore(out)
-    found = store.latest()
-    if found is not None and differing_keys(settings_from_mapping(found.settings), settings):
+    checkpoint = CheckpointStore(out).latest()
+    if checkpoint is not None and differing_keys(settings_from_mapping(checkpoint.settings), settings):
         shutil.rmtree(out)
-        found = None
-    listener = _ScoredTraining(family, recipe.search.every_epochs, scorer(family, (source, splits)), report)
-    if found is not None:
-        listener.on_checkpoint(found.step)  # cut off between the checkpoint and its score, perhaps
-    train(family, plan.layout, plan.precision, listener, StopRequest(), group, first_bundle)
+        checkpoint = None
+    callback = _ScoringCallback(run, recipe.search.every_epochs, scorer(run, (source, splits)), report)
+    if checkpoint is not None:
+        callback.on_checkpoint(checkpoint.step)  # the process may have died before it reported this score
+    train(run, trial.layout, trial.precision, callback, StopRequest(), group, first_bundle)
 
 
-class _ScoredTraining(NullCallback):
-    """A listener that scores checkpoints at the ends of some epochs."""
+class _ScoringCallback(NullCallback):
+    """Scores checkpoints at the ends of some epochs, and reports the scores."""
 
-    def __init__(self, family: ResolvedRun, every: int, score: Scorer, report: Report) -> None:
+    def __init__(self, run: ResolvedRun, every_epochs: int, score: Scorer, report: Report) -> None:
         self.started = False
-        self._family, self._every, self._score, self._report = family, every, score, report
-        self._store = CheckpointStore(family.out)
-        self._gflops = training_gflops(family.spec, family.phases, family.settings.schedule.epochs)
+        self._run, self._every_epochs, self._score, self._report = run, every_epochs, score, report
+        self._store = CheckpointStore(run.out)
+        self._gflops = training_gflops(run.spec, run.phases, run.settings.schedule.epochs)
         self._scoring_s = self._trained_s = 0.0
         self._images = 0
 
     def on_epoch(self, report: EpochReport) -> None:
-        phase = next(p for p in reversed(self._family.phases) if p.first_epoch < report.epoch)
+        phase = next(p for p in reversed(self._run.phases) if p.first_epoch < report.epoch)
         images = phase.steps_per_epoch * phase.images_per_step
         self._images += images
-        # The last step of an epoch carries its checkpoint mark, so that the score was made within the epoch's time.
+        # The checkpoint of an epoch is scored at its last step, so the time of the epoch includes the scoring.
         self._trained_s += max(1e-9, images / report.images_per_s - self._scoring_s)
         self._scoring_s = 0.0
 
     def on_checkpoint(self, step: int) -> None:
-        epoch = whole_epochs(self._family.phases, step)
-        last = step == self._family.total_steps
-        if epoch is None or (epoch % self._every and not last):
+        epoch = completed_epochs(self._run.phases, step)
+        if epoch is None or (epoch % self._every_epochs and step != self._run.total_steps):
             return
-        began = time.perf_counter()
-        found = self._score(self._family.spec, self._store.directory(step))
-        self._scoring_s += time.perf_counter() - began
+        start = time.perf_counter()
+        score = self._score(self._run.spec, self._store.directory(step))
+        self._scoring_s += time.perf_counter() - start
         result: dict[str, Any] = {
             "epoch": epoch,
-            "score": found.mean,
-            "depths": {str(depth): value for depth, value in found.by_depth.items()},
+            "score": score.mean,
+            "depths": {str(depth): value for depth, value in score.by_depth.items()},
             "gflops": self._gflops,
         }
         if self._images:
@@ -205,11 +205,11 @@ class _ScoredTraining(NullCallback):
 
     def on_rewind(self, step: int) -> None:
         self.started = True
-        self._scoring_s = 0.0  # of a checkpoint that was scored before any epoch of this training
+        self._scoring_s = 0.0  # that of `run_trial` was before the first epoch
 
 
-def whole_epochs(phases: tuple[Phase, ...], step: int) -> int | None:
-    """How many epochs end with step `step`; None inside an epoch."""
+def completed_epochs(phases: tuple[Phase, ...], step: int) -> int | None:
+    """Number of epochs that are complete after `step` steps; None inside an epoch."""
     phase = next(p for p in reversed(phases) if p.first_step < step)
     epochs, within = divmod(step - phase.first_step, phase.steps_per_epoch)
     return None if within else phase.first_epoch + epochs

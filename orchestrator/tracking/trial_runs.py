@@ -54,8 +54,8 @@ class TrialRuns:
             ]
         if row.images_per_s is not None:
             metrics.append(Metric("search/images_per_s", row.images_per_s, now, row.epoch))
-        tags = {"status": row.status, "why": row.why, "score_is": metric}
-        tags[DESCRIPTION_TAG] = f"{row.status}: {row.why}" if row.why else row.status
+        tags = {"status": row.status, "why": row.status_reason, "score_is": metric}
+        tags[DESCRIPTION_TAG] = f"{row.status}: {row.status_reason}" if row.status_reason else row.status
         client.log_batch(
             run_id, metrics=metrics, params=params, tags=[RunTag(k, v[:5000]) for k, v in tags.items()]
         )

@@ -16,9 +16,10 @@ from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.config.schema import Settings
 from bim.orchestrator.config.transforms import settings_to_mapping, with_changes
 from bim.orchestrator.distributed.placement import ClusterResources
+from bim.orchestrator.evaluation.records import EvalConfig
 from bim.orchestrator.runs.prepare import resolve_run
 from bim.orchestrator.search.controller import SearchSpec
-from bim.orchestrator.search.objective import ObjectiveSpec, metric_of
+from bim.orchestrator.search.objective import metric_of
 from bim.orchestrator.search.results import BEST, FOLDER, SearchResult, TrialRow, load_result
 from bim.orchestrator.search.space import baseline_values, space_of
 from bim.orchestrator.search.trial import TrialSpec, trial_placement
@@ -59,7 +60,7 @@ class Callback:
             self.stop.reason = "SIGINT"
 
     def on_retry(self, result: SearchResult, row: TrialRow) -> None:
-        self.happened.append(f"{row.number} is tried again after {row.epoch}: {row.why}")
+        self.happened.append(f"{row.number} is tried again after {row.epoch}: {row.status_reason}")
 
     def on_end(self, result: SearchResult, row: TrialRow) -> None:
         self.happened.append(f"{row.number} {row.status}")
@@ -72,8 +73,8 @@ def run(settings: Settings, out: Path, listener: Callback) -> SearchResult:
     layout, beside = trial_placement(settings, ClusterResources(2, 0))
     folder = str(out / FOLDER / "trials")
     plan = TrialSpec(
-        settings_to_mapping(settings), layout, "fp32", folder, ObjectiveSpec(knn_k=5), family.fingerprint,
-        run_concurrently=beside,
+        settings_to_mapping(settings), layout, "fp32", folder, EvalConfig(knn_k=5), family.fingerprint,
+        max_concurrent_trials=beside,
     )  # fmt: skip
     empty = SearchResult(metric_of(source, splits), len(splits.val), EPOCHS, baseline_values(settings, space))
     return search(SearchSpec(settings, space, plan, empty), out, listener, listener.stop)
@@ -106,7 +107,7 @@ class Searched:
 def searched(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Searched:
     """One search, ended by a signal at the second score of trial 0, and continued."""
     out = tmp_path_factory.mktemp("search")
-    settings = recipe(out, "{optim.blr: [10.0, 1.0e30], decoder.throw_ratio: [0.9]}", seed=SEED)
+    settings = recipe(out, "{optim.blr: [1.0, 1.0e30], decoder.throw_ratio: [0.9]}", seed=SEED)
     first = Callback(stop_at=(0, 2))
     before = run(settings, out, first)
     cleared = nothing_runs()
@@ -128,7 +129,7 @@ def row(searched: Searched, **changes: object) -> TrialRow:
 def test_trial_0_is_the_recipes_own_setting_and_is_never_stopped_early(searched: Searched) -> None:
     own = searched.result.rows[0]
     assert own.number == 0
-    assert own.changes == searched.result.own == {"optim.blr": 0.008, "decoder.throw_ratio": 0.0}
+    assert own.changes == searched.result.baseline_values == {"optim.blr": 0.008, "decoder.throw_ratio": 0.0}
     assert own.status == "finished"
     assert [point.epoch for point in own.curve] == [1, 2, 3, 4]
     assert set(own.curve[-1].by_depth) == {1, 2, 3, 4}
@@ -139,23 +140,23 @@ def test_trial_0_is_the_recipes_own_setting_and_is_never_stopped_early(searched:
 def test_an_infeasible_combination_counts_as_such_and_names_the_setting(searched: Searched) -> None:
     infeasible = row(searched, decoder__throw_ratio=0.9)
     assert infeasible.status == "infeasible"
-    assert infeasible.why.startswith("decoder.throw_ratio 0.9 of 16 tokens leaves the decoder")
+    assert infeasible.status_reason.startswith("decoder.throw_ratio 0.9 of 16 tokens leaves the decoder")
     assert infeasible.curve == ()
 
 
 def test_a_trial_that_fails_is_told_with_its_cause_and_does_not_end_the_search(searched: Searched) -> None:
     failed = row(searched, optim__blr=1e30)
     assert failed.status == "failed"
-    assert "is not finite at step" in failed.why
+    assert "is not finite at step" in failed.status_reason
     again = [line for line in searched.happened if line.startswith(f"{failed.number} is tried again")]
-    assert again == [f"{failed.number} is tried again after 0: {failed.why}"]  # once
+    assert again == [f"{failed.number} is tried again after 0: {failed.status_reason}"]  # once
 
 
 def test_a_weak_trial_is_stopped_early(searched: Searched) -> None:
-    weak = row(searched, optim__blr=10.0)
+    weak = row(searched, optim__blr=1.0)
     assert weak.status == "stopped early"
     assert weak.epoch == 2
-    assert weak.why == "by ASHA after epoch 2: not in the better half of those that came so far"
+    assert weak.status_reason == "by ASHA: below the median at rung 2"
 
 
 def test_a_search_that_was_cut_off_goes_on_without_doing_anything_twice(searched: Searched) -> None:
@@ -196,7 +197,7 @@ def test_a_recipe_that_cannot_be_trained_ends_the_search_with_the_cause(
     settings = recipe(tmp_path, "{mask.ratio: [0.5]}", optim__blr=1e30, search__trials=1)
     with pytest.raises(
         TrainingError,
-        match=r"trial 0 of the search, the recipe's own setting, could not be trained \(failed\): the loss of",
+        match=r"trial 0 of the search, the baseline config, could not be trained \(failed\): the loss of",
     ):
         run(settings, tmp_path, Callback())
     assert nothing_runs()
@@ -211,7 +212,7 @@ def test_optuna_draws_settings_and_goes_on_with_what_it_has_learnt(ray_cluster: 
     assert [r.number for r in before.rows] == [0, 1]
     result = run(settings, tmp_path, Callback())
     own, *drawn = result.rows
-    assert own.changes == result.own == {"optim.blr": 0.008, "decoder.throw_ratio": 0.0}
+    assert own.changes == result.baseline_values == {"optim.blr": 0.008, "decoder.throw_ratio": 0.0}
     assert len(drawn) == 2
     assert all(0.001 <= r.changes["optim.blr"] <= 0.1 for r in drawn)
     assert all(r.status in ("finished", "stopped early") and r.curve for r in drawn)

@@ -26,7 +26,7 @@ ROW = TrialRow(3, {"mask.ratio": 0.6, "schedule.resolution": [[0, 24], [0.5, 32]
 
 def at(row: TrialRow, *epochs: int) -> TrialRow:
     for epoch in epochs:
-        row = row.with_point(TrialScore(epoch, epoch / 10, {2: epoch / 20, 12: epoch / 10}))
+        row = row.with_score(TrialScore(epoch, epoch / 10, {2: epoch / 20, 12: epoch / 10}))
     return row
 
 
@@ -37,7 +37,7 @@ def test_a_trial_grows_with_its_scores_and_ends_with_its_reason(tmp_path: Path, 
         tracker.log_trial(at(ROW, 2), "knn_top1")
         tracker.log_trial(at(ROW, 2, 4), "knn_top1")
         tracker.log_trial(at(ROW, 2, 4), "knn_top1")  # as a search does that is continued
-        ended = replace(at(ROW, 2, 4), status="stopped early", why="by ASHA after epoch 4")
+        ended = replace(at(ROW, 2, 4), status="stopped early", status_reason="by ASHA after epoch 4")
         tracker.log_trial(ended, "knn_top1")
     (run,) = trials(client, tracker).values()
     assert run.info.run_name == "trial 3 of a run"
@@ -66,7 +66,7 @@ def test_the_end_of_a_trial_is_the_status_of_its_run(
     tmp_path: Path, client: MlflowClient, status: str, expected: str
 ) -> None:
     with open_tracker(tmp_path / "out") as tracker:
-        tracker.log_trial(replace(ROW, status=status, why="so"), "rankme")  # type: ignore[arg-type]
+        tracker.log_trial(replace(ROW, status=status, status_reason="so"), "rankme")  # type: ignore[arg-type]
     assert trials(client, tracker)["3"].info.status == expected
 
 
@@ -83,7 +83,7 @@ def test_a_trial_that_the_end_of_the_search_cut_off_does_not_go_on_running(
         tracker.log_trial(at(replace(ROW, status="running"), 2, 4), "knn_top1")
         (run,) = trials(client, tracker).values()
         assert (run.info.status, run.data.tags["status"], run.data.tags["why"]) == ("RUNNING", "running", "")
-        tracker.log_trial(at(replace(ROW, status="finished", why="all"), 2, 4), "knn_top1")
+        tracker.log_trial(at(replace(ROW, status="finished", status_reason="all"), 2, 4), "knn_top1")
     (run,) = trials(client, tracker).values()
     assert run.info.status == "FINISHED"
 

@@ -32,7 +32,7 @@ def pareto_figure(result: SearchResult) -> Figure | None:
     figure = new_figure(7.2, 4.6)
     figure.subplots_adjust(left=0.11, right=0.975, top=0.87, bottom=0.125)
     axes = figure.subplots()
-    front = [points[row.number] for row in result.front]
+    front = [points[row.number] for row in result.pareto_front]
     if front:
         axes.plot(*zip(*front, strict=True), color=BLUE, linewidth=1.3, drawstyle="steps-post", zorder=1)
     for status, color in STATUS_COLORS.items():

@@ -7,14 +7,14 @@ from torch import nn
 from bim.orchestrator.data.digits import DigitsSource
 from bim.orchestrator.data.loader import eval_images
 from bim.orchestrator.evaluation.batch_norms import gather_statistics
+from bim.orchestrator.evaluation.records import EvalConfig
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
 def gather(model: nn.Module, images: np.ndarray, batch_size: int = 50) -> None:
-    gather_statistics(
-        {1: model}, DigitsSource(), images, (8, 8), MEAN, STD, torch.device("cpu"), 0, batch_size
-    )
+    config = EvalConfig(batch_size=batch_size)
+    gather_statistics({1: model}, DigitsSource(), images, (8, 8), MEAN, STD, torch.device("cpu"), config)
 
 
 def test_statistics_become_those_of_whole_images_and_no_weight_changes() -> None:

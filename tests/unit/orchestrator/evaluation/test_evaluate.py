@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from bim.models.tokens import normalize_images
 from bim.orchestrator.data.errors import ImageDecodeError
 from bim.orchestrator.data.splits import Splits
-from bim.orchestrator.evaluation import evaluate as evaluation
-from bim.orchestrator.evaluation import features
-from bim.orchestrator.evaluation.evaluate import evaluate_variants, rankme, raw_pixels
-from bim.orchestrator.evaluation.features import embed
-from bim.orchestrator.evaluation.records import DepthReport
+from bim.orchestrator.evaluation import evaluate
+from bim.orchestrator.evaluation.evaluate import evaluate_variants, raw_pixels
+from bim.orchestrator.evaluation.features import build_embedders, subsample
+from bim.orchestrator.evaluation.metrics import rankme
+from bim.orchestrator.evaluation.records import DepthReport, EvalConfig
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 CPU = torch.device("cpu")
+QUICK = EvalConfig(latency=False)
 
 
 @dataclass
@@ -70,11 +71,16 @@ def vit(depth: int = 2, **args: Any) -> nn.Module:
     return model.eval()
 
 
+def embed(model: nn.Module, *batches: np.ndarray) -> Tensor:
+    embedder = build_embedders({0: model}, MEAN, STD, CPU)[0]
+    return torch.cat([embedder(images) for images in batches])
+
+
 @pytest.mark.parametrize("extra", [{}, {"reg_tokens": 3}, {"class_token": False}])
 def test_the_embedding_is_the_mean_of_the_patch_tokens_and_what_timm_pools(extra: dict[str, Any]) -> None:
     model = vit(**extra)
     images = np.random.default_rng(0).integers(0, 256, (5, 3, 16, 16), dtype=np.uint8)
-    ours = embed(model, [images[:3], images[3:]], MEAN, STD, CPU)
+    ours = embed(model, images[:3], images[3:])
     x = normalize_images(torch.from_numpy(images), MEAN, STD)
     with torch.inference_mode():
         tokens = model.forward_features(x)  # type: ignore[operator]
@@ -92,14 +98,14 @@ def test_the_embedding_of_a_hierarchical_model_is_its_mean_over_the_last_map() -
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64), dtype=np.uint8)
     with torch.inference_mode():
         last = model.forward_features(normalize_images(torch.from_numpy(images), MEAN, STD))
-    torch.testing.assert_close(embed(model, [images], MEAN, STD, CPU), last.mean(dim=(1, 2)))
+    torch.testing.assert_close(embed(model, images), last.mean(dim=(1, 2)))
 
 
 def test_every_depth_is_measured_and_each_image_decoded_once() -> None:
     source = Blobs()
     variants = {2: vit(2), 1: vit(1)}
     one, two = evaluate_variants(
-        variants, source, SPLITS, (16, 16), MEAN, STD, CPU, k=5, batch_size=32, latency=False
+        variants, source, SPLITS, (16, 16), MEAN, STD, CPU, EvalConfig(knn_k=5, batch_size=32, latency=False)
     )
     assert (one.depth, two.depth) == (1, 2)
     assert source.loads == len(SPLITS.train) + len(SPLITS.test)
@@ -125,25 +131,34 @@ def test_without_labels_the_costs_and_the_rank_of_the_training_images_are_measur
     monkeypatch.setattr("bim.orchestrator.evaluation.model_cost.MEASURE_S", 0.01)
     monkeypatch.setattr("bim.orchestrator.evaluation.model_cost.WARM_UP_S", 0.0)
     source, variants = Blobs(labelled=False, bad=(3,)), {1: vit(1), 2: vit(2)}
-    one, two = evaluate_variants(variants, source, SPLITS, (16, 16), MEAN, STD, CPU, batch_size=32)
+    one, two = evaluate_variants(
+        variants, source, SPLITS, (16, 16), MEAN, STD, CPU, EvalConfig(batch_size=32)
+    )
     assert (one.knn_top1, one.probe_top1, one.knn_se, one.probe_se) == (None, None, None, None)
     assert source.loads == len(SPLITS.train)  # each once for all depths
     assert set(one.metrics()) == {"rankme", "params", "gflops", "latency_b1_ms", "latency_b64_ms"}
     assert "thread" in one.device
     images = np.stack([source.load(index).numpy() for index in SPLITS.train.tolist() if index != 3])
     for report in (one, two):
-        embeddings = embed(variants[report.depth], [images], MEAN, STD, CPU)
+        embeddings = embed(variants[report.depth], images)
         assert report.rankme == pytest.approx(rankme(embeddings), rel=1e-4)
         assert 1 < (report.rankme or 0) < 32
         assert (report.n_ranked, report.n_test) == (79, 0)
 
 
 def test_the_rank_is_of_a_part_of_many_images_drawn_from_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "RANK_IMAGES", 40)
+    monkeypatch.setattr(evaluate, "RANKME_IMAGES", 40)
 
     def measured(seed: int) -> DepthReport:
         (report,) = evaluate_variants(
-            {1: vit(1)}, Blobs(labelled=False), SPLITS, (16, 16), MEAN, STD, CPU, seed=seed, latency=False
+            {1: vit(1)},
+            Blobs(labelled=False),
+            SPLITS,
+            (16, 16),
+            MEAN,
+            STD,
+            CPU,
+            EvalConfig(seed=seed, latency=False),
         )
         return report
 
@@ -165,9 +180,7 @@ def test_the_score_comes_from_the_test_split_alone() -> None:
         "wrong": Splits(SPLITS.train, SPLITS.test, SPLITS.val),
     }
     accuracy = {
-        name: evaluate_variants(
-            {1: vit(1)}, WrongOutsideTest(), split, (16, 16), MEAN, STD, CPU, latency=False
-        )[0]
+        name: evaluate_variants({1: vit(1)}, WrongOutsideTest(), split, (16, 16), MEAN, STD, CPU, QUICK)[0]
         for name, split in splits.items()
     }
     assert (accuracy["right"].probe_top1 or 0) > 0.9
@@ -176,21 +189,21 @@ def test_the_score_comes_from_the_test_split_alone() -> None:
 
 def test_unreadable_images_are_left_out_with_their_labels() -> None:
     source = Blobs(bad=(0, 1, 2, 95))
-    (report,) = evaluate_variants({1: vit(1)}, source, SPLITS, (16, 16), MEAN, STD, CPU, latency=False)
+    (report,) = evaluate_variants({1: vit(1)}, source, SPLITS, (16, 16), MEAN, STD, CPU, QUICK)
     assert report.n_test == 29
     assert (report.probe_top1 or 0) > 0.9
 
 
 def test_a_split_without_a_readable_image_is_an_error_that_names_the_source() -> None:
     with pytest.raises(ValueError, match="blobs"):
-        raw_pixels(Blobs(bad=tuple(range(90, 120))), SPLITS, (16, 16))
+        raw_pixels(Blobs(bad=tuple(range(90, 120))), SPLITS, (16, 16), QUICK)
 
 
 def test_raw_pixels_are_scored_at_the_evaluation_size() -> None:
-    scores = raw_pixels(Blobs(), SPLITS, (16, 16), k=5)
+    scores = raw_pixels(Blobs(), SPLITS, (16, 16), EvalConfig(knn_k=5))
     assert scores.n_test == 30
     assert scores.probe_top1 == 1.0
-    assert raw_pixels(Blobs(), SPLITS, (16, 16), k=5) == scores
+    assert raw_pixels(Blobs(), SPLITS, (16, 16), EvalConfig(knn_k=5)) == scores
 
 
 def test_raw_pixels_of_large_images_are_averaged_over_cells(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,28 +213,28 @@ def test_raw_pixels_of_large_images_are_averaged_over_cells(monkeypatch: pytest.
         widths.append(tuple(train_x.shape))
         return "scored"
 
-    monkeypatch.setattr(evaluation, "score", spy)
-    raw_pixels(Blobs(), SPLITS, (16, 16))
-    raw_pixels(Blobs(), SPLITS, (224, 160))
-    monkeypatch.setattr(evaluation, "RAW_VALUES", 3 * 16 * 16 * 20)
-    raw_pixels(Blobs(), SPLITS, (16, 16))
+    monkeypatch.setattr(evaluate, "score", spy)
+    raw_pixels(Blobs(), SPLITS, (16, 16), QUICK)
+    raw_pixels(Blobs(), SPLITS, (224, 160), QUICK)
+    monkeypatch.setattr(evaluate, "RAW_VALUES", 3 * 16 * 16 * 20)
+    raw_pixels(Blobs(), SPLITS, (16, 16), QUICK)
     assert widths == [(80, 3 * 16 * 16), (80, 3 * 56 * 40), (20, 3 * 16 * 16)]
 
 
 def test_a_large_split_is_sampled_by_the_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     indices = np.arange(100, 200)
-    drawn = features.subsample(indices, 10, seed=3)
+    drawn = subsample(indices, 10, seed=3)
     assert len(np.unique(drawn)) == 10
     assert np.array_equal(drawn, np.sort(drawn))
     assert set(drawn) <= set(indices)
-    assert np.array_equal(drawn, features.subsample(indices, 10, seed=3))
-    assert not np.array_equal(drawn, features.subsample(indices, 10, seed=4))
-    assert np.array_equal(features.subsample(indices, 100, seed=3), indices)
+    assert np.array_equal(drawn, subsample(indices, 10, seed=3))
+    assert not np.array_equal(drawn, subsample(indices, 10, seed=4))
+    assert np.array_equal(subsample(indices, 100, seed=3), indices)
 
 
 def test_raw_pixels_without_labels_are_refused() -> None:
     with pytest.raises(ValueError, match="no labels"):
-        raw_pixels(Blobs(labelled=False), SPLITS, (16, 16))
+        raw_pixels(Blobs(labelled=False), SPLITS, (16, 16), QUICK)
 
 
 def test_a_report_names_its_metrics_as_they_are_logged() -> None:

@@ -1,4 +1,4 @@
-"""Nearest neighbours, linear probe and RankMe against what they are by definition."""
+"""Nearest neighbors, linear probe and RankMe against what they are by definition."""
 
 from __future__ import annotations
 
@@ -10,18 +10,29 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from bim.orchestrator.evaluation import metrics as probes
-from bim.orchestrator.evaluation.metrics import linear_probe, rankme, score, standard_error, weighted_knn
+from bim.orchestrator.evaluation import metrics
+from bim.orchestrator.evaluation.metrics import (
+    feature_covariance,
+    fit_logistic_regression,
+    linear_probe,
+    rankme,
+    score,
+    standard_error,
+    weighted_knn,
+)
+from bim.orchestrator.evaluation.records import EvalConfig
+
+K, T = 20, 0.07
 
 
 def clusters(
     n: int, dim: int = 12, classes: int = 4, spread: float = 1.5, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """n points around `classes` centres that are the same for every seed."""
-    centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
+    """n points around `classes` centers that are the same for every seed."""
+    centers = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
     gen = torch.Generator().manual_seed(seed)
     y = torch.randint(classes, (n,), generator=gen)
-    return centres[y] + spread * torch.randn(n, dim, generator=gen), y
+    return centers[y] + spread * torch.randn(n, dim, generator=gen), y
 
 
 def naive_knn(
@@ -41,34 +52,35 @@ def naive_knn(
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (5, 0.07), (20, 0.07), (20, 1.0)])
-def test_nearest_neighbours_equal_a_naive_loop(k: int, temperature: float) -> None:
+def test_nearest_neighbors_equal_a_naive_loop(k: int, temperature: float) -> None:
     train, test = clusters(80), clusters(50, seed=1)
     expected = naive_knn(*train, *test, k, temperature)
     assert 0.3 < expected < 1.0  # otherwise the comparison says nothing
     assert weighted_knn(*train, *test, k, temperature) == expected
 
 
-def test_nearest_neighbours_in_chunks_equal_those_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearest_neighbors_in_chunks_equal_those_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     train, test = clusters(80), clusters(50, seed=1)
-    whole = weighted_knn(*train, *test)
-    monkeypatch.setattr(probes, "KNN_CHUNK", 80 * 7)  # 7 test images at a time, the last chunk shorter
-    assert weighted_knn(*train, *test) == whole
+    whole = weighted_knn(*train, *test, K, T)
+    monkeypatch.setattr(metrics, "KNN_CHUNK", 80 * 7)  # 7 test images at a time, the last chunk shorter
+    assert weighted_knn(*train, *test, K, T) == whole
 
 
-def test_length_of_an_embedding_does_not_move_its_neighbours() -> None:
+def test_length_of_an_embedding_does_not_move_its_neighbors() -> None:
     (train_x, train_y), test = clusters(80), clusters(50, seed=1)
     lengths = torch.rand(80, 1, generator=torch.Generator().manual_seed(2)) + 0.1
-    assert weighted_knn(train_x * lengths, train_y, *test) == weighted_knn(train_x, train_y, *test)
+    scaled = weighted_knn(train_x * lengths, train_y, *test, K, T)
+    assert scaled == weighted_knn(train_x, train_y, *test, K, T)
 
 
 def test_fewer_training_images_than_k_all_vote() -> None:
     train, test = clusters(9), clusters(50, seed=1)
-    assert weighted_knn(*train, *test, k=20) == weighted_knn(*train, *test, k=9)
+    assert weighted_knn(*train, *test, 20, T) == weighted_knn(*train, *test, 9, T)
 
 
 def test_a_small_temperature_does_not_overflow() -> None:
     train, test = clusters(80), clusters(50, seed=1)
-    assert weighted_knn(*train, *test, k=20, temperature=1e-4) == weighted_knn(*train, *test, k=1)
+    assert weighted_knn(*train, *test, K, 1e-4) == weighted_knn(*train, *test, 1, T)
 
 
 def objective(x: Tensor, y: Tensor, weight: Tensor, l2: float) -> float:
@@ -82,7 +94,7 @@ def objective(x: Tensor, y: Tensor, weight: Tensor, l2: float) -> float:
 def test_the_fit_is_the_minimum_that_scikit_learn_finds(l2: float) -> None:
     x, y = clusters(300)
     x = x @ torch.randn(12, 12, generator=torch.Generator().manual_seed(5))  # correlated, as embeddings are
-    weight = probes._fit(x, y, probes._covariance(x), torch.zeros(13, 4), l2)
+    weight = fit_logistic_regression(x, y, feature_covariance(x), torch.zeros(13, 4), l2)
     reference = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-8, max_iter=5000).fit(x.numpy(), y.numpy())
     theirs = torch.from_numpy(np.vstack([reference.coef_.T, reference.intercept_]))
     assert objective(x, y, weight, l2) <= objective(x, y, theirs, l2) + 1e-5
@@ -91,10 +103,12 @@ def test_the_fit_is_the_minimum_that_scikit_learn_finds(l2: float) -> None:
 def test_the_fit_is_the_same_in_either_coordinates_and_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = clusters(300)
     start = torch.zeros(13, 4)
-    preconditioned = probes._fit(x, y, probes._covariance(x), start, 0.01)
-    torch.testing.assert_close(probes._fit(x, y, None, start, 0.01), preconditioned, atol=0.01, rtol=0)
-    monkeypatch.setattr(probes, "PROBE_CHUNK", 16 * 7)
-    chunked = probes._fit(x, y, probes._covariance(x), start, 0.01)
+    preconditioned = fit_logistic_regression(x, y, feature_covariance(x), start, 0.01)
+    torch.testing.assert_close(
+        fit_logistic_regression(x, y, None, start, 0.01), preconditioned, atol=0.01, rtol=0
+    )
+    monkeypatch.setattr(metrics, "PROBE_CHUNK", 16 * 7)
+    chunked = fit_logistic_regression(x, y, feature_covariance(x), start, 0.01)
     torch.testing.assert_close(chunked, preconditioned, atol=0.01, rtol=0)
 
 
@@ -139,7 +153,7 @@ def test_the_probe_gives_the_same_answer_twice() -> None:
 def test_the_global_generator_is_left_alone() -> None:
     train, test = clusters(60), clusters(20, seed=1)
     before = torch.get_rng_state()
-    score(*train, *test)
+    score(*train, *test, EvalConfig())
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -150,8 +164,8 @@ def test_standard_error_of_a_coin_and_of_certainty() -> None:
 
 def test_scores_carry_the_errors_of_their_own_accuracies() -> None:
     train, test = clusters(80), clusters(50, seed=1)
-    scores = score(*train, *test)
-    assert scores.knn_top1 == weighted_knn(*train, *test)
+    scores = score(*train, *test, EvalConfig())
+    assert scores.knn_top1 == weighted_knn(*train, *test, K, T)
     assert scores.metrics()["knn_top1_se"] == standard_error(scores.knn_top1, 50)
     assert scores.metrics()["linear_top1_se"] == standard_error(scores.probe_top1, 50)
 
@@ -159,7 +173,7 @@ def test_scores_carry_the_errors_of_their_own_accuracies() -> None:
 def test_an_empty_part_is_refused_by_name() -> None:
     train, empty = clusters(80), (torch.zeros(0, 12), torch.zeros(0, dtype=torch.long))
     with pytest.raises(ValueError, match="test part has 0"):
-        weighted_knn(*train, *empty)
+        weighted_knn(*train, *empty, K, T)
     with pytest.raises(ValueError, match="training part has 0"):
         linear_probe(*empty, *train, seed=0)
 
@@ -168,7 +182,7 @@ def test_embeddings_that_are_not_finite_are_refused() -> None:
     (x, y), test = clusters(80), clusters(50, seed=1)
     x[3, 4] = float("nan")
     with pytest.raises(ValueError, match="training part are not finite"):
-        score(x, y, *test)
+        score(x, y, *test, EvalConfig())
 
 
 def test_rankme_is_the_number_of_directions_that_are_used_alike() -> None:

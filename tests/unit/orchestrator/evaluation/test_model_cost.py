@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from bim.orchestrator.evaluation.model_cost import device_name, gflops, latencies_ms, latency_ms, num_params
+from bim.orchestrator.evaluation.model_cost import device_name, gflops, latencies_ms, num_params
 
 WIDTH, LAYERS, TOKENS, PATCH = 32, 2, 17, 8
 
@@ -56,10 +56,12 @@ def test_latency_is_the_median_over_passes(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("bim.orchestrator.evaluation.model_cost.time.perf_counter", lambda: clock[0])
     monkeypatch.setattr("bim.orchestrator.evaluation.model_cost.MEASURE_S", 0.85)
-    assert latency_ms(Slow(), (8, 8), 2, torch.device("cpu")) == pytest.approx(300.0)
+    assert latencies_ms({3: Slow()}, (8, 8), 2, torch.device("cpu")) == {3: pytest.approx(300.0)}
 
 
-def test_models_take_turns_so_that_a_busy_moment_strikes_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_take_turns_so_that_load_from_elsewhere_slows_all_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock, order = [0.0], []
 
     class Named(nn.Module):
@@ -89,7 +91,7 @@ def test_a_pass_longer_than_the_budget_is_run_twice_only(monkeypatch: pytest.Mon
             return x
 
     monkeypatch.setattr("bim.orchestrator.evaluation.model_cost.time.perf_counter", lambda: clock[0])
-    assert latency_ms(Slow(), (8, 8), 64, torch.device("cpu")) == pytest.approx(20_000.0)
+    assert latencies_ms({3: Slow()}, (8, 8), 64, torch.device("cpu")) == {3: pytest.approx(20_000.0)}
     assert passes[0] == 2
 
 

@@ -48,7 +48,7 @@ def test_every_trial_is_compared_with_the_best_of_the_same_epoch(lines: pytest.L
     both = EMPTY.with_row(own).with_row(other)
     progress.on_score(both, other)
     progress.on_score(both, own)
-    progress.on_end(both, replace(other, status="stopped early", why="by ASHA after epoch 3: too weak"))
+    progress.on_end(both, replace(other, status="stopped early", status_reason="by ASHA after epoch 3: too weak"))
     assert lines.messages == [
         "trial 0: the recipe's own setting",
         "trial 0  epoch  3/12  kNN top-1 0.500",
@@ -69,9 +69,9 @@ def test_a_tie_has_an_equals_sign(lines: pytest.LogCaptureFixture) -> None:
 def test_a_trial_that_was_not_trained_has_a_reason(lines: pytest.LogCaptureFixture) -> None:
     progress = SearchProgress(Sink())
     progress.on_end(
-        EMPTY, row(2, 0.9, status="infeasible", why="mask.ratio 0.9 leaves block 0 no visible unit")
+        EMPTY, row(2, 0.9, status="infeasible", status_reason="mask.ratio 0.9 leaves block 0 no visible unit")
     )
-    progress.on_end(EMPTY, row(3, 0.6, status="failed", why="the loss of block 0 is not finite"))
+    progress.on_end(EMPTY, row(3, 0.6, status="failed", status_reason="the loss of block 0 is not finite"))
     assert lines.messages == [
         "trial 2  infeasible: mask.ratio 0.9 leaves block 0 no visible unit",
         "trial 3  failed: the loss of block 0 is not finite",
@@ -86,7 +86,7 @@ def test_a_trial_that_is_continued_has_its_epoch(lines: pytest.LogCaptureFixture
 def test_the_opening_reads_like_its_snapshot() -> None:
     space = {
         "mask.ratio": Choice((0.75, 0.5, [0.6, 0.65, 0.7, 0.75])),
-        "optim.blr": Range(1e-3, 1e-1, log=True, whole=False),
+        "optim.blr": Range(1e-3, 1e-1, log=True, is_integer=False),
         "decoder.throw_ratio": Choice((0.0,)),
     }
     lines = opening(EMPTY, 6, space, trials=4, run_concurrently=2, max_seconds=100)

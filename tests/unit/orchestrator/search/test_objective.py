@@ -14,8 +14,8 @@ from bim.orchestrator.data.phases import PhaseSpec, phases_on
 from bim.orchestrator.data.source import Source, open_source
 from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.evaluation.evaluate import evaluate_variants
+from bim.orchestrator.evaluation.records import EvalConfig
 from bim.orchestrator.search.objective import (
-    ObjectiveSpec,
     metric_of,
     score_checkpoint,
     score_weights,
@@ -35,7 +35,7 @@ SPEC = PretrainSpec(
     optim=OptimSpec(),
 )
 SPLITS = Splits(np.arange(0, 200), np.arange(200, 260), np.arange(260, 360))
-HOW = ObjectiveSpec(knn_k=5, batch_size=64)
+CONFIG = EvalConfig(knn_k=5, batch_size=64, latency=False)
 
 
 def weights() -> list[dict[str, Tensor]]:
@@ -44,13 +44,11 @@ def weights() -> list[dict[str, Tensor]]:
 
 def test_the_score_is_the_evaluations_knn_on_the_validation_split_averaged_over_the_depths() -> None:
     source, backbone = digits(), open_spec_backbone(SPEC)
-    score = score_weights(SPEC, backbone, weights(), (source, SPLITS), HOW)
+    score = score_weights(SPEC, backbone, weights(), (source, SPLITS), CONFIG)
     as_test = Splits(SPLITS.train, SPLITS.test, SPLITS.val)
     variants = random_variants(SPEC, backbone, (2, 4))
     cpu = torch.device("cpu")
-    reports = evaluate_variants(
-        variants, source, as_test, (16, 16), SPEC.mean, SPEC.std, cpu, k=5, latency=False
-    )
+    reports = evaluate_variants(variants, source, as_test, (16, 16), SPEC.mean, SPEC.std, cpu, CONFIG)
     assert score.metric == "knn_top1"
     assert score.by_depth == {report.depth: report.knn_top1 for report in reports}
     assert score.mean == pytest.approx(sum(score.by_depth.values()) / 2)
@@ -61,8 +59,8 @@ def test_a_committed_checkpoint_is_scored_like_its_weights(tmp_path: Path) -> No
     for k, state in enumerate(weights()):
         save_block(tmp_path, k, state, {})
     images = (digits(), SPLITS)
-    assert score_checkpoint(SPEC, images, HOW, tmp_path) == score_weights(
-        SPEC, open_spec_backbone(SPEC), weights(), images, HOW
+    assert score_checkpoint(SPEC, images, CONFIG, tmp_path) == score_weights(
+        SPEC, open_spec_backbone(SPEC), weights(), images, CONFIG
     )
 
 
@@ -71,7 +69,7 @@ def test_the_test_split_is_never_looked_at() -> None:
     seen: list[int] = []
     load = source.load
     source.load = lambda index: (seen.append(index), load(index))[1]  # type: ignore[method-assign, func-returns-value]
-    score_weights(SPEC, open_spec_backbone(SPEC), weights(), (source, SPLITS), HOW)
+    score_weights(SPEC, open_spec_backbone(SPEC), weights(), (source, SPLITS), CONFIG)
     assert set(seen) == {*SPLITS.train.tolist(), *SPLITS.val.tolist()}
 
 
@@ -79,7 +77,7 @@ def test_without_labels_or_a_validation_split_the_rank_of_the_training_images_co
     source = digits()
     no_val = Splits(SPLITS.train, SPLITS.val[:0], SPLITS.test)
     assert (metric_of(source, SPLITS), metric_of(source, no_val)) == ("knn_top1", "rankme")
-    score = score_weights(SPEC, open_spec_backbone(SPEC), weights(), (source, no_val), HOW)
+    score = score_weights(SPEC, open_spec_backbone(SPEC), weights(), (source, no_val), CONFIG)
     assert score.metric == "rankme"
     assert score.images == 200
     assert all(1 < rank < 32 for rank in score.by_depth.values())

@@ -15,18 +15,19 @@ from bim.orchestrator.data.phases import PhaseSpec, phases_on
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.distributed.placement import ClusterResources, PlacementError, StageLayout
+from bim.orchestrator.evaluation.records import EvalConfig
 from bim.orchestrator.runs.prepare import ResolvedRun, resolve_run
-from bim.orchestrator.search.objective import ObjectiveSpec, score_checkpoint
+from bim.orchestrator.search.objective import score_checkpoint
 from bim.orchestrator.search.trial import (
     DRIVER_CPUS,
     InfeasibleSettings,
     Scorer,
     TrialSpec,
+    completed_epochs,
     run_trial,
     trial_epochs,
     trial_placement,
     trial_settings,
-    whole_epochs,
 )
 
 TINY = """--backbone.model_args {img_size:\\ 16,patch_size:\\ 4,embed_dim:\\ 32,depth:\\ 4,num_heads:\\ 2} --decoder.dim 32
@@ -90,7 +91,7 @@ def test_a_trial_that_does_not_fit_at_all_is_refused() -> None:
 
 def test_steps_inside_an_epoch_end_none() -> None:
     phases = phases_on([PhaseSpec(0, (16, 16), 8), PhaseSpec(2, (16, 16), 4)], 16)  # 2 steps an epoch, then 4
-    assert [whole_epochs(phases, step) for step in range(1, 9)] == [None, 1, None, 2, None, None, None, 3]
+    assert [completed_epochs(phases, step) for step in range(1, 9)] == [None, 1, None, 2, None, None, None, 3]
 
 
 class Recorder:
@@ -107,7 +108,7 @@ class Recorder:
 
 
 def scorer(family: ResolvedRun, images: tuple[Source, Splits]) -> Scorer:
-    return lambda spec, checkpoint: score_checkpoint(spec, images, ObjectiveSpec(), checkpoint)
+    return lambda spec, checkpoint: score_checkpoint(spec, images, EvalConfig(), checkpoint)
 
 
 def plan(folder: Path, *argv: str) -> TrialSpec:
@@ -116,7 +117,7 @@ def plan(folder: Path, *argv: str) -> TrialSpec:
     )
     layout = StageLayout(((0, 1, 2, 3),), gpus=0.0, cpus=1.0, loader_cpus=0.0, threads=1)
     fingerprint = resolve_run(made, folder)[0].fingerprint
-    return TrialSpec(settings_to_mapping(made), layout, "fp32", str(folder), ObjectiveSpec(), fingerprint)
+    return TrialSpec(settings_to_mapping(made), layout, "fp32", str(folder), EvalConfig(), fingerprint)
 
 
 def test_a_trial_reports_its_score_every_so_many_epochs_and_at_its_end(tmp_path: Path) -> None:
