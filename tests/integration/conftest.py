@@ -1,10 +1,9 @@
-"""One Ray, or one MLflow store, for each module that asks for it, without telemetry, and the tiny model that tests train."""
+"""One Ray for the session, one MLflow store for each module that asks for it, and the tiny model that tests train."""
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,27 +12,29 @@ import pytest
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("DO_NOT_TRACK", "1")
-
 MODEL_ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2}
 
 
-@pytest.fixture(scope="module")
-def ray_cluster() -> Iterator[None]:
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[Callable[[], None]]:
+    """Starts Ray, or starts it again after a test that shut it down; ends it with the session."""
     import ray
 
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, object_store_memory=256 << 20, log_to_driver=False,
-        logging_level="ERROR",
-    )  # fmt: skip
-    yield
+    def start() -> None:
+        if not ray.is_initialized():
+            ray.init(
+                address="local", num_cpus=2, include_dashboard=False, object_store_memory=256 << 20, log_to_driver=False,
+                logging_level="ERROR",
+            )  # fmt: skip
+
+    yield start
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(ray_session: Callable[[], None]) -> None:
+    """One Ray for all modules that ask for it."""
+    ray_session()
 
 
 @pytest.fixture(scope="session")

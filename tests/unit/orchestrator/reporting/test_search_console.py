@@ -48,7 +48,9 @@ def test_every_trial_is_compared_with_the_best_of_the_same_epoch(lines: pytest.L
     both = EMPTY.with_row(own).with_row(other)
     progress.on_score(both, other)
     progress.on_score(both, own)
-    progress.on_end(both, replace(other, status="stopped early", status_reason="by ASHA after epoch 3: too weak"))
+    progress.on_end(
+        both, replace(other, status="stopped early", status_reason="by ASHA after epoch 3: too weak")
+    )
     assert lines.messages == [
         "trial 0: the recipe's own setting",
         "trial 0  epoch  3/12  kNN top-1 0.500",

@@ -1,0 +1,28 @@
+"""Quiet surroundings for every test, and which tests may run at the same time."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TESTS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with Ray share one worker process of pytest-xdist, and with it one Ray; unit tests run beside them."""
+    for item in items:
+        if item.path.relative_to(TESTS).parts[0] != "unit":
+            item.add_marker(pytest.mark.xdist_group("ray"))
+    # The longest group first: the unit tests fill the other worker meanwhile.
+    items.sort(key=lambda item: item.path.relative_to(TESTS).parts[0] == "unit")
