@@ -18,7 +18,7 @@ import timm.layers
 import torch
 
 from bim.models.backbones import open_backbone
-from bim.models.backbones.backbone import RESERVED_ARGS
+from bim.models.backbones.timm_models import RESERVED_ARGS
 from bim.models.masks.plan import MaskPlan, partial_plan
 from bim.models.masks.sampling import SAMPLERS
 from bim.orchestrator.benchmarks.activation_memory import autocast, counting_saved, growing, saved_activations
@@ -88,7 +88,7 @@ def methods(backbone: str, layers: tuple[int, ...]) -> list[Method]:
     The small size is 128, or the next below that holds whole mask units; HOG's cells are 8 pixels, or the next below that
     divide a unit.
     """
-    whole, unit = (sum(layers),), open_backbone(backbone, layers, {}).unit
+    whole, unit = (sum(layers),), open_backbone(backbone, layers, {}).mask_unit_px
     size = max(unit, 128 // unit * unit)
     cell = next(cell for cell in range(8, 0, -1) if unit % cell == 0)
     thrown, small_thrown = replace(MAE_DECODER, throw_ratio=0.5), replace(SMALL_DECODER, throw_ratio=0.5)

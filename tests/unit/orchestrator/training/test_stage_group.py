@@ -76,7 +76,7 @@ def test_where_blocks_live_does_not_change_a_bit(places: tuple[tuple[int, ...], 
 
 def test_masks_are_a_function_of_seed_step_and_micro_batch() -> None:
     def order(step: int, micro: int = 0) -> torch.Tensor:
-        return plans_of_step(SPEC, backbone_of(SPEC), (16, 16), 4, step, micro)[0].order
+        return plans_of_step(SPEC, backbone_of(SPEC), (16, 16), 4, step, micro)[0].permutation
 
     assert torch.equal(order(3), order(3))
     assert not torch.equal(order(3), order(4))
