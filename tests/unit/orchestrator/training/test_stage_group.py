@@ -81,7 +81,7 @@ def test_the_placement_of_blocks_does_not_change_a_bit(
 
 def test_masks_are_a_function_of_seed_step_and_micro_batch() -> None:
     def permutation(step: int, micro_step: int = 0) -> torch.Tensor:
-        return mask_plans(SPEC, open_spec_backbone(SPEC), (16, 16), 4, step, micro_step)[0].order
+        return mask_plans(SPEC, open_spec_backbone(SPEC), (16, 16), 4, step, micro_step)[0].permutation
 
     assert torch.equal(permutation(3), permutation(3))
     assert not torch.equal(permutation(3), permutation(4))
