@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
@@ -17,6 +17,7 @@ import timm.layers
 import torch
 
 from bim.models.backbones import open_backbone
+from bim.models.backbones.backbone import Backbone
 from bim.models.backbones.timm_models import RESERVED_ARGS
 from bim.models.masks.plan import MaskPlan, partial_plan
 from bim.models.masks.sampling import SAMPLERS
@@ -130,19 +131,14 @@ def step_seconds(
         BlockTrainer(build_local_mim(spec, k, backbone), k, optim, device) for k in range(len(spec.blocks))
     ]
     images = torch.rand(batch, 3, *backbone.image_size, generator=torch.Generator().manual_seed(0)).to(device)
-    times = []
-    for step in range(steps + 1):  # the first one warms up
-        if device.type == "cuda" and step == 1:
-            torch.cuda.reset_peak_memory_stats(device)
-        plans = mask_plans(spec, backbone, backbone.image_size, batch, step, 0, device=device)
-        started = _now(device)
+
+    def run(step: int, plans: dict[int, MaskPlan]) -> None:
         x = images
         for k, trainer in enumerate(trainers):
             y, _ = trainer.train_step(x, images, plans[k], step=step, lr=1e-4)
             x = y.float()
-        times.append(_now(device) - started)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return min(times[1:]), peak
+
+    return _fastest(run, spec, backbone, batch, device, steps)
 
 
 def cost(spec: PretrainSpec, batch: int, device: torch.device, precision: Precision, steps: int) -> Cost:
@@ -175,19 +171,37 @@ def encoder_cost(
         return [saved.total]
 
     (held,) = growing(count, batch)
-    block, images, times = block.to(device), images.to(device), []
-    for step in range(steps + 1):  # the first one warms up
-        if device.type == "cuda" and step == 1:
-            torch.cuda.reset_peak_memory_stats(device)
-        plan = mask_plans(spec, backbone, size, batch, step, 0, device=device)[0]
-        started = _now(device)
+    block, images = block.to(device), images.to(device)
+
+    def run(step: int, plans: dict[int, MaskPlan]) -> None:
         with autocast(device.type, precision):
-            tokens = block(images, plan)
+            tokens = block(images, plans[0])
         tokens.float().square().mean().backward()
         block.zero_grad(set_to_none=True)
+
+    seconds, peak = _fastest(run, spec, backbone, batch, device, steps)
+    return seconds, held, peak
+
+
+def _fastest(
+    run: Callable[[int, dict[int, MaskPlan]], None],
+    spec: PretrainSpec,
+    backbone: Backbone,
+    batch: int,
+    device: torch.device,
+    steps: int,
+) -> tuple[float, int | None]:
+    """Seconds of the fastest of `steps` calls of `run` after one to warm up, without the mask plans; and the maximum bytes
+    allocated on the accelerator."""
+    times = []
+    for step in range(steps + 1):
+        if device.type == "cuda" and step == 1:
+            torch.cuda.reset_peak_memory_stats(device)
+        plans = mask_plans(spec, backbone, backbone.image_size, batch, step, 0, device=device)
+        started = _now(device)
+        run(step, plans)
         times.append(_now(device) - started)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return min(times[1:]), held, peak
+    return min(times[1:]), torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def plan_seconds(spec: PretrainSpec, batch: int, steps: int) -> float:

@@ -135,23 +135,18 @@ class BlockTrainer:
 
         Raises:
             RuntimeError: a weight is missing, unknown or of another shape.
+            KeyError: the optimizer state of an unknown parameter.
         """
         self.module.load_state_dict(weights)
         if self._scaler.is_enabled() and "scaler/scale" in state:
             current = self._scaler.state_dict()
             scale, growth = float(state["scaler/scale"]), int(state["scaler/growth_tracker"])
             self._scaler.load_state_dict(current | {"scale": scale, "_growth_tracker": growth})
-        per_parameter: dict[str, dict[str, Tensor]] = {}
+        parameters = (p for group in self._optimizer.param_groups for p in group["params"])
+        index = {self._names[id(parameter)]: i for i, parameter in enumerate(parameters)}
+        by_index: dict[int, dict[str, Tensor]] = {}
         for key, value in state.items():
             kind, _, name = key.partition("/")
             if kind != "scaler":
-                per_parameter.setdefault(name, {})[kind] = value
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        indexed = {
-            i: per_parameter[self._names[id(p)]]
-            for i, p in enumerate(parameters)
-            if self._names[id(p)] in per_parameter
-        }
-        self._optimizer.load_state_dict(
-            {"state": indexed, "param_groups": self._optimizer.state_dict()["param_groups"]}
-        )
+                by_index.setdefault(index[name], {})[kind] = value
+        self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": by_index})

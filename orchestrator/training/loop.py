@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bim.orchestrator.data.errors import TooManyCorruptImagesError
 from bim.orchestrator.training.callbacks import Callback, PretrainResult, StopRequest
 from bim.orchestrator.training.checkpoint import CheckpointStore
 from bim.orchestrator.training.errors import StageFailure, TrainingError
-from bim.orchestrator.training.manifest import FileRecord, Manifest, all_files
+from bim.orchestrator.training.manifest import FileRecord, Manifest
 from bim.orchestrator.training.messages import StepReport, StepRequest
 from bim.orchestrator.training.meter import Meter
 from bim.orchestrator.training.restart_policy import RestartPolicy
@@ -68,96 +68,98 @@ def pretrain(
     return PretrainResult(loop.completed_steps, restarts, stopped, loop.bad_images, loop.meter.images_per_s())
 
 
+@dataclass
 class _Loop:
     """The loop's state between two failures, and the unreadable images of the whole run."""
 
-    def __init__(
-        self,
-        schedule: TrainingSchedule,
-        stages: Stages,
-        store: CheckpointStore,
-        make_manifest: Callable[[int], Manifest],
-        callback: Callback,
-        stop: StopRequest,
-    ) -> None:
-        self._schedule, self._stages, self._store = schedule, stages, store
-        self._make_manifest, self._callback, self._stop = make_manifest, callback, stop
-        self._in_flight: deque[tuple[StepRequest, Any]] = deque()
-        self.meter = Meter(schedule)
-        self.bad_images: dict[str, str] = {}
-        self.step: int | None = None
-        """The next step to submit; None while the stages are not restored."""
-        self.completed_steps = 0
-        """Steps that every stage completed."""
-        self.committed_step: int | None = None
-        """The step of the last checkpoint; None if there is none."""
+    schedule: TrainingSchedule
+    stages: Stages
+    store: CheckpointStore
+    make_manifest: Callable[[int], Manifest]
+    callback: Callback
+    stop: StopRequest
+    step: int | None = None
+    """The next step to submit; None while the stages are not restored."""
+    completed_steps: int = 0
+    """Steps that every stage completed."""
+    committed_step: int | None = None
+    """The step of the last checkpoint; None if there is none."""
+    bad_images: dict[str, str] = field(default_factory=dict)
+    in_flight: deque[tuple[StepRequest, Any]] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self.meter = Meter(self.schedule)
 
     def rewind(self) -> None:
         """Restore all stages from the newest valid checkpoint, after replacing those whose process is gone."""
-        self._stages.start()
-        manifest = self._store.latest(warn=True)
+        self.stages.start()
+        manifest = self.store.latest(warn=True)
         step = 0 if manifest is None else manifest.step
-        self._stages.restore(None if manifest is None else self._store.directory(step), step)
-        if step == self._schedule.total_steps:
+        self.stages.restore(None if manifest is None else self.store.directory(step), step)
+        if step == self.schedule.total_steps:
             log.info("checkpoint is already at the last step (%d); nothing to train", step)
         elif step:
-            log.info("continuing after step %d of %d", step, self._schedule.total_steps)
+            log.info("continuing after step %d of %d", step, self.schedule.total_steps)
         if manifest is not None:
             self.bad_images = manifest.facts.get("bad_images", {}) | self.bad_images
-        self._callback.on_rewind(step)
+        self.callback.on_rewind(step)
         self.committed_step = None if manifest is None else step
         self.step = self.completed_steps = step
-        self.meter = Meter(self._schedule)
+        self.meter = Meter(self.schedule)
 
     def run(self) -> str | None:
         """Submit and collect steps until the schedule ends or a stop is requested. Returns the reason of the stop."""
         assert self.step is not None
-        total = self._schedule.total_steps
-        while self.step < total and self._stop.reason is None:
-            if self._schedule.starts_phase(self.step):
+        total = self.schedule.total_steps
+        while self.step < total and self.stop.reason is None:
+            if self.schedule.starts_phase(self.step):
                 self._collect(0)  # steps in flight have another image size
             self._submit(self.step)
             self.step += 1
         self._collect(0)
-        if self._stop.reason is not None:
+        if self.stop.reason is not None:
             if self.committed_step != self.step:
-                self._commit(self.step, [self._stages.save(self._store.directory(self.step))])
+                self._commit(self.step, self.stages.save(self.store.directory(self.step)))
             log.info("checkpoint saved after step %d of %d", self.step, total)
-        return self._stop.reason if self.step < total else None
+        return self.stop.reason if self.step < total else None
 
     def cancel_pending(self) -> None:
         """Wait until nothing that was submitted is running, and forget it."""
-        self._stages.cancel_pending([pending for _, pending in self._in_flight])
-        self._in_flight.clear()
+        self.stages.cancel_pending([pending for _, pending in self.in_flight])
+        self.in_flight.clear()
         self.step = None
 
     def _submit(self, step: int) -> None:
-        micro_steps = self._schedule.phase(step).grad_accum_steps
+        micro_steps = self.schedule.phase(step).grad_accum_steps
         for micro_step in range(micro_steps):
-            is_saved = micro_step == micro_steps - 1 and self._schedule.is_checkpoint_step(step)
-            checkpoint = str(self._store.directory(step + 1)) if is_saved else None
-            request = StepRequest(step, self._schedule.lr(step), micro_step, micro_steps, checkpoint)
-            self._in_flight.append((request, self._stages.submit(request)))
-            self._collect(self._schedule.window)
+            is_saved = micro_step == micro_steps - 1 and self.schedule.is_checkpoint_step(step)
+            checkpoint = str(self.store.directory(step + 1)) if is_saved else None
+            request = StepRequest(step, self.schedule.lr(step), micro_step, micro_steps, checkpoint)
+            self.in_flight.append((request, self.stages.submit(request)))
+            self._collect(self.schedule.window)
 
     def _collect(self, max_in_flight: int) -> None:
-        while len(self._in_flight) > max_in_flight:
-            request, pending = self._in_flight[0]
-            report = self._stages.wait(pending)
-            self._in_flight.popleft()
+        while len(self.in_flight) > max_in_flight:
+            request, pending = self.in_flight[0]
+            report = self.stages.wait(pending)
+            self.in_flight.popleft()
             self._record(report)
             if request.is_last_micro_step:
                 self.completed_steps = request.step + 1
                 if request.checkpoint is not None:
-                    self._commit(self.completed_steps, [stage.files for stage in report.stages])
+                    files = [record for stage in report.stages for record in stage.files]
+                    self._commit(self.completed_steps, files)
                 self._emit(request)
 
-    def _commit(self, step: int, files: Iterable[tuple[FileRecord, ...]]) -> None:
-        manifest = self._make_manifest(step)
+    def _commit(self, step: int, files: Iterable[FileRecord]) -> None:
+        manifest = self.make_manifest(step)
         facts = manifest.facts | {"bad_images": self.bad_images}
-        self._store.commit(replace(manifest, facts=facts, files=all_files(files)))
+        by_name = tuple(
+            sorted(files, key=lambda record: record.name)
+        )  # equal for every placement of the blocks
+        self.store.commit(replace(manifest, facts=facts, files=by_name))
         self.committed_step = step
-        self._callback.on_checkpoint(step)
+        self.callback.on_checkpoint(step)
 
     def _record(self, report: StepReport) -> None:
         self.meter.add(report)
@@ -165,10 +167,10 @@ class _Loop:
             if name not in self.bad_images:
                 self.bad_images[name] = reason
                 log.warning("skipped an unreadable image: %s (%s)", name, reason)
-        if len(self.bad_images) > self._schedule.max_bad_images:
+        if len(self.bad_images) > self.schedule.max_bad_images:
             raise TooManyCorruptImagesError(
                 f"{len(self.bad_images)} images could not be read, the last being {next(reversed(self.bad_images))}, and "
-                f"data.max_bad_fraction allows {self._schedule.max_bad_images}; repair or remove them, or raise it"
+                f"data.max_bad_fraction allows {self.schedule.max_bad_images}; repair or remove them, or raise it"
             )
 
     def _emit(self, request: StepRequest) -> None:
@@ -176,7 +178,7 @@ class _Loop:
         if metrics is not None:
             metrics["data/bad_images"] = float(len(self.bad_images))
             metrics |= {"lr": request.lr, "images_per_s": self.meter.images_per_s()}
-            self._callback.on_step(request.step + 1, metrics)
+            self.callback.on_step(request.step + 1, metrics)
         report = self.meter.epoch_report(request.step)
         if report is not None:
-            self._callback.on_epoch(report)
+            self.callback.on_epoch(report)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,3 @@ def read_manifest(directory: Path) -> Manifest:
         raise ValueError(f"format {raw['format']}, this version reads {FORMAT}")
     files = tuple(FileRecord(**record) for record in raw["files"])
     return Manifest(raw["step"], raw["steps_per_epoch"], raw["settings"], raw["facts"], files)
-
-
-def all_files(records: Iterable[Iterable[FileRecord]]) -> tuple[FileRecord, ...]:
-    """Flatten the records of all stages, sorted by name so that equal checkpoints have equal manifests."""
-    return tuple(sorted((record for stage in records for record in stage), key=lambda record: record.name))

@@ -19,7 +19,7 @@ from bim.orchestrator.training.checkpoint import (
     load_weights,
     save_block,
 )
-from bim.orchestrator.training.manifest import Manifest, all_files
+from bim.orchestrator.training.manifest import Manifest
 from bim.orchestrator.training.spec import DecoderSpec, PretrainSpec
 
 
@@ -27,7 +27,7 @@ def commit(store: CheckpointStore, step: int) -> None:
     records = save_block(
         store.directory(step), 0, {"encoder.w": torch.full((3,), float(step))}, {"step/w": torch.tensor(1.0)}
     )
-    store.commit(Manifest(step, 10, {"seed": 0}, {}, all_files([records])))
+    store.commit(Manifest(step, 10, {"seed": 0}, {}, tuple(records)))
 
 
 def step_of(store: CheckpointStore) -> int | None:
