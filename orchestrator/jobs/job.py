@@ -43,7 +43,8 @@ from bim.orchestrator.runs.provenance import collect
 from bim.orchestrator.runs.signals import Interrupted, interrupted_by_signals
 from bim.orchestrator.runs.train import resolve_layout, resolve_precision, train
 from bim.orchestrator.search.results import finished_search, with_best
-from bim.orchestrator.tracking.tracker import Tracker, TrackingError
+from bim.orchestrator.tracking.open_run import TrackingError
+from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.checkpoint import CheckpointStore
 from bim.orchestrator.training.spec import Precision
