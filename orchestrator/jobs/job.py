@@ -39,7 +39,8 @@ from bim.orchestrator.runs.signals import interrupted_by_signals
 from bim.orchestrator.runs.train import check_precision, resolve_precision
 from bim.orchestrator.search.results import finished_search
 from bim.orchestrator.text import short_path
-from bim.orchestrator.tracking.tracker import Tracker, TrackingError
+from bim.orchestrator.tracking.open_run import TrackingError
+from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.callbacks import StopRequest
 
 BAD_INPUT = (SettingsError, DataError, OutputError, PlacementError, TrackingError, ClusterError)

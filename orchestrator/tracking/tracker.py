@@ -27,19 +27,13 @@ from mlflow.exceptions import MlflowException
 from bim.orchestrator.files import atomic_write
 from bim.orchestrator.runs.provenance import Provenance
 from bim.orchestrator.tracking.background_upload import BackgroundUploader, RetryQueue
-from bim.orchestrator.tracking.descriptions import VIEW, pages, picture, runs_view
+from bim.orchestrator.tracking.descriptions import pages, picture
 from bim.orchestrator.tracking.metric_log import MetricLog
+from bim.orchestrator.tracking.open_run import check_model_name, is_permanent_error, open_run
 from bim.orchestrator.tracking.records import DepthRecord, MetricPoint
-from bim.orchestrator.tracking.store import (
-    CONNECT_TIMEOUT_S,
-    StoreAddress,
-    exclusive_lock,
-    http_timeouts,
-    quiet_client_logs,
-    summarize_error,
-)
+from bim.orchestrator.tracking.store import StoreAddress, http_timeouts, quiet_client_logs, summarize_error
 from bim.orchestrator.tracking.trial_runs import TrialRuns
-from bim.orchestrator.tracking.variant_runs import DESCRIPTION_TAG, DepthRuns, source_tags
+from bim.orchestrator.tracking.variant_runs import DESCRIPTION_TAG, DepthRuns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,10 +46,6 @@ TAGGED_PACKAGES = ("torch", "timm", "ray")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 log = logging.getLogger(__name__)
-
-
-class TrackingError(ValueError):
-    """The MLflow store cannot be used; raised only when a run starts."""
 
 
 class Tracker:
@@ -82,7 +72,7 @@ class Tracker:
         self._resources.enter_context(http_timeouts(retries=1, seconds=60))
         self._resources.enter_context(quiet_client_logs())
         self._uploader: BackgroundUploader | None = None
-        self._retries = RetryQueue(str(address), _is_permanent, self._store_is_unavailable)
+        self._retries = RetryQueue(str(address), is_permanent_error, self._store_is_unavailable)
         self._depths = DepthRuns(client, run, model_name, address.uri_to_set())
         self._trials = TrialRuns(client, run)
         self._trial_rows: dict[int, TrialRow] = {}
@@ -115,33 +105,9 @@ class Tracker:
         Raises:
             TrackingError: within seconds.
         """
-        model_name = model_name or experiment
-        if re.search(r"[/:]", model_name):
-            raise TrackingError(
-                f"the model name {model_name!r} has a slash or a colon, which MLflow does not take in names of "
-                "registered models; give another one with --tracking.model_name"
-            )
+        model_name = check_model_name(model_name or experiment)
         address = StoreAddress(uri or mlflow.get_tracking_uri())
-        try:
-            with (
-                http_timeouts(retries=0, seconds=int(CONNECT_TIMEOUT_S)),
-                quiet_client_logs(),
-                exclusive_lock(address),
-            ):
-                address.probe()
-                client = MlflowClient(tracking_uri=address.uri)
-                if resume_run_id is None:
-                    experiment_id = _experiment(client, experiment, address)
-                    run = _new_run(client, experiment_id, run_name, parent_run_id)
-                else:
-                    run = _resumed_run(client, resume_run_id, address)
-        except TrackingError:
-            raise
-        except Exception as error:  # each kind of store has its own errors
-            raise TrackingError(
-                f"the MLflow store {address} cannot be used: {summarize_error(error)}; "
-                "start or repair it, or give another one with --tracking.uri (sqlite:///mlflow.db needs no server)"
-            ) from error
+        client, run = open_run(address, experiment, run_name, resume_run_id, parent_run_id)
         tracker = cls(client, address, run, out, model_name, continued=resume_run_id is not None)
         record = {"run_id": tracker.run_id, "experiment_id": tracker.experiment_id, "uri": str(address)}
         atomic_write(out / "tracking.json", json.dumps(record, indent=2) + "\n")
@@ -336,7 +302,7 @@ class Tracker:
         try:
             self._client.log_batch(self.run_id, metrics=metrics)
         except MlflowException as error:
-            if not _is_permanent(error):
+            if not is_permanent_error(error):
                 raise
             log.warning(
                 "MLflow refused %d metrics of run %s (%s)", len(points), self.run_id, summarize_error(error)
@@ -347,51 +313,3 @@ class Tracker:
         if size != self._events_sent:
             self._client.log_artifact(self.run_id, str(self._events))
             self._events_sent = size
-
-
-def _experiment(client: MlflowClient, name: str, address: StoreAddress) -> str:
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        # The kind tells MLflow's pages to show runs and models rather than traces of language models.
-        kind = {"mlflow.experimentKind": "custom_model_development"}
-        try:
-            experiment_id = client.create_experiment(name, address.artifact_folder(name), kind)
-            experiment = client.get_experiment(experiment_id)
-        except MlflowException as error:
-            experiment = client.get_experiment_by_name(name)  # another run may have created it since
-            if error.error_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:
-                raise
-    if experiment.lifecycle_stage != "active":
-        raise TrackingError(
-            f"the experiment {name!r} of the MLflow store {address} was deleted; choose another --tracking.experiment, "
-            f"or bring it back with: mlflow experiments restore -x {experiment.experiment_id}"
-        )
-    view = f"mlflow.sharedViewState.{VIEW}"
-    if view not in experiment.tags:
-        client.set_experiment_tag(experiment.experiment_id, view, runs_view(int(1000 * time.time())))
-    return str(experiment.experiment_id)
-
-
-def _new_run(client: MlflowClient, experiment_id: str, name: str, parent_run_id: str | None) -> Run:
-    parent = {} if parent_run_id is None else {"mlflow.parentRunId": parent_run_id}
-    return client.create_run(experiment_id, tags=source_tags() | parent, run_name=name)
-
-
-def _resumed_run(client: MlflowClient, run_id: str, address: StoreAddress) -> Run:
-    try:
-        run = client.get_run(run_id)
-        client.update_run(run_id, "RUNNING")
-    except MlflowException as error:
-        if not _is_permanent(error):
-            raise
-        raise TrackingError(
-            f"the run {run_id} that is to be resumed is not in the MLflow store {address}; give --tracking.uri its "
-            "store, or remove tracking.json from the output directory to continue as a new run"
-        ) from error
-    return run
-
-
-def _is_permanent(error: Exception) -> bool:
-    """Whether the store answers and refuses the request, so that repeating it does not help."""
-    codes = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
-    return isinstance(error, MlflowException) and error.error_code in codes

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from bim.orchestrator.tracking.tracker import Tracker, TrackingError
+from bim.orchestrator.tracking.open_run import TrackingError
+from bim.orchestrator.tracking.tracker import Tracker
 from tests.integration.tracking import export, open_tracker, outage, record, steps
 
 pytestmark = pytest.mark.usefixtures("home")
