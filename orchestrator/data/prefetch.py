@@ -4,7 +4,19 @@ Workers are new interpreters, not forks, so that a process with threads (a Ray a
 they do not import the caller's main script. Batches travel through a ring of slots in one anonymous memory file,
 messages through a pipe per worker; the end of a pipe ends its worker, so workers end with their consumer. POSIX only.
 
-DATALOADER_TABLE"""
+`torch.utils.data.DataLoader` is slower: it puts every batch into a new shared-memory file, whose pages cost about a
+seventh of the work of a batch, and the 64 MB of /dev/shm in a container hold three batches of 128 x 224 x 224. A killed
+worker and slices per worker are no obstacle: the loader is made again at the same step, and slice w goes to worker w.
+Images per CPU second (and per second) relative to this module; the median of five alternating turns, range of the CPU
+ratio in brackets; clothing photographs, 128 crops of 224 x 224, two cores shared with other programs:
+
+    workers   a worker fills whole batches      a worker fills a slice of each batch
+    1         0.81 (0.79-0.83), 0.76            -
+    2         0.90 (0.83-0.92), 0.94            0.80 (0.66-0.84), 0.89
+    4         0.85 (0.83-0.91), 0.85            0.80 (0.70-0.83), 1.03
+
+With 32 x 32 crops in batches of 512 the CPU ratio is 0.97 to 1.03. Made by
+`python tests/unit/orchestrator/data/compare_dataloader.py SOURCE --size 224 --batch-size 128`."""
 
 from __future__ import annotations
 
