@@ -287,7 +287,7 @@ def test_throwing_half_of_the_tokens_costs_072_of_mae_vit_base() -> None:
         return counter.get_total_flops() / 2
 
     mae = macs(plan, "none")
-    # 9.78e9 (papers.md 5.4) has the head on the visible tokens and embeds the masked patches; neither is done here.
+    # 9.78e9, of the authors' MAE, includes the head on visible tokens and the embedding of masked patches; ours has neither.
     unneeded = (50 * 512 + 147 * 768) * 768
     assert mae + unneeded == pytest.approx(9.78e9, rel=1e-3)
     partial = macs(partial_plan(plan, 0.5, "furthest", generator(0)), "aggregate")

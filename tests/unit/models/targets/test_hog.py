@@ -52,7 +52,7 @@ def test_a_ramps_cell_sums_its_pixels_gradients() -> None:
 
 
 def test_gradients_are_sobels_over_reflected_edges_put_into_hard_bins() -> None:
-    """The definition of papers.md 3.3 in float64, a pixel at a time; noise has no gradient on a border of two bins."""
+    """FastMIM's definition (arXiv 2212.06593) in float64, pixel by pixel; noise has no gradient on a border of two bins."""
     image = images(8, 16)[:1]
     expected = torch.zeros(3, 9, 2, 4, dtype=torch.float64)
 
