@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
+import torch
+
 from bim.orchestrator.distributed.cluster import run_in_bundle
 from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.distributed.placement_group import (
@@ -194,7 +196,9 @@ def _evaluate(
     if group is None:
         return evaluate_checkpoint(task)
     if not layout.gpus:
-        task = replace(task, threads=layout.threads * len(layout.stage_blocks))
+        # Alone it computes with as many threads as this process would, else with its share of the CPUs.
+        share = max(1, int(layout.cpus * len(layout.stage_blocks) + layout.loader_cpus))
+        task = replace(task, threads=torch.get_num_threads() if alone else share)
     if task.evaluation.latency and layout.gpus < 1 and not alone:
         # Others compute on the same device.
         backbone.latency_pending = True
