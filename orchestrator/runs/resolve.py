@@ -84,8 +84,11 @@ def _mask_ratios(settings: Settings, backbone: Backbone) -> tuple[float, ...]:
 def _decoders(settings: Settings) -> tuple[DecoderSpec, ...]:
     names = ("depth", "dim", "num_heads", "throw_ratio")
     per_block = zip(*(settings.per_block(f"decoder.{name}") for name in names), strict=True)
-    shared = settings.decoder.recovery, settings.decoder.sampler, settings.decoder.thrown_weight
-    return tuple(DecoderSpec(*block_values, *shared) for block_values in per_block)
+    shared = settings.decoder
+    return tuple(
+        DecoderSpec(depth, dim, heads, throw_ratio, shared.recovery, shared.sampler, shared.thrown_weight)
+        for depth, dim, heads, throw_ratio in per_block
+    )
 
 
 def _targets(settings: Settings) -> tuple[TargetSpec, ...]:
