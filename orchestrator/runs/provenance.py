@@ -1,7 +1,6 @@
-"""What a run was made from: code revision, package versions, machine, data. Plain records; knows no MLflow.
+"""What a run was made from: code revision, package versions, machine, data, as plain records.
 
-Nothing here fails: what cannot be found out is None, because a record must never stop a training. Serves
-`tracking.py`, which writes the record beside the run, and model cards.
+Nothing here fails: what is unknown is None, because a record must never stop a training.
 """
 
 from __future__ import annotations
@@ -75,14 +74,14 @@ class Provenance:
     command: tuple[str, ...]
     data: DataRecord | None = None
     extra: dict[str, str] = field(default_factory=dict)
-    """What only the caller knows, e.g. the resources of the cluster."""
+    """Facts of the caller, e.g. the resources of the cluster."""
 
     def as_dict(self) -> dict[str, object]:
         return dataclasses.asdict(self)
 
 
 def collect(data: DataRecord | None = None, extra: dict[str, str] | None = None) -> Provenance:
-    """The record of this process, now. Takes some tens of milliseconds (git and nvidia-smi are asked)."""
+    """The record of this process, now. Takes some tens of milliseconds (it runs git and nvidia-smi)."""
     return Provenance(
         code=code_state(Path(__file__).resolve().parents[2]),
         packages=package_versions(PACKAGES),
@@ -98,13 +97,13 @@ def collect(data: DataRecord | None = None, extra: dict[str, str] | None = None)
 def code_state(root: Path) -> CodeState:
     """Commit and dirtiness of the checkout at `root`.
 
-    An installed copy may lie inside somebody else's checkout (`.venv` in their project); theirs is not our
-    revision, so the answer counts only if the package is tracked there.
+    An installed copy may lie inside another project's checkout (in its `.venv`), whose revision is not that of the
+    code; so the answer counts only if the package is tracked there.
     """
-    if _answer("git", "-C", str(root), "ls-files", "--error-unmatch", "orchestrator/__init__.py") is None:
+    if _output_of("git", "-C", str(root), "ls-files", "--error-unmatch", "orchestrator/__init__.py") is None:
         return CodeState(None, None)
-    commit = _answer("git", "-C", str(root), "rev-parse", "HEAD")
-    changes = _answer("git", "-C", str(root), "status", "--porcelain", "--", *CODE_FOLDERS)
+    commit = _output_of("git", "-C", str(root), "rev-parse", "HEAD")
+    changes = _output_of("git", "-C", str(root), "status", "--porcelain", "--", *CODE_FOLDERS)
     return CodeState(commit, None if changes is None else bool(changes))
 
 
@@ -120,9 +119,9 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
 
 
 def hardware() -> Hardware:
-    """CPU, memory and GPUs of this machine; nvidia-smi is asked: torch would open CUDA in the driver."""
+    """CPU, memory and GPUs of this machine, these by nvidia-smi: torch would open CUDA in the driver."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    gpus = _answer("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+    gpus = _output_of("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
     return Hardware(_cpu_name(), cpus, _memory_gib(), tuple((gpus or "").splitlines()))
 
 
@@ -145,12 +144,12 @@ def _memory_gib() -> float | None:
     return round(min(limits) / 2**30, 1) if limits else None
 
 
-def _answer(program: str, *arguments: str) -> str | None:
+def _output_of(program: str, *arguments: str) -> str | None:
     """What a short command printed, stripped; None if it is missing, fails or takes over five seconds."""
     if shutil.which(program) is None:
         return None
     try:
-        done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=5, check=True)
+        process = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=5, check=True)
     except (subprocess.SubprocessError, OSError):
         return None
-    return done.stdout.strip()
+    return process.stdout.strip()

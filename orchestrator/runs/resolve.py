@@ -1,6 +1,6 @@
-"""From settings to what actors are built from: opens the backbone, gives every block its own values, names the data.
+"""From settings to the specs that actors are built from: the backbone opened, every block with its own values.
 
-Makes the checks that need the backbone, so that they fail before anything starts. Serves the pipelines and the search.
+Makes the checks that need the backbone, so that they fail before anything starts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Check = Callable[[], object]
 
 
 def resolve(settings: Settings, auto_precision: Precision = "fp32") -> tuple[PretrainSpec, Backbone]:
-    """The family that the settings describe, one value per block, and its backbone.
+    """The spec that the settings describe, one value per block, and its backbone.
 
     Args:
         auto_precision: what `optim.precision: auto` means on the device of the stages.
@@ -76,31 +76,31 @@ def resolve(settings: Settings, auto_precision: Precision = "fp32") -> tuple[Pre
 
 
 def _mask_ratios(settings: Settings, backbone: Backbone) -> tuple[float, ...]:
-    """The mask ratio of every block. Where all tokens are encoded, block 0 paints for all: of two ends the last holds."""
+    """The mask ratio of every block. Where all tokens are encoded, block 0 masks for all: the end of a range holds."""
     ratios, given = settings.per_block("mask.ratio"), settings.mask.ratio
-    two_ends = isinstance(given, tuple) and len(given) == 2
-    return ratios[-1:] * len(ratios) if two_ends and backbone.encode == "all" else ratios
+    is_range = isinstance(given, tuple) and len(given) == 2
+    return ratios[-1:] * len(ratios) if is_range and backbone.encode == "all" else ratios
 
 
 def _decoders(settings: Settings) -> tuple[DecoderSpec, ...]:
     names = ("depth", "dim", "num_heads", "throw_ratio")
-    listed = zip(*(settings.per_block(f"decoder.{name}") for name in names), strict=True)
-    how = settings.decoder
+    per_block = zip(*(settings.per_block(f"decoder.{name}") for name in names), strict=True)
+    shared = settings.decoder
     return tuple(
-        DecoderSpec(depth, dim, heads, thrown, how.recovery, how.sampler, how.thrown_weight)
-        for depth, dim, heads, thrown in listed
+        DecoderSpec(depth, dim, heads, throw_ratio, shared.recovery, shared.sampler, shared.thrown_weight)
+        for depth, dim, heads, throw_ratio in per_block
     )
 
 
 def _targets(settings: Settings) -> tuple[TargetSpec, ...]:
     """Every block's target, with the keywords that belong to it."""
-    found = []
+    specs = []
     for name, cell in zip(settings.per_block("target.name"), settings.per_block("target.cell"), strict=True):
         args: dict[str, object] = {"normalize": settings.target.normalize}
         if name == "hog":
             args |= {"cell": cell, "bins": settings.target.bins}
-        found.append(TargetSpec(name, args))
-    return tuple(found)
+        specs.append(TargetSpec(name, args))
+    return tuple(specs)
 
 
 def _checks(
@@ -135,7 +135,7 @@ def _checks(
 def _check_thrown(
     backbone: Backbone, decoders: tuple[DecoderSpec, ...], units: int, ratios: tuple[float, ...]
 ) -> None:
-    """Raises ValueError of the block that bears the least, where several cannot bear what they are told to throw."""
+    """Raises the ValueError of the block with the lowest limit, where `throw_ratio` is above that of several."""
     refused: list[tuple[float, int, str]] = []
     for info, decoder, visible in zip(backbone.blocks, decoders, visible_counts(units, ratios), strict=True):
         per_unit = (backbone.mask_unit_px // info.stride) ** 2
@@ -144,9 +144,9 @@ def _check_thrown(
         except ValueError as error:
             refused.append((max_throw_ratio(units * per_unit, visible * per_unit), info.index, str(error)))
     if refused:
-        _, index, said = min(refused)
-        alike = len(refused) == len(decoders) and len({most for most, _, _ in refused}) == 1
-        raise ValueError(said if alike else f"block {index}: {said}")
+        _, index, problem = min(refused)
+        all_alike = len(refused) == len(decoders) and len({limit for limit, _, _ in refused}) == 1
+        raise ValueError(problem if all_alike else f"block {index}: {problem}")
 
 
 def _check_cells(targets: tuple[TargetSpec, ...], size: tuple[int, int]) -> None:
@@ -176,17 +176,17 @@ def resolution_phases(settings: Settings, backbone: Backbone) -> tuple[PhaseSpec
     data, epochs = settings.data, settings.schedule.epochs
     if settings.schedule.resolution is None:
         return (PhaseSpec(0, backbone.image_size, data.batch_size, data.accumulate),)
-    found = []
+    phases = []
     for start, pixels, *rest in settings.schedule.resolution:
         batch = rest[0] if rest else data.batch_size
         grad_accum_steps = rest[1] if len(rest) > 1 else data.accumulate
         size = (int(pixels), int(pixels))
-        found.append(PhaseSpec(start_epoch(start, epochs), size, int(batch), int(grad_accum_steps)))
-    return tuple(found)
+        phases.append(PhaseSpec(start_epoch(start, epochs), size, int(batch), int(grad_accum_steps)))
+    return tuple(phases)
 
 
 def data_spec(settings: Settings, backbone: Backbone) -> DataSpec:
-    """The data that the settings name, as crops of the sizes that the run wants; not opened yet."""
+    """The data that the settings name, as crops of the sizes of the run; not opened yet."""
     data = settings.data
     return DataSpec(
         source=data.source,

@@ -246,7 +246,7 @@ def test_a_run_starts_from_the_weights_that_another_one_exported(
     still = {"schedule__epochs": "1", "optim__blr": "1e-30", "optim__weight_decay": "0"}
     done = main_job(tmp_path / "run", unlabelled, store, init_from=str(deepest), **still)
     assert done.status == 0, done.stderr
-    # The final norm belongs to a decoder, and decoders start anew.
+    # The final norm belongs to a decoder, and decoders start again.
     assert [name for name in differing(unbroken.out, done.out) if "/norm." not in name] == []
 
 

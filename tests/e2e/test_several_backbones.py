@@ -276,7 +276,7 @@ def test_resuming_goes_on_with_the_one_that_failed_and_compares_both(
 ) -> None:
     _, _, third = interrupted
     assert third.status == 0, third.stderr
-    assert "vit: trained and measured before" in third.stdout
+    assert "vit: already finished, skipped" in third.stdout
     assert not re.search(r"^vit .*epoch", third.stdout, re.MULTILINE)
     assert re.search(r"^swin  continuing after step \d+ of 420$", third.stdout, re.MULTILINE)
     assert "FAILED" not in third.stdout
@@ -365,7 +365,7 @@ def test_other_backbones_than_before_are_refused_when_a_run_is_resumed(finished:
     assert done.status == 2
     assert re.search(
         r"swin: .* cannot be resumed with other settings .*: optim.blr is 0.001, was .*; give the same ones, or "
-        r"remove the folder .*swin to train this backbone anew",
+        r"remove the folder .*swin to train this backbone again from the beginning",
         done.stderr,
     )
     assert tree(finished.out) == before
@@ -383,5 +383,5 @@ def test_a_backbone_that_failed_for_its_settings_is_trained_with_others_beside_t
     done = call(["--resume", *arguments(SMALL, HERE, both(), where)], out)
     assert done.status == 0, done.stderr
     assert trained_depths(out) == [("vit", 2), ("vit", 4), ("swin", 1), ("swin", 2)]
-    assert "vit: trained and measured before" in done.stdout
+    assert "vit: already finished, skipped" in done.stdout
     assert (out / "vit" / "variants" / "depth04" / "model.safetensors").read_bytes() == weights
