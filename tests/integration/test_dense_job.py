@@ -32,6 +32,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
     said: list[str] = []
     settings = load_settings([*argv, "--out", str(folder / "run"), "--tracking.uri", store])
     outcome = run_job(prepare(settings), said.append)
+    # A signal from outside stops the job, not the test session.
+    assert outcome.stopped is None, said
     return outcome.out, [*said, outcome.table]
 
 
