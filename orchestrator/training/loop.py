@@ -154,9 +154,8 @@ class _Loop:
     def _commit(self, step: int, files: Iterable[FileRecord]) -> None:
         manifest = self.make_manifest(step)
         facts = manifest.facts | {"bad_images": self.bad_images}
-        by_name = tuple(
-            sorted(files, key=lambda record: record.name)
-        )  # equal for every placement of the blocks
+        # Sorted by name, the manifest is equal for every placement of the blocks.
+        by_name = tuple(sorted(files, key=lambda record: record.name))
         self.store.commit(replace(manifest, facts=facts, files=by_name))
         self.committed_step = step
         self.callback.on_checkpoint(step)

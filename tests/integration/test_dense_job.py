@@ -33,6 +33,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
     settings = load_settings([*argv, "--out", str(folder / "run"), "--tracking.uri", store])
     result = run_job(prepare(settings))
     events = (result.out / "events.log").read_text().splitlines()
+    assert result.stopped is None, events  # a signal from outside stops the job, not the test session
     return result.out, [*(line[21:] for line in events), result.table]  # without the times
 
 
