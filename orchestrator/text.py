@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Mapping
 from pathlib import Path
 
 NOT_MEASURED = "-"
@@ -56,29 +55,3 @@ def three_digits(value: float) -> str:
     while abs(value) * 10**decimals < 99.95 and decimals < 6:
         decimals += 1
     return f"{value:.{decimals}f}"
-
-
-def _number(value: str | float | None) -> float:
-    if value is None:
-        raise TypeError("not measured")
-    return float(value)
-
-
-def accuracy_text(values: Mapping[str, float], key: str) -> str:
-    """`91.2±1.5`, per cent with one standard error; `-` if it was not measured."""
-    if key not in values:
-        return NOT_MEASURED
-    per_cent = f"{100 * values[key]:.1f}".replace("100.0", "100")
-    return f"{per_cent}±{100 * values[key + '_se']:.1f}"
-
-
-def rank_text(rank: float) -> str:
-    """`31.3`, an effective rank."""
-    return f"{rank:.1f}"
-
-
-def score_text(values: Mapping[str, float], key: str) -> str:
-    """An accuracy as `accuracy_text` or RankMe as `rank_text` gives it; `-` if it was not measured."""
-    if key == "rankme" and key in values:
-        return rank_text(values[key])
-    return accuracy_text(values, key)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.distributed.placement import PlacementError, StageLayout
+from bim.orchestrator.evaluation.metric_info import METRICS
 from bim.orchestrator.evaluation.records import DepthReport, EvaluationResult
 from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask
 from bim.orchestrator.reporting.log import line_prefix
 from bim.orchestrator.runs.output_dir import OutputError
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun
 from bim.orchestrator.runs.provenance import Provenance
-from bim.orchestrator.text import rank_text
 from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.errors import TrainingError
 from bim.orchestrator.training.spec import Precision
@@ -123,7 +123,7 @@ def scores_line(reports: tuple[DepthReport, ...]) -> str:
     accuracies = [100 * report.knn_top1 for report in reports if report.knn_top1 is not None]
     if len(accuracies) == len(reports):
         return f"kNN top-1 by depth {', '.join(f'{accuracy:.1f}' for accuracy in accuracies)} %"
-    ranks = [rank_text(report.rankme) for report in reports if report.rankme is not None]
+    ranks = [METRICS["rankme"].text(report.rankme) for report in reports if report.rankme is not None]
     if len(ranks) == len(reports):
         return f"RankMe by depth {', '.join(ranks)}"
     return f"measured and exported {len(reports)} depths"

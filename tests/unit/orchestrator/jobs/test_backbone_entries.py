@@ -73,7 +73,7 @@ def test_equal_names_are_told_apart_and_every_one_is_fit_for_a_folder() -> None:
 
 def test_a_name_that_is_taken_is_refused() -> None:
     told = problem([{"name": VIT, "called": "same"}, {"name": SWIN, "called": "Same"}])
-    assert told == "backbones: the name 'Same' is taken; give this backbone another one"
+    assert told == "backbones: the name 'Same' is taken; give this one another alias"
 
 
 def test_registered_models_of_two_backbones_never_share_a_name() -> None:

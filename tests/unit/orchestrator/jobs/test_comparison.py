@@ -41,7 +41,7 @@ class Recorder:
     metrics: dict[str, float] = field(default_factory=dict)
     pictures: list[str] = field(default_factory=list)
     status: str = "RUNNING"
-    store_to_name: None = None
+    uri_to_set: None = None
 
     def set_tags(self, tags: dict[str, object]) -> None:
         self.tags |= tags
