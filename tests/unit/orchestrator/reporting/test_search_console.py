@@ -52,7 +52,7 @@ def test_every_trial_is_compared_with_the_best_of_the_same_epoch(lines: pytest.L
         both, replace(other, status="stopped early", status_reason="by ASHA after epoch 3: too weak")
     )
     assert lines.messages == [
-        "trial 0: the recipe's own setting",
+        "trial 0: baseline config",
         "trial 0  epoch  3/12  kNN top-1 0.500",
         "trial 1: mask.ratio 0.6",
         "trial 1  epoch  3/12  kNN top-1 0.550  new best",
