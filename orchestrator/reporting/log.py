@@ -29,7 +29,7 @@ def line_prefix(prefix: str) -> Iterator[None]:
 
 
 def configure_console(verbose: bool = False, quiet: bool = False) -> None:
-    """Print what is logged from now on: plain lines on stdout; warnings, and errors as `error: ...`, on stderr.
+    """Print what is logged from now on: plain lines on stdout, errors as `error: ...` on stderr.
 
     Args:
         verbose: also the debug level.
@@ -72,7 +72,7 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             # sys.stdout is looked up at every line: it may be redirected in between.
-            stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+            stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
             print(self.format(record), file=stream, flush=True)
         except Exception:
             self.handleError(record)

@@ -232,7 +232,7 @@ def test_a_folder_without_labels_gives_ranks_in_place_of_accuracies(unbroken: Fi
     assert [row["depth"] for row in rows if row["weights"] == "trained"] == list(DEPTHS)
     assert all(row["knn_top1"] is None and row["params"] > 0 and row["gflops"] > 0 for row in rows)
     assert all(1 <= row["rankme"] <= 32.1 for row in rows)
-    assert "RankMe  effective rank of the embeddings of 42 training images" in unbroken.stdout
+    assert "RankMe  effective rank of embeddings of 42 training images" in unbroken.stdout
     assert len(list((unbroken.out / "variants").iterdir())) == len(DEPTHS)
     assert len(list((unbroken.out / "pictures").glob("reconstruction_*.png"))) == len(DEPTHS)
     assert (unbroken.out / "pictures" / "rankme_against_latency.png").exists()

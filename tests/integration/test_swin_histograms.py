@@ -13,7 +13,7 @@ def test_every_level_learns_its_own_histograms() -> None:
     group.restore(None, 0)
     losses = []
     for step in range(8):
-        report = group.settle(group.submit(StepRequest(step, 1e-3)))
+        report = group.wait(group.submit(StepRequest(step, 1e-3)))
         losses.append([stage.blocks[k]["loss"] for stage in report.stages for k in stage.blocks])
     assert len(losses[0]) == 4
     assert all(last < 0.9 * first for first, last in zip(losses[0], losses[-1], strict=True))

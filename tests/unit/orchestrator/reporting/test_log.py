@@ -33,14 +33,18 @@ def log_one_of_each() -> None:
 
 @pytest.mark.parametrize(
     ("verbose", "quiet", "stdout"),
-    [(False, False, "a line\n"), (True, False, "a detail\na line\n"), (False, True, "")],
+    [
+        (False, False, "a line\na warning\n"),
+        (True, False, "a detail\na line\na warning\n"),
+        (False, True, "a warning\n"),
+    ],
 )
-def test_lines_go_to_stdout_and_what_is_wrong_to_stderr(
+def test_lines_go_to_stdout_and_errors_to_stderr(
     capsys: pytest.CaptureFixture[str], verbose: bool, quiet: bool, stdout: str
 ) -> None:
     configure_console(verbose, quiet)
     log_one_of_each()
-    assert capsys.readouterr() == (stdout, "a warning\nerror: one cause\nerror: another cause\n")
+    assert capsys.readouterr() == (stdout, "error: one cause\nerror: another cause\n")
 
 
 def test_a_console_that_is_configured_again_prints_every_line_once(
