@@ -317,7 +317,7 @@ def test_a_backbone_among_others_gets_the_weights_of_a_run_of_its_own(
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        (({}, {"blocks": 9}), r"^swin: blocks is 9, but a number of blocks cuts .* into 2 at most"),
+        (({}, {"blocks": 9}), r"^swin: blocks is 9, but .* ask for 2 at most, or give a list of sizes"),
         (({"name": "vit_tiny_patch61"}, {}), r"^vit: unknown backbone 'vit_tiny_patch61'"),
         (
             ({}, {"settings": {"mask.ratio": 0.999}}),
