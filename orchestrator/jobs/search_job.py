@@ -90,7 +90,7 @@ def check_search(backbone: PreparedBackbone) -> None:
         resolve_run(trial_settings(settings, {}), out, (backbone.source, backbone.splits))
     except SettingsError as error:
         raise SettingsError(
-            f"the recipe's own setting, trial 0 of the search, cannot be trained for search.trial_epochs: {error}"
+            f"the baseline config, trial 0 of the search, cannot be trained for search.trial_epochs: {error}"
         ) from error
     if saved is not None:
         _check_same(saved, _empty_result(backbone, {}), out)

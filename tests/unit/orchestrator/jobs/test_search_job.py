@@ -79,7 +79,7 @@ def test_trial_0_must_be_possible_in_its_shorter_time(tmp_path: Path) -> None:
         str(tmp_path / "a"),
     )
     assert said.startswith(
-        "the recipe's own setting, trial 0 of the search, cannot be trained for search.trial_epochs: "
+        "the baseline config, trial 0 of the search, cannot be trained for search.trial_epochs: "
     )
 
 
