@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,9 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TESTS = Path(__file__).parent
+
+# Worker processes of Ray and of the data loader import classes of test modules by name.
+sys.path.insert(0, str(TESTS.parent))
 
 
 @pytest.fixture(autouse=True)
