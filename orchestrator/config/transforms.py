@@ -20,7 +20,7 @@ MAY_DIFFER_ON_RESUME = (
     "out",
     "resume",
     "baseline",  # a run of its own, beside this one
-    "data.workers",  # the content of a batch is a function of (seed, step), whoever loads it
+    "data.workers",  # the content of a batch is a function of (seed, step) only
     "data.max_bad_fraction",
     "checkpoint.",
     "evaluation.",
