@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bim.models.backbones.backbone import Backbone
-from bim.orchestrator.config.transforms import settings_to_mapping
+from bim.orchestrator.config.transforms import recorded_mapping
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.spec import DataSpec
 from bim.orchestrator.data.splits import Splits
@@ -27,6 +27,7 @@ from bim.orchestrator.jobs.reconstructions import save_all_reconstructions
 from bim.orchestrator.runs.prepare import ResolvedRun
 from bim.orchestrator.runs.provenance import Provenance
 from bim.orchestrator.runs.resolve import eval_config
+from bim.orchestrator.text import redact
 from bim.orchestrator.training.build import open_spec_backbone
 from bim.orchestrator.training.checkpoint import CheckpointStore, load_weights
 from bim.orchestrator.training.depth_variants import random_variants, trained_variant
@@ -77,10 +78,10 @@ def evaluation_task(
         card=CardFacts(
             run=settings.name,
             seed=settings.seed,
-            settings=settings_to_mapping(settings),
+            settings=recorded_mapping(settings),
             data=provenance.data,
             code=provenance.code,
-            init_from=settings.init_from,
+            init_from=None if settings.init_from is None else redact(settings.init_from),
         ),
         device="cuda" if layout.gpus else "cpu",
         with_baselines=with_baselines,
