@@ -37,7 +37,7 @@ from bim.orchestrator.reporting.startup import opening_lines
 from bim.orchestrator.runs.output_dir import OutputError
 from bim.orchestrator.runs.signals import interrupted_by_signals
 from bim.orchestrator.runs.train import check_precision, resolve_precision
-from bim.orchestrator.search.results import finished_search
+from bim.orchestrator.search.record import finished_search
 from bim.orchestrator.text import short_path
 from bim.orchestrator.tracking.open_run import TrackingError
 from bim.orchestrator.tracking.tracker import Tracker

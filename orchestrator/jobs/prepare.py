@@ -20,7 +20,8 @@ from bim.orchestrator.jobs.backbone_entries import ErrorCollector, backbone_entr
 from bim.orchestrator.jobs.search_job import check_search
 from bim.orchestrator.runs.output_dir import NEW_RUN_HINT, OutputError, check_output
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun, resolve_backbone
-from bim.orchestrator.search.results import finished_search, with_best
+from bim.orchestrator.search.record import finished_search
+from bim.orchestrator.search.results import with_best
 from bim.orchestrator.text import short_path
 from bim.orchestrator.tracking.open_run import TrackingError, check_model_name
 from bim.orchestrator.training.checkpoint import CheckpointStore

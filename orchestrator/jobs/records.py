@@ -21,17 +21,8 @@ from bim.orchestrator.reporting.summary import render_table, summary_rows, write
 from bim.orchestrator.runs.output_dir import new_output
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun
 from bim.orchestrator.runs.provenance import DataRecord, collect
-from bim.orchestrator.search.results import (
-    BEST,
-    FOLDER,
-    TABLE,
-    SearchResult,
-    best_line,
-    changes_of_best,
-    finished_search,
-    note_rows,
-    status_counts,
-)
+from bim.orchestrator.search.record import BEST, FOLDER, TABLE, finished_search
+from bim.orchestrator.search.results import SearchResult, best_line, changes_of_best, note_rows, status_counts
 from bim.orchestrator.text import params_text, redact
 from bim.orchestrator.tracking.descriptions import depth_rows, loading_note, results_table
 from bim.orchestrator.tracking.records import DepthRecord
