@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from bim.orchestrator.runs.signals import command_signals, exit_status
+from bim.orchestrator.runs.signals import exit_status, leave
 from bim.orchestrator.training.callbacks import StopRequest
+from bim.pipelines.process import run_command
 
-# Whatever takes long to import is imported under `command_signals`.
+# What takes long to import is imported where signals are obeyed.
 if TYPE_CHECKING:
     from bim.orchestrator.config.schema import Settings
 
@@ -23,32 +24,20 @@ def main(argv: Sequence[str]) -> int:
 
     0 done, 1 training failed, 2 bad input, 75 stopped by SIGUSR2 and to be resumed, 128 + n stopped by signal n.
     """
-    stop = StopRequest()
-    with command_signals(stop):
-        try:
-            return _main(argv, stop)
-        except KeyboardInterrupt:
-            stop.reason = stop.reason or "SIGINT"
-            log.info("stopped by %s before anything was started", stop.reason)
-        except SystemExit:
-            if stop.reason is None:  # --help; or Ray's own handler of SIGTERM, while Ray starts
-                raise
-        return exit_status(stop.reason)
+    return run_command(lambda stop: _main(argv, stop))
 
 
 def _main(argv: Sequence[str], stop: StopRequest) -> int:
     from bim.orchestrator.config.cli import load_settings
     from bim.orchestrator.config.schema import SettingsError
     from bim.orchestrator.reporting.log import configure_console
-    from bim.orchestrator.reporting.streams import guarded_streams
 
-    with guarded_streams():
-        verbose, quiet = "--verbose" in argv, "--quiet" in argv
-        configure_console(verbose, quiet)
-        try:
-            return run(load_settings(argv), live=not quiet, stop=stop)
-        except SettingsError as error:
-            return fail(error, 2)
+    verbose, quiet = "--verbose" in argv, "--quiet" in argv
+    configure_console(verbose, quiet)
+    try:
+        return run(load_settings(argv), live=not quiet, stop=stop)
+    except SettingsError as error:
+        return fail(error, 2)
 
 
 def run(settings: Settings, live: bool = True, stop: StopRequest | None = None) -> int:
@@ -85,4 +74,4 @@ def fail(error: BaseException | str, status: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -20,6 +20,8 @@ from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.evaluation.evaluate import evaluate_variants, raw_pixels
 from bim.orchestrator.evaluation.model_cost import device_name, latencies_ms
+from bim.orchestrator.evaluation.progress import part
+from bim.orchestrator.evaluation.progress import report as report_progress
 from bim.orchestrator.evaluation.records import DepthReport, EvalConfig, EvaluationResult
 from bim.orchestrator.export.model_card import CardFacts
 from bim.orchestrator.export.timm_folder import export_decoder, export_variant, folder_name, rewrite_card
@@ -95,16 +97,20 @@ def evaluate_checkpoint(task: EvaluationTask) -> EvaluationResult:
     device, out = torch.device(task.device), Path(task.out)
     backbone, weights, variants = _load(task)
     source, splits = task.data.open()
-    measured = _measure(task, backbone, source, splits, variants, task.evaluation.latency)
+    with part("trained models"):
+        measured = _measure(task, backbone, source, splits, variants, task.evaluation.latency)
     random: tuple[DepthReport, ...] = ()
     raw: dict[str, float] = {}
     if task.with_baselines:
         random_starts = random_variants(task.spec, backbone, task.depths)
-        random = _measure(task, backbone, source, splits, random_starts, latency=False)
+        with part("random starts"):
+            random = _measure(task, backbone, source, splits, random_starts, latency=False)
         if source.labels is not None:
-            raw = raw_pixels(source, splits, backbone.image_size, task.evaluation, device).metrics()
+            with part("raw pixels"):
+                raw = raw_pixels(source, splits, backbone.image_size, task.evaluation, device).metrics()
     folders = {}
     for report in measured:
+        report_progress(f"export of depth {report.depth}")
         folder = out / "variants" / folder_name(report.depth)
         variant = variants[report.depth]
         export_variant(backbone, report.depth, variant, folder, task.card, measured, random, raw)
@@ -116,6 +122,7 @@ def evaluate_checkpoint(task: EvaluationTask) -> EvaluationResult:
             if name.startswith("decoder.")
         }
         export_decoder(decoder, out / "decoders" / f"block-{k}.safetensors")
+    report_progress("reconstructions")
     pictures = save_all_reconstructions(
         task.spec, backbone, weights, source, splits, out / "pictures", device
     )

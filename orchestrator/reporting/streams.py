@@ -67,6 +67,9 @@ class GuardedStream:
 @contextmanager
 def guarded_streams() -> Iterator[None]:
     """Inside, `sys.stdout` and `sys.stderr` are guarded; what is left in their buffers at the end is written or dropped."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the process was started with a closed descriptor
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     before = sys.stdout, sys.stderr
     guarded = [GuardedStream(stream) for stream in before]
     sys.stdout, sys.stderr = guarded

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 from bim.orchestrator.signal_masks import HANDLED_SIGNALS, STOP_SIGNALS
 from bim.orchestrator.training.callbacks import StopRequest
@@ -51,6 +52,19 @@ def exit_status(signal_name: str) -> int:
     """The exit status of a command that the signal of this name ended."""
     number = signal.Signals[signal_name]
     return RESUME_ME if number == signal.SIGUSR2 else 128 + number
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with a command's exit status; after a signal without the interpreter's own end.
+
+    That end frees every module and object, for seconds on a busy machine; by then all files and connections are closed.
+    """
+    if status == RESUME_ME or status > 128:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 @contextmanager
