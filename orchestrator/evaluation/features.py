@@ -12,6 +12,7 @@ from bim.models.seeding import generator
 from bim.models.tokens import normalize_images
 from bim.orchestrator.data.loader import eval_images
 from bim.orchestrator.data.source import Source
+from bim.orchestrator.evaluation.progress import report
 from bim.orchestrator.evaluation.records import EvalConfig
 
 MAX_IMAGES = 50_000
@@ -78,6 +79,7 @@ def extract_features(
         read.append(batch_indices)
         for name, embedder in embedders.items():
             features[name].append(embedder(images))
+        report(f"{sum(map(len, read))} of {len(sample)} images")
     if not read:
         raise ValueError(f"no image of a split of {source.name} could be read, so nothing can be scored")
     return {name: torch.cat(parts) for name, parts in features.items()}, np.concatenate(read)

@@ -21,18 +21,9 @@ from bim.orchestrator.reporting.summary import render_table, summary_rows, write
 from bim.orchestrator.runs.output_dir import new_output
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun
 from bim.orchestrator.runs.provenance import DataRecord, collect
-from bim.orchestrator.search.results import (
-    BEST,
-    FOLDER,
-    TABLE,
-    SearchResult,
-    best_line,
-    changes_of_best,
-    finished_search,
-    note_rows,
-    status_counts,
-)
-from bim.orchestrator.text import params_text
+from bim.orchestrator.search.record import BEST, FOLDER, TABLE, finished_search
+from bim.orchestrator.search.results import SearchResult, best_line, changes_of_best, note_rows, status_counts
+from bim.orchestrator.text import params_text, redact
 from bim.orchestrator.tracking.descriptions import depth_rows, loading_note, results_table
 from bim.orchestrator.tracking.records import DepthRecord
 from bim.orchestrator.tracking.tracker import Tracker
@@ -109,7 +100,7 @@ def data_record(prepared: PreparedBackbone) -> DataRecord:
     """The images of a run, for its provenance and its model cards."""
     source, splits = prepared.source, prepared.splits
     return DataRecord(
-        source=prepared.run.settings.data.source,
+        source=redact(prepared.run.settings.data.source),
         fingerprint=prepared.run.fingerprint,
         images=len(source),
         train=len(splits.train),
@@ -250,7 +241,7 @@ def _record_summary(backbone: BackboneRun) -> str:
     settings = run.settings
     tracker.describe(
         f"{params_text(reports[-1].params)} parameters at full depth, {settings.backbone.name}, "
-        f"{len(run.spec.blocks)} blocks, {settings.schedule.epochs} epochs of {settings.data.source}.\n\n"
+        f"{len(run.spec.blocks)} blocks, {settings.schedule.epochs} epochs of {redact(settings.data.source)}.\n\n"
         f"{results_table(depth_rows(records))}\n\nOpen a variant without this package:\n\n"
         f"{loading_note(_model_name(run), f'depth{reports[-1].depth}', tracker.uri_to_set)}{search_note}",
         pictures,
