@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bim.orchestrator.config.schema import Settings
-from bim.orchestrator.config.transforms import changes_weights, end_to_end, flat, with_changes
+from bim.orchestrator.config.transforms import Scalar, changes_weights, end_to_end, flat, with_changes
 from bim.orchestrator.config.validate import settings_from_mapping
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import Splits
@@ -95,7 +95,7 @@ EXTRA_MEASUREMENTS = {TRUNCATED_MAE: (FRESH_NORM,)}
 
 SCORES = ("knn_top1", "linear_top1")
 
-FORMER_DEFAULTS = {"mask.ratio": 0.75, "decoder.recovery": "aggregate"}
+FORMER_DEFAULTS: dict[str, Scalar] = {"mask.ratio": 0.75, "decoder.recovery": "aggregate"}
 """Defaults that have changed since the first results were written; digests use the old ones."""
 
 

@@ -53,7 +53,7 @@ def measure_throughput(spec: PretrainSpec, data: DataSpec, device: str, threads:
 
         def train(images: int) -> None:
             nonlocal step
-            _, pixels = next(eval_images(source, splits.train[:images], data.phases[0].size, images))
+            _, pixels = next(eval_images(source, splits.train, data.phases[0].size, images))
             stage.train_step(StepRequest(step, lr=0.0), Payload("uint8", pixels), None)
             step += 1
 
@@ -61,7 +61,7 @@ def measure_throughput(spec: PretrainSpec, data: DataSpec, device: str, threads:
         embedders = build_embedders(variants, spec.mean, spec.std, torch.device(device))
 
         def embed(images: int) -> None:
-            _, pixels = next(eval_images(source, splits.train[:images], backbone.image_size, images))
+            _, pixels = next(eval_images(source, splits.train, backbone.image_size, images))
             for embedder in embedders.values():
                 embedder(pixels)
 
