@@ -23,7 +23,7 @@ class FolderLayout:
         labels: (n,) int64, class number or -1; None if no image has a label.
         class_names: by class number.
         notes: what is not used, and why, a sentence each.
-        is_plain: whether every image is labelled by CLASS/FILE, or none is, and no image is outside of the splits.
+        is_plain: whether every image is labeled by CLASS/FILE, or none is, and no image is outside of the splits.
     """
 
     fixed_splits: dict[str, np.ndarray] | None

@@ -29,14 +29,14 @@ class Splits:
     notes: tuple[str, ...] = ()
 
 
-def labelled(source: Source, indices: np.ndarray) -> np.ndarray:
+def labeled(source: Source, indices: np.ndarray) -> np.ndarray:
     """Those of the images that have a label."""
     return indices[:0] if source.labels is None else indices[source.labels[indices] >= 0]
 
 
 def can_score(source: Source, splits: Splits) -> bool:
     """Whether accuracies can be measured: some images of the train split and of the test split have labels."""
-    return len(labelled(source, splits.train)) > 0 and len(labelled(source, splits.test)) > 0
+    return len(labeled(source, splits.train)) > 0 and len(labeled(source, splits.test)) > 0
 
 
 def make_splits(source: Source, seed: int, val_fraction: float, test_fraction: float) -> Splits:
@@ -58,9 +58,9 @@ def make_splits(source: Source, seed: int, val_fraction: float, test_fraction: f
             f"{source.name} has no images in its train split; set data.source to data that has some"
         )
     pool, notes = parts["train"], list[str]()
-    is_labelled = len(labelled(source, pool)) > 0
-    for name in ("val", "test") if is_labelled else ():
-        if name in parts and not len(labelled(source, parts[name])):
+    is_labeled = len(labeled(source, pool)) > 0
+    for name in ("val", "test") if is_labeled else ():
+        if name in parts and not len(labeled(source, parts[name])):
             fraction = val_fraction if name == "val" else test_fraction
             instead = (
                 f"{fraction:g} of the training images take their place"
@@ -89,7 +89,7 @@ def make_splits(source: Source, seed: int, val_fraction: float, test_fraction: f
     for name, count in cut_sizes.items():
         parts[name], permutation = np.sort(permutation[:count]), permutation[count:]
     parts["train"] = np.sort(permutation)
-    if is_labelled and len(parts["test"]) == 0:
+    if is_labeled and len(parts["test"]) == 0:
         raise DataError(
             f"{source.name} has labels, but data.test_fraction=0 leaves no image to score the backbones on; "
             "set it above 0 (0.2, say)"
@@ -103,10 +103,10 @@ def _score_notes(source: Source, splits: Splits) -> list[str]:
     if source.labels is None:
         return []
     if not can_score(source, splits):
-        where = "training" if not len(labelled(source, splits.train)) else "test"
+        where = "training" if not len(labeled(source, splits.train)) else "test"
         return [f"no {where} image of {source.name} has a label, so no accuracy is measured"]
-    train = np.unique(source.labels[labelled(source, splits.train)])
-    test_labels = source.labels[labelled(source, splits.test)]
+    train = np.unique(source.labels[labeled(source, splits.train)])
+    test_labels = source.labels[labeled(source, splits.test)]
     unknown = ~np.isin(test_labels, train)
     if unknown.mean() >= MIN_UNKNOWN_FRACTION:
         classes = np.unique(test_labels[unknown])

@@ -12,7 +12,7 @@ from bim.models.seeding import generator
 from bim.models.tokens import normalize_images
 from bim.orchestrator.data.loader import BadImages, eval_images
 from bim.orchestrator.data.source import Source
-from bim.orchestrator.data.splits import labelled
+from bim.orchestrator.data.splits import labeled
 from bim.orchestrator.evaluation.records import EvalConfig
 
 MAX_IMAGES = 50_000
@@ -46,7 +46,7 @@ def _embedder(
     return embedding
 
 
-def extract_labelled_features(
+def extract_labeled_features(
     embedders: Mapping[int, Embedder],
     source: Source,
     indices: np.ndarray,
@@ -56,7 +56,7 @@ def extract_labelled_features(
     bad: dict[str, str] | None = None,
 ) -> tuple[dict[int, Tensor], Tensor]:
     """`extract_features` of the images that have a label, and their labels (n,); the source has labels."""
-    features, read = extract_features(embedders, source, labelled(source, indices), size, config, limit, bad)
+    features, read = extract_features(embedders, source, labeled(source, indices), size, config, limit, bad)
     assert source.labels is not None
     return features, torch.from_numpy(source.labels[read])
 

@@ -81,7 +81,7 @@ def test_layouts_without_a_class_per_image_have_no_labels(
     assert not note or note in source.notes[0]
 
 
-def test_a_labelled_layout_of_an_earlier_version_keeps_its_fingerprint(image_folder: Make):
+def test_a_labeled_layout_of_an_earlier_version_keeps_its_fingerprint(image_folder: Make):
     plain = FolderSource(image_folder("cat/1.png", "dog/1.png"))
     digest = hashlib.sha256(b"folder 2")
     for name in ("cat/1.png", "dog/1.png"):

@@ -31,20 +31,20 @@ class Blobs:
 
     name: str = "blobs"
     n: int = 120
-    labelled: bool = True
+    labeled: bool = True
     bad: tuple[int, ...] = ()
     class_names: tuple[str, ...] | None = None
     fixed_splits: dict[str, np.ndarray] | None = None
     chunks: None = None
     loads: int = 0
-    unlabelled: tuple[int, ...] = ()
+    unlabeled: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
     def labels(self) -> np.ndarray | None:
         labels = np.arange(self.n, dtype=np.int64) % 2
-        labels[list(self.unlabelled)] = -1
-        return labels if self.labelled else None
+        labels[list(self.unlabeled)] = -1
+        return labels if self.labeled else None
 
     def __len__(self) -> int:
         return self.n
@@ -134,7 +134,7 @@ def test_without_labels_the_costs_and_the_rank_of_the_training_images_are_measur
 ) -> None:
     monkeypatch.setattr("bim.orchestrator.evaluation.model_cost.MEASURE_S", 0.01)
     monkeypatch.setattr("bim.orchestrator.evaluation.model_cost.WARM_UP_S", 0.0)
-    source, variants = Blobs(labelled=False, bad=(3,)), {1: vit(1), 2: vit(2)}
+    source, variants = Blobs(labeled=False, bad=(3,)), {1: vit(1), 2: vit(2)}
     one, two = evaluate_variants(
         variants, source, SPLITS, (16, 16), MEAN, STD, CPU, EvalConfig(batch_size=32)
     )
@@ -156,7 +156,7 @@ def test_the_rank_is_of_a_part_of_many_images_drawn_from_the_seed(monkeypatch: p
     def measured(seed: int) -> DepthReport:
         (report,) = evaluate_variants(
             {1: vit(1)},
-            Blobs(labelled=False),
+            Blobs(labeled=False),
             SPLITS,
             (16, 16),
             MEAN,
@@ -238,7 +238,7 @@ def test_a_large_split_is_sampled_by_the_seed_alone(monkeypatch: pytest.MonkeyPa
 
 def test_raw_pixels_without_labels_are_refused() -> None:
     with pytest.raises(ValueError, match="no labels"):
-        raw_pixels(Blobs(labelled=False), SPLITS, (16, 16), QUICK)
+        raw_pixels(Blobs(labeled=False), SPLITS, (16, 16), QUICK)
 
 
 def test_a_report_names_its_metrics_as_they_are_logged() -> None:
@@ -261,14 +261,14 @@ def test_a_report_names_its_metrics_as_they_are_logged() -> None:
 
 
 def test_images_without_a_label_are_in_no_accuracy() -> None:
-    blobs = Blobs(unlabelled=(0, 1, 90, 91, 92))
+    blobs = Blobs(unlabeled=(0, 1, 90, 91, 92))
     report = evaluate_variants({2: vit()}, blobs, SPLITS, (16, 16), MEAN, STD, CPU, QUICK)[0]
     assert report.n_test == 27
     assert report.knn_top1 is not None
 
 
 def test_without_labels_in_the_test_split_rankme_takes_the_place_of_accuracies() -> None:
-    blobs = Blobs(unlabelled=tuple(range(90, 120)))
+    blobs = Blobs(unlabeled=tuple(range(90, 120)))
     report = evaluate_variants({2: vit()}, blobs, SPLITS, (16, 16), MEAN, STD, CPU, QUICK)[0]
     assert report.knn_top1 is None
     assert report.rankme is not None
