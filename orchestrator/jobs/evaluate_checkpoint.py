@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from bim.models.backbones.backbone import Backbone
 from bim.orchestrator.config.transforms import recorded_mapping
+from bim.orchestrator.data.errors import TooManyCorruptImagesError
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.spec import DataSpec
-from bim.orchestrator.data.splits import Splits
+from bim.orchestrator.data.splits import Splits, can_score
 from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.evaluation.evaluate import evaluate_variants, raw_pixels
 from bim.orchestrator.evaluation.model_cost import device_name, latencies_ms
@@ -33,6 +34,7 @@ from bim.orchestrator.text import redact
 from bim.orchestrator.training.build import open_spec_backbone
 from bim.orchestrator.training.checkpoint import CheckpointStore, load_weights
 from bim.orchestrator.training.depth_variants import random_variants, trained_variant
+from bim.orchestrator.training.errors import TrainingError
 from bim.orchestrator.training.spec import PretrainSpec
 
 
@@ -91,21 +93,32 @@ def evaluation_task(
 
 
 def evaluate_checkpoint(task: EvaluationTask) -> EvaluationResult:
-    """Export, measure and picture every depth variant of a checkpoint."""
+    """Export, measure and picture every depth variant of a checkpoint.
+
+    Raises TrainingError if more images of a split than `data.max_bad_fraction` cannot be read.
+    """
+    try:
+        return _evaluate(task)
+    except TooManyCorruptImagesError as error:
+        raise TrainingError(f"evaluation: {error}; --resume evaluates the last checkpoint again") from error
+
+
+def _evaluate(task: EvaluationTask) -> EvaluationResult:
     if task.threads is not None:
         torch.set_num_threads(min(task.threads, os.cpu_count() or 1))
     device, out = torch.device(task.device), Path(task.out)
     backbone, weights, variants = _load(task)
     source, splits = task.data.open()
+    bad: dict[str, str] = {}
     with part("trained models"):
-        measured = _measure(task, backbone, source, splits, variants, task.evaluation.latency)
+        measured = _measure(task, backbone, source, splits, variants, task.evaluation.latency, bad)
     random: tuple[DepthReport, ...] = ()
     raw: dict[str, float] = {}
     if task.with_baselines:
         random_starts = random_variants(task.spec, backbone, task.depths)
         with part("random starts"):
-            random = _measure(task, backbone, source, splits, random_starts, latency=False)
-        if source.labels is not None:
+            random = _measure(task, backbone, source, splits, random_starts, latency=False, bad=bad)
+        if can_score(source, splits):
             with part("raw pixels"):
                 raw = raw_pixels(source, splits, backbone.image_size, task.evaluation, device).metrics()
     folders = {}
@@ -126,7 +139,7 @@ def evaluate_checkpoint(task: EvaluationTask) -> EvaluationResult:
     pictures = save_all_reconstructions(
         task.spec, backbone, weights, source, splits, out / "pictures", device
     )
-    return EvaluationResult(measured, random, raw, folders, pictures)
+    return EvaluationResult(measured, random, raw, folders, pictures, bad)
 
 
 def add_latency(task: EvaluationTask, result: EvaluationResult) -> EvaluationResult:
@@ -168,6 +181,7 @@ def _measure(
     splits: Splits,
     variants: dict[int, nn.Module],
     latency: bool,
+    bad: dict[str, str],
 ) -> tuple[DepthReport, ...]:
     return tuple(
         evaluate_variants(
@@ -179,5 +193,6 @@ def _measure(
             std=task.spec.std,
             device=torch.device(task.device),
             config=replace(task.evaluation, latency=latency),
+            bad=bad,
         )
     )

@@ -39,11 +39,14 @@ def save_all_reconstructions(
         weights: the whole `LocalMIM` state of every block.
         folder: where the pictures are written.
 
-    Returns depth -> file.
+    Returns depth -> file; nothing if none of these images can be read.
     """
     candidates = splits.test if len(splits.test) else splits.train
     rows = np.linspace(0, len(candidates) - 1, num=min(PICTURE_ROWS, len(candidates))).astype(int)
-    _, pixels = next(iter(eval_images(source, candidates[rows], backbone.image_size, len(rows))))
+    batches = list(eval_images(source, candidates[rows], backbone.image_size, len(rows)))
+    if not batches:
+        return {}
+    _, pixels = batches[0]
     images = normalize_images(torch.from_numpy(pixels).to(device), spec.mean, spec.std)
     plans = mask_plans(spec, backbone, backbone.image_size, len(images), step=0, micro_step=0)
     x, paths = images, {}
