@@ -45,7 +45,7 @@ def _embedder(
     return embedding
 
 
-def extract_labelled_features(
+def extract_labeled_features(
     embedders: Mapping[int, Embedder],
     source: Source,
     indices: np.ndarray,
