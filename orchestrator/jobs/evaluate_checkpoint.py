@@ -43,7 +43,7 @@ class EvaluationTask:
     """A checkpoint and how it is evaluated.
 
     Args:
-        checkpoint: committed folder.
+        checkpoint: committed folder, or its URL.
         out: `variants/`, `decoders/` and `pictures/` are written below it.
         depths: cumulative layers of the variants; need not be block boundaries (a K = 1 run truncated).
         device: "cpu" or "cuda".
@@ -161,16 +161,22 @@ def add_latency(task: EvaluationTask, result: EvaluationResult) -> EvaluationRes
         )
         for report in result.reports
     )
-    # The cards alone are written again: the exported weights hold batch statistics gathered by the evaluation.
+    timed = replace(result, reports=reports)
+    rewrite_cards(task, timed)
+    return timed
+
+
+def rewrite_cards(task: EvaluationTask, result: EvaluationResult) -> None:
+    """Write the model cards of a result again, alone: the exported weights hold statistics gathered by the evaluation."""
+    backbone = open_spec_backbone(task.spec)
     for depth, folder in result.folders.items():
-        rewrite_card(backbone, depth, Path(folder), task.card, reports, result.random, result.raw)
-    return replace(result, reports=reports)
+        rewrite_card(backbone, depth, Path(folder), task.card, result.reports, result.random, result.raw)
 
 
 def _load(task: EvaluationTask) -> tuple[Backbone, list[dict[str, Tensor]], dict[int, nn.Module]]:
     """The backbone, the weights of every block, and the variants that they make by depth."""
     backbone = open_spec_backbone(task.spec)
-    weights = load_weights(Path(task.checkpoint), task.spec)
+    weights = load_weights(task.checkpoint, task.spec)
     return backbone, weights, {depth: trained_variant(backbone, weights, depth) for depth in task.depths}
 
 
