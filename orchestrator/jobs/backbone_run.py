@@ -20,6 +20,7 @@ from bim.orchestrator.runs.lease import Lease
 from bim.orchestrator.runs.output_dir import OutputError
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun
 from bim.orchestrator.runs.provenance import Provenance
+from bim.orchestrator.text import redact
 from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.errors import TrainingError
 from bim.orchestrator.training.spec import Precision
@@ -107,8 +108,9 @@ def record_failure(backbone: BackboneRun, error: Exception) -> None:
     with suppress(OSError):
         _traceback_file(backbone).unlink(missing_ok=True)
     if not isinstance(error, USER_FACING_ERRORS):
-        with suppress(OSError):  # the sentence is logged in any case
-            atomic_write(_traceback_file(backbone), "".join(traceback.format_exception(error)))
+        text = redact("".join(traceback.format_exception(error))).encode(errors="backslashreplace")
+        with suppress(OSError):  # the line below is the record, also on a full disk
+            atomic_write(_traceback_file(backbone), text)
     log.info("failed: %s", backbone.failed)
 
 
@@ -120,7 +122,7 @@ def clear_failure(backbone: BackboneRun) -> None:
 
 def format_error(error: Exception) -> str:
     """An error in one line, for the user; one that is not user-facing begins with its type."""
-    lines = str(error).strip().splitlines() or ["no error message"]
+    lines = redact(str(error)).strip().splitlines() or ["no error message"]
     return " ".join(lines) if isinstance(error, USER_FACING_ERRORS) else f"{type(error).__name__}: {lines[0]}"
 
 

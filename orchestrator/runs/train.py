@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 import torch
 
 from bim.orchestrator.config.schema import Settings
-from bim.orchestrator.config.transforms import settings_to_mapping
+from bim.orchestrator.config.transforms import recorded_mapping
 from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.distributed.cluster import run_on_worker
 from bim.orchestrator.distributed.placement import (
@@ -85,12 +85,12 @@ def train(
 
     def manifest(step: int) -> Manifest:
         steps = run.phases[0].steps_per_epoch
-        return Manifest(step, steps, settings_to_mapping(settings), facts, (), run_id)
+        return Manifest(step, steps, recorded_mapping(settings), facts, (), run_id)
 
     stages = make_stages(run, spec, layout, group, first_bundle)
     policy = RestartPolicy(settings.failures.max_restarts)
     try:
-        with stop_on_signals(stop):
+        with stop_on_signals(stop, interrupts_idle=True):
             return pretrain(schedule, stages, store, manifest, _watching(callback, lease), policy, stop)
     except StorageError as error:
         raise TrainingError(storage_failure(error, run.out, run.record)) from error
