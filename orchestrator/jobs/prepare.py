@@ -16,6 +16,7 @@ from bim.orchestrator.config.validate import settings_from_mapping
 from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import Splits
+from bim.orchestrator.files import StorageError
 from bim.orchestrator.jobs.backbone_entries import ErrorCollector, backbone_entries
 from bim.orchestrator.jobs.search_job import check_search
 from bim.orchestrator.runs.output_dir import (
@@ -58,6 +59,13 @@ def prepare(settings: Settings) -> PreparedJob:
     Raises:
         SettingsError, DataError, OutputError: one line for every problem.
     """
+    try:
+        return _prepare(settings)
+    except StorageError as error:
+        raise OutputError(f"the output directory cannot be used: {error}") from error
+
+
+def _prepare(settings: Settings) -> PreparedJob:
     settings, out = resolve_paths(with_credentials(settings, os.environ))
     check_model_names(settings)
     if settings.backbones is None:

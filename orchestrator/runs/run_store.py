@@ -13,7 +13,7 @@ from bim.orchestrator.files import StorageError, make_folder
 from bim.orchestrator.runs.lease import Lease
 from bim.orchestrator.runs.output_dir import check_resumable, open_store
 from bim.orchestrator.runs.prepare import ResolvedRun
-from bim.orchestrator.runs.run_record import RunRecord, read_record, write_record
+from bim.orchestrator.runs.run_record import OutputError, RunRecord, read_record, write_record
 from bim.orchestrator.training.checkpoint import CheckpointStore
 from bim.orchestrator.training.manifest import Manifest
 
@@ -72,8 +72,14 @@ def open_run_store(run: ResolvedRun, lease: Lease | None = None) -> CheckpointSt
 
 def storage_failure(error: StorageError, out: Path, record: RunRecord | None = None) -> str:
     """The sentence with which a run ends whose file system refuses, with the checkpoint that stays."""
-    latest = open_store(out, record).latest()
-    stays = "no checkpoint was saved" if latest is None else f"the checkpoint after step {latest.step} stays"
+    try:
+        latest = open_store(out, record).latest()
+    except (OutputError, StorageError):
+        stays = "whether a checkpoint stays cannot be seen"
+    else:
+        stays = (
+            "no checkpoint was saved" if latest is None else f"the checkpoint after step {latest.step} stays"
+        )
     return f"{error}; {stays}; repair it and go on with --resume"
 
 

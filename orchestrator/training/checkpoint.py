@@ -13,11 +13,10 @@ import logging
 import os
 import re
 import shutil
-import stat
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,14 +25,9 @@ import safetensors.torch
 from torch import Tensor
 
 from bim.orchestrator.files import StorageError, atomic_write, make_folder, storage_errors
+from bim.orchestrator.training.checkpoint_check import has_manifest, intact_manifest, read_manifest, step_of
 from bim.orchestrator.training.errors import CheckpointDamagedError
-from bim.orchestrator.training.manifest import (
-    MANIFEST,
-    CheckpointError,
-    FileRecord,
-    Manifest,
-    parse_manifest,
-)
+from bim.orchestrator.training.manifest import MANIFEST, CheckpointError, FileRecord, Manifest
 from bim.orchestrator.training.spec import PretrainSpec
 from bim.orchestrator.training.storage import Location, is_url
 
@@ -152,9 +146,9 @@ class CheckpointStore:
         with suppress(OSError):
             for stale_tmp in directory.glob(".*.tmp"):  # left by a stage that was killed during a write
                 stale_tmp.unlink(missing_ok=True)
-        committed = [path for path in self._newest_first() if _has_manifest(path)]
+        committed = [path for path in self._newest_first() if has_manifest(path)]
         # A later checkpoint was skipped as damaged; otherwise the run would have continued from it.
-        superseded = [path for path in committed if _step_of(path) > manifest.step]
+        superseded = [path for path in committed if step_of(path) > manifest.step]
         self._move_aside(superseded)
         for path in [path for path in committed if path not in superseded][self._keep :]:
             _remove(path)
@@ -181,7 +175,7 @@ class CheckpointStore:
         """
         problems = {}
         for directory in self._newest_first():
-            if uncommitted or _has_manifest(directory):
+            if uncommitted or has_manifest(directory):
                 try:
                     self._valid_manifest(directory)
                 except CheckpointError as error:
@@ -193,7 +187,7 @@ class CheckpointStore:
         ids = set()
         for directory in self._newest_first():
             with suppress(CheckpointError):
-                ids.add(_read_manifest(directory).run_id)
+                ids.add(read_manifest(directory).run_id)
         return ids
 
     def set_aside(self, names: Iterable[str]) -> Path | None:
@@ -221,12 +215,12 @@ class CheckpointStore:
     def clear_uncommitted(self) -> None:
         """Remove folders without a manifest, which an interrupted run left. Only while no stage is running."""
         for directory in self._newest_first():
-            if not _has_manifest(directory):
+            if not has_manifest(directory):
                 shutil.rmtree(directory, ignore_errors=True)
 
     def _valid_manifest(self, directory: Path) -> Manifest:
         """The manifest of a folder, if it and its files are valid and of this run. Raises CheckpointError."""
-        manifest = _intact_manifest(directory)
+        manifest = intact_manifest(directory)
         objection = self._objection(manifest)
         if objection is not None:
             raise CheckpointError(objection)
@@ -244,20 +238,16 @@ class CheckpointStore:
             log.warning("%s cannot be read: moved to %s", names, aside)
 
     def _newest_first(self) -> list[Path]:
+        """Every folder of a checkpoint. Raises StorageError where the file system refuses to list them."""
         try:
             names = os.listdir(self._root)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
+        except OSError as error:
+            cause = error.strerror or str(error)
+            raise StorageError(error.errno, f"cannot be read ({cause})", str(self._root)) from error
         folders = [self._root / name for name in names if re.fullmatch(r"step-[0-9]{8,18}", name)]
-        return sorted(folders, key=_step_of, reverse=True)
-
-
-def _step_of(directory: Path) -> int:
-    return int(directory.name.removeprefix("step-"))
-
-
-def _has_manifest(directory: Path) -> bool:
-    return os.path.lexists(directory / MANIFEST)
+        return sorted(folders, key=step_of, reverse=True)
 
 
 def _remove(directory: Path) -> None:
@@ -271,56 +261,3 @@ def _unused(path: Path) -> Path:
     """`path`, or with a number behind it if that exists."""
     candidates = itertools.chain([path], (path.with_name(f"{path.name}-{n}") for n in itertools.count(2)))
     return next(candidate for candidate in candidates if not os.path.lexists(candidate))
-
-
-def _intact_manifest(directory: Path) -> Manifest:
-    """The manifest of a checkpoint folder. Raises CheckpointError if it or a file that it names is missing or damaged."""
-    manifest = _read_manifest(directory)
-    for record in manifest.files:
-        _check_file(directory / record.name, record)
-    return manifest
-
-
-def _read_manifest(directory: Path) -> Manifest:
-    path = directory / MANIFEST
-    if not _has_manifest(directory):
-        raise CheckpointError("no manifest (incomplete write)")
-    with _check(path):
-        content = path.read_bytes()
-    try:
-        manifest = parse_manifest(content)
-    except CheckpointError as error:
-        raise CheckpointError(f"unreadable manifest ({error})") from None
-    if manifest.step != _step_of(directory):
-        raise CheckpointError(f"its manifest is that of step {manifest.step}")
-    return manifest
-
-
-def _check_file(path: Path, record: FileRecord) -> None:
-    with _check(path) as size:
-        if size != record.size:
-            raise CheckpointError(f"{record.name} has {size} of {record.size} bytes")
-        if _crc32(path) != record.crc32:
-            raise CheckpointError(f"{record.name} has a wrong checksum")
-
-
-@contextmanager
-def _check(path: Path) -> Iterator[int]:
-    """Inside, a file is read, whose size is given; raises CheckpointError where that is impossible."""
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path.name} is not a file")
-        yield status.st_size
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.name} is missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read ({error.strerror or error})") from None
-
-
-def _crc32(path: Path, chunk_bytes: int = 1 << 22) -> int:
-    value = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(chunk_bytes):
-            value = zlib.crc32(chunk, value)
-    return value

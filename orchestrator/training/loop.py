@@ -124,6 +124,10 @@ class _Loop:
             manifest = self.store.latest(warn=True)
             if manifest is None and damaged is not None:
                 raise TrainingError(f"there is no checkpoint left to go on from: {damaged}") from damaged
+            if manifest is None and self.committed_step is not None:
+                raise TrainingError(
+                    f"there is no checkpoint left to go on from: that of step {self.committed_step} is gone or damaged"
+                )
             step = 0 if manifest is None else manifest.step
             try:
                 self.stages.restore(None if manifest is None else self.store.directory(step), step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from copy import deepcopy
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bim.orchestrator.files import StorageError
 from bim.orchestrator.training.checkpoint import CheckpointStore, save_block
 from bim.orchestrator.training.manifest import MANIFEST, CheckpointError, FileRecord, Manifest, parse_manifest
 
@@ -186,3 +188,16 @@ def test_an_output_directory_that_is_gone_is_not_made_again(tmp_path: Path) -> N
         store.commit(Manifest(8, 5, {}, {}, ()))
     assert not out.exists()
     assert store.latest() is None
+
+
+def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = committed(tmp_path)
+
+    def stale(path: Path) -> list[str]:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(os, "listdir", stale)
+    with pytest.raises(StorageError, match=r"checkpoints cannot be read \(Stale file handle\)"):
+        store.latest()
