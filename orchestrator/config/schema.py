@@ -95,9 +95,9 @@ class DecoderSettings(Section):
         description="fraction of all tokens that no decoder layer sees (PR-MIM); 0: none",
         examples=[0.5, [0.5, 0.5, 0.25, 0.25]],
     )
-    recovery: Literal["aggregate", "none"] = Field(
-        default="aggregate",
-        description="aggregate: recover thrown tokens from decoded neighbors; none: do not predict them",
+    recovery: Literal["none", "aggregate"] = Field(
+        default="none",
+        description="none: thrown tokens are not predicted; aggregate: they are recovered from decoded neighbors",
     )
     sampler: Literal["furthest", "furthest_from_visible", "random", "cells"] = Field(
         default="furthest", description="choice of the masked tokens to decode"

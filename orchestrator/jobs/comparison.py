@@ -31,6 +31,7 @@ from bim.orchestrator.reporting.summary import write_summary
 from bim.orchestrator.runs.output_dir import new_output
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun
 from bim.orchestrator.runs.provenance import collect
+from bim.orchestrator.text import redact
 from bim.orchestrator.tracking.descriptions import fenced
 from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.storage import is_url
@@ -57,7 +58,7 @@ def open_comparison(job: PreparedJob, cluster: ClusterResources, stack: ExitStac
     stack.enter_context(log_to_file(job.out / EVENTS))
     params = {
         "backbones": ", ".join(backbone.name for backbone in job.backbones),
-        "data.source": settings.data.source,
+        "data.source": redact(settings.data.source),
         "schedule.epochs": settings.schedule.epochs,
         "seed": settings.seed,
     }

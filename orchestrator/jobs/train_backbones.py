@@ -24,9 +24,11 @@ from bim.orchestrator.distributed.placement_group import (
     release_placement_group,
 )
 from bim.orchestrator.distributed.streaming import stream_from_bundle
+from bim.orchestrator.evaluation.progress import reported_to
 from bim.orchestrator.evaluation.records import EvaluationResult
 from bim.orchestrator.jobs.backbone_run import BackboneRun, scores_line
 from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, evaluate_checkpoint, evaluation_task
+from bim.orchestrator.jobs.measuring import MeasuringLines, ProgressFile, evaluate_with_progress
 from bim.orchestrator.jobs.remote_evaluation import evaluate_and_send, receive
 from bim.orchestrator.reporting.console import Progress
 from bim.orchestrator.reporting.log import line_prefix
@@ -196,9 +198,18 @@ def _evaluate(
     stop: StopRequest,
     alone: bool,
 ) -> EvaluationResult | None:
-    """In this process without Ray, else in the placement group of the stages; None if a stop was requested."""
+    """In this process without Ray, else in the placement group of the stages; None if a stop was requested.
+
+    Logs a line now and then of how far it is.
+    """
+
+    def check() -> None:
+        if stop.reason is not None:
+            raise RunCancelled
+
     if group is None:
-        return evaluate_checkpoint(task)
+        with reported_to(MeasuringLines(check)):
+            return evaluate_checkpoint(task)
     if not layout.gpus:
         # Alone it computes with as many threads as this process would, else with its share of the CPUs.
         share = max(1, int(layout.cpus * len(layout.stage_blocks) + layout.loader_cpus))
@@ -211,4 +222,13 @@ def _evaluate(
         # The node of the stages need not see the output directory.
         items = stream_from_bundle(evaluate_and_send, group, layout, lambda: stop.reason is not None, task)
         return receive(items, Path(task.out))
-    return run_in_bundle(evaluate_checkpoint, group, layout, lambda: stop.reason is not None, task)
+    lines, file = MeasuringLines(), ProgressFile(Path(task.out))
+
+    def should_cancel() -> bool:
+        lines(file.read())
+        return stop.reason is not None
+
+    try:
+        return run_in_bundle(evaluate_with_progress, group, layout, should_cancel, task)
+    finally:
+        file.remove()
