@@ -31,6 +31,7 @@ from bim.orchestrator.reporting.summary import write_summary
 from bim.orchestrator.runs.output_dir import new_output
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun
 from bim.orchestrator.runs.provenance import collect
+from bim.orchestrator.runs.signals import at_forced_exit
 from bim.orchestrator.text import redact
 from bim.orchestrator.tracking.descriptions import fenced
 from bim.orchestrator.tracking.tracker import Tracker
@@ -55,6 +56,7 @@ def open_comparison(job: PreparedJob, cluster: ClusterResources, stack: ExitStac
                 tracking.uri, tracking.experiment, job.out.name, job.out, resumed, tracking.model_name
             )
         )
+    stack.enter_context(at_forced_exit(tracker.end_at_once))
     stack.enter_context(log_to_file(job.out / EVENTS))
     params = {
         "backbones": ", ".join(backbone.name for backbone in job.backbones),

@@ -277,6 +277,11 @@ class Tracker:
         self._resources.close()
         return complete
 
+    def end_at_once(self) -> None:
+        """Mark the run as KILLED and send nothing more: for an exit that cannot wait."""
+        if self._uploader is not None:
+            self._client.set_terminated(self.run_id, "KILLED")
+
     def __enter__(self) -> Self:
         return self
 
