@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-from bim.orchestrator.config.checks import PER_BLOCK
+from bim.orchestrator.config.checks import PER_BLOCK, ineffective_keys
 from bim.orchestrator.config.recipes import dump_yaml
 from bim.orchestrator.config.schema import Settings
 from bim.orchestrator.config.validate import settings_from_mapping
@@ -107,14 +107,18 @@ def flat(settings: Settings, redacted: bool = True) -> dict[str, Scalar]:
 def differing_keys(a: Settings, b: Settings) -> list[str]:
     """Dotted keys by which two settings train other weights (see MAY_DIFFER_ON_RESUME), alphabetically.
 
-    Passwords are not compared: saved settings have none.
+    Passwords are not compared: saved settings have none. A key that changes nothing in either of them counts as equal:
+    its default may have changed between two versions.
     """
+    without_effect = ineffective_keys(a).keys() & ineffective_keys(b).keys()
     left, right = dict(_leaves(recorded_mapping(a))), dict(_leaves(recorded_mapping(b)))
     absent = object()
     return sorted(
         key
         for key in left.keys() | right.keys()
-        if left.get(key, absent) != right.get(key, absent) and changes_weights(key)
+        if left.get(key, absent) != right.get(key, absent)
+        and changes_weights(key)
+        and key not in without_effect
     )
 
 

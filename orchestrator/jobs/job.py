@@ -34,7 +34,7 @@ from bim.orchestrator.jobs.records import (
 from bim.orchestrator.jobs.search_job import run_search, search_due
 from bim.orchestrator.jobs.train_backbones import train_backbones
 from bim.orchestrator.reporting.closing import closing_lines, several_closing_lines
-from bim.orchestrator.reporting.startup import opening_lines
+from bim.orchestrator.reporting.startup import data_notes, opening_lines
 from bim.orchestrator.runs.output_dir import OutputError
 from bim.orchestrator.runs.signals import at_forced_exit, interrupted_by_signals
 from bim.orchestrator.runs.train import check_precision, resolve_precision
@@ -174,7 +174,8 @@ def _log_opening(job: PreparedJob, backbones: Sequence[BackboneRun]) -> None:
                 continue
             if line.startswith(f"{job.settings.data.source}: "):
                 images_line = line
-                log.info(line)
+                for shared_line in (line, *data_notes(backbone.prepared)):
+                    log.info(shared_line)
             else:
                 with backbone.lines():
                     log.info(line.removeprefix(f"{backbone.name}: "))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,6 +32,11 @@ from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.spec import Precision
 
 EVENTS = "events.log"
+
+NAMED_BAD_IMAGES = 10
+"""Unreadable images that the line about an evaluation names."""
+
+log = logging.getLogger(__name__)
 
 # -- before the training ------------------------------------------------------------------------------------------
 
@@ -158,7 +164,17 @@ def _record_evaluations(backbone: BackboneRun) -> None:
     for number in range(backbone.num_recorded, len(backbone.evaluations)):
         run = backbone.prepared.runs[number]
         record_variants(backbone.tracker, run, backbone.evaluations[number], backbone.series_of(run))
+        _report_bad_images(backbone.evaluations[number])
         backbone.num_recorded += 1
+
+
+def _report_bad_images(evaluation: EvaluationResult) -> None:
+    bad = evaluation.bad_images
+    if bad:
+        listed = ", ".join(f"{name} ({reason})" for name, reason in list(bad.items())[:NAMED_BAD_IMAGES])
+        more = f" and {len(bad) - NAMED_BAD_IMAGES} more" if len(bad) > NAMED_BAD_IMAGES else ""
+        plural = "s" * (len(bad) > 1)
+        log.warning("evaluation left out %d unreadable image%s: %s%s", len(bad), plural, listed, more)
 
 
 def record_variants(

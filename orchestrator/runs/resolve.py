@@ -205,4 +205,8 @@ def data_spec(settings: Settings, backbone: Backbone) -> DataSpec:
 
 def eval_config(settings: Settings) -> EvalConfig:
     """How the depth variants of these settings are measured; samples are drawn from the seed of the splits."""
-    return EvalConfig(**settings.evaluation.model_dump(), seed=settings.data.split_seed)
+    return EvalConfig(
+        **settings.evaluation.model_dump(),
+        seed=settings.data.split_seed,
+        max_bad_fraction=settings.data.max_bad_fraction,
+    )

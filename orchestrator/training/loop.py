@@ -10,14 +10,14 @@ from typing import Any
 
 from bim.orchestrator.data.errors import TooManyCorruptImagesError
 from bim.orchestrator.training.callbacks import Callback, PretrainResult, StopRequest
-from bim.orchestrator.training.checkpoint import CheckpointStore
-from bim.orchestrator.training.errors import StageFailure, TrainingError
+from bim.orchestrator.training.errors import CheckpointDamagedError, StageFailure, TrainingError
 from bim.orchestrator.training.manifest import FileRecord, Manifest
 from bim.orchestrator.training.messages import StepReport, StepRequest
 from bim.orchestrator.training.meter import Meter
 from bim.orchestrator.training.restart_policy import RestartPolicy
 from bim.orchestrator.training.schedule import TrainingSchedule
 from bim.orchestrator.training.stage_group import Stages
+from bim.orchestrator.training.storage import Checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 def pretrain(
     schedule: TrainingSchedule,
     stages: Stages,
-    store: CheckpointStore,
+    store: Checkpoints,
     make_manifest: Callable[[int], Manifest],
     callback: Callback,
     policy: RestartPolicy,
@@ -76,7 +76,7 @@ class _Loop:
 
     schedule: TrainingSchedule
     stages: Stages
-    store: CheckpointStore
+    store: Checkpoints
     make_manifest: Callable[[int], Manifest]
     callback: Callback
     stop: StopRequest
@@ -97,9 +97,8 @@ class _Loop:
     def rewind(self) -> None:
         """Restore all stages from the newest valid checkpoint, after replacing those whose process is gone."""
         self.stages.start()
-        manifest = self.store.latest(warn=True)
+        manifest = self._restore()
         step = 0 if manifest is None else manifest.step
-        self.stages.restore(None if manifest is None else self.store.directory(step), step)
         if step == self.schedule.total_steps:
             log.info("checkpoint is already at the last step (%d); nothing to train", step)
         elif step:
@@ -111,6 +110,28 @@ class _Loop:
         self.step = self.completed_steps = step
         self.meter = Meter(self.schedule)
         self.stop.can_save = True
+
+    def _restore(self) -> Manifest | None:
+        """Restore all stages from the newest checkpoint that they can read, which is returned; None: from the seed.
+
+        Raises:
+            TrainingError: there were checkpoints, and all turned out to be damaged.
+        """
+        damaged: CheckpointDamagedError | None = None
+        while True:
+            manifest = self.store.latest(warn=True)
+            if manifest is None and damaged is not None:
+                raise TrainingError(f"there is no checkpoint left to go on from: {damaged}") from damaged
+            step = 0 if manifest is None else manifest.step
+            try:
+                self.stages.restore(None if manifest is None else self.store.directory(step), step)
+            except StageFailure as failure:
+                if not isinstance(failure.cause, CheckpointDamagedError):
+                    raise
+                damaged = failure.cause
+                self.store.reject(damaged)
+            else:
+                return manifest
 
     def run(self) -> str | None:
         """Submit and collect steps until the schedule ends or a stop is requested. Returns the reason of the stop."""
