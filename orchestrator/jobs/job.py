@@ -40,7 +40,7 @@ from bim.orchestrator.runs.signals import at_forced_exit, interrupted_by_signals
 from bim.orchestrator.runs.train import check_precision, resolve_precision
 from bim.orchestrator.search.record import finished_search
 from bim.orchestrator.text import short_path
-from bim.orchestrator.tracking.open_run import TrackingError
+from bim.orchestrator.tracking.store import TrackingError
 from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.callbacks import StopRequest
 
