@@ -24,7 +24,7 @@ from bim.orchestrator.evaluation.features import (
     Embedder,
     build_embedders,
     extract_features,
-    extract_labelled_features,
+    extract_labeled_features,
 )
 from bim.orchestrator.evaluation.metrics import rankme, score
 from bim.orchestrator.evaluation.model_cost import device_name, gflops, latencies_ms, num_params
@@ -133,8 +133,8 @@ def _scores(
     limit: int,
 ) -> dict[int, Scores]:
     """Every embedding fitted on the train split and scored on the test split, at most `limit` images of each."""
-    train, train_y = extract_labelled_features(embedders, source, splits.train, size, config, limit)
-    test, test_y = extract_labelled_features(embedders, source, splits.test, size, config, limit)
+    train, train_y = extract_labeled_features(embedders, source, splits.train, size, config, limit)
+    test, test_y = extract_labeled_features(embedders, source, splits.test, size, config, limit)
     train_y, test_y = train_y.to(device), test_y.to(device)
     return {
         name: score(train[name].to(device), train_y, test[name].to(device), test_y, config)

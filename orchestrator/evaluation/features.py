@@ -45,7 +45,7 @@ def _embedder(
     return embedding
 
 
-def extract_labelled_features(
+def extract_labeled_features(
     embedders: Mapping[int, Embedder],
     source: Source,
     indices: np.ndarray,
@@ -87,5 +87,5 @@ def subsample(indices: np.ndarray, limit: int, seed: int) -> np.ndarray:
     """At most `limit` of the indices, a sample that depends on the seed alone; sorted."""
     if len(indices) <= limit:
         return indices
-    order = torch.randperm(len(indices), generator=generator(seed, "evaluation"))
-    return np.sort(indices[order[:limit].numpy()])
+    permutation = torch.randperm(len(indices), generator=generator(seed, "evaluation"))
+    return np.sort(indices[permutation[:limit].numpy()])

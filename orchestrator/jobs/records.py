@@ -176,7 +176,7 @@ def record_variants(
     prefix = f"{series}/" if series else ""
     for report in evaluation.reports:
         block = next(b for b in run.backbone.blocks if b.depth >= report.depth)
-        names = ("loss", "loss_always_masked", "loss_newly_dropped", "loss_kept", "loss_thrown", "grad_norm")
+        names = ("loss", "loss_always_masked", "loss_newly_masked", "loss_kept", "loss_thrown", "grad_norm")
         curves = {name: tracker.history(f"{prefix}block{block.index}/{name}") for name in names}
         curves["images_per_s"] = tracker.history(f"{prefix}images_per_s")
         decoder = run.spec.decoders[block.index]

@@ -31,7 +31,7 @@ class Blobs:
 
     name: str = "blobs"
     n: int = 120
-    labelled: bool = True
+    labeled: bool = True
     bad: tuple[int, ...] = ()
     class_names: tuple[str, ...] | None = None
     fixed_splits: dict[str, np.ndarray] | None = None
@@ -40,7 +40,7 @@ class Blobs:
 
     @property
     def labels(self) -> np.ndarray | None:
-        return np.arange(self.n, dtype=np.int64) % 2 if self.labelled else None
+        return np.arange(self.n, dtype=np.int64) % 2 if self.labeled else None
 
     def __len__(self) -> int:
         return self.n
@@ -130,7 +130,7 @@ def test_without_labels_the_costs_and_the_rank_of_the_training_images_are_measur
 ) -> None:
     monkeypatch.setattr("bim.orchestrator.evaluation.model_cost.MEASURE_S", 0.01)
     monkeypatch.setattr("bim.orchestrator.evaluation.model_cost.WARM_UP_S", 0.0)
-    source, variants = Blobs(labelled=False, bad=(3,)), {1: vit(1), 2: vit(2)}
+    source, variants = Blobs(labeled=False, bad=(3,)), {1: vit(1), 2: vit(2)}
     one, two = evaluate_variants(
         variants, source, SPLITS, (16, 16), MEAN, STD, CPU, EvalConfig(batch_size=32)
     )
@@ -152,7 +152,7 @@ def test_the_rank_is_of_a_part_of_many_images_drawn_from_the_seed(monkeypatch: p
     def measured(seed: int) -> DepthReport:
         (report,) = evaluate_variants(
             {1: vit(1)},
-            Blobs(labelled=False),
+            Blobs(labeled=False),
             SPLITS,
             (16, 16),
             MEAN,
@@ -234,7 +234,7 @@ def test_a_large_split_is_sampled_by_the_seed_alone(monkeypatch: pytest.MonkeyPa
 
 def test_raw_pixels_without_labels_are_refused() -> None:
     with pytest.raises(ValueError, match="no labels"):
-        raw_pixels(Blobs(labelled=False), SPLITS, (16, 16), QUICK)
+        raw_pixels(Blobs(labeled=False), SPLITS, (16, 16), QUICK)
 
 
 def test_a_report_names_its_metrics_as_they_are_logged() -> None:
