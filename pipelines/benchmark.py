@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -310,7 +309,6 @@ def faults(arguments: argparse.Namespace) -> int:
         return 2
     folder = arguments.work or Path(tempfile.mkdtemp(prefix="bim-faults-"))
     folder.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what was started ends too
     reports = run_kills(arguments.kills, arguments.seed, kinds, folder)
     is_good = all(report.is_good for report in reports)
     if is_good and arguments.work is None:
