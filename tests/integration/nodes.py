@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -14,10 +15,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import pytest
 import ray
+
+from bim.orchestrator.benchmarks.fault_job import command
 
 STORE = 80 << 20
 """Bytes of a node's object store."""
+
+
+def can_mount() -> bool:
+    unshare = shutil.which("unshare")
+    return unshare is not None and subprocess.run([unshare, "--mount", "true"], check=False).returncode == 0
+
+
+NEEDS_MOUNTS = pytest.mark.skipif(
+    not can_mount(), reason="a node's own folder needs the right to make mount namespaces"
+)
 
 
 @dataclass
@@ -109,6 +123,22 @@ def several_nodes(cpus: tuple[int, ...]) -> Iterator[Nodes]:
         ray.shutdown()
         kill_all(head, folder)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def started_job(nodes: Nodes, out: Path, *words: str, joins: bool = True) -> subprocess.Popen[str]:
+    """The main job as a driver of its own, on the cluster or with a Ray of its own."""
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment |= {"RAY_ADDRESS": nodes.address} if joins else {}
+    argv = command(out, f"sqlite:///{out.parent}/{out.name}.db", out.name, "--resume" in words)
+    return subprocess.Popen(
+        [*argv, *(word for word in words if word != "--resume")],
+        cwd=nodes.folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def start_process(argv: list[str], log: Path) -> subprocess.Popen[bytes]:

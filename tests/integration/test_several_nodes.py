@@ -5,7 +5,6 @@ Each node is a raylet on this machine, with a folder of its own (a mount namespa
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import threading
 import time
@@ -17,8 +16,18 @@ import pytest
 
 from bim.orchestrator.distributed.placement import PlacementError, StageLayout
 from bim.orchestrator.distributed.ray_stage_group import RayStages
+from bim.orchestrator.training.checkpoint import CheckpointStore
 from bim.orchestrator.training.errors import TrainingError
-from tests.integration.nodes import Node, Nodes, node_ids, ray_command, several_nodes, wait_until
+from tests.integration.nodes import (
+    NEEDS_MOUNTS,
+    Node,
+    Nodes,
+    node_ids,
+    ray_command,
+    several_nodes,
+    started_job,
+    wait_until,
+)
 from tests.integration.tiny import AtStep, data, differing, in_process, state, tiny_spec, train
 
 STEPS = 60
@@ -27,16 +36,9 @@ TWO_NODES = StageLayout(((0,), (1,)), gpus=0.0, cpus=0.6, loader_cpus=0.4, threa
 """Two stages that do not fit on one node of one CPU."""
 
 
-def can_mount() -> bool:
-    unshare = shutil.which("unshare")
-    return unshare is not None and subprocess.run([unshare, "--mount", "true"], check=False).returncode == 0
-
-
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not can_mount(), reason="a node's own folder needs the right to make mount namespaces"
-    ),
+    NEEDS_MOUNTS,
 ]
 
 
@@ -185,3 +187,21 @@ def test_an_output_directory_that_a_node_does_not_see_is_refused(nodes: Nodes) -
             train(stages, nodes.private, steps=STEPS)
     finally:
         stages.close()
+
+
+def checksums(out: Path) -> list[int]:
+    """Of the files of the last checkpoint."""
+    manifest = CheckpointStore(out).latest()
+    assert manifest is not None
+    return [record.crc32 for record in manifest.files]
+
+
+def test_two_jobs_on_one_cluster_do_not_disturb_each_other(nodes: Nodes) -> None:
+    nodes.add(cpus=4)
+    outs = [nodes.shared / "first", nodes.shared / "second"]
+    jobs = [started_job(nodes, out, "--placement.cpus_per_stage", "0.3") for out in outs]
+    for job in jobs:
+        text, _ = job.communicate(timeout=600)
+        assert job.returncode == 0, text
+    first, second = map(checksums, outs)
+    assert first == second
