@@ -145,6 +145,7 @@ def start_process(argv: list[str], log: Path) -> subprocess.Popen[bytes]:
     with log.open("wb") as out:
         return subprocess.Popen(
             argv,
+            env=os.environ | {"RAY_raylet_start_wait_time_s": "240"},  # on a loaded machine
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,

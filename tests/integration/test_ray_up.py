@@ -68,6 +68,7 @@ class Machines:
         (self.home / ".bashrc").write_text(
             f"export PATH={self.bin}:{Path(sys.executable).parent}:$PATH PYTHONPATH={os.environ.get('PYTHONPATH', '')}\n"
             "export OMP_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true\n"
+            "export RAY_raylet_start_wait_time_s=240\n"  # on a loaded machine
         )
         self.environment = {key: value for key, value in os.environ.items() if key != "RAY_AUTH_MODE"}
         self.environment |= {
