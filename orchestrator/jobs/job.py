@@ -19,7 +19,7 @@ from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.distributed.cluster import ClusterError, ray_cluster
 from bim.orchestrator.distributed.placement import ClusterResources, PlacementError
-from bim.orchestrator.files import StorageError
+from bim.orchestrator.files import StorageError, remove_temporary_files
 from bim.orchestrator.jobs.backbone_run import BackboneRun
 from bim.orchestrator.jobs.comparison import measure_pending_latencies, open_comparison, record_comparison
 from bim.orchestrator.jobs.layouts import shared_layouts, single_layouts
@@ -37,11 +37,11 @@ from bim.orchestrator.reporting.closing import closing_lines, several_closing_li
 from bim.orchestrator.reporting.startup import data_notes, opening_lines
 from bim.orchestrator.runs.output_dir import Claim, OutputError, claim
 from bim.orchestrator.runs.run_store import storage_failure
-from bim.orchestrator.runs.signals import interrupted_by_signals
+from bim.orchestrator.runs.signals import at_forced_exit, interrupted_by_signals
 from bim.orchestrator.runs.train import check_precision, resolve_precision
 from bim.orchestrator.search.record import finished_search
 from bim.orchestrator.text import short_path
-from bim.orchestrator.tracking.open_run import TrackingError
+from bim.orchestrator.tracking.store import TrackingError
 from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.errors import TrainingError
@@ -95,7 +95,17 @@ def _run(job: PreparedJob, stop: StopRequest) -> JobResult:
     with ExitStack() as stack:
         stack.enter_context(interrupted_by_signals(stop))
         claims = _claim_outputs(job, stack)
+
+        def release() -> None:
+            remove_temporary_files(job.out)
+            for held in claims.values():
+                held.lease.release()
+
+        # Called when Ray's processes have ended, which may have been killed in the middle of a write.
+        stack.callback(remove_temporary_files, job.out)
+        stack.enter_context(at_forced_exit(release))
         cluster = stack.enter_context(connect(job.settings))
+        remove_temporary_files(job.out)  # of a driver that was killed
         backbones, comparison = _open(job, cluster, claims, stack)
         _log_opening(job, backbones)
         if not job.compares:

@@ -131,11 +131,12 @@ class _Loop:
             step = 0 if manifest is None else manifest.step
             try:
                 self.stages.restore(None if manifest is None else self.store.directory(step), step)
-            except StageFailure as failure:
-                if not isinstance(failure.cause, CheckpointDamagedError):
+            except (StageFailure, CheckpointDamagedError) as error:
+                cause = error.cause if isinstance(error, StageFailure) else error
+                if not isinstance(cause, CheckpointDamagedError):
                     raise
-                damaged = failure.cause
-                self.store.reject(damaged)
+                damaged = cause
+                self.store.reject(cause)
             else:
                 return manifest
 
