@@ -48,6 +48,10 @@ class BackgroundUploader:
         self._thread = threading.Thread(target=run, args=(self._run,), name="mlflow-upload", daemon=True)
         self._thread.start()
 
+    def request_end(self) -> None:
+        """Begin the last round."""
+        self._closing.set()
+
     def close(self, idle_timeout: float, timeout: float) -> bool:
         """Send what is left. True if the last round came to its end without a failure.
 

@@ -82,7 +82,7 @@ class Tracker:
         self._dataset: dict[str, str] | None = None
         self._depths: dict[str, dict[str, DepthRecord]] = {}
         self._running_trials: dict[int, tuple[TrialRow, str]] = {}
-        self._is_finished = False
+        self._is_ending = self._is_finished = False
         delivery = Delivery(out, self._metrics, self._queue, RunWriter(opened.client, address, run, out))
         self._uploader = BackgroundUploader(delivery, str(address), short_path(out), interval)
 
@@ -243,6 +243,18 @@ class Tracker:
 
     # -- the end ------------------------------------------------------------------------------------------------
 
+    def request_end(self, status: Status) -> None:
+        """Begin to end the run, without waiting; `finish` waits. Of several runs all can end at the same time."""
+        if self._is_ending:
+            return
+        self._is_ending = True
+        self._queue.discard(REOPENING)
+        # Before everything else: a process that is told to stop may not have the time to send all.
+        self._queue.put(END, "end", {"status": status, "milliseconds": now_ms()}, first=True)
+        for row, metric in self._running_trials.values():
+            self._put_trial(row, metric, cut_off=True)
+        self._uploader.request_end()
+
     def finish(
         self, status: Status = "FINISHED", idle_timeout: float = 20.0, timeout: float | None = None
     ) -> bool:
@@ -256,11 +268,7 @@ class Tracker:
         self._is_finished = True
         if timeout is None:
             timeout = 600.0 if status == "FINISHED" else 60.0
-        self._queue.discard(REOPENING)
-        # Before everything else: a process that is told to stop may not have the time to send all.
-        self._queue.put(END, "end", {"status": status, "milliseconds": now_ms()}, first=True)
-        for row, metric in self._running_trials.values():
-            self._put_trial(row, metric, cut_off=True)
+        self.request_end(status)
         complete = self._uploader.close(idle_timeout, timeout)
         if not complete:
             names = _short_list(upload.name for upload in self._queue.waiting())

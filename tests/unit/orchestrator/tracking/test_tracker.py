@@ -167,6 +167,15 @@ def test_a_resumed_run_is_shown_as_running_as_soon_as_its_store_is_back(
     assert store.runs["run0"].info.status == "FAILED"
 
 
+def test_of_several_runs_all_end_before_one_is_waited_for(tmp_path: Path, store: FakeStore) -> None:
+    trackers = [opened(tmp_path / name, interval=3600) for name in "ab"]
+    for tracker in trackers:
+        tracker.request_end("KILLED")
+    assert trackers[1].finish("KILLED")
+    assert trackers[0].finish("KILLED")
+    assert [run.info.status for run in store.runs.values()] == ["KILLED", "KILLED"]
+
+
 def test_a_new_run_needs_its_store_and_a_resumed_one_the_store_that_has_it(
     tmp_path: Path, store: FakeStore
 ) -> None:
