@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bim.orchestrator.config.schema import Settings
-from bim.orchestrator.config.transforms import changes_weights, end_to_end, flat, with_changes
+from bim.orchestrator.config.transforms import Scalar, changes_weights, end_to_end, flat, with_changes
 from bim.orchestrator.config.validate import settings_from_mapping
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import Splits
@@ -47,10 +47,13 @@ BASELINE = "bim"
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     BASELINE: ("plain BIM: normalized pixels, one decoder layer per block", {}),
     TRUNCATED_MAE: ("MAE (K = 1), truncated at each depth, behind its own final norm", {}),
-    "throw": ("PR-MIM, half of all tokens thrown and recovered", {"decoder.throw_ratio": 0.5}),
+    "throw": (
+        "PR-MIM, half of all tokens thrown and recovered",
+        {"decoder.throw_ratio": 0.5, "decoder.recovery": "aggregate"},
+    ),
     "throw-light": (
         "the same, a recovered token weighing a quarter of a decoded one",
-        {"decoder.throw_ratio": 0.5, "decoder.thrown_weight": 0.25},
+        {"decoder.throw_ratio": 0.5, "decoder.recovery": "aggregate", "decoder.thrown_weight": 0.25},
     ),
     "drop": (
         "the same half dropped, not recovered",
@@ -92,7 +95,7 @@ EXTRA_MEASUREMENTS = {TRUNCATED_MAE: (FRESH_NORM,)}
 
 SCORES = ("knn_top1", "linear_top1")
 
-FORMER_DEFAULTS = {"mask.ratio": 0.75}
+FORMER_DEFAULTS: dict[str, Scalar] = {"mask.ratio": 0.75, "decoder.recovery": "aggregate"}
 """Defaults that have changed since the first results were written; digests use the old ones."""
 
 
@@ -118,6 +121,8 @@ def base_digest(base: Settings) -> str:
     """
     source = Path(base.data.source).name
     values = flat(with_changes(base, {"seed": 0, "data.source": source}))
+    if not any(base.per_block("decoder.throw_ratio")):  # every case that throws tokens names its own recovery
+        values["decoder.recovery"] = FORMER_DEFAULTS["decoder.recovery"]
     bare = {"name": "x", "backbone": {"name": "x"}, "data": {"source": "x", "batch_size": 1}}
     default = flat(settings_from_mapping(bare | {"schedule": {"epochs": 1}})) | FORMER_DEFAULTS
     scored = {f"evaluation.{name}" for name in SCORED_BY}

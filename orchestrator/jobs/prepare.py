@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bim.orchestrator.config.credentials import with_credentials
 from bim.orchestrator.config.recipes import SAVED_SETTINGS, read_recipe
 from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.config.transforms import with_changes
@@ -21,6 +23,7 @@ from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun, resolve
 from bim.orchestrator.search.record import finished_search
 from bim.orchestrator.search.results import with_best
 from bim.orchestrator.text import short_path
+from bim.orchestrator.tracking.open_run import TrackingError, check_model_name
 from bim.orchestrator.training.checkpoint import CheckpointStore
 
 
@@ -48,7 +51,8 @@ def prepare(settings: Settings) -> PreparedJob:
     Raises:
         SettingsError, DataError, OutputError: one line for every problem.
     """
-    settings, out = resolve_paths(settings)
+    settings, out = resolve_paths(with_credentials(settings, os.environ))
+    check_model_names(settings)
     if settings.backbones is None:
         backbone = prepare_backbone(settings)
         return PreparedJob(backbone.run.settings, out, (backbone,))
@@ -93,14 +97,22 @@ def prepare_backbone(
     return backbone
 
 
+def check_model_names(settings: Settings) -> None:
+    """Raise SettingsError if MLflow would refuse the name of the registered models, at the end of the training."""
+    try:
+        check_model_name(settings.tracking.model_name or settings.name)
+    except TrackingError as error:
+        raise SettingsError(str(error)) from None
+
+
 def resolve_paths(settings: Settings) -> tuple[Settings, Path]:
     """The settings with absolute paths, which hold in the working directory of any actor; and the output directory."""
     out = settings.out or Path("runs") / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    paths = {"out": str(out.expanduser().absolute())}
+    paths = {"out": str(Path(os.path.expanduser(out)).absolute())}
     for key, value in {"data.source": settings.data.source, "init_from": settings.init_from}.items():
         # "local-dir:DIR" and "torchvision:NAME:ROOT" end in a path too.
         scheme, colon, path = (value or "").rpartition(":")
-        if path and Path(path).exists():
+        if path and os.path.exists(path):
             paths[key] = f"{scheme}{colon}{Path(path).absolute()}"
     return with_changes(settings, paths), Path(paths["out"])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bim.orchestrator.config.schema import Settings, SettingsError
-from bim.orchestrator.config.transforms import settings_to_mapping
+from bim.orchestrator.config.transforms import settings_to_mapping, with_changes
 from bim.orchestrator.distributed.placement import ClusterResources
 from bim.orchestrator.evaluation.evaluate import RANKME_IMAGES
 from bim.orchestrator.reporting.search_console import SearchProgress, closing, opening
@@ -102,7 +102,8 @@ def run_search(
     space = space_of(settings, run.backbone)
     layout, concurrent = trial_placement(settings, cluster)
     trial = TrialSpec(
-        settings=settings_to_mapping(settings),
+        # Trials have no record of their own in MLflow, and Tune writes what they are made from to the disk.
+        settings=settings_to_mapping(with_changes(settings, {"tracking.uri": None})),
         layout=layout,
         precision=precision,
         folder=str(run.out / FOLDER / "trials"),

@@ -47,6 +47,12 @@ def opening_lines(run: ResolvedRun, prepared: PreparedBackbone, layout: StageLay
     ]
 
 
+def data_notes(prepared: PreparedBackbone) -> list[str]:
+    """What looks like labels or images and is not used, and scores that cannot tell anything; wrapped lines."""
+    notes = (*prepared.source.notes, *prepared.splits.notes)
+    return [line for note in notes for line in wrapped(f"note: {note}")]
+
+
 def _placement(settings: Settings, layout: StageLayout) -> str:
     """`blocks 0-1 | 2-3 on 2 Ray actors, 1 GPU each`."""
     stages = layout.stage_blocks

@@ -17,7 +17,7 @@ from torch import Tensor
 from bim.models.backbones.backbone import Backbone
 from bim.orchestrator.data.phases import Phase
 from bim.orchestrator.data.source import Source
-from bim.orchestrator.data.splits import Splits
+from bim.orchestrator.data.splits import Splits, labeled
 from bim.orchestrator.evaluation.batch_norms import gather_statistics
 from bim.orchestrator.evaluation.evaluate import rankme_by_depth
 from bim.orchestrator.evaluation.features import build_embedders, extract_labeled_features
@@ -59,7 +59,7 @@ class Score:
 
 def metric_of(source: Source, splits: Splits) -> str:
     """Key of the metric that trials on these images are ranked by: `knn_top1` needs labels and a validation split."""
-    return "knn_top1" if source.labels is not None and len(splits.val) else "rankme"
+    return "knn_top1" if len(labeled(source, splits.train)) and len(labeled(source, splits.val)) else "rankme"
 
 
 def score_checkpoint(

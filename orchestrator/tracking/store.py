@@ -22,6 +22,8 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from bim.orchestrator.text import redact
+
 try:
     import fcntl
 except ImportError:  # without it, runs must not be started at the same moment in a new folder
@@ -48,8 +50,8 @@ class StoreAddress:
     uri: str
 
     def __str__(self) -> str:
-        """The URI without its password: fit for logs and files."""
-        return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", self.uri)
+        """The URI without passwords and tokens: fit for logs and files."""
+        return redact(self.uri)
 
     @property
     def is_http(self) -> bool:

@@ -50,6 +50,9 @@ TAGGED_PACKAGES = ("torch", "timm", "ray")
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
+FINISH_TIMEOUTS_S: dict[Status, float] = {"FINISHED": 600.0, "FAILED": 60.0, "KILLED": 12.0}
+"""How long the end of a run waits for its store; a process that a signal ends has little time."""
+
 log = logging.getLogger(__name__)
 
 
@@ -83,7 +86,8 @@ class Tracker:
         self._depths: dict[str, dict[str, DepthRecord]] = {}
         self._running_trials: dict[int, tuple[TrialRow, str]] = {}
         self._is_ending = self._is_finished = False
-        delivery = Delivery(out, self._metrics, self._queue, RunWriter(opened.client, address, run, out))
+        self._writer = RunWriter(opened.client, address, run, out)
+        delivery = Delivery(out, self._metrics, self._queue, self._writer)
         self._uploader = BackgroundUploader(delivery, str(address), short_path(out), interval)
 
     @classmethod
@@ -260,14 +264,14 @@ class Tracker:
     ) -> bool:
         """End the run and send what is left. True if the store has taken everything.
 
-        Waits while the store takes something every `idle_timeout` seconds, at most `timeout` seconds: by default ten
-        minutes for a run that is finished and one for others.
+        Waits while the store takes something every `idle_timeout` seconds, at most `timeout` seconds: by default
+        `FINISH_TIMEOUTS_S`.
         """
         if self._is_finished:
             return not self._queue.waiting()
         self._is_finished = True
         if timeout is None:
-            timeout = 600.0 if status == "FINISHED" else 60.0
+            timeout = FINISH_TIMEOUTS_S[status]
         self.request_end(status)
         complete = self._uploader.close(idle_timeout, timeout)
         if not complete:
@@ -281,6 +285,13 @@ class Tracker:
             )
         self._resources.close()
         return complete
+
+    def end_at_once(self) -> None:
+        """Mark the run as KILLED and send nothing more: for an exit that cannot wait."""
+        if not self._is_ending:
+            milliseconds = now_ms()
+            self._queue.put(END, "end", {"status": "KILLED", "milliseconds": milliseconds}, first=True)
+            self._writer.end("KILLED", milliseconds)
 
     def __enter__(self) -> Self:
         return self

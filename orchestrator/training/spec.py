@@ -31,7 +31,7 @@ class DecoderSpec:
     Args:
         num_heads: None: one head per 32 channels (512 / 16 in MAE).
         throw_ratio: fraction of all tokens that no decoder layer sees (PR-MIM); 0: none.
-        recovery: "aggregate" predicts thrown tokens from decoded neighbors, "none" leaves them out.
+        recovery: "none" leaves thrown tokens out, "aggregate" predicts them from decoded neighbors.
         sampler: chooses the tokens to decode, see `bim.models.masks.sampling`.
         thrown_weight: weight of a thrown token in the loss.
     """
@@ -40,7 +40,7 @@ class DecoderSpec:
     dim: int
     num_heads: int | None = None
     throw_ratio: float = 0.0
-    recovery: str = "aggregate"
+    recovery: str = "none"
     sampler: str = "furthest"
     thrown_weight: float = 1.0
 

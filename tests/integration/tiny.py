@@ -22,6 +22,7 @@ from bim.orchestrator.training.restart_policy import RestartPolicy
 from bim.orchestrator.training.schedule import TrainingSchedule
 from bim.orchestrator.training.spec import DecoderSpec, OptimSpec, PretrainSpec, TargetSpec
 from bim.orchestrator.training.stage_group import InProcessStages, Stages
+from bim.orchestrator.training.storage import Checkpoints, Location
 
 STEPS_PER_EPOCH = 10
 
@@ -52,7 +53,7 @@ def data(**changes: Any) -> DataSpec:
 
 def growing() -> tuple[PretrainSpec, DataSpec, tuple[Phase, ...]]:
     """Every feature at once: three image sizes, one with accumulated gradients, thrown tokens, boundary noise."""
-    throw = DecoderSpec(1, 32, 2, throw_ratio=0.25)
+    throw = DecoderSpec(1, 32, 2, throw_ratio=0.25, recovery="aggregate")
     spec = tiny_spec(decoders=(throw,) * 4, boundary_noise=0.25)
     phases = (PhaseSpec(0, (16, 16), 256), PhaseSpec(1, (24, 24), 128, 2), PhaseSpec(3, (32, 32), 128))
     images = data(phases=phases)
@@ -68,7 +69,9 @@ def hierarchy() -> tuple[PretrainSpec, DataSpec, tuple[Phase, ...]]:
         model_args={**args, "wss": [4, 4, 2, 2]},
         blocks=(2, 2, 2, 2),
         mask_ratios=(0.5,) * 4,
-        decoders=tuple(DecoderSpec(1, 32, 2, throw_ratio=ratio) for ratio in (0.4, 0.3, 0.0, 0.0)),
+        decoders=tuple(
+            DecoderSpec(1, 32, 2, throw_ratio=ratio, recovery="aggregate") for ratio in (0.4, 0.3, 0.0, 0.0)
+        ),
         targets=tuple(TargetSpec("hog", {"cell": cell}) for cell in (4, 8, 16, 32)),
     )
     images = data(phases=(PhaseSpec(0, (64, 64), 32), PhaseSpec(1, (96, 96), 32)), test_fraction=0.82)
@@ -119,8 +122,9 @@ def train(
     grad_accum_steps: int = 1,
     keep: int = 2,
     phases: tuple[Phase, ...] = (),
+    store: Checkpoints | None = None,
 ) -> PretrainResult:
-    """Train to `steps` in epochs of ten steps, checkpoints every `every` steps."""
+    """Train to `steps` in epochs of ten steps, checkpoints every `every` steps in `store`; None: in `out`."""
     epochs = (
         steps // STEPS_PER_EPOCH if not phases else phase_at(phases, steps - 1).epoch_of(steps - 1)[0] + 1
     )
@@ -134,7 +138,7 @@ def train(
         max_bad_images=0,
     )
     out.mkdir(parents=True, exist_ok=True)
-    store = CheckpointStore(out, keep=keep)
+    store = store or CheckpointStore(out, keep=keep)
     store.clear_uncommitted()
     return pretrain(
         schedule,
@@ -149,7 +153,11 @@ def train(
 
 def state(out: Path, step: int, blocks: int = 4) -> dict[str, Tensor]:
     """Weights and optimizer state of a committed checkpoint, all blocks, flat."""
-    directory = CheckpointStore(out).directory(step)
+    return tensors_of(CheckpointStore(out).directory(step), blocks)
+
+
+def tensors_of(directory: Location, blocks: int = 4) -> dict[str, Tensor]:
+    """As `state`, of a checkpoint folder."""
     tensors: dict[str, Tensor] = {}
     for k in range(blocks):
         tensors |= {f"{k}/{name}": value for name, value in load_block_weights(directory, k).items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bim.models.tokens import normalize_images
-from bim.orchestrator.data.errors import ImageDecodeError
+from bim.orchestrator.data.errors import ImageDecodeError, TooManyCorruptImagesError
 from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.evaluation import evaluate
 from bim.orchestrator.evaluation.evaluate import evaluate_variants, raw_pixels
@@ -37,10 +37,14 @@ class Blobs:
     fixed_splits: dict[str, np.ndarray] | None = None
     chunks: None = None
     loads: int = 0
+    unlabeled: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def labels(self) -> np.ndarray | None:
-        return np.arange(self.n, dtype=np.int64) % 2 if self.labeled else None
+        labels = np.arange(self.n, dtype=np.int64) % 2
+        labels[list(self.unlabeled)] = -1
+        return labels if self.labeled else None
 
     def __len__(self) -> int:
         return self.n
@@ -254,3 +258,29 @@ def test_a_report_names_its_metrics_as_they_are_logged() -> None:
         "params": 1000.0,
         "gflops": 0.5,
     }
+
+
+def test_images_without_a_label_are_in_no_accuracy() -> None:
+    blobs = Blobs(unlabeled=(0, 1, 90, 91, 92))
+    report = evaluate_variants({2: vit()}, blobs, SPLITS, (16, 16), MEAN, STD, CPU, QUICK)[0]
+    assert report.n_test == 27
+    assert report.knn_top1 is not None
+
+
+def test_without_labels_in_the_test_split_rankme_takes_the_place_of_accuracies() -> None:
+    blobs = Blobs(unlabeled=tuple(range(90, 120)))
+    report = evaluate_variants({2: vit()}, blobs, SPLITS, (16, 16), MEAN, STD, CPU, QUICK)[0]
+    assert report.knn_top1 is None
+    assert report.rankme is not None
+
+
+@pytest.mark.parametrize("bad", [(3, 4), (95, 96)])
+def test_unreadable_images_of_every_split_are_counted_named_and_limited(bad: tuple[int, ...]) -> None:
+    blobs, met = Blobs(bad=bad), dict[str, str]()
+    measure = (blobs, SPLITS, (16, 16), MEAN, STD, CPU)
+    evaluate_variants({2: vit()}, *measure, QUICK, met)
+    assert met == {f"blob {number}": "made so" for number in bad}
+    with pytest.raises(
+        TooManyCorruptImagesError, match=r"2 of \d+ images could not be read, the last being blob \d+"
+    ):
+        evaluate_variants({2: vit()}, *measure, replace(QUICK, max_bad_fraction=0.01))

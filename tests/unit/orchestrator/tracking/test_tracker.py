@@ -94,6 +94,28 @@ def test_a_slow_store_makes_nobody_wait_but_the_end(tmp_path: Path, store: FakeS
     assert everything_is_there(store)
 
 
+def test_a_process_that_is_told_to_stop_ends_its_runs_in_the_time_of_one_slow_request(
+    tmp_path: Path, store: FakeStore
+) -> None:
+    """Of every thread that asks, the store answers one request; the thread of uploads waits for its first one."""
+    tracker = opened(tmp_path / "out", interval=3600)
+    tracker.log_trial(ROW, "knn_top1")
+    tracker.log_trial(replace(ROW, number=4), "knn_top1")
+    tracker._uploader._sender.send()
+    answered: set[str] = set()
+
+    def answer(name: str) -> None:
+        thread = threading.current_thread().name
+        if thread in answered or thread == "mlflow-upload":
+            threading.Event().wait()
+        answered.add(thread)
+
+    store.before = answer
+    tracker.log_metrics(1, {"loss": 0.5})
+    assert not tracker.finish("KILLED", idle_timeout=0.5, timeout=0.5)
+    assert [run.info.status for run in store.runs.values()] == ["KILLED"] * 3
+
+
 def test_a_score_takes_one_request_once_its_run_is_there(tmp_path: Path, store: FakeStore) -> None:
     tracker = opened(tmp_path / "out", interval=3600)
     delivery = tracker._uploader._sender
@@ -231,7 +253,7 @@ def test_the_record_has_no_password_and_an_absolute_path(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name, uri, recorded in (
-        ("a", "http://me:secret@store:5000", "http://me:***@store:5000"),
+        ("a", "http://me:secret@store:5000", "http://***@store:5000"),
         ("b", "sqlite:///mlflow.db", f"sqlite:///{tmp_path}/mlflow.db"),
     ):
         (tmp_path / name).mkdir()
@@ -248,11 +270,10 @@ def test_the_record_has_no_password_and_an_absolute_path(
 
 def test_sync_closes_a_run_whose_process_was_killed(tmp_path: Path, store: FakeStore) -> None:
     out = tmp_path / "out"
-    tracker = opened(out)
+    tracker = opened(out, interval=3600)
     tracker.log_trial(ROW, "knn_top1")
-    while not any("trial" in run.data.tags for run in store.runs.values()):
-        pass
-    tracker._uploader.close(1, 1)  # as if by SIGKILL
+    tracker._uploader._sender.send()
+    tracker._uploader._closing.set()  # as if by SIGKILL: nothing is ended
     tracker._resources.close()
     assert sync_run(out).status == "KILLED"
     assert [run.info.status for run in store.runs.values()] == ["KILLED", "KILLED"]

@@ -99,7 +99,7 @@ SWIN = PretrainSpec(
     },
     blocks=(1, 1, 2, 2, 1),
     mask_ratios=(0.5, 0.5, 0.6, 0.6, 0.75),
-    decoders=(DecoderSpec(1, 16, 2, throw_ratio=0.3),) * 4 + (DecoderSpec(1, 16, 2),),
+    decoders=(DecoderSpec(1, 16, 2, throw_ratio=0.3, recovery="aggregate"),) * 4 + (DecoderSpec(1, 16, 2),),
 )
 
 
