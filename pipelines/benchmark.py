@@ -6,10 +6,15 @@ import argparse
 import json
 import logging
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from bim.orchestrator.runs.signals import leave
+from bim.pipelines.process import run_command
 
 if TYPE_CHECKING:
     import torch
@@ -256,6 +261,9 @@ def pipeline(arguments: argparse.Namespace) -> None:
     """Throughput of stages with equal work on Ray, as a fraction of a single stage, and the driver's CPU time."""
     for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):
         os.environ.setdefault(name, "0")
+    from bim.orchestrator.distributed.local_ray import secure_local_ray
+
+    secure_local_ray()
     from bim.orchestrator.benchmarks.pipeline_speed import pipeline_speed
     from bim.orchestrator.distributed.cluster import ray_cluster
 
@@ -293,16 +301,43 @@ def seeds(arguments: argparse.Namespace) -> None:
         )
 
 
+def faults(arguments: argparse.Namespace) -> int:
+    """Kill processes of a tiny job at random moments: every run must end equal to the unbroken one, nothing left over.
+
+    Returns 1 if a run does not.
+    """
+    from bim.orchestrator.benchmarks.fault_run import KINDS
+    from bim.orchestrator.benchmarks.faults import run_kills
+
+    kinds = KINDS if arguments.kinds is None else tuple(arguments.kinds.split(","))
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        print(f"error: no such kind: {', '.join(unknown)}; there are {', '.join(KINDS)}", file=sys.stderr)
+        return 2
+    folder = arguments.work or Path(tempfile.mkdtemp(prefix="bim-faults-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    reports = run_kills(arguments.kills, arguments.seed, kinds, folder)
+    is_good = all(report.is_good for report in reports)
+    if is_good and arguments.work is None:
+        shutil.rmtree(folder)
+    else:
+        print(f"output directories: {folder}")
+    return 0 if is_good else 1
+
+
 def main(argv: Sequence[str]) -> int:
-    """Run one benchmark and print its table. Returns the exit status."""
+    """Run one benchmark and print its table. Returns the exit status; 75 or 128 + n after a signal."""
+    return run_command(lambda stop: _main(argv), "stopped by {}")
+
+
+def _main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python pipelines/benchmark.py", description=__doc__, allow_abbrev=False
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="memory|methods|family|green|plans|pipeline|seeds"
+        dest="command", required=True, metavar="memory|methods|family|green|plans|pipeline|seeds|faults"
     )
 
-    def command(run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+    def command(run: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
         command = commands.add_parser(
             run.__name__, help=run.__doc__, description=run.__doc__, allow_abbrev=False
         )
@@ -342,10 +377,22 @@ def main(argv: Sequence[str]) -> int:
         "runs", nargs="+", type=Path, metavar="OUT", help="output directory of a finished run"
     )
 
+    killing = command(faults)
+    killing.add_argument(
+        "--kills", type=int, default=100, help="runs with one kill each (default: %(default)s)"
+    )
+    killing.add_argument("--seed", type=int, default=0, help="of kinds and moments (default: %(default)s)")
+    killing.add_argument(
+        "--kinds",
+        help="what is killed, joined by commas: stage, loader, data-worker, driver, raylet, mlflow-server (default: all)",
+    )
+    killing.add_argument(
+        "--work", type=Path, metavar="DIR", help="folder of the runs, which stays (default: a temporary one)"
+    )
+
     arguments = parser.parse_args(argv)
-    arguments.run(arguments)
-    return 0
+    return arguments.run(arguments) or 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

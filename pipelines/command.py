@@ -10,6 +10,7 @@ usage: bim COMMAND [OPTIONS]
 
 commands
   pretrain    pretrain a family of backbones; the same as python pipelines/bim_pipeline.py
+  sync        send to MLflow what a run could not deliver; the same as python pipelines/sync_tracking.py
 
 bim COMMAND --help lists the options of a command."""
 
@@ -29,7 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(USAGE if not name else f"error: unknown command '{name}'\n{USAGE}", file=sys.stderr)
         return 2
-    return COMMANDS[name](options)
+    status = COMMANDS[name](options)
+    if argv is None:  # the console script
+        from bim.orchestrator.runs.signals import leave
+
+        leave(status)
+    return status
 
 
 def _pretrain(options: Sequence[str]) -> int:
@@ -38,7 +44,13 @@ def _pretrain(options: Sequence[str]) -> int:
     return pretrain(options)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"pretrain": _pretrain}
+def _sync(options: Sequence[str]) -> int:
+    from bim.pipelines.sync_tracking import main as sync
+
+    return sync(options)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"pretrain": _pretrain, "sync": _sync}
 
 
 if __name__ == "__main__":

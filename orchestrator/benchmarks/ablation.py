@@ -156,23 +156,23 @@ def run_case(
     measured: dict[str, Mapping[int, Scores | DepthReport]] = {}
     train_s = 0.0
     with tempfile.TemporaryDirectory(prefix="ablation-") as folder:
-        family, source, splits = resolve_run(settings, Path(folder))
+        run, source, splits = resolve_run(settings, Path(folder))
         if case == RAW_PIXELS:
-            scores = raw_pixels(source, splits, family.backbone.image_size, eval_config(settings))
+            scores = raw_pixels(source, splits, run.backbone.image_size, eval_config(settings))
             measured[case] = dict.fromkeys(depths, scores)
         elif case == RANDOM:
-            variants = random_variants(family.spec, family.backbone, depths)
-            measured[case] = _scores(family, settings, source, splits, variants)
+            variants = random_variants(run.spec, run.backbone, depths)
+            measured[case] = _scores(run, settings, source, splits, variants)
         else:
             started = time.perf_counter()
-            weights = _trained_weights(family, settings)
+            weights = _trained_weights(run, settings)
             train_s = time.perf_counter() - started
-            variants = {depth: trained_variant(family.backbone, weights, depth) for depth in depths}
-            measured[case] = _scores(family, settings, source, splits, variants)
+            variants = {depth: trained_variant(run.backbone, weights, depth) for depth in depths}
+            measured[case] = _scores(run, settings, source, splits, variants)
             if case == TRUNCATED_MAE:
                 encoders = [encoder_weights(block) for block in weights]
-                variants = {depth: family.backbone.variant(depth, encoders, None) for depth in depths}
-                measured[FRESH_NORM] = _scores(family, settings, source, splits, variants)
+                variants = {depth: run.backbone.variant(depth, encoders, None) for depth in depths}
+                measured[FRESH_NORM] = _scores(run, settings, source, splits, variants)
     return [
         CaseResult(
             name,
@@ -187,23 +187,23 @@ def run_case(
     ]
 
 
-def _trained_weights(family: ResolvedRun, settings: Settings) -> list[dict[str, Tensor]]:
+def _trained_weights(run: ResolvedRun, settings: Settings) -> list[dict[str, Tensor]]:
     """Weights of every block at the end of the run."""
-    train(family, resolve_layout(settings, ClusterResources(1.0, 0.0)), "fp32", NullCallback(), StopRequest())
-    return load_weights(CheckpointStore(family.out).directory(family.total_steps), family.spec)
+    train(run, resolve_layout(settings, ClusterResources(1.0, 0.0)), "fp32", NullCallback(), StopRequest())
+    return load_weights(CheckpointStore(run.out).directory(run.total_steps), run.spec)
 
 
 def _scores(
-    family: ResolvedRun, settings: Settings, source: Source, splits: Splits, variants: Mapping[int, nn.Module]
+    run: ResolvedRun, settings: Settings, source: Source, splits: Splits, variants: Mapping[int, nn.Module]
 ) -> Mapping[int, Scores | DepthReport]:
     """Test accuracies by depth."""
     reports = evaluate_variants(
         variants,
         source,
         splits,
-        family.backbone.image_size,
-        mean=family.spec.mean,
-        std=family.spec.std,
+        run.backbone.image_size,
+        mean=run.spec.mean,
+        std=run.spec.std,
         device=torch.device("cpu"),
         config=replace(eval_config(settings), latency=False),
     )

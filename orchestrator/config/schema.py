@@ -33,6 +33,7 @@ from bim.orchestrator.config.field_types import (
     SearchValues,
     Section,
     Seed,
+    StorageUrl,
     TargetName,
     TargetNames,
     Text,
@@ -177,7 +178,14 @@ class OptimSettings(Section):
 
 class CheckpointSettings(Section):
     every_epochs: Positive = Field(default=10.0, description="epochs between checkpoints")
-    keep: Count = Field(default=2, description="number of newest checkpoints kept on disk")
+    keep: Count = Field(default=2, description="number of newest checkpoints kept")
+    storage: StorageUrl | None = Field(
+        default=None,
+        description="URL below which checkpoints are, where nodes share no folder; s3:// needs: pip install '.[s3]'; "
+        "null: in --out",
+        examples=["s3://bucket/checkpoints"],
+        json_schema_extra={"allowed": "a URL"},
+    )
 
 
 class EvaluationSettings(Section):

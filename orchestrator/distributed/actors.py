@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from bim.orchestrator.data.loader import TrainBatches
 from bim.orchestrator.data.spec import DataSpec
 from bim.orchestrator.training.stage import Stage
+from bim.orchestrator.training.storage import exists
 from bim.orchestrator.training.transport import Payload
 
 
@@ -19,8 +19,8 @@ class StageActor(Stage):
         return os.getpid()
 
     def path_exists(self, path: str) -> bool:
-        """Whether a file of the driver is visible on this node."""
-        return Path(path).exists()
+        """Whether a file of the driver, by its path or URL, is visible on this node."""
+        return exists(path)
 
 
 class LoaderActor:

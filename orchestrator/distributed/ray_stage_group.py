@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -24,11 +22,13 @@ from bim.orchestrator.data.spec import DataSpec
 from bim.orchestrator.distributed.actors import LoaderActor, StageActor
 from bim.orchestrator.distributed.placement import PlacementError, StageLayout
 from bim.orchestrator.distributed.placement_group import create_placement_group, release_placement_group
-from bim.orchestrator.training.errors import StageFailure
+from bim.orchestrator.files import StorageError
+from bim.orchestrator.training.errors import StageFailure, StorageUnsupportedError
 from bim.orchestrator.training.manifest import FileRecord
 from bim.orchestrator.training.messages import StageReport, StepReport, StepRequest
 from bim.orchestrator.training.spec import PretrainSpec
 from bim.orchestrator.training.stage_group import stage_label
+from bim.orchestrator.training.storage import Location, is_url, remove_probe, write_probe
 
 DRAIN_TIMEOUT_S = 600  # a stage that is still busy after this time counts as hung
 
@@ -49,7 +49,7 @@ class RayStages:
 
     Args:
         layout: the blocks and the resources of each stage.
-        shared: a folder that must be visible on every node (checkpoints).
+        shared: where checkpoints are; must be visible on every node.
         wait_s: how long to wait for capacity (an autoscaling cluster grows in this time).
         group: a placement group that the caller removes, whose bundles from `first_bundle` on are `layout.bundles`; None:
             create one.
@@ -63,7 +63,7 @@ class RayStages:
         spec: PretrainSpec,
         data: DataSpec,
         layout: StageLayout,
-        shared: Path,
+        shared: Location,
         wait_s: float = 120.0,
         group: PlacementGroup | None = None,
         first_bundle: int = 0,
@@ -93,7 +93,7 @@ class RayStages:
         if self._ensure_actors():
             self._check_shared()
 
-    def restore(self, checkpoint: Path | None, step: int) -> None:
+    def restore(self, checkpoint: Location | None, step: int) -> None:
         folder = None if checkpoint is None else str(checkpoint)
         context = "while starting" if checkpoint is None else f"while going back to step {step}"
         restored = [actor.restore.remote(folder, step) for actor in self._actors]
@@ -164,7 +164,7 @@ class RayStages:
             with contextlib.suppress(Exception):
                 ray.get(ref)
 
-    def save(self, checkpoint: Path) -> tuple[FileRecord, ...]:
+    def save(self, checkpoint: Location) -> tuple[FileRecord, ...]:
         saved = [actor.save.remote(str(checkpoint)) for actor in self._actors]
         records = self._get("while saving", None, saved)
         return tuple(record for stage in records for record in stage)
@@ -238,17 +238,26 @@ class RayStages:
         raise AssertionError("a reference failed and then did not")
 
     def _check_shared(self) -> None:
-        probe = self._shared / f".shared-storage-probe-{time.time_ns()}"
-        probe.write_bytes(b"")
+        probe = write_probe(self._shared)
         try:
             refs = [actor.path_exists.remote(str(probe)) for actor in self._actors]
             visible = self._get("while starting", None, refs)
+        except StageFailure as failure:
+            if isinstance(failure.cause, StorageError | StorageUnsupportedError):
+                raise PlacementError(
+                    f"checkpoint.storage on the node of {failure.component}: {failure.cause}"
+                ) from failure
+            raise
         finally:
-            probe.unlink()
+            remove_probe(probe)
         if not all(visible):
             stages = ", ".join(stage_label(i, b) for i, b in enumerate(self.stage_blocks) if not visible[i])
             raise PlacementError(
-                f"--out {self._shared} is not visible on the node of {stages}; put it on storage that all nodes share"
+                f"checkpoint.storage {self._shared} has other content on the node of {stages}; give it a URL that means "
+                "the same on all nodes"
+                if is_url(self._shared)
+                else f"--out {self._shared} is not visible on the node of {stages}; put it on storage that all nodes "
+                "share, or the checkpoints alone below a URL (checkpoint.storage)"
             )
 
 

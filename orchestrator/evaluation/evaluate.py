@@ -28,6 +28,7 @@ from bim.orchestrator.evaluation.features import (
 )
 from bim.orchestrator.evaluation.metrics import rankme, score
 from bim.orchestrator.evaluation.model_cost import device_name, gflops, latencies_ms, num_params
+from bim.orchestrator.evaluation.progress import part, report
 from bim.orchestrator.evaluation.records import DepthReport, EvalConfig, Scores
 
 RANKME_IMAGES = 8_192
@@ -68,6 +69,7 @@ def evaluate_variants(
     else:
         ranks, num_images = rankme_by_depth(embedders, source, splits.train, size, device, config, bad)
         metrics = {depth: {"rankme": rank, "n_ranked": num_images} for depth, rank in ranks.items()}
+    report("costs")
     times = {
         batch: latencies_ms(variants, size, batch, device) if config.latency else {} for batch in (1, 64)
     }
@@ -137,10 +139,13 @@ def _scores(
     bad: dict[str, str] | None = None,
 ) -> dict[int, Scores]:
     """Every embedding fitted on the train split and scored on the test split, at most `limit` images of each."""
-    train, train_y = extract_labeled_features(embedders, source, splits.train, size, config, limit, bad)
-    test, test_y = extract_labeled_features(embedders, source, splits.test, size, config, limit, bad)
+    with part("the train split"):
+        train, train_y = extract_labeled_features(embedders, source, splits.train, size, config, limit, bad)
+    with part("the test split"):
+        test, test_y = extract_labeled_features(embedders, source, splits.test, size, config, limit, bad)
     train_y, test_y = train_y.to(device), test_y.to(device)
-    return {
-        name: score(train[name].to(device), train_y, test[name].to(device), test_y, config)
-        for name in embedders
-    }
+    scores = {}
+    for number, name in enumerate(embedders, start=1):
+        report(f"kNN and linear probe of model {number} of {len(embedders)}")
+        scores[name] = score(train[name].to(device), train_y, test[name].to(device), test_y, config)
+    return scores

@@ -13,6 +13,7 @@ from bim.models.tokens import normalize_images
 from bim.orchestrator.data.loader import BadImages, eval_images
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import labeled
+from bim.orchestrator.evaluation.progress import report
 from bim.orchestrator.evaluation.records import EvalConfig
 
 MAX_IMAGES = 50_000
@@ -83,6 +84,7 @@ def extract_features(
         read.append(batch_indices)
         for name, embedder in embedders.items():
             features[name].append(embedder(images))
+        report(f"{sum(map(len, read))} of {len(sample)} images")
     if bad is not None:
         bad.update(met.reasons)
     if not read:
@@ -94,5 +96,5 @@ def subsample(indices: np.ndarray, limit: int, seed: int) -> np.ndarray:
     """At most `limit` of the indices, a sample that depends on the seed alone; sorted."""
     if len(indices) <= limit:
         return indices
-    order = torch.randperm(len(indices), generator=generator(seed, "evaluation"))
-    return np.sort(indices[order[:limit].numpy()])
+    permutation = torch.randperm(len(indices), generator=generator(seed, "evaluation"))
+    return np.sort(indices[permutation[:limit].numpy()])

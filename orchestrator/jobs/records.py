@@ -22,18 +22,10 @@ from bim.orchestrator.reporting.summary import render_table, summary_rows, write
 from bim.orchestrator.runs.output_dir import new_output
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun
 from bim.orchestrator.runs.provenance import DataRecord, collect
-from bim.orchestrator.search.results import (
-    BEST,
-    FOLDER,
-    TABLE,
-    SearchResult,
-    best_line,
-    changes_of_best,
-    finished_search,
-    note_rows,
-    status_counts,
-)
-from bim.orchestrator.text import params_text
+from bim.orchestrator.runs.signals import at_forced_exit
+from bim.orchestrator.search.record import BEST, FOLDER, TABLE, finished_search
+from bim.orchestrator.search.results import SearchResult, best_line, changes_of_best, note_rows, status_counts
+from bim.orchestrator.text import params_text, redact
 from bim.orchestrator.tracking.descriptions import depth_rows, loading_note, results_table
 from bim.orchestrator.tracking.records import DepthRecord
 from bim.orchestrator.tracking.tracker import Tracker
@@ -74,6 +66,7 @@ def open_backbone_run(
     with new_output(run.out):
         text = write_settings(run)  # before anything else: by this file --resume knows that it was begun
         tracker = stack.enter_context(open_tracker(run, run_name, None if parent is None else parent.run_id))
+    stack.enter_context(at_forced_exit(tracker.end_at_once))
     stack.enter_context(log_to_file(run.out / EVENTS, label))
     # MLflow never changes a parameter, so those that the search decides wait for its end.
     undecided = tuple(run.settings.search.space) if search_due(run.settings, run.out) else ()
@@ -115,7 +108,7 @@ def data_record(prepared: PreparedBackbone) -> DataRecord:
     """The images of a run, for its provenance and its model cards."""
     source, splits = prepared.source, prepared.splits
     return DataRecord(
-        source=prepared.run.settings.data.source,
+        source=redact(prepared.run.settings.data.source),
         fingerprint=prepared.run.fingerprint,
         images=len(source),
         train=len(splits.train),
@@ -192,7 +185,7 @@ def record_variants(
     prefix = f"{series}/" if series else ""
     for report in evaluation.reports:
         block = next(b for b in run.backbone.blocks if b.depth >= report.depth)
-        names = ("loss", "loss_always_masked", "loss_newly_dropped", "loss_kept", "loss_thrown", "grad_norm")
+        names = ("loss", "loss_always_masked", "loss_newly_masked", "loss_kept", "loss_thrown", "grad_norm")
         curves = {name: tracker.history(f"{prefix}block{block.index}/{name}") for name in names}
         curves["images_per_s"] = tracker.history(f"{prefix}images_per_s")
         decoder = run.spec.decoders[block.index]
@@ -266,7 +259,7 @@ def _record_summary(backbone: BackboneRun) -> str:
     settings = run.settings
     tracker.describe(
         f"{params_text(reports[-1].params)} parameters at full depth, {settings.backbone.name}, "
-        f"{len(run.spec.blocks)} blocks, {settings.schedule.epochs} epochs of {settings.data.source}.\n\n"
+        f"{len(run.spec.blocks)} blocks, {settings.schedule.epochs} epochs of {redact(settings.data.source)}.\n\n"
         f"{results_table(depth_rows(records))}\n\nOpen a variant without this package:\n\n"
         f"{loading_note(_model_name(run), f'depth{reports[-1].depth}', tracker.uri_to_set)}{search_note}",
         pictures,

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
+from bim.orchestrator.text import printable, redact
+
 ROOT = logging.getLogger("bim")
 
 _prefix: ContextVar[str] = ContextVar("prefix", default="")
@@ -85,6 +87,10 @@ class _EventsHandler(logging.FileHandler):
         with suppress(OSError):  # of opening the file
             super().emit(record)
 
+    def close(self) -> None:
+        with suppress(OSError):  # of flushing
+            super().close()
+
     def handleError(self, record: logging.LogRecord) -> None: ...
 
 
@@ -101,4 +107,5 @@ class _LineFormatter(logging.Formatter):
             head = f"{head}error: "
         if self._timestamps:
             head = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(record.created))}  {head}"
-        return "\n".join(head + line for line in super().format(record).splitlines())
+        message = printable(redact(super().format(record)))
+        return "\n".join(head + line for line in message.splitlines())

@@ -72,6 +72,14 @@ class NullCallback:
 
 @dataclass
 class StopRequest:
-    """Set from a signal handler; the loop saves a checkpoint after the current step and ends."""
+    """Set from a signal handler; the loop saves a checkpoint after the current step and ends.
+
+    Args:
+        reason: the name of the signal; None while the training goes on.
+        saves_requested: how often a checkpoint was asked for without an end.
+        can_save: whether there are steps that a checkpoint would keep; the loop sets it.
+    """
 
     reason: str | None = None
+    saves_requested: int = 0
+    can_save: bool = False

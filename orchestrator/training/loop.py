@@ -10,14 +10,14 @@ from typing import Any
 
 from bim.orchestrator.data.errors import TooManyCorruptImagesError
 from bim.orchestrator.training.callbacks import Callback, PretrainResult, StopRequest
-from bim.orchestrator.training.checkpoint import CheckpointStore
-from bim.orchestrator.training.errors import StageFailure, TrainingError
+from bim.orchestrator.training.errors import CheckpointDamagedError, StageFailure, TrainingError
 from bim.orchestrator.training.manifest import FileRecord, Manifest
 from bim.orchestrator.training.messages import StepReport, StepRequest
 from bim.orchestrator.training.meter import Meter
 from bim.orchestrator.training.restart_policy import RestartPolicy
 from bim.orchestrator.training.schedule import TrainingSchedule
 from bim.orchestrator.training.stage_group import Stages
+from bim.orchestrator.training.storage import Checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 def pretrain(
     schedule: TrainingSchedule,
     stages: Stages,
-    store: CheckpointStore,
+    store: Checkpoints,
     make_manifest: Callable[[int], Manifest],
     callback: Callback,
     policy: RestartPolicy,
@@ -65,6 +65,8 @@ def pretrain(
                 raise failure.cause from failure
             restarts += 1
             log.warning("%s; rewinding all stages (restart %d of %d)", failure, restarts, policy.max_restarts)
+        finally:
+            stop.can_save = False
     return PretrainResult(loop.completed_steps, restarts, stopped, loop.bad_images, loop.meter.images_per_s())
 
 
@@ -74,7 +76,7 @@ class _Loop:
 
     schedule: TrainingSchedule
     stages: Stages
-    store: CheckpointStore
+    store: Checkpoints
     make_manifest: Callable[[int], Manifest]
     callback: Callback
     stop: StopRequest
@@ -89,13 +91,14 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.schedule)
+        self.saves_done = self.stop.saves_requested
+        self.requested_step: int | None = None
 
     def rewind(self) -> None:
         """Restore all stages from the newest valid checkpoint, after replacing those whose process is gone."""
         self.stages.start()
-        manifest = self.store.latest(warn=True)
+        manifest = self._restore()
         step = 0 if manifest is None else manifest.step
-        self.stages.restore(None if manifest is None else self.store.directory(step), step)
         if step == self.schedule.total_steps:
             log.info("checkpoint is already at the last step (%d); nothing to train", step)
         elif step:
@@ -106,6 +109,30 @@ class _Loop:
         self.committed_step = None if manifest is None else step
         self.step = self.completed_steps = step
         self.meter = Meter(self.schedule)
+        self.stop.can_save = True
+
+    def _restore(self) -> Manifest | None:
+        """Restore all stages from the newest checkpoint that they can read, which is returned; None: from the seed.
+
+        Raises:
+            TrainingError: there were checkpoints, and all turned out to be damaged.
+        """
+        damaged: CheckpointDamagedError | None = None
+        while True:
+            manifest = self.store.latest(warn=True)
+            if manifest is None and damaged is not None:
+                raise TrainingError(f"there is no checkpoint left to go on from: {damaged}") from damaged
+            step = 0 if manifest is None else manifest.step
+            try:
+                self.stages.restore(None if manifest is None else self.store.directory(step), step)
+            except (StageFailure, CheckpointDamagedError) as error:
+                cause = error.cause if isinstance(error, StageFailure) else error
+                if not isinstance(cause, CheckpointDamagedError):
+                    raise
+                damaged = cause
+                self.store.reject(cause)
+            else:
+                return manifest
 
     def run(self) -> str | None:
         """Submit and collect steps until the schedule ends or a stop is requested. Returns the reason of the stop."""
@@ -132,11 +159,18 @@ class _Loop:
     def _submit(self, step: int) -> None:
         micro_steps = self.schedule.phase(step).grad_accum_steps
         for micro_step in range(micro_steps):
-            is_saved = micro_step == micro_steps - 1 and self.schedule.is_checkpoint_step(step)
+            is_saved = micro_step == micro_steps - 1 and self._saves(step)
             checkpoint = str(self.store.directory(step + 1)) if is_saved else None
             request = StepRequest(step, self.schedule.lr(step), micro_step, micro_steps, checkpoint)
             self.in_flight.append((request, self.stages.submit(request)))
             self._collect(self.schedule.window)
+
+    def _saves(self, step: int) -> bool:
+        """Whether a checkpoint follows this step, by the schedule or because one was asked for."""
+        requested, self.saves_done = self.stop.saves_requested > self.saves_done, self.stop.saves_requested
+        if requested:
+            self.requested_step = step + 1
+        return requested or self.schedule.is_checkpoint_step(step)
 
     def _collect(self, max_in_flight: int) -> None:
         while len(self.in_flight) > max_in_flight:
@@ -158,6 +192,8 @@ class _Loop:
         by_name = tuple(sorted(files, key=lambda record: record.name))
         self.store.commit(replace(manifest, facts=facts, files=by_name))
         self.committed_step = step
+        if step == self.requested_step:
+            log.info("checkpoint saved after step %d of %d", step, self.schedule.total_steps)
         self.callback.on_checkpoint(step)
 
     def _record(self, report: StepReport) -> None:

@@ -72,7 +72,8 @@ class PretrainSpec:
     """Whether every window group size is tried (Swin and Twins), see `bim.models.masks.window_groups`."""
     boundary_noise: float = 0.0
     """Standard deviation of the noise on the input of later blocks, relative to that of the input."""
-    score_newly_dropped: bool = True
+    loss_on_newly_masked: bool = True
+    """Whether the loss of a later block counts the units that the first block saw and this one does not."""
     seed: int = 0
     init_from: str | None = None
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)

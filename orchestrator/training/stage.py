@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,7 +59,7 @@ class Stage:
         ]
         if checkpoint is not None:
             for k, trainer in zip(self._blocks, self._trainers, strict=True):
-                trainer.load(load_block_weights(Path(checkpoint), k), load_block_state(Path(checkpoint), k))
+                trainer.load(load_block_weights(checkpoint, k), load_block_state(checkpoint, k))
         self._next = (step, 0)
         self._idle_since = None  # before the first step, waiting for other stages to start is not idle time
         return step
@@ -156,7 +155,7 @@ class Stage:
         """Write every block of this stage into a checkpoint folder, uncommitted."""
         records = []
         for k, trainer in zip(self._blocks, self._trainers, strict=True):
-            records += save_block(Path(checkpoint), k, trainer.weights(), trainer.state_dict())
+            records += save_block(checkpoint, k, trainer.weights(), trainer.state_dict())
         return tuple(records)
 
     def weights(self) -> dict[int, dict[str, Tensor]]:

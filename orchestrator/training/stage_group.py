@@ -7,7 +7,6 @@ for bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -18,6 +17,7 @@ from bim.orchestrator.training.manifest import FileRecord
 from bim.orchestrator.training.messages import StepReport, StepRequest
 from bim.orchestrator.training.spec import PretrainSpec
 from bim.orchestrator.training.stage import Stage
+from bim.orchestrator.training.storage import Location
 from bim.orchestrator.training.transport import Payload
 
 
@@ -38,7 +38,7 @@ class Stages(Protocol):
     def start(self) -> None:
         """Create every stage that does not exist, at first or after a failure."""
 
-    def restore(self, checkpoint: Path | None, step: int) -> None:
+    def restore(self, checkpoint: Location | None, step: int) -> None:
         """Set every stage to the state before `step`: from a checkpoint, or as built from the seed."""
 
     def submit(self, request: StepRequest) -> Any:
@@ -50,7 +50,7 @@ class Stages(Protocol):
     def cancel_pending(self, pending: Sequence[Any]) -> None:
         """After a failure: wait until no submitted micro-batch is running."""
 
-    def save(self, checkpoint: Path) -> tuple[FileRecord, ...]:
+    def save(self, checkpoint: Location) -> tuple[FileRecord, ...]:
         """Save all stages. Only while no micro-batch is in flight."""
 
     def close(self) -> None:
@@ -87,7 +87,7 @@ class InProcessStages:
     def start(self) -> None:
         """Nothing to do: the constructor created the stages."""
 
-    def restore(self, checkpoint: Path | None, step: int) -> None:
+    def restore(self, checkpoint: Location | None, step: int) -> None:
         self.close()
         self._loader = self._open_loader()
         for stage in self._stages:
@@ -118,7 +118,7 @@ class InProcessStages:
     def cancel_pending(self, pending: Sequence[Any]) -> None:
         """Nothing to wait for: `submit` runs each micro-batch to its end."""
 
-    def save(self, checkpoint: Path) -> tuple[FileRecord, ...]:
+    def save(self, checkpoint: Location) -> tuple[FileRecord, ...]:
         return tuple(record for stage in self._stages for record in stage.save(str(checkpoint)))
 
     def weights(self) -> dict[int, dict[str, Tensor]]:

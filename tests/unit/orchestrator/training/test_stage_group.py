@@ -118,7 +118,7 @@ def test_a_swin_on_visible_tokens_is_the_same_wherever_its_blocks_live() -> None
         for step in range(2):
             report = group.wait(group.submit(StepRequest(step, 1e-3)))
             blocks = {k: metrics for stage in report.stages for k, metrics in stage.blocks.items()}
-            assert {"loss_thrown", "loss_newly_dropped"} <= set(blocks[2])
+            assert {"loss_thrown", "loss_newly_masked"} <= set(blocks[2])
     a, b = (group.weights() for group in groups)
     assert all(torch.equal(a[k][name], b[k][name]) for k in a for name in a[k])
 
