@@ -26,3 +26,7 @@ class ImageDecodeError(Exception):
 
 class TooManyCorruptImagesError(DataError):
     """More images than `data.max_bad_fraction` could not be decoded."""
+
+
+class DataWorkerError(RuntimeError):
+    """A worker process of the data loader died; new ones can go on."""

@@ -22,6 +22,7 @@ from bim.orchestrator.training.restart_policy import RestartPolicy
 from bim.orchestrator.training.schedule import TrainingSchedule
 from bim.orchestrator.training.spec import DecoderSpec, OptimSpec, PretrainSpec, TargetSpec
 from bim.orchestrator.training.stage_group import InProcessStages, Stages
+from bim.orchestrator.training.watchdog import Watchdog
 
 STEPS_PER_EPOCH = 10
 
@@ -119,6 +120,7 @@ def train(
     grad_accum_steps: int = 1,
     keep: int = 2,
     phases: tuple[Phase, ...] = (),
+    watchdog: Watchdog | None = None,
 ) -> PretrainResult:
     """Train to `steps` in epochs of ten steps, checkpoints every `every` steps."""
     epochs = (
@@ -144,6 +146,7 @@ def train(
         callback or NullCallback(),
         RestartPolicy(max_restarts),
         stop or StopRequest(),
+        watchdog,
     )
 
 
