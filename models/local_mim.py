@@ -24,7 +24,7 @@ class LocalStep:
     activations: (B, P + Nv, D), the block's residual stream for the next block, unnormalized and detached.
     loss: scalar; its backward pass reaches this block and this decoder only.
     parts: detached scalars, each a mean of token errors. "loss_always_masked" and, where this block drops units that
-        the first block saw, "loss_newly_dropped" divide the supervised tokens in two. Where thrown tokens are
+        the first block saw, "loss_newly_masked" divide the supervised tokens in two. Where thrown tokens are
         recovered, "loss_kept" and "loss_thrown" divide the same tokens by the decoder's choice.
     """
 
@@ -90,9 +90,9 @@ class LocalMIM(nn.Module):
         if plan.visible == plan.first_visible:
             parts["loss_always_masked"] = errors.detach().mean()
         else:
-            dropped = plan.newly_dropped(supervised)
+            dropped = plan.newly_masked(supervised)
             parts["loss_always_masked"] = average(errors.detach(), ~dropped)
-            parts["loss_newly_dropped"] = average(errors.detach(), dropped)
+            parts["loss_newly_masked"] = average(errors.detach(), dropped)
             in_loss = None if self.loss_on_newly_masked else ~dropped
         if has_recovered:
             parts["loss_kept"] = errors.detach()[:, :num_decoded].mean()

@@ -2,16 +2,63 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+class StorageError(OSError):
+    """A file system refuses to write or to read; the message names the path and the cause, for the user.
+
+    Trying again from the last checkpoint does not help: the file system is full, read-only, or gone.
+    """
+
+    def __str__(self) -> str:
+        return f"{self.filename} {self.strerror}"
+
+
 def atomic_write(path: Path, data: bytes | str) -> None:
-    """Write `data` (text as UTF-8) under a temporary name, flush it to the disk, rename it to `path`."""
+    """Write `data` (text as UTF-8) under a temporary name, flush it to the disk, rename it to `path`.
+
+    Raises:
+        StorageError: the file system refuses; the old content stays.
+    """
     content = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with storage_errors(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, unless it exists, in one that exists: an output directory that is gone is not made again.
+
+    Raises:
+        StorageError: the file system refuses, or there is no folder above it.
+    """
+    with storage_errors(path):
+        path.mkdir(exist_ok=True)
+
+
+@contextmanager
+def storage_errors(path: Path, action: str = "written") -> Iterator[None]:
+    """Inside, an OSError becomes a StorageError: `path` cannot be written (or another `action`), and why."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        cause = error.strerror or str(error) or type(error).__name__
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+            cause += "; was its folder renamed, removed or unmounted?"
+        raise StorageError(error.errno or errno.EIO, f"cannot be {action} ({cause})", str(path)) from error

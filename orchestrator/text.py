@@ -42,6 +42,51 @@ def wrapped(text: str) -> list[str]:
     return [line.replace(_NO_BREAK, " ") for line in lines]
 
 
+def printable(text: str) -> str:
+    r"""The text as valid Unicode. Bytes of a file name that are not UTF-8, which Python holds as lone surrogates: `\xff`."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raw = text.encode("utf-8", "surrogateescape" if _only_bytes(text) else "surrogatepass")
+        return raw.decode("utf-8", "backslashreplace")
+    return text
+
+
+REDACTED = "***"
+"""Stands for a password or a token."""
+
+_HTTP_USER = re.compile(r"(https?://)[^\s/?#@'\"<>]+@", re.IGNORECASE)
+# Text up to the last @: databases take a password with an unescaped @ or slash. A port and a path are no password.
+_PASSWORD = re.compile(r"(://[^\s:/?#@'\"<>]*:)(?!\d{1,5}(?:[/?#\s'\"]|$))(?:[^\s?'\"<>]*@|[^\s'\"<>]*@)")
+_SECRET_PARAMETER = re.compile(
+    r"([?&;][^\s=&?#'\"<>]*(?:pass|pwd|token|secret|key|sig|cred|auth|sas|connect)[^\s=&?#'\"<>]*=)[^\s&#'\"<>]*",
+    re.IGNORECASE,
+)
+
+
+def redact(text: str) -> str:
+    """The text without the passwords and tokens of the URIs in it: in `user:password@`, and in query strings.
+
+    What leaves the process passes through here: lines, files of a run, MLflow, errors. Of HTTP addresses the user goes too,
+    since git hosts take a token in its place.
+    """
+    if "://" not in text and "?" not in text:
+        return text
+    text = _HTTP_USER.sub(rf"\g<1>{REDACTED}@", text)
+    text = _PASSWORD.sub(rf"\g<1>{REDACTED}@", text)
+    return _SECRET_PARAMETER.sub(rf"\g<1>{REDACTED}", text)
+
+
+def is_redacted(text: str) -> bool:
+    """Whether `redact` took something out of the text."""
+    return f"{REDACTED}@" in text or bool(re.search(rf"[?&;][^\s=]+={re.escape(REDACTED)}", text))
+
+
+def _only_bytes(text: str) -> bool:
+    """Whether all lone surrogates stand for bytes."""
+    return all("\udc80" <= character <= "\udcff" for character in text if "\ud800" <= character <= "\udfff")
+
+
 def params_text(params: float) -> str:
     """`0.230 M`, `5.50 M`, `85.8 M`, `304 M`; below 0.1 M `12.3 k`."""
     return f"{three_digits(params / 1e6)} M" if params >= 1e5 else f"{three_digits(params / 1e3)} k"

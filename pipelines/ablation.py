@@ -5,16 +5,24 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures import as_completed
 from pathlib import Path
 
-from bim.orchestrator.config.cli import load_settings
-from bim.orchestrator.config.schema import SettingsError
+from bim.orchestrator.runs.signals import leave
+from bim.pipelines.process import run_command
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the missing cases and print the tables. Returns the exit status: 0 done, 1 a case failed, 2 bad input."""
+    """Run the missing cases and print the tables.
+
+    Returns the exit status: 0 done, 1 a case failed, 2 bad input, 75 or 128 + n stopped by a signal.
+    """
+    return run_command(
+        lambda stop: _main(argv), "stopped by {}; the same command goes on with what is missing"
+    )
+
+
+def _main(argv: Sequence[str]) -> int:
     from bim.orchestrator.benchmarks.ablation import (
         CASES,
         EXTRA_MEASUREMENTS,
@@ -25,6 +33,9 @@ def main(argv: Sequence[str]) -> int:
         table,
         write_result,
     )
+    from bim.orchestrator.benchmarks.worker_processes import in_worker, worker_pool
+    from bim.orchestrator.config.cli import load_settings
+    from bim.orchestrator.config.schema import SettingsError
 
     listed = "".join(f"\n  {name:<12} {description}" for name, (description, _) in CASES.items())
     parser = argparse.ArgumentParser(
@@ -68,8 +79,8 @@ def main(argv: Sequence[str]) -> int:
         if not done.issuperset((row, seed) for row in (case, *EXTRA_MEASUREMENTS.get(case, ())))
     ]
     failed = 0
-    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(run_case, base, case, seed): (case, seed) for case, seed in missing}
+    with worker_pool(arguments.jobs) as pool:
+        futures = {pool.submit(in_worker, run_case, base, case, seed): (case, seed) for case, seed in missing}
         for future in as_completed(futures):
             case, seed = futures[future]
             try:
@@ -92,4 +103,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bim.orchestrator.runs.signals import leave
+from bim.pipelines.process import run_command
+
 if TYPE_CHECKING:
     import torch
 
@@ -256,6 +259,9 @@ def pipeline(arguments: argparse.Namespace) -> None:
     """Throughput of stages with equal work on Ray, as a fraction of a single stage, and the driver's CPU time."""
     for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):
         os.environ.setdefault(name, "0")
+    from bim.orchestrator.distributed.local_ray import secure_local_ray
+
+    secure_local_ray()
     from bim.orchestrator.benchmarks.pipeline_speed import pipeline_speed
     from bim.orchestrator.distributed.cluster import ray_cluster
 
@@ -294,7 +300,11 @@ def seeds(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one benchmark and print its table. Returns the exit status."""
+    """Run one benchmark and print its table. Returns the exit status; 75 or 128 + n after a signal."""
+    return run_command(lambda stop: _main(argv), "stopped by {}")
+
+
+def _main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python pipelines/benchmark.py", description=__doc__, allow_abbrev=False
     )
@@ -348,4 +358,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -4,34 +4,49 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from bim.orchestrator.config.cli import load_settings
-from bim.orchestrator.config.schema import Settings, SettingsError
-from bim.orchestrator.reporting.log import configure_console
+from bim.orchestrator.runs.signals import exit_status, leave
+from bim.orchestrator.training.callbacks import StopRequest
+from bim.pipelines.process import run_command
+
+# What takes long to import is imported where signals are obeyed.
+if TYPE_CHECKING:
+    from bim.orchestrator.config.schema import Settings
 
 log = logging.getLogger("bim.pipelines.bim_pipeline")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the main job. Returns the exit status: 0 done, 1 training failed, 2 bad input, 128 + n stopped by signal n."""
+    """Run the main job. Returns the exit status.
+
+    0 done, 1 training failed, 2 bad input, 75 stopped by SIGUSR2 and to be resumed, 128 + n stopped by signal n.
+    """
+    return run_command(lambda stop: _main(argv, stop))
+
+
+def _main(argv: Sequence[str], stop: StopRequest) -> int:
+    from bim.orchestrator.config.cli import load_settings
+    from bim.orchestrator.config.schema import SettingsError
+    from bim.orchestrator.reporting.log import configure_console
+
     verbose, quiet = "--verbose" in argv, "--quiet" in argv
     configure_console(verbose, quiet)
     try:
-        return run(load_settings(argv), live=not quiet)
+        return run(load_settings(argv), live=not quiet, stop=stop)
     except SettingsError as error:
         return fail(error, 2)
-    except KeyboardInterrupt:
-        log.info("interrupted before anything was started")
-        return 128 + signal.SIGINT
 
 
-def run(settings: Settings, live: bool = True) -> int:
+def run(settings: Settings, live: bool = True, stop: StopRequest | None = None) -> int:
     """The job for settings that are known to be well-formed. live: whether a terminal shows its progress live."""
     # Ray would print a paragraph for every stage that dies; the loop logs it in a line.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
+    from bim.orchestrator.distributed.local_ray import secure_local_ray
+
+    secure_local_ray()
     from bim.orchestrator.jobs.job import BAD_INPUT, run_job  # here: torch takes seconds to import
     from bim.orchestrator.jobs.prepare import prepare
     from bim.orchestrator.reporting.closing import stopped_line
@@ -40,14 +55,14 @@ def run(settings: Settings, live: bool = True) -> int:
 
     console().quiet = not live
     try:
-        result = run_job(prepare(settings))
+        result = run_job(prepare(settings), stop)
     except BAD_INPUT as error:
         return fail(error, 2)
     except TrainingError as error:
         return fail(error, 1)
     if result.stopped is not None:
         log.info(stopped_line(result.stopped, result.out))
-        return 128 + signal.Signals[result.stopped]
+        return exit_status(result.stopped)
     print("", result.table, "", *result.closing, sep="\n", flush=True)
     return fail("\n".join(result.failed), 1) if result.failed else 0
 
@@ -59,4 +74,4 @@ def fail(error: BaseException | str, status: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -29,7 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(USAGE if not name else f"error: unknown command '{name}'\n{USAGE}", file=sys.stderr)
         return 2
-    return COMMANDS[name](options)
+    status = COMMANDS[name](options)
+    if argv is None:  # the console script
+        from bim.orchestrator.runs.signals import leave
+
+        leave(status)
+    return status
 
 
 def _pretrain(options: Sequence[str]) -> int:

@@ -76,7 +76,7 @@ class MaskPlan:
         """(B, M) indices of this plan -> (1, M) where all samples share them, else unchanged."""
         return indices[:1] if self.shared else indices
 
-    def newly_dropped(self, tokens: Tensor) -> Tensor:
+    def newly_masked(self, tokens: Tensor) -> Tensor:
         """(B, M) tokens -> (B, M) bool, True where the backbone's first block encodes the token's unit.
 
         Attention mixed such units into the tokens that remain, so that predicting them is partly leaked.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bim.orchestrator.config.schema import Settings
-from bim.orchestrator.config.transforms import changes_weights, end_to_end, flat, with_changes
+from bim.orchestrator.config.transforms import Scalar, changes_weights, end_to_end, flat, with_changes
 from bim.orchestrator.config.validate import settings_from_mapping
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import Splits
@@ -47,10 +47,13 @@ BASELINE = "bim"
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     BASELINE: ("plain BIM: normalized pixels, one decoder layer per block", {}),
     TRUNCATED_MAE: ("MAE (K = 1), truncated at each depth, behind its own final norm", {}),
-    "throw": ("PR-MIM, half of all tokens thrown and recovered", {"decoder.throw_ratio": 0.5}),
+    "throw": (
+        "PR-MIM, half of all tokens thrown and recovered",
+        {"decoder.throw_ratio": 0.5, "decoder.recovery": "aggregate"},
+    ),
     "throw-light": (
         "the same, a recovered token weighing a quarter of a decoded one",
-        {"decoder.throw_ratio": 0.5, "decoder.thrown_weight": 0.25},
+        {"decoder.throw_ratio": 0.5, "decoder.recovery": "aggregate", "decoder.thrown_weight": 0.25},
     ),
     "drop": (
         "the same half dropped, not recovered",
@@ -92,7 +95,7 @@ EXTRA_MEASUREMENTS = {TRUNCATED_MAE: (FRESH_NORM,)}
 
 SCORES = ("knn_top1", "linear_top1")
 
-FORMER_DEFAULTS = {"mask.ratio": 0.75}
+FORMER_DEFAULTS: dict[str, Scalar] = {"mask.ratio": 0.75, "decoder.recovery": "aggregate"}
 """Defaults that have changed since the first results were written; digests use the old ones."""
 
 
@@ -118,6 +121,8 @@ def base_digest(base: Settings) -> str:
     """
     source = Path(base.data.source).name
     values = flat(with_changes(base, {"seed": 0, "data.source": source}))
+    if not any(base.per_block("decoder.throw_ratio")):  # every case that throws tokens names its own recovery
+        values["decoder.recovery"] = FORMER_DEFAULTS["decoder.recovery"]
     bare = {"name": "x", "backbone": {"name": "x"}, "data": {"source": "x", "batch_size": 1}}
     default = flat(settings_from_mapping(bare | {"schedule": {"epochs": 1}})) | FORMER_DEFAULTS
     scored = {f"evaluation.{name}" for name in SCORED_BY}
@@ -151,23 +156,23 @@ def run_case(
     measured: dict[str, Mapping[int, Scores | DepthReport]] = {}
     train_s = 0.0
     with tempfile.TemporaryDirectory(prefix="ablation-") as folder:
-        family, source, splits = resolve_run(settings, Path(folder))
+        run, source, splits = resolve_run(settings, Path(folder))
         if case == RAW_PIXELS:
-            scores = raw_pixels(source, splits, family.backbone.image_size, eval_config(settings))
+            scores = raw_pixels(source, splits, run.backbone.image_size, eval_config(settings))
             measured[case] = dict.fromkeys(depths, scores)
         elif case == RANDOM:
-            variants = random_variants(family.spec, family.backbone, depths)
-            measured[case] = _scores(family, settings, source, splits, variants)
+            variants = random_variants(run.spec, run.backbone, depths)
+            measured[case] = _scores(run, settings, source, splits, variants)
         else:
             started = time.perf_counter()
-            weights = _trained_weights(family, settings)
+            weights = _trained_weights(run, settings)
             train_s = time.perf_counter() - started
-            variants = {depth: trained_variant(family.backbone, weights, depth) for depth in depths}
-            measured[case] = _scores(family, settings, source, splits, variants)
+            variants = {depth: trained_variant(run.backbone, weights, depth) for depth in depths}
+            measured[case] = _scores(run, settings, source, splits, variants)
             if case == TRUNCATED_MAE:
                 encoders = [encoder_weights(block) for block in weights]
-                variants = {depth: family.backbone.variant(depth, encoders, None) for depth in depths}
-                measured[FRESH_NORM] = _scores(family, settings, source, splits, variants)
+                variants = {depth: run.backbone.variant(depth, encoders, None) for depth in depths}
+                measured[FRESH_NORM] = _scores(run, settings, source, splits, variants)
     return [
         CaseResult(
             name,
@@ -182,23 +187,23 @@ def run_case(
     ]
 
 
-def _trained_weights(family: ResolvedRun, settings: Settings) -> list[dict[str, Tensor]]:
+def _trained_weights(run: ResolvedRun, settings: Settings) -> list[dict[str, Tensor]]:
     """Weights of every block at the end of the run."""
-    train(family, resolve_layout(settings, ClusterResources(1.0, 0.0)), "fp32", NullCallback(), StopRequest())
-    return load_weights(CheckpointStore(family.out).directory(family.total_steps), family.spec)
+    train(run, resolve_layout(settings, ClusterResources(1.0, 0.0)), "fp32", NullCallback(), StopRequest())
+    return load_weights(CheckpointStore(run.out).directory(run.total_steps), run.spec)
 
 
 def _scores(
-    family: ResolvedRun, settings: Settings, source: Source, splits: Splits, variants: Mapping[int, nn.Module]
+    run: ResolvedRun, settings: Settings, source: Source, splits: Splits, variants: Mapping[int, nn.Module]
 ) -> Mapping[int, Scores | DepthReport]:
     """Test accuracies by depth."""
     reports = evaluate_variants(
         variants,
         source,
         splits,
-        family.backbone.image_size,
-        mean=family.spec.mean,
-        std=family.spec.std,
+        run.backbone.image_size,
+        mean=run.spec.mean,
+        std=run.spec.std,
         device=torch.device("cpu"),
         config=replace(eval_config(settings), latency=False),
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bim.orchestrator.training.block_trainer import WIRE_DTYPES
+from bim.orchestrator.training.block_trainer import TRANSPORT_DTYPES
 from bim.orchestrator.training.build import build_local_mim, mask_plans, open_spec_backbone
 from bim.orchestrator.training.spec import Precision, PretrainSpec
 
@@ -85,4 +85,4 @@ def saved_in_step(spec: PretrainSpec, batch: int, seed: int = 0, precision: Prec
 
 def autocast(device_type: str, precision: Precision) -> torch.autocast:
     """The context of a forward pass in `precision`, as in `BlockTrainer`."""
-    return torch.autocast(device_type, WIRE_DTYPES[precision], enabled=precision != "fp32")
+    return torch.autocast(device_type, TRANSPORT_DTYPES[precision], enabled=precision != "fp32")

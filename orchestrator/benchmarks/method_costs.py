@@ -91,7 +91,9 @@ def methods(backbone: str, layers: tuple[int, ...]) -> list[Method]:
     whole, unit = (sum(layers),), open_backbone(backbone, layers, {}).mask_unit_px
     size = max(unit, 128 // unit * unit)
     cell = next(cell for cell in range(8, 0, -1) if unit % cell == 0)
-    thrown, small_thrown = replace(MAE_DECODER, throw_ratio=0.5), replace(SMALL_DECODER, throw_ratio=0.5)
+    thrown, small_thrown = (
+        replace(decoder, throw_ratio=0.5, recovery="aggregate") for decoder in (MAE_DECODER, SMALL_DECODER)
+    )
     hog, low = TargetSpec("hog", {"cell": cell}), {"img_size": size}
     k = f"K={len(layers)}"
     return [

@@ -69,7 +69,14 @@ def contradictions(s: Settings) -> list[str]:
 
 
 def ineffective_settings(s: Settings) -> list[str]:
-    """Settings that differ from their default and change nothing beside the others, one sentence for each reason."""
+    """Settings that differ from their default and change nothing beside the others, one sentence each."""
+    return [
+        f"{key} has no effect: {reason}" for key, reason in ineffective_keys(s).items() if _changed(s, key)
+    ]
+
+
+def ineffective_keys(s: Settings) -> dict[str, str]:
+    """Dotted keys whose value changes nothing beside the other settings, and why."""
     ratios = set(s.per_block("mask.ratio"))
     reasons = (
         ("hog" not in s.per_block("target.name"), "no block's target is hog", ("target.cell", "target.bins")),
@@ -85,9 +92,9 @@ def ineffective_settings(s: Settings) -> list[str]:
     reason_of_key: dict[str, str] = {}
     for holds, reason, keys in reasons:
         for key in keys:
-            if holds and _changed(s, key):
+            if holds:
                 reason_of_key.setdefault(key, reason)
-    return [f"{key} has no effect: {reason}" for key, reason in reason_of_key.items()]
+    return reason_of_key
 
 
 def _changed(s: Settings, key: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,24 @@ def _home(value: object) -> object:
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
+def _storage_url(value: object) -> object:
+    """Raises ValueError for text that is no URL, and for one with a secret, which it does not repeat."""
+    if not isinstance(value, str):
+        return value
+    address = value.partition("://")[2].partition("/")[0]
+    if ":" in address.rpartition("@")[0] or "?" in value or "#" in value:
+        raise ValueError(
+            "checkpoint.storage must have no password, query or fragment: it is written into settings.yaml and MLflow; keys "
+            "belong into the environment or the provider's own configuration (AWS_ACCESS_KEY_ID, ~/.aws/credentials)"
+        )
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s][^\s]*|file:///\S+", value):
+        raise ValueError(
+            f"checkpoint.storage must be a URL (e.g. 's3://bucket/checkpoints') or null, not {format_value(value)}; "
+            "a folder that all nodes see needs none: give --out one"
+        )
+    return value.rstrip("/")
+
+
 def _path_if_text(value: object) -> object:
     return Path(os.path.expanduser(value)) if isinstance(value, str) and value else value
 
@@ -32,6 +51,7 @@ HeldOut = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Location = Annotated[str, BeforeValidator(_home), Field(min_length=1)]
+StorageUrl = Annotated[str, BeforeValidator(_storage_url), Field(min_length=1)]
 OutPath = Annotated[Path, BeforeValidator(_path_if_text)]
 Counts = Annotated[tuple[Count, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
 Fractions = Annotated[tuple[Fraction, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]

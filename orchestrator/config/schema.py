@@ -33,6 +33,7 @@ from bim.orchestrator.config.field_types import (
     SearchValues,
     Section,
     Seed,
+    StorageUrl,
     TargetName,
     TargetNames,
     Text,
@@ -94,9 +95,9 @@ class DecoderSettings(Section):
         description="fraction of all tokens that no decoder layer sees (PR-MIM); 0: none",
         examples=[0.5, [0.5, 0.5, 0.25, 0.25]],
     )
-    recovery: Literal["aggregate", "none"] = Field(
-        default="aggregate",
-        description="aggregate: recover thrown tokens from decoded neighbors; none: do not predict them",
+    recovery: Literal["none", "aggregate"] = Field(
+        default="none",
+        description="none: thrown tokens are not predicted; aggregate: they are recovered from decoded neighbors",
     )
     sampler: Literal["furthest", "furthest_from_visible", "random", "cells"] = Field(
         default="furthest", description="choice of the masked tokens to decode"
@@ -180,7 +181,14 @@ class CheckpointSettings(Section):
     every_minutes: Positive | None = Field(
         default=15.0, description="minutes between checkpoints, beside those by epochs; null: by epochs alone"
     )
-    keep: Count = Field(default=2, description="number of newest checkpoints kept on disk")
+    keep: Count = Field(default=2, description="number of newest checkpoints kept")
+    storage: StorageUrl | None = Field(
+        default=None,
+        description="URL below which checkpoints are, where nodes share no folder; s3:// needs: pip install '.[s3]'; "
+        "null: in --out",
+        examples=["s3://bucket/checkpoints"],
+        json_schema_extra={"allowed": "a URL"},
+    )
 
 
 class EvaluationSettings(Section):

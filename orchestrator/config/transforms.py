@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-from bim.orchestrator.config.checks import PER_BLOCK
+from bim.orchestrator.config.checks import PER_BLOCK, ineffective_keys
 from bim.orchestrator.config.recipes import dump_yaml
 from bim.orchestrator.config.schema import Settings
 from bim.orchestrator.config.validate import settings_from_mapping
+from bim.orchestrator.text import redact
 
 Scalar = str | int | float | bool | None
 
@@ -42,9 +43,14 @@ def settings_to_mapping(settings: Settings) -> dict[str, Any]:
     return settings.model_dump(mode="json")
 
 
+def recorded_mapping(settings: Settings) -> dict[str, Any]:
+    """`settings_to_mapping` without passwords and tokens: for everything that is written or uploaded."""
+    return {key: _redacted(value) for key, value in settings_to_mapping(settings).items()}
+
+
 def settings_to_yaml(settings: Settings) -> str:
-    """Every setting as YAML; given as `--recipe FILE` it makes equal settings again."""
-    return f"# All settings of the run '{settings.name}'\n{dump_yaml(settings_to_mapping(settings))}"
+    """Every setting as YAML, without passwords; given as `--recipe FILE` it makes equal settings again."""
+    return f"# All settings of the run '{settings.name}'\n{dump_yaml(recorded_mapping(settings))}"
 
 
 def with_changes(settings: Settings, changes: Mapping[str, Any]) -> Settings:
@@ -89,21 +95,30 @@ def overlaid(values: Mapping[str, Any], path: Sequence[str], value: Any) -> dict
     return copy
 
 
-def flat(settings: Settings) -> dict[str, Scalar]:
-    """Dotted key -> value, for MLflow; lists as text (`[3, 3, 3, 3]`), each of `model_args` its own key."""
-    return {
-        key: json.dumps(v) if isinstance(v, list) else v for key, v in _leaves(settings_to_mapping(settings))
-    }
+def flat(settings: Settings, redacted: bool = True) -> dict[str, Scalar]:
+    """Dotted key -> value, for MLflow; lists as text (`[3, 3, 3, 3]`), each of `model_args` its own key.
+
+    redacted: without passwords and tokens.
+    """
+    values = recorded_mapping(settings) if redacted else settings_to_mapping(settings)
+    return {key: json.dumps(v) if isinstance(v, list) else v for key, v in _leaves(values)}
 
 
 def differing_keys(a: Settings, b: Settings) -> list[str]:
-    """Dotted keys by which two settings train other weights (see MAY_DIFFER_ON_RESUME), alphabetically."""
-    left, right = dict(_leaves(settings_to_mapping(a))), dict(_leaves(settings_to_mapping(b)))
+    """Dotted keys by which two settings train other weights (see MAY_DIFFER_ON_RESUME), alphabetically.
+
+    Passwords are not compared: saved settings have none. A key that changes nothing in either of them counts as equal:
+    its default may have changed between two versions.
+    """
+    without_effect = ineffective_keys(a).keys() & ineffective_keys(b).keys()
+    left, right = dict(_leaves(recorded_mapping(a))), dict(_leaves(recorded_mapping(b)))
     absent = object()
     return sorted(
         key
         for key in left.keys() | right.keys()
-        if left.get(key, absent) != right.get(key, absent) and changes_weights(key)
+        if left.get(key, absent) != right.get(key, absent)
+        and changes_weights(key)
+        and key not in without_effect
     )
 
 
@@ -112,6 +127,14 @@ def changes_weights(key: str) -> bool:
     return not any(
         key == free or (free.endswith(".") and key.startswith(free)) for free in MAY_DIFFER_ON_RESUME
     )
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {key: _redacted(inner) for key, inner in value.items()}
+    return [_redacted(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -16,6 +16,7 @@ class DigitsSource:
     name = "digits"
     fixed_splits: dict[str, np.ndarray] | None = None
     chunks = None
+    notes: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         from sklearn.datasets import load_digits  # takes seconds to import; workers unpickle the arrays

@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
+_ADVICE = {
+    errno.EMFILE: "raise the limit of this process (ulimit -n), or lower data.workers",
+    errno.ENFILE: "the whole machine has no file handle left; end other programs",
+    errno.ENOMEM: "free memory, or lower data.workers",
+    errno.EACCES: "make it readable for this user",
+    errno.EPERM: "make it readable for this user",
+    errno.EIO: "the disk or the network share fails; check it",
+    errno.ESTALE: "mount the network share again",
+}
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
 
 class DataError(ValueError):
     """A source or a split that cannot be used; the message is one sentence: what, where, what to do."""
@@ -30,3 +44,16 @@ class TooManyCorruptImagesError(DataError):
 
 class DataWorkerError(RuntimeError):
     """A worker process of the data loader died; new ones can go on."""
+
+
+def system_reason(error: OSError) -> str | None:
+    """Why the operating system did not give a file, with a remedy; None if the system gave it and its bytes are wrong."""
+    if error.errno is None:
+        return None
+    advice = _ADVICE.get(error.errno)
+    return os.strerror(error.errno) + (f"; {advice}" if advice else "")
+
+
+def is_exhausted(error: OSError) -> bool:
+    """Whether the process or the machine ran out of file handles or memory, so that no other file could be read either."""
+    return error.errno in _EXHAUSTED

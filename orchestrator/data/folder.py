@@ -8,22 +8,20 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
 from bim.orchestrator.data.decode import decode_rgb
-from bim.orchestrator.data.errors import DataError, ImageDecodeError
-from bim.orchestrator.data.file_listing import IMAGE_EXTENSIONS, split_of_folder, walk
+from bim.orchestrator.data.errors import DataError, ImageDecodeError, is_exhausted, system_reason
+from bim.orchestrator.data.file_listing import IMAGE_EXTENSIONS, walk
+from bim.orchestrator.data.folder_layout import read_layout
 
 
 class FolderSource:
     """Every image below `root`, in the order of their names.
 
-    Splits: if every image lies below a directory named train, val(id)(ation) or test, and a train one is among them,
-    these are `fixed_splits`. Labels: if every image lies in exactly one directory (below its split directory, if there
-    are any) and there are two names or more, the directories are the classes, numbered by their sorted names. In any
-    other layout the images have no labels.
+    Splits and labels are those that the directories tell, see `folder_layout.read_layout`; classes are numbered by their
+    sorted names.
     """
 
     chunks = None
@@ -40,10 +38,10 @@ class FolderSource:
             )
         # 1.28 million names pickle in milliseconds; a name on the disk may be no UTF-8
         self._names = pa.array([os.fsencode(name) for name in names], pa.large_binary())
-        self.fixed_splits = _splits(names)
-        if self.fixed_splits is not None:
-            names = [name.partition("/")[2] for name in names]  # a split is not a class
-        self.labels, self.class_names = _labels(names)
+        layout = read_layout(names)
+        self.fixed_splits, self.notes = layout.fixed_splits, layout.notes
+        self.labels, self.class_names = layout.labels, layout.class_names
+        self._is_plain = layout.is_plain
 
     def __len__(self) -> int:
         return len(self._names)
@@ -54,43 +52,28 @@ class FolderSource:
         try:
             data = (self.root / name).read_bytes()
         except OSError as error:
-            raise ImageDecodeError(name, f"the file cannot be read: {error.strerror}") from error
+            if is_exhausted(error):
+                raise DataError(f"{self.root / name} cannot be read: {system_reason(error)}") from error
+            raise ImageDecodeError(name, f"the file cannot be read: {system_reason(error)}") from error
         return decode_rgb(data, name)
 
     def sample_id(self, index: int) -> str:
         return os.fsdecode(self._names[index].as_py())
 
     def fingerprint(self) -> str:
-        """SHA-256 over the count, names and sizes of the files, first 32 hexadecimal digits; reads no image."""
+        """SHA-256 over the count, names and sizes of the files, first 32 hexadecimal digits; reads no image.
+
+        Files that were rewritten with as many bytes go unnoticed.
+        """
         digest = hashlib.sha256(f"folder {len(self)}".encode())
         for name in self._names.to_pylist():
-            path = self.root / os.fsdecode(name)
-            size = path.stat().st_size if path.exists() else -1
+            try:
+                size = os.stat(self.root / os.fsdecode(name)).st_size
+            except OSError:
+                size = -1
             digest.update(name + f" {size}\n".encode())
+        if not self._is_plain:  # an earlier version read splits and labels of such names in another way
+            digest.update(b"" if self.labels is None else self.labels.tobytes())
+            for split, numbers in (self.fixed_splits or {}).items():
+                digest.update(split.encode() + numbers.tobytes())
         return digest.hexdigest()[:32]
-
-
-def _splits(names: Sequence[str]) -> dict[str, np.ndarray] | None:
-    """Image numbers per split, None unless all images lie in split folders, one being train."""
-    splits: dict[str, list[int]] = {}
-    for index, name in enumerate(names):
-        folder, slash, _ = name.partition("/")
-        split = split_of_folder(folder) if slash else None
-        if split is None:
-            return None
-        splits.setdefault(split, []).append(index)
-    if "train" not in splits:
-        return None
-    return {split: np.array(members, dtype=np.int64) for split, members in splits.items()}
-
-
-def _labels(names: Sequence[str]) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    """Class number per image and class names, None and None unless every name is CLASS/FILE with two classes or more."""
-    if any(name.count("/") != 1 for name in names):
-        return None, None
-    folders = [name.partition("/")[0] for name in names]
-    classes = sorted(set(folders))
-    if len(classes) < 2:
-        return None, None
-    class_index = {name: k for k, name in enumerate(classes)}
-    return np.array([class_index[folder] for folder in folders], dtype=np.int64), tuple(classes)

@@ -5,6 +5,7 @@ or of where a run was resumed. Normalization happens on the device."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,15 +15,17 @@ import torch
 
 from bim.models.seeding import generator
 from bim.orchestrator.data.crops import DRAWS_PER_CROP, RandomResizedCrop, center_crop_resize
-from bim.orchestrator.data.errors import ImageDecodeError, TooManyCorruptImagesError
+from bim.orchestrator.data.errors import DataError, ImageDecodeError, TooManyCorruptImagesError
 from bim.orchestrator.data.phases import Phase, PhaseSpec, phase_at, phases_on
 from bim.orchestrator.data.prefetch import Prefetcher
 from bim.orchestrator.data.sampler import epoch_permutation
 from bim.orchestrator.data.source import Source
+from bim.orchestrator.data.splits import Splits
 
 _MAX_CANDIDATES = (
     32  # images tried for one position; if none can be decoded, the data is bad and not an image
 )
+_PROBED_IMAGES = 16  # of a split, tried before anything starts
 
 
 @dataclass(frozen=True)
@@ -166,19 +169,67 @@ class TrainReader:
         return self._permutations[epoch]
 
 
+class BadImages:
+    """Unreadable images that an evaluation met, by sample id, each once.
+
+    max_fraction: of the images of one split (or of a sample of it), above which `add` raises.
+    """
+
+    def __init__(self, max_fraction: float = 1.0) -> None:
+        self.max_fraction = max_fraction
+        self.reasons: dict[str, str] = {}
+
+    def add(self, error: ImageDecodeError, num_images: int) -> None:
+        """Count an image of `num_images` that are read. Raises TooManyCorruptImagesError."""
+        self.reasons[error.sample_id] = error.reason
+        allowed = math.ceil(self.max_fraction * num_images)
+        if len(self.reasons) > allowed:
+            raise TooManyCorruptImagesError(
+                f"{len(self.reasons)} of {num_images} images could not be read, the last being {error}, and "
+                f"data.max_bad_fraction allows {allowed}; repair or remove them, or raise it"
+            )
+
+
+def check_readable(source: Source, splits: Splits) -> None:
+    """Raise DataError for a split of which none of a handful of images can be decoded; mostly reads one image of each."""
+    for name in ("train", "val", "test"):
+        indices: np.ndarray = getattr(splits, name)
+        gen = generator(0, "readable", name)
+        tried = indices[torch.randperm(len(indices), generator=gen)[:_PROBED_IMAGES].numpy()]
+        problem: ImageDecodeError | None = None
+        for index in tried.tolist():
+            try:
+                source.load(index)
+                break
+            except ImageDecodeError as error:
+                problem = problem or error
+        else:
+            if problem is not None:
+                raise DataError(
+                    f"none of {len(tried)} images of the {name} split of {source.name} can be read; the first: {problem}"
+                )
+
+
 def eval_images(
-    source: Source, indices: np.ndarray, size: tuple[int, int], batch_size: int
+    source: Source,
+    indices: np.ndarray,
+    size: tuple[int, int],
+    batch_size: int,
+    bad: BadImages | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (image numbers (b,) int64, images (b, 3, h, w) uint8) over `indices`, in their order, center-cropped.
 
     Images that cannot be decoded are left out, and so are their numbers; b is batch_size but for the last batch.
+    They are counted in `bad`, which raises TooManyCorruptImagesError above its limit.
     """
     numbers: list[int] = []
     images: list[torch.Tensor] = []
     for index in indices.tolist():
         try:
             images.append(center_crop_resize(source.load(index), size))
-        except ImageDecodeError:
+        except ImageDecodeError as error:
+            if bad is not None:
+                bad.add(error, len(indices))
             continue
         numbers.append(index)
         if len(numbers) == batch_size:

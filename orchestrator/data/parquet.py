@@ -9,9 +9,9 @@ and then spends more time on reading than on decoding."""
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +22,23 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from bim.orchestrator.data.decode import decode_rgb
-from bim.orchestrator.data.errors import DataError, ImageDecodeError
-from bim.orchestrator.data.file_listing import split_of_shard
-from bim.orchestrator.data.parquet_columns import Columns, find_columns
+from bim.orchestrator.data.errors import DataError, ImageDecodeError, is_exhausted, system_reason
+from bim.orchestrator.data.file_listing import hive_values, split_of_shard
+from bim.orchestrator.data.parquet_columns import LABEL_NAMES, Columns, find_columns
+from bim.orchestrator.data.parquet_labels import ShardLabels, read_labels
 from bim.orchestrator.data.sampler import Chunks
 
 CACHE_BYTES = 256 * 2**20  # per process; at 110 KB per image a window of about 2,400 images
 MAX_GROUP_BYTES = 2**30  # every worker reads a row group as a whole
 _OPEN_FILES = 16
 
-_log = logging.getLogger(__name__)
-
 
 class ParquetSource:
     """Rows of one or more shards, in the order of the file names, as images.
 
-    The image column is Hugging Face's struct<bytes, path> or plain binary. Labels: an integer column (class names
-    from the Hugging Face metadata, if any) or strings (classes numbered by their sorted names); a column that
-    the settings do not name and that leaves some rows unlabeled (null or negative) is not used, with a warning.
+    The image column is Hugging Face's struct<bytes, path> or plain binary, in any encoding. Labels: a column of numbers
+    (class names from the Hugging Face metadata, if any) or strings (classes numbered by their sorted names), or folders
+    `label=NAME`; rows whose label is null or negative have none, see `parquet_labels`.
     Splits: `fixed_splits` if the name or folder of every shard names its split and one is train.
     """
 
@@ -56,24 +55,26 @@ class ParquetSource:
         self._files = tuple(str(file.resolve()) for file in files)
         base = root.resolve() if root.is_dir() else root.resolve().parent
         self._names = tuple(str(file.resolve().relative_to(base)) for file in files)
-        readers = [_open(file) for file in self._files]
-        self._columns, self._schema_text = _common_columns(readers, self._names, image_column, label_column)
+        shards = _read_shards(self._files, self._names, image_column, label_column)
+        self._schema_text = shards[0].schema_text
+        self._leaves = tuple(shard.columns.leaf for shard in shards)
 
-        sizes: list[int] = []
-        in_file: list[tuple[int, int]] = []  # (file, row group within it) of each row group
-        group_bytes = [0]
-        for number, reader in enumerate(readers):
-            for group in range(reader.metadata.num_row_groups):
-                sizes.append(reader.metadata.row_group(group).num_rows)
-                in_file.append((number, group))
-                group_bytes.append(_group_bytes(reader, group, self._columns.leaf, self._names[number]))
-        self._groups = tuple(in_file)
+        self._groups = tuple((n, group) for n, shard in enumerate(shards) for group in range(len(shard.rows)))
+        """(file, row group within it) of each row group."""
+        sizes = [rows for shard in shards for rows in shard.rows]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
         if not len(self):
             raise DataError(f"{root} has no rows; set data.source to Parquet files that hold images")
-        self.chunks = Chunks(self._starts, window=max(1, cache_bytes // max(1, *group_bytes)))
-        self.fixed_splits = self._splits(files, [reader.metadata.num_rows for reader in readers])
-        self.labels, self.class_names = self._read_labels(readers, is_requested=label_column is not None)
+        largest_group = max(1, *(size for shard in shards for size in (0, *shard.group_bytes)))
+        self.chunks = Chunks(self._starts, window=max(1, cache_bytes // largest_group))
+        self.fixed_splits = self._splits(files, [sum(shard.rows) for shard in shards])
+        found = read_labels(self.name, [shard.labels for shard in shards], label_column)
+        self.labels, self.class_names = found.labels, found.class_names
+        self.notes = tuple(
+            dict.fromkeys([*(n for shard in shards for n in shard.columns.notes), *found.notes])
+        )
+        in_hive = any(part.lower().startswith("split=") for name in self._names for part in Path(name).parts)
+        self._is_plain = found.is_plain and not in_hive
         self._reset_caches()
 
     def __len__(self) -> int:
@@ -85,7 +86,10 @@ class ParquetSource:
         try:
             values = self._values(group)
         except (pa.ArrowException, OSError) as error:
-            reason = f"its row group cannot be read: {' '.join(str(error).split())}"
+            problem = system_reason(error) if isinstance(error, OSError) else None
+            if isinstance(error, OSError) and is_exhausted(error):
+                raise DataError(f"{self.sample_id(index)} cannot be read: {problem}") from error
+            reason = f"its row group cannot be read: {problem or ' '.join(str(error).split())}"
             raise ImageDecodeError(self.sample_id(index), reason) from error
         data = values[index - int(self._starts[group])].as_py()
         if data is None:
@@ -99,11 +103,16 @@ class ParquetSource:
         return f"{self._names[file]} row {index - int(self._starts[first])}"
 
     def fingerprint(self) -> str:
-        """SHA-256 over schema, and names, sizes, row counts and row groups of the shards; 32 hexadecimal digits."""
+        """SHA-256 over schema, and names, sizes, row counts and row groups of the shards; 32 hexadecimal digits.
+
+        Values that were rewritten with as many bytes go unnoticed.
+        """
         digest = hashlib.sha256(self._schema_text.encode())
         for name, file in zip(self._names, self._files, strict=True):
             digest.update(f"{name} {Path(file).stat().st_size}\n".encode())
         digest.update(self._starts.tobytes())
+        if not self._is_plain:  # an earlier version read these labels or splits in another way
+            digest.update(b"" if self.labels is None else self.labels.tobytes())
         return digest.hexdigest()[:32]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -138,7 +147,7 @@ class ParquetSource:
                 self._readers.popitem(last=False)[1].close()
             self._readers[file] = pq.ParquetFile(self._files[file])
         self._readers.move_to_end(file)
-        table = self._readers[file].read_row_group(within, columns=[self._columns.leaf], use_threads=False)
+        table = self._readers[file].read_row_group(within, columns=[self._leaves[file]], use_threads=False)
         column = table.column(0)
         return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
 
@@ -155,60 +164,76 @@ class ParquetSource:
             {split: np.concatenate(parts) for split, parts in splits.items()} if "train" in splits else None
         )
 
-    def _read_labels(
-        self, readers: Sequence[pq.ParquetFile], is_requested: bool
-    ) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-        column = self._columns.label
-        if column is None:
-            return None, None
-        values = pa.chunked_array([c for r in readers for c in r.read(columns=[column]).column(0).chunks])
-        names = self._columns.class_names
-        if not pa.types.is_integer(values.type):
-            names = tuple(sorted(pc.unique(values.drop_null()).to_pylist()))
-            values = pc.index_in(values, value_set=pa.array(names, type=values.type))
-        labels = values.cast(pa.int64()).fill_null(-1).to_numpy().astype(np.int64)
-        if unlabeled := int((labels < 0).sum()):
-            problem = (
-                f"column {column!r} of {self.name} leaves {unlabeled} of {len(labels)} rows without a label"
-            )
-            if is_requested:
-                raise DataError(f"{problem} (null or negative); label them or leave data.label_column unset")
-            _log.warning("%s; the images are used without labels", problem)
-            return None, None
-        if names is not None and labels.max() >= len(names):
+
+@dataclass(frozen=True)
+class _Shard:
+    """What the footer of a shard tells; the file is closed again.
+
+    rows, group_bytes: of each row group; bytes are those of the image column, uncompressed.
+    """
+
+    labels: ShardLabels
+    rows: tuple[int, ...]
+    group_bytes: tuple[int, ...]
+    schema_text: str
+
+    @property
+    def columns(self) -> Columns:
+        return self.labels.columns
+
+
+def _read_shards(
+    files: Sequence[str], names: Sequence[str], image: str | None, label: str | None
+) -> list[_Shard]:
+    """The footers of all shards, one file open at a time. The image column is the same in all of them."""
+    shards: list[_Shard] = []
+    for file, name in zip(files, names, strict=True):
+        folder_label = _folder_label(name, label)
+        try:
+            with pq.ParquetFile(file) as reader:
+                schema, metadata = reader.schema_arrow, reader.metadata
+        except (pa.ArrowException, OSError) as error:
+            problem = system_reason(error) if isinstance(error, OSError) else None
+            if problem is not None:
+                raise DataError(f"{file} cannot be opened: {problem}") from error
+            reason = " ".join(str(error).split())
             raise DataError(
-                f"column {column!r} of {self.name} holds label {labels.max()}, but its metadata names only "
-                f"{len(names)} classes; correct the file, or set data.label_column to another column"
-            )
-        return labels, names
-
-
-def _open(file: str) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(file)
-    except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{file} cannot be read as Parquet ({reason}); copy it again or remove it") from error
-
-
-def _common_columns(
-    readers: Sequence[pq.ParquetFile], names: Sequence[str], image: str | None, label: str | None
-) -> tuple[Columns, str]:
-    """The columns, equal in all shards, and the first shard's schema as text."""
-    first = find_columns(readers[0].schema_arrow, names[0], image, label)
-    for reader, name in zip(readers[1:], names[1:], strict=True):
-        other = find_columns(reader.schema_arrow, name, image, label)
-        if other != first:
+                f"{file} cannot be read as Parquet ({reason}); copy it again or remove it"
+            ) from error
+        try:
+            first = shards[0].columns.image if shards else image
+            same = label or next((shard.columns.label for shard in shards if shard.columns.label), None)
+            wanted = same if label or same in schema.names else None
+            columns = find_columns(schema, name, first, wanted, in_folders=folder_label is not None)
+            if same is not None and columns.label != same:  # not another column than the other shards
+                columns = replace(columns, label=None, class_names=None)
+        except DataError as error:
+            if not shards:
+                raise
             raise DataError(
-                f"{names[0]} and {name} differ in their image column, label column or class names "
-                f"({first} and {other}); set data.source to shards of one data set"
+                f"{names[0]} and {name} are not of one data set: {error}; set data.source to shards of one data set"
+            ) from error
+        groups = range(metadata.num_row_groups)
+        shards.append(
+            _Shard(
+                ShardLabels(file, name, metadata.num_rows, columns, folder_label),
+                tuple(metadata.row_group(group).num_rows for group in groups),
+                tuple(_group_bytes(metadata, group, columns.leaf, name) for group in groups),
+                "" if shards else schema.to_string(show_schema_metadata=True),
             )
-    return first, readers[0].schema_arrow.to_string(show_schema_metadata=True)
+        )
+    return shards
 
 
-def _group_bytes(reader: pq.ParquetFile, group: int, leaf: str, file: str) -> int:
+def _folder_label(name: str, label: str | None) -> str | None:
+    """The label that a folder `label=NAME` (or, for the column of the settings, `COLUMN=NAME`) tells."""
+    values = hive_values(name)
+    return next((values[key] for key in ((label,) if label else LABEL_NAMES) if values.get(key)), None)
+
+
+def _group_bytes(metadata: pq.FileMetaData, group: int, leaf: str, file: str) -> int:
     """Uncompressed size of the image column in one row group. Raises DataError above MAX_GROUP_BYTES."""
-    row_group = reader.metadata.row_group(group)
+    row_group = metadata.row_group(group)
     columns = [row_group.column(c) for c in range(row_group.num_columns)]
     size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == leaf)
     if size > MAX_GROUP_BYTES:

@@ -40,6 +40,7 @@ from typing import IO, Protocol
 import numpy as np
 
 from bim.orchestrator.data.errors import DataWorkerError
+from bim.orchestrator.signal_masks import blocked_in_children
 
 PREFETCH_BATCHES = 3  # slots of the ring: one being copied out, two being filled
 JOIN_TIMEOUT_S = 5.0  # for a worker to end after its pipe is closed
@@ -166,7 +167,6 @@ class Prefetcher:
 
 def run_worker(pipe_fd: int, slots_fd: int, state_fd: int, start: int, stop: int) -> None:
     """The main function of a worker: load the reader, then fill items start..stop-1 of batches until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the consumer's to answer
     with mmap.mmap(state_fd, 0, access=mmap.ACCESS_READ) as state:
         reader, shape = pickle.loads(state)
     slots = _map_slots(slots_fd, shape)
@@ -198,26 +198,23 @@ def _start_worker(slots_fd: int, state_fd: int, start: int, stop: int) -> _Worke
     consumer_end, worker_end = Pipe(duplex=True)
     with worker_end:
         arguments = (worker_end.fileno(), slots_fd, state_fd, start, stop)
-        process = subprocess.Popen(
-            [sys.executable, "-c", _BOOTSTRAP.format(path=sys.path, arguments=arguments)],
-            stdin=subprocess.DEVNULL,
-            pass_fds=arguments[:3],
-            # One thread per worker, set before it imports torch; the accelerator belongs to the consumer
-            env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        )
+        with blocked_in_children():  # signals are the consumer's to answer
+            process = subprocess.Popen(
+                [sys.executable, "-c", _BOOTSTRAP.format(path=sys.path, arguments=arguments)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=arguments[:3],
+                # One thread per worker, set before it imports torch; the accelerator belongs to the consumer
+                env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            )
     return _Worker(process, consumer_end)
 
 
 def _end_workers(workers: list[_Worker]) -> None:
     for worker in workers:
         worker.pipe.close()
-        worker.process.terminate()  # a worker owns nothing that needs an orderly end
+        worker.process.kill()  # a worker owns nothing that needs an orderly end
     for worker in workers:
-        try:
-            worker.process.wait(JOIN_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            worker.process.kill()
-            worker.process.wait()
+        worker.process.wait()
 
 
 def _anonymous_file(content: bytes = b"", size: int = 0) -> IO[bytes]:

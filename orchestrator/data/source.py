@@ -3,6 +3,8 @@ Nothing is downloaded."""
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from bim.orchestrator.data.digits import DigitsSource
-from bim.orchestrator.data.errors import DataError
+from bim.orchestrator.data.errors import DataError, system_reason
 from bim.orchestrator.data.file_listing import IMAGE_EXTENSIONS, walk
 from bim.orchestrator.data.folder import FolderSource
 from bim.orchestrator.data.parquet import ParquetSource
@@ -29,11 +31,16 @@ class Source(Protocol):
 
     @property
     def labels(self) -> np.ndarray | None:
-        """(n,) int64 from 0, or None unless every image has one."""
+        """(n,) int64: class number from 0, or -1 for an image without a label. None if no image has one."""
         ...
 
     @property
     def class_names(self) -> tuple[str, ...] | None: ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What looks like labels or images and is not used, and why; a sentence each."""
+        ...
 
     @property
     def fixed_splits(self) -> dict[str, np.ndarray] | None:
@@ -81,17 +88,20 @@ def open_source(source: str, image_column: str | None = None, label_column: str 
         opened = SOURCES[scheme](argument)
     else:
         path = Path(source).expanduser()
-        if not source or not path.exists():
+        kind = _kind(path, source)
+        if kind == "nothing":
             raise DataError(
-                f"data.source {source!r} does not exist; it is the path of a folder of images or of Parquet files, "
+                f"data.source {_shown(source)} does not exist; it is the path of a folder of images or of Parquet files, "
                 "or 'digits', or 'torchvision:NAME:ROOT'"
             )
-        if path.is_dir():
+        if kind == "folder":
             shards, images = _list_files(path)
         elif path.suffix.lower() == ".parquet":
             shards, images = [path], []
         else:
-            raise DataError(f"data.source {source!r} is a file, but not .parquet; give a folder of images")
+            raise DataError(
+                f"data.source {_shown(source)} is a file, but not .parquet; give a folder of images"
+            )
         if shards:
             return ParquetSource(path, shards, image_column, label_column)
         opened = FolderSource(path, images)
@@ -100,6 +110,37 @@ def open_source(source: str, image_column: str | None = None, label_column: str 
             f"data.image_column and data.label_column apply to Parquet, unlike data.source {source!r}; unset them"
         )
     return opened
+
+
+def _kind(path: Path, source: str) -> str:
+    """ "folder", "file" or "nothing". Raises DataError for what is neither, and for the system's own folders."""
+    try:
+        mode = os.stat(path).st_mode if source else None
+    except (FileNotFoundError, NotADirectoryError):
+        mode = None
+    except (OSError, ValueError) as error:  # a name too long, a loop of links, no permission
+        reason = system_reason(error) if isinstance(error, OSError) else str(error)
+        raise DataError(f"data.source {_shown(source)} cannot be used: {reason}") from error
+    if mode is None:
+        return "nothing"
+    if _is_system_path(path) or not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+        raise DataError(
+            f"data.source {_shown(source)} is no folder or file of images, but a device, a pipe or a folder of the system; "
+            "give a folder of images or of Parquet files"
+        )
+    return "folder" if stat.S_ISDIR(mode) else "file"
+
+
+def _is_system_path(path: Path) -> bool:
+    resolved = path.resolve()
+    inside = (resolved, *resolved.parents)
+    return (
+        any(Path(folder) in inside for folder in ("/proc", "/sys", "/dev")) and Path("/dev/shm") not in inside
+    )
+
+
+def _shown(source: str) -> str:
+    return repr(source if len(source) <= 100 else source[:97] + "...")
 
 
 def _list_files(folder: Path) -> tuple[list[Path], list[str]]:

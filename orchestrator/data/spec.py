@@ -44,8 +44,8 @@ class DataSpec:
         source = open_source(self.source, self.image_column, self.label_column)
         if self.fingerprint is not None and source.fingerprint() != self.fingerprint:
             raise DataError(
-                f"the images of {self.source} have changed since this run began (files added, removed or rewritten), so its "
-                "splits would no longer be the same; restore them, or start a new run"
+                f"the images of {self.source} have changed since this run began (their number, their names or the sizes of "
+                "their files), so its splits would no longer be the same; restore them, or start a new run"
             )
         return source, make_splits(source, self.split_seed, self.val_fraction, self.test_fraction)
 

@@ -26,6 +26,7 @@ class TorchvisionSource:
     """
 
     chunks = None
+    notes: tuple[str, ...] = ()
 
     def __init__(self, dataset: str, root: Path) -> None:
         """Raises DataError for an unknown name, or for a data set that is not below `root`."""

@@ -6,7 +6,6 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -15,6 +14,7 @@ import ray
 from bim.orchestrator.data.loader import TrainBatches
 from bim.orchestrator.data.spec import DataSpec
 from bim.orchestrator.training.stage import Stage
+from bim.orchestrator.training.storage import exists
 from bim.orchestrator.training.transport import Payload
 
 Result = TypeVar("Result")
@@ -59,8 +59,8 @@ class StageActor(_Actor, Stage):
     """A stage in its own process."""
 
     def path_exists(self, path: str) -> bool:
-        """Whether a file of the driver is visible on this node."""
-        return Path(path).exists()
+        """Whether a file of the driver, by its path or URL, is visible on this node."""
+        return exists(path)
 
 
 class LoaderActor(_Actor):

@@ -9,38 +9,32 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import psutil
 import ray
 from ray.exceptions import RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from bim.orchestrator.distributed.cluster_watch import ClusterWatch, is_reachable
+from bim.orchestrator.distributed.local_ray import ClusterError, local_ray
 from bim.orchestrator.distributed.placement import ClusterResources, StageLayout
+from bim.orchestrator.signal_masks import kept_signal_handlers
 from bim.orchestrator.training.errors import ClusterLostError
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-OBJECT_STORE_FRACTION = 0.15  # of the free memory; the store holds the batches and activations in flight
-OBJECT_STORE_MIN, OBJECT_STORE_MAX = 256 << 20, 8 << 30
-
 _watch: ClusterWatch | None = None
-
-
-class ClusterError(ValueError):
-    """The Ray cluster that `RAY_ADDRESS` names cannot be reached."""
 
 
 @contextmanager
 def ray_cluster() -> Iterator[ClusterResources]:
     """Connect to the cluster that `RAY_ADDRESS` names (`auto`: the one on this machine), else start one for this process.
 
-    An existing connection is used and stays open. Yields the resources of the cluster.
+    An existing connection is used and stays open. Yields the resources of the cluster. Signal handlers stay as they are.
 
     Raises:
-        ClusterError: the cluster that `RAY_ADDRESS` names cannot be reached.
+        ClusterError: the cluster that `RAY_ADDRESS` names cannot be reached, or none can be started on this machine.
     """
     if ray.is_initialized():
         yield cluster_resources()
@@ -49,36 +43,34 @@ def ray_cluster() -> Iterator[ClusterResources]:
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     # Ray warns if this future default is unset.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        _connect()
+    address = os.environ.get("RAY_ADDRESS")
+    with _connected(address) if address else local_ray():
+        resources = cluster_resources()
+        nodes = len(alive_nodes())
+        machines = "this machine" if nodes == 1 else f"{nodes} machines"
+        log.info("Ray on %s: %g CPU, %g GPU", machines, resources.cpus, resources.gpus)
         with _watched():
-            yield cluster_resources()
-    finally:
-        ray.shutdown()
+            yield resources
 
 
-def _connect() -> None:
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address := os.environ.get("RAY_ADDRESS"):
+@contextmanager
+def _connected(address: str) -> Iterator[None]:
+    try:
         host = address.removeprefix("ray://")
         try:
             # Without this check ray.init retries for many minutes.
             if re.search(r":\d+$", host) and not is_reachable(host):
                 raise ConnectionError
-            ray.init(address=address, **quiet)
+            with kept_signal_handlers():
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except OSError:  # the base class of ConnectionError
             raise ClusterError(
                 f"no Ray cluster can be joined at RAY_ADDRESS={address}; start it, or unset RAY_ADDRESS to use this "
                 "machine"
             ) from None
-    else:
-        free = psutil.virtual_memory().available
-        store = int(min(OBJECT_STORE_MAX, max(OBJECT_STORE_MIN, free * OBJECT_STORE_FRACTION)))
-        ray.init(address="local", include_dashboard=False, object_store_memory=store, **quiet)
-    resources = cluster_resources()
-    nodes = len(alive_nodes())
-    machines = "this machine" if nodes == 1 else f"{nodes} machines"
-    log.info("Ray on %s: %g CPU, %g GPU", machines, resources.cpus, resources.gpus)
+        yield
+    finally:
+        ray.shutdown()
 
 
 @contextmanager

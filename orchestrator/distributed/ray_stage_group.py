@@ -8,10 +8,8 @@ idempotent, so the loop rewinds the whole stage group instead.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -24,11 +22,18 @@ from bim.orchestrator.distributed.actor_group import ActorGroup, wait_all
 from bim.orchestrator.distributed.actors import LoaderActor, StageActor
 from bim.orchestrator.distributed.cluster import raise_if_cluster_lost
 from bim.orchestrator.distributed.placement import PlacementError, StageLayout
+from bim.orchestrator.files import StorageError
 from bim.orchestrator.training.device_errors import breaks_device_context
-from bim.orchestrator.training.errors import Interrupted, StageFailure
+from bim.orchestrator.training.errors import (
+    CheckpointDamagedError,
+    Interrupted,
+    StageFailure,
+    StorageUnsupportedError,
+)
 from bim.orchestrator.training.messages import SavedBlocks, StageReport, StepReport, StepRequest
 from bim.orchestrator.training.spec import PretrainSpec
 from bim.orchestrator.training.stage_group import ShouldGiveUp, component_label, stage_label
+from bim.orchestrator.training.storage import Location, is_url, remove_probe, write_probe
 from bim.orchestrator.training.watchdog import LOADER
 
 DRAIN_TIMEOUT_S = 600  # a component that is still busy this long after another one failed counts as hung
@@ -61,7 +66,7 @@ class RayStages:
 
     Args:
         layout: the blocks and the resources of each stage.
-        shared: a folder that must be visible on every node (checkpoints).
+        shared: where checkpoints are; must be visible on every node.
         wait_s: how long to wait for capacity (an autoscaling cluster grows in this time).
         group: a placement group that the caller removes, whose bundles from `first_bundle` on are `layout.bundles`; None:
             create one.
@@ -75,7 +80,7 @@ class RayStages:
         spec: PretrainSpec,
         data: DataSpec,
         layout: StageLayout,
-        shared: Path,
+        shared: Location,
         wait_s: float = 120.0,
         group: PlacementGroup | None = None,
         first_bundle: int = 0,
@@ -107,7 +112,7 @@ class RayStages:
         device = "cuda" if self._layout.gpus else "cpu"
         return self.stage_class, (self._spec, self.stage_blocks[component], device, self._layout.threads)
 
-    def restore(self, checkpoint: Path | None, step: int, should_give_up: ShouldGiveUp) -> None:
+    def restore(self, checkpoint: Location | None, step: int, should_give_up: ShouldGiveUp) -> None:
         """Also replaces, in the next `start`, every actor whose `restore` raises: what a process holds may be broken."""
         folder = None if checkpoint is None else str(checkpoint)
         context = "while starting" if checkpoint is None else f"while going back to step {step}"
@@ -116,7 +121,8 @@ class RayStages:
         try:
             self._finish(context, references, should_give_up)
         except StageFailure as failure:
-            self._actors.kill(self._component(failure))
+            if not isinstance(failure.cause, CheckpointDamagedError):
+                self._actors.kill(self._component(failure))
             raise
 
     def submit(self, request: StepRequest) -> Pending:
@@ -175,7 +181,7 @@ class RayStages:
             with contextlib.suppress(Exception):
                 ray.get(ref, timeout=FETCH_TIMEOUT_S)
 
-    def save(self, checkpoint: Path, should_give_up: ShouldGiveUp) -> None:
+    def save(self, checkpoint: Location, should_give_up: ShouldGiveUp) -> None:
         calls = [actor.save.remote(str(checkpoint)) for actor in self._actors.stages]
         self._finish("while saving", calls, should_give_up)
 
@@ -256,15 +262,24 @@ class RayStages:
         return labels[failure.component]
 
     def _check_shared(self) -> None:
-        probe = self._shared / f".shared-storage-probe-{time.time_ns()}"
-        probe.write_bytes(b"")
+        probe = write_probe(self._shared)
         try:
             calls = [actor.path_exists.remote(str(probe)) for actor in self._actors.stages]
             visible = self._finish("while starting", calls, self._stop_requested)
+        except StageFailure as failure:
+            if isinstance(failure.cause, StorageError | StorageUnsupportedError):
+                raise PlacementError(
+                    f"checkpoint.storage on the node of {failure.component}: {failure.cause}"
+                ) from failure
+            raise
         finally:
-            probe.unlink()
+            remove_probe(probe)
         if not all(visible):
             stages = ", ".join(stage_label(i, b) for i, b in enumerate(self.stage_blocks) if not visible[i])
             raise PlacementError(
-                f"--out {self._shared} is not visible on the node of {stages}; put it on storage that all nodes share"
+                f"checkpoint.storage {self._shared} has other content on the node of {stages}; give it a URL that means "
+                "the same on all nodes"
+                if is_url(self._shared)
+                else f"--out {self._shared} is not visible on the node of {stages}; put it on storage that all nodes "
+                "share, or the checkpoints alone below a URL (checkpoint.storage)"
             )

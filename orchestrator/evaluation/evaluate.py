@@ -17,17 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bim.orchestrator.data.source import Source
-from bim.orchestrator.data.splits import Splits
+from bim.orchestrator.data.splits import Splits, can_score
 from bim.orchestrator.evaluation.batch_norms import gather_statistics
 from bim.orchestrator.evaluation.features import (
     MAX_IMAGES,
     Embedder,
     build_embedders,
     extract_features,
-    extract_labelled_features,
+    extract_labeled_features,
 )
 from bim.orchestrator.evaluation.metrics import rankme, score
 from bim.orchestrator.evaluation.model_cost import device_name, gflops, latencies_ms, num_params
+from bim.orchestrator.evaluation.progress import part, report
 from bim.orchestrator.evaluation.records import DepthReport, EvalConfig, Scores
 
 RANKME_IMAGES = 8_192
@@ -49,23 +50,26 @@ def evaluate_variants(
     std: tuple[float, ...],
     device: torch.device,
     config: EvalConfig,
+    bad: dict[str, str] | None = None,
 ) -> list[DepthReport]:
     """Measure every variant, by depth. Each image is decoded once for all of them.
 
     variants: depth -> model whose `forward_features` and `forward_head` give the embedding. They are left on
     `device` in evaluation mode, batch norms with statistics of whole training images (`batch_norms`). size: (height, width).
-    Without labels RankMe is measured in place of the accuracies.
-    Raises ValueError if a split has no readable image, or embeddings are not finite.
+    Without labels RankMe is measured in place of the accuracies. bad: takes the unreadable images, by sample id.
+    Raises TooManyCorruptImagesError above `config.max_bad_fraction`, ValueError if a split has no readable image, or
+    embeddings are not finite.
     """
     gather_statistics(variants, source, splits.train, size, mean, std, device, config)
     embedders = build_embedders(variants, mean, std, device)
     metrics: dict[int, dict[str, Any]]
-    if source.labels is not None:
-        scores = _scores(embedders, source, splits, size, device, config, MAX_IMAGES)
+    if can_score(source, splits):
+        scores = _scores(embedders, source, splits, size, device, config, MAX_IMAGES, bad)
         metrics = {depth: asdict(values) for depth, values in scores.items()}
     else:
-        ranks, num_images = rankme_by_depth(embedders, source, splits.train, size, device, config)
+        ranks, num_images = rankme_by_depth(embedders, source, splits.train, size, device, config, bad)
         metrics = {depth: {"rankme": rank, "n_ranked": num_images} for depth, rank in ranks.items()}
+    report("costs")
     times = {
         batch: latencies_ms(variants, size, batch, device) if config.latency else {} for batch in (1, 64)
     }
@@ -96,7 +100,7 @@ def raw_pixels(
     Pixels at `size`, averaged over square cells if a side is longer than `RAW_SIDE`. Raises ValueError if the source has
     no labels.
     """
-    if source.labels is None:
+    if not can_score(source, splits):
         raise ValueError(f"{source.name} has no labels to score raw pixels by")
     cell = -(-max(size) // RAW_SIDE)
     limit = min(MAX_IMAGES, RAW_VALUES // (3 * -(-size[0] // cell) * -(-size[1] // cell)))
@@ -114,12 +118,13 @@ def rankme_by_depth(
     size: tuple[int, int],
     device: torch.device,
     config: EvalConfig,
+    bad: dict[str, str] | None = None,
 ) -> tuple[dict[int, float], int]:
     """RankMe of every embedding by name, and the number of images, at most `RANKME_IMAGES` of `train`, it is computed on.
 
     Raises ValueError if none of them can be read, or an embedding is not finite.
     """
-    features, indices = extract_features(embedders, source, train, size, config, RANKME_IMAGES)
+    features, indices = extract_features(embedders, source, train, size, config, RANKME_IMAGES, bad)
     return {name: rankme(x.to(device)) for name, x in features.items()}, len(indices)
 
 
@@ -131,12 +136,16 @@ def _scores(
     device: torch.device,
     config: EvalConfig,
     limit: int,
+    bad: dict[str, str] | None = None,
 ) -> dict[int, Scores]:
     """Every embedding fitted on the train split and scored on the test split, at most `limit` images of each."""
-    train, train_y = extract_labelled_features(embedders, source, splits.train, size, config, limit)
-    test, test_y = extract_labelled_features(embedders, source, splits.test, size, config, limit)
+    with part("the train split"):
+        train, train_y = extract_labeled_features(embedders, source, splits.train, size, config, limit, bad)
+    with part("the test split"):
+        test, test_y = extract_labeled_features(embedders, source, splits.test, size, config, limit, bad)
     train_y, test_y = train_y.to(device), test_y.to(device)
-    return {
-        name: score(train[name].to(device), train_y, test[name].to(device), test_y, config)
-        for name in embedders
-    }
+    scores = {}
+    for number, name in enumerate(embedders, start=1):
+        report(f"kNN and linear probe of model {number} of {len(embedders)}")
+        scores[name] = score(train[name].to(device), train_y, test[name].to(device), test_y, config)
+    return scores

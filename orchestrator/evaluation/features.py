@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from bim.models.seeding import generator
 from bim.models.tokens import normalize_images
-from bim.orchestrator.data.loader import eval_images
+from bim.orchestrator.data.loader import BadImages, eval_images
 from bim.orchestrator.data.source import Source
+from bim.orchestrator.data.splits import labeled
+from bim.orchestrator.evaluation.progress import report
 from bim.orchestrator.evaluation.records import EvalConfig
 
 MAX_IMAGES = 50_000
@@ -45,16 +47,17 @@ def _embedder(
     return embedding
 
 
-def extract_labelled_features(
+def extract_labeled_features(
     embedders: Mapping[int, Embedder],
     source: Source,
     indices: np.ndarray,
     size: tuple[int, int],
     config: EvalConfig,
     limit: int,
+    bad: dict[str, str] | None = None,
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """`extract_features`, and the labels (n,) of the images; the source has labels."""
-    features, read = extract_features(embedders, source, indices, size, config, limit)
+    """`extract_features` of the images that have a label, and their labels (n,); the source has labels."""
+    features, read = extract_features(embedders, source, labeled(source, indices), size, config, limit, bad)
     assert source.labels is not None
     return features, torch.from_numpy(source.labels[read])
 
@@ -66,18 +69,24 @@ def extract_features(
     size: tuple[int, int],
     config: EvalConfig,
     limit: int,
+    bad: dict[str, str] | None = None,
 ) -> tuple[dict[int, Tensor], np.ndarray]:
     """Embeddings (n, D) by name, and indices (n,), of at most `limit` images that can be read; each is decoded once.
 
-    Raises ValueError if none of them can be read.
+    bad: takes the images that cannot be read, by sample id, with the reason. Raises TooManyCorruptImagesError if they are
+    more than `config.max_bad_fraction`, ValueError if none can be read.
     """
     features: dict[int, list[Tensor]] = {name: [] for name in embedders}
     read = []
     sample = subsample(indices, limit, config.seed)
-    for batch_indices, images in eval_images(source, sample, size, config.batch_size):
+    met = BadImages(config.max_bad_fraction)
+    for batch_indices, images in eval_images(source, sample, size, config.batch_size, met):
         read.append(batch_indices)
         for name, embedder in embedders.items():
             features[name].append(embedder(images))
+        report(f"{sum(map(len, read))} of {len(sample)} images")
+    if bad is not None:
+        bad.update(met.reasons)
     if not read:
         raise ValueError(f"no image of a split of {source.name} could be read, so nothing can be scored")
     return {name: torch.cat(parts) for name, parts in features.items()}, np.concatenate(read)
@@ -87,5 +96,5 @@ def subsample(indices: np.ndarray, limit: int, seed: int) -> np.ndarray:
     """At most `limit` of the indices, a sample that depends on the seed alone; sorted."""
     if len(indices) <= limit:
         return indices
-    order = torch.randperm(len(indices), generator=generator(seed, "evaluation"))
-    return np.sort(indices[order[:limit].numpy()])
+    permutation = torch.randperm(len(indices), generator=generator(seed, "evaluation"))
+    return np.sort(indices[permutation[:limit].numpy()])

@@ -45,7 +45,12 @@ def score(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, conf
 
 
 def standard_error(accuracy: float, n: int) -> float:
-    """Standard error of an accuracy counted on `n` independent images: sqrt(p (1 - p) / n)."""
+    """Standard error of an accuracy counted on `n` independent images: sqrt(p (1 - p) / n).
+
+    At 0 and 1, where that is 0, the distance to the other end of Wilson's interval of one standard error: 1 / (n + 1).
+    """
+    if accuracy in (0.0, 1.0):
+        return 1.0 / (n + 1)
     return math.sqrt(accuracy * (1.0 - accuracy) / n)
 
 

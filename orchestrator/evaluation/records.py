@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,7 @@ class EvalConfig:
         batch_size: images embedded at a time.
         latency: measure the latency of every variant too.
         seed: of samples of large splits, and of the validation part of the linear probe.
+        max_bad_fraction: unreadable images of a split, above which the evaluation ends.
     """
 
     knn_k: int = 20
@@ -21,17 +22,22 @@ class EvalConfig:
     batch_size: int = 256
     latency: bool = True
     seed: int = 0
+    max_bad_fraction: float = 1.0
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Measurements per depth and where the files are. `random` and `raw` are empty without baselines."""
+    """Measurements per depth and where the files are. `random` and `raw` are empty without baselines.
+
+    bad_images: sample id -> reason, of the images that could not be read and are in no score.
+    """
 
     reports: tuple[DepthReport, ...]
     random: tuple[DepthReport, ...]
     raw: dict[str, float]
     folders: dict[int, str]
     pictures: dict[int, str]
+    bad_images: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from bim.orchestrator.reporting.log import line_prefix
 from bim.orchestrator.runs.output_dir import OutputError
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun
 from bim.orchestrator.runs.provenance import Machine, Provenance
+from bim.orchestrator.text import redact
 from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.errors import TrainingError
 from bim.orchestrator.training.spec import Precision
@@ -108,7 +109,9 @@ def record_failure(backbone: BackboneRun, error: Exception) -> None:
     backbone.failed = format_error(error)
     _traceback_file(backbone).unlink(missing_ok=True)
     if not isinstance(error, USER_FACING_ERRORS):
-        _traceback_file(backbone).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        text = redact("".join(traceback.format_exception(error)))
+        with suppress(OSError):  # the line below is the record, also on a full disk
+            _traceback_file(backbone).write_text(text, encoding="utf-8", errors="backslashreplace")
     log.info("failed: %s", backbone.failed)
 
 
@@ -120,7 +123,7 @@ def clear_failure(backbone: BackboneRun) -> None:
 
 def format_error(error: Exception) -> str:
     """An error in one line, for the user; one that is not user-facing begins with its type."""
-    lines = str(error).strip().splitlines() or ["no error message"]
+    lines = redact(str(error)).strip().splitlines() or ["no error message"]
     return " ".join(lines) if isinstance(error, USER_FACING_ERRORS) else f"{type(error).__name__}: {lines[0]}"
 
 

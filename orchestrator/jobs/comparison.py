@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 from bim.orchestrator.config.recipes import SAVED_SETTINGS
 from bim.orchestrator.config.transforms import settings_to_yaml, with_changes
 from bim.orchestrator.distributed.cluster import run_on_worker
-from bim.orchestrator.distributed.placement import ClusterResources
+from bim.orchestrator.distributed.placement import ClusterResources, StageLayout
 from bim.orchestrator.evaluation.features import MAX_IMAGES
+from bim.orchestrator.evaluation.records import EvaluationResult
 from bim.orchestrator.files import atomic_write
 from bim.orchestrator.jobs.backbone_run import BackboneRun, format_error
-from bim.orchestrator.jobs.evaluate_checkpoint import add_latency
+from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, add_latency, rewrite_cards
 from bim.orchestrator.jobs.prepare import PreparedJob
 from bim.orchestrator.jobs.records import EVENTS, cluster_text, data_record, record_progress
 from bim.orchestrator.reporting.comparison import (
@@ -27,10 +29,12 @@ from bim.orchestrator.reporting.figures.backbones import comparison_figure
 from bim.orchestrator.reporting.log import log_to_file
 from bim.orchestrator.reporting.summary import write_summary
 from bim.orchestrator.runs.output_dir import new_output
-from bim.orchestrator.runs.prepare import PreparedBackbone
+from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun
 from bim.orchestrator.runs.provenance import collect
+from bim.orchestrator.text import redact
 from bim.orchestrator.tracking.descriptions import fenced
 from bim.orchestrator.tracking.tracker import Tracker
+from bim.orchestrator.training.storage import is_url
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +58,7 @@ def open_comparison(job: PreparedJob, cluster: ClusterResources, stack: ExitStac
     stack.enter_context(log_to_file(job.out / EVENTS))
     params = {
         "backbones": ", ".join(backbone.name for backbone in job.backbones),
-        "data.source": settings.data.source,
+        "data.source": redact(settings.data.source),
         "schedule.epochs": settings.schedule.epochs,
         "seed": settings.seed,
     }
@@ -80,13 +84,23 @@ def _measure_latency(backbone: BackboneRun) -> None:
     for number, (run, layout) in enumerate(backbone.placements):
         task, result = backbone.tasks[number], backbone.evaluations[number]
         try:
-            backbone.evaluations[number] = (
-                run_on_worker(add_latency, layout, task, result)
-                if run.settings.placement.backend == "ray"
-                else add_latency(task, result)
-            )
+            backbone.evaluations[number] = _with_latency(run, layout, task, result)
         except Exception as error:  # a measurement must not cost what was trained
             log.info("no latencies%s: %s", " of the baseline" if number else "", format_error(error))
+
+
+def _with_latency(
+    run: ResolvedRun, layout: StageLayout, task: EvaluationTask, result: EvaluationResult
+) -> EvaluationResult:
+    if run.settings.placement.backend != "ray":
+        return add_latency(task, result)
+    if not is_url(task.checkpoint):
+        return run_on_worker(add_latency, layout, task, result)
+    # The worker does not see the output directory with the model cards.
+    timed = run_on_worker(add_latency, layout, task, replace(result, folders={}))
+    timed = replace(timed, folders=result.folders)
+    rewrite_cards(task, timed)
+    return timed
 
 
 def record_comparison(

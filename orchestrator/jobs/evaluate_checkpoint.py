@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from bim.models.backbones.backbone import Backbone
-from bim.orchestrator.config.transforms import settings_to_mapping
+from bim.orchestrator.config.transforms import recorded_mapping
+from bim.orchestrator.data.errors import TooManyCorruptImagesError
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.spec import DataSpec
-from bim.orchestrator.data.splits import Splits
+from bim.orchestrator.data.splits import Splits, can_score
 from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.evaluation.evaluate import evaluate_variants, raw_pixels
 from bim.orchestrator.evaluation.model_cost import device_name, latencies_ms
+from bim.orchestrator.evaluation.progress import part
+from bim.orchestrator.evaluation.progress import report as report_progress
 from bim.orchestrator.evaluation.records import DepthReport, EvalConfig, EvaluationResult
 from bim.orchestrator.export.model_card import CardFacts
 from bim.orchestrator.export.timm_folder import export_decoder, export_variant, folder_name, rewrite_card
@@ -27,9 +30,11 @@ from bim.orchestrator.jobs.reconstructions import save_all_reconstructions
 from bim.orchestrator.runs.prepare import ResolvedRun
 from bim.orchestrator.runs.provenance import Provenance
 from bim.orchestrator.runs.resolve import eval_config
+from bim.orchestrator.text import redact
 from bim.orchestrator.training.build import open_spec_backbone
 from bim.orchestrator.training.checkpoint import CheckpointStore, load_weights
 from bim.orchestrator.training.depth_variants import random_variants, trained_variant
+from bim.orchestrator.training.errors import TrainingError
 from bim.orchestrator.training.spec import PretrainSpec
 
 
@@ -38,7 +43,7 @@ class EvaluationTask:
     """A checkpoint and how it is evaluated.
 
     Args:
-        checkpoint: committed folder.
+        checkpoint: committed folder, or its URL.
         out: `variants/`, `decoders/` and `pictures/` are written below it.
         depths: cumulative layers of the variants; need not be block boundaries (a K = 1 run truncated).
         device: "cpu" or "cuda".
@@ -77,10 +82,10 @@ def evaluation_task(
         card=CardFacts(
             run=settings.name,
             seed=settings.seed,
-            settings=settings_to_mapping(settings),
+            settings=recorded_mapping(settings),
             data=provenance.data,
             code=provenance.code,
-            init_from=settings.init_from,
+            init_from=None if settings.init_from is None else redact(settings.init_from),
         ),
         device="cuda" if layout.gpus else "cpu",
         with_baselines=with_baselines,
@@ -88,22 +93,37 @@ def evaluation_task(
 
 
 def evaluate_checkpoint(task: EvaluationTask) -> EvaluationResult:
-    """Export, measure and picture every depth variant of a checkpoint."""
+    """Export, measure and picture every depth variant of a checkpoint.
+
+    Raises TrainingError if more images of a split than `data.max_bad_fraction` cannot be read.
+    """
+    try:
+        return _evaluate(task)
+    except TooManyCorruptImagesError as error:
+        raise TrainingError(f"evaluation: {error}; --resume evaluates the last checkpoint again") from error
+
+
+def _evaluate(task: EvaluationTask) -> EvaluationResult:
     if task.threads is not None:
         torch.set_num_threads(min(task.threads, os.cpu_count() or 1))
     device, out = torch.device(task.device), Path(task.out)
     backbone, weights, variants = _load(task)
     source, splits = task.data.open()
-    measured = _measure(task, backbone, source, splits, variants, task.evaluation.latency)
+    bad: dict[str, str] = {}
+    with part("trained models"):
+        measured = _measure(task, backbone, source, splits, variants, task.evaluation.latency, bad)
     random: tuple[DepthReport, ...] = ()
     raw: dict[str, float] = {}
     if task.with_baselines:
         random_starts = random_variants(task.spec, backbone, task.depths)
-        random = _measure(task, backbone, source, splits, random_starts, latency=False)
-        if source.labels is not None:
-            raw = raw_pixels(source, splits, backbone.image_size, task.evaluation, device).metrics()
+        with part("random starts"):
+            random = _measure(task, backbone, source, splits, random_starts, latency=False, bad=bad)
+        if can_score(source, splits):
+            with part("raw pixels"):
+                raw = raw_pixels(source, splits, backbone.image_size, task.evaluation, device).metrics()
     folders = {}
     for report in measured:
+        report_progress(f"export of depth {report.depth}")
         folder = out / "variants" / folder_name(report.depth)
         variant = variants[report.depth]
         export_variant(backbone, report.depth, variant, folder, task.card, measured, random, raw)
@@ -115,10 +135,11 @@ def evaluate_checkpoint(task: EvaluationTask) -> EvaluationResult:
             if name.startswith("decoder.")
         }
         export_decoder(decoder, out / "decoders" / f"block-{k}.safetensors")
+    report_progress("reconstructions")
     pictures = save_all_reconstructions(
         task.spec, backbone, weights, source, splits, out / "pictures", device
     )
-    return EvaluationResult(measured, random, raw, folders, pictures)
+    return EvaluationResult(measured, random, raw, folders, pictures, bad)
 
 
 def add_latency(task: EvaluationTask, result: EvaluationResult) -> EvaluationResult:
@@ -140,16 +161,22 @@ def add_latency(task: EvaluationTask, result: EvaluationResult) -> EvaluationRes
         )
         for report in result.reports
     )
-    # The cards alone are written again: the exported weights hold batch statistics gathered by the evaluation.
+    timed = replace(result, reports=reports)
+    rewrite_cards(task, timed)
+    return timed
+
+
+def rewrite_cards(task: EvaluationTask, result: EvaluationResult) -> None:
+    """Write the model cards of a result again, alone: the exported weights hold statistics gathered by the evaluation."""
+    backbone = open_spec_backbone(task.spec)
     for depth, folder in result.folders.items():
-        rewrite_card(backbone, depth, Path(folder), task.card, reports, result.random, result.raw)
-    return replace(result, reports=reports)
+        rewrite_card(backbone, depth, Path(folder), task.card, result.reports, result.random, result.raw)
 
 
 def _load(task: EvaluationTask) -> tuple[Backbone, list[dict[str, Tensor]], dict[int, nn.Module]]:
     """The backbone, the weights of every block, and the variants that they make by depth."""
     backbone = open_spec_backbone(task.spec)
-    weights = load_weights(Path(task.checkpoint), task.spec)
+    weights = load_weights(task.checkpoint, task.spec)
     return backbone, weights, {depth: trained_variant(backbone, weights, depth) for depth in task.depths}
 
 
@@ -160,6 +187,7 @@ def _measure(
     splits: Splits,
     variants: dict[int, nn.Module],
     latency: bool,
+    bad: dict[str, str],
 ) -> tuple[DepthReport, ...]:
     return tuple(
         evaluate_variants(
@@ -171,5 +199,6 @@ def _measure(
             std=task.spec.std,
             device=torch.device(task.device),
             config=replace(task.evaluation, latency=latency),
+            bad=bad,
         )
     )

@@ -33,11 +33,11 @@ from bim.orchestrator.jobs.records import (
 from bim.orchestrator.jobs.search_job import run_search, search_due
 from bim.orchestrator.jobs.train_backbones import train_backbones
 from bim.orchestrator.reporting.closing import closing_lines, several_closing_lines
-from bim.orchestrator.reporting.startup import opening_lines
+from bim.orchestrator.reporting.startup import data_notes, opening_lines
 from bim.orchestrator.runs.output_dir import OutputError
 from bim.orchestrator.runs.signals import interrupted_by_signals
 from bim.orchestrator.runs.train import check_precision, resolve_precision
-from bim.orchestrator.search.results import finished_search
+from bim.orchestrator.search.record import finished_search
 from bim.orchestrator.text import short_path
 from bim.orchestrator.tracking.open_run import TrackingError
 from bim.orchestrator.tracking.tracker import Tracker
@@ -66,15 +66,20 @@ class JobResult:
     failed: tuple[str, ...] = ()
 
 
-def run_job(job: PreparedJob) -> JobResult:
+def run_job(job: PreparedJob, stop: StopRequest | None = None) -> JobResult:
     """Train, evaluate, export and record the backbones of a job, and compare them if there are several.
+
+    Args:
+        stop: of the command that runs the job; its signals came since the command began.
 
     Raises:
         OutputError, PlacementError, TrackingError, ClusterError: before the first actor starts.
         TrainingError: a single backbone cannot be trained further; the last checkpoint stays.
     """
-    stop = StopRequest()
+    stop = stop or StopRequest()
     try:
+        if stop.reason is not None:  # an import can swallow the KeyboardInterrupt
+            raise KeyboardInterrupt
         return _run(job, stop)
     except KeyboardInterrupt:
         return JobResult(job.out, stop.reason or "SIGINT")
@@ -82,8 +87,8 @@ def run_job(job: PreparedJob) -> JobResult:
 
 def _run(job: PreparedJob, stop: StopRequest) -> JobResult:
     with ExitStack() as stack:
-        cluster = stack.enter_context(connect(job.settings))
         stack.enter_context(interrupted_by_signals(stop))
+        cluster = stack.enter_context(connect(job.settings))
         backbones, comparison = _open(job, cluster, stack)
         _log_opening(job, backbones)
         if not job.compares:
@@ -157,7 +162,8 @@ def _log_opening(job: PreparedJob, backbones: Sequence[BackboneRun]) -> None:
                 continue
             if line.startswith(f"{job.settings.data.source}: "):
                 images_line = line
-                log.info(line)
+                for shared_line in (line, *data_notes(backbone.prepared)):
+                    log.info(shared_line)
             else:
                 with backbone.lines():
                     log.info(line.removeprefix(f"{backbone.name}: "))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bim.orchestrator.config.credentials import with_credentials
 from bim.orchestrator.config.recipes import SAVED_SETTINGS, read_recipe
 from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.config.transforms import with_changes
@@ -18,8 +20,10 @@ from bim.orchestrator.jobs.backbone_entries import ErrorCollector, backbone_entr
 from bim.orchestrator.jobs.search_job import check_search
 from bim.orchestrator.runs.output_dir import NEW_RUN_HINT, OutputError, check_output
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun, resolve_backbone
-from bim.orchestrator.search.results import finished_search, with_best
+from bim.orchestrator.search.record import finished_search
+from bim.orchestrator.search.results import with_best
 from bim.orchestrator.text import short_path
+from bim.orchestrator.tracking.open_run import TrackingError, check_model_name
 from bim.orchestrator.training.checkpoint import CheckpointStore
 
 
@@ -47,7 +51,8 @@ def prepare(settings: Settings) -> PreparedJob:
     Raises:
         SettingsError, DataError, OutputError: one line for every problem.
     """
-    settings, out = resolve_paths(settings)
+    settings, out = resolve_paths(with_credentials(settings, os.environ))
+    check_model_names(settings)
     if settings.backbones is None:
         backbone = prepare_backbone(settings)
         return PreparedJob(backbone.run.settings, out, (backbone,))
@@ -90,6 +95,14 @@ def prepare_backbone(
     )
     check_search(backbone)
     return backbone
+
+
+def check_model_names(settings: Settings) -> None:
+    """Raise SettingsError if MLflow would refuse the name of the registered models, at the end of the training."""
+    try:
+        check_model_name(settings.tracking.model_name or settings.name)
+    except TrackingError as error:
+        raise SettingsError(str(error)) from None
 
 
 def resolve_paths(settings: Settings) -> tuple[Settings, Path]:

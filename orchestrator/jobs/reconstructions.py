@@ -15,7 +15,8 @@ from bim.models.tokens import denormalize_images, normalize_images
 from bim.orchestrator.data.loader import eval_images
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import Splits
-from bim.orchestrator.reporting.figures.reconstruction import save_reconstructions
+from bim.orchestrator.reporting.figures.reconstruction import reconstruction_figure
+from bim.orchestrator.reporting.figures.style import write_png
 from bim.orchestrator.training.build import build_local_mim, mask_plans
 from bim.orchestrator.training.spec import PretrainSpec
 
@@ -38,11 +39,14 @@ def save_all_reconstructions(
         weights: the whole `LocalMIM` state of every block.
         folder: where the pictures are written.
 
-    Returns depth -> file.
+    Returns depth -> file; nothing if none of these images can be read.
     """
     candidates = splits.test if len(splits.test) else splits.train
     rows = np.linspace(0, len(candidates) - 1, num=min(PICTURE_ROWS, len(candidates))).astype(int)
-    _, pixels = next(iter(eval_images(source, candidates[rows], backbone.image_size, len(rows))))
+    batches = list(eval_images(source, candidates[rows], backbone.image_size, len(rows)))
+    if not batches:
+        return {}
+    _, pixels = batches[0]
     images = normalize_images(torch.from_numpy(pixels).to(device), spec.mean, spec.std)
     plans = mask_plans(spec, backbone, backbone.image_size, len(images), step=0, micro_step=0)
     x, paths = images, {}
@@ -59,9 +63,7 @@ def save_all_reconstructions(
         target = module.target(images)
         reconstruction = module.target.to_image(_all_tokens(predicted, masked, target), images)
         is_pixels = not spec.targets or spec.targets[k].name == "pixels"
-        path = folder / f"reconstruction_depth{info.depth:02d}.png"
-        save_reconstructions(
-            path,
+        figure = reconstruction_figure(
             original=_rgb(images, spec),
             predicted=_rgb(reconstruction, spec),
             masked=masked.cpu().numpy(),
@@ -70,7 +72,7 @@ def save_all_reconstructions(
             title=f"depth {info.depth}: {count} of {math.prod(plan.token_grid)} patches predicted",
             thrown=thrown.cpu().numpy(),
         )
-        paths[info.depth] = str(path)
+        paths[info.depth] = str(write_png(figure, folder / f"reconstruction_depth{info.depth:02d}.png"))
     return paths
 
 

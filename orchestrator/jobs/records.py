@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,24 +22,20 @@ from bim.orchestrator.reporting.summary import render_table, summary_rows, write
 from bim.orchestrator.runs.output_dir import new_output
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun
 from bim.orchestrator.runs.provenance import DataRecord, collect
-from bim.orchestrator.search.results import (
-    BEST,
-    FOLDER,
-    TABLE,
-    SearchResult,
-    best_line,
-    changes_of_best,
-    finished_search,
-    note_rows,
-    status_counts,
-)
-from bim.orchestrator.text import params_text
+from bim.orchestrator.search.record import BEST, FOLDER, TABLE, finished_search
+from bim.orchestrator.search.results import SearchResult, best_line, changes_of_best, note_rows, status_counts
+from bim.orchestrator.text import params_text, redact
 from bim.orchestrator.tracking.descriptions import depth_rows, loading_note, results_table
 from bim.orchestrator.tracking.records import DepthRecord
 from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.spec import Precision
 
 EVENTS = "events.log"
+
+NAMED_BAD_IMAGES = 10
+"""Unreadable images that the line about an evaluation names."""
+
+log = logging.getLogger(__name__)
 
 # -- before the training ------------------------------------------------------------------------------------------
 
@@ -109,7 +106,7 @@ def data_record(prepared: PreparedBackbone) -> DataRecord:
     """The images of a run, for its provenance and its model cards."""
     source, splits = prepared.source, prepared.splits
     return DataRecord(
-        source=prepared.run.settings.data.source,
+        source=redact(prepared.run.settings.data.source),
         fingerprint=prepared.run.fingerprint,
         images=len(source),
         train=len(splits.train),
@@ -165,7 +162,17 @@ def _record_evaluations(backbone: BackboneRun) -> None:
     for number in range(backbone.num_recorded, len(backbone.evaluations)):
         run = backbone.prepared.runs[number]
         record_variants(backbone.tracker, run, backbone.evaluations[number], backbone.series_of(run))
+        _report_bad_images(backbone.evaluations[number])
         backbone.num_recorded += 1
+
+
+def _report_bad_images(evaluation: EvaluationResult) -> None:
+    bad = evaluation.bad_images
+    if bad:
+        listed = ", ".join(f"{name} ({reason})" for name, reason in list(bad.items())[:NAMED_BAD_IMAGES])
+        more = f" and {len(bad) - NAMED_BAD_IMAGES} more" if len(bad) > NAMED_BAD_IMAGES else ""
+        plural = "s" * (len(bad) > 1)
+        log.warning("evaluation left out %d unreadable image%s: %s%s", len(bad), plural, listed, more)
 
 
 def record_variants(
@@ -176,7 +183,7 @@ def record_variants(
     prefix = f"{series}/" if series else ""
     for report in evaluation.reports:
         block = next(b for b in run.backbone.blocks if b.depth >= report.depth)
-        names = ("loss", "loss_always_masked", "loss_newly_dropped", "loss_kept", "loss_thrown", "grad_norm")
+        names = ("loss", "loss_always_masked", "loss_newly_masked", "loss_kept", "loss_thrown", "grad_norm")
         curves = {name: tracker.history(f"{prefix}block{block.index}/{name}") for name in names}
         curves["images_per_s"] = tracker.history(f"{prefix}images_per_s")
         decoder = run.spec.decoders[block.index]
@@ -250,7 +257,7 @@ def _record_summary(backbone: BackboneRun) -> str:
     settings = run.settings
     tracker.describe(
         f"{params_text(reports[-1].params)} parameters at full depth, {settings.backbone.name}, "
-        f"{len(run.spec.blocks)} blocks, {settings.schedule.epochs} epochs of {settings.data.source}.\n\n"
+        f"{len(run.spec.blocks)} blocks, {settings.schedule.epochs} epochs of {redact(settings.data.source)}.\n\n"
         f"{results_table(depth_rows(records))}\n\nOpen a variant without this package:\n\n"
         f"{loading_note(_model_name(run), f'depth{reports[-1].depth}', tracker.uri_to_set)}{search_note}",
         pictures,

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import math
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bim.orchestrator.config.schema import Settings, SettingsError
-from bim.orchestrator.config.transforms import settings_to_mapping
-from bim.orchestrator.distributed.cluster import run_on_worker
+from bim.orchestrator.config.transforms import settings_to_mapping, with_changes
 from bim.orchestrator.distributed.placement import ClusterResources
 from bim.orchestrator.evaluation.evaluate import RANKME_IMAGES
 from bim.orchestrator.reporting.search_console import SearchProgress, closing, opening
@@ -22,21 +19,13 @@ from bim.orchestrator.runs.resolve import eval_config
 from bim.orchestrator.runs.signals import stop_on_signals
 from bim.orchestrator.search.controller import SearchSpec, grace_period
 from bim.orchestrator.search.objective import (
-    KNN_TRAIN_IMAGES,
     KNN_VAL_IMAGES,
     SCORED_BY,
     metric_of,
 )
-from bim.orchestrator.search.results import (
-    BEST,
-    FOLDER,
-    SearchResult,
-    finished_search,
-    load_result,
-    with_best,
-)
+from bim.orchestrator.search.record import BEST, FOLDER, finished_search, load_result
+from bim.orchestrator.search.results import SearchResult, with_best
 from bim.orchestrator.search.space import Space, baseline_values, combinations, space_of
-from bim.orchestrator.search.time_estimate import measure_throughput, start_seconds, trial_seconds
 from bim.orchestrator.search.trial import TrialSpec, trial_epochs, trial_placement, trial_settings
 from bim.orchestrator.text import short_path
 from bim.orchestrator.tracking.tracker import Tracker
@@ -44,11 +33,8 @@ from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.checkpoint import CheckpointStore
 from bim.orchestrator.training.spec import Precision
 
-MARGIN = 1.5
-"""Trials share memory and caches, and a trial's setting may cost more than the baseline's (a lower mask ratio)."""
-
 MAY_CHANGE = ("resume", "trial_stages")
-"""Settings of a search that may be others when it is continued; Tune's saved state holds the rest."""
+"""Settings of a search that may be others when it is continued; its record depends on the rest."""
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +93,7 @@ def run_search(
 
     Raises:
         PlacementError: no trial fits into the cluster.
-        TrainingError: trial 0 did not come to its end.
+        TrainingError: no trial came to its end, or the record of the search cannot be written.
     """
     from bim.orchestrator.search.tuner import search  # Tune takes two seconds to import
 
@@ -116,7 +102,8 @@ def run_search(
     space = space_of(settings, run.backbone)
     layout, concurrent = trial_placement(settings, cluster)
     trial = TrialSpec(
-        settings=settings_to_mapping(settings),
+        # Trials have no record of their own in MLflow, and Tune writes what they are made from to the disk.
+        settings=settings_to_mapping(with_changes(settings, {"tracking.uri": None})),
         layout=layout,
         precision=precision,
         folder=str(run.out / FOLDER / "trials"),
@@ -125,14 +112,15 @@ def run_search(
         device="cuda" if layout.gpus else "cpu",
         max_concurrent_trials=concurrent,
     )
-    empty = _empty_result(backbone, space)
+    initial = load_result(run.out) or _empty_result(backbone, space)
     trials = int(min(settings.search.trials, combinations(space)))
-    at_most_s = MARGIN * math.ceil(trials / concurrent) * _trial_seconds(backbone, trial, cluster)
-    for line in opening(empty, grace_period(settings, empty.epochs), space, trials, concurrent, at_most_s):
+    for line in opening(initial, grace_period(settings, initial.epochs), space, trials, concurrent):
         log.info(line)
+    for row in initial.rows:  # an earlier process may have ended before it recorded them
+        tracker.log_trial(row, initial.metric)
     with stop_on_signals(stop, meanwhile="ending the trials; the search can be continued"):
-        progress = SearchProgress(tracker)
-        result = search(SearchSpec(settings, space, trial, empty), run.out, progress, stop)
+        progress = SearchProgress(tracker, trials, concurrent)
+        result = search(SearchSpec(settings, space, trial, initial), run.out, progress, stop)
     if not result.finished:
         return None
     for line in closing(result, time.monotonic() - start, short_path(run.out / FOLDER / BEST)):
@@ -181,21 +169,3 @@ def _fixed_settings(result: SearchResult) -> dict[str, Any]:
         for key, value in result.search_settings.items()
         if key not in MAY_CHANGE
     }
-
-
-def _trial_seconds(backbone: PreparedBackbone, trial: TrialSpec, cluster: ClusterResources) -> float:
-    """Seconds of one trial at most: measured where its stages will live."""
-    run, splits, layout = backbone.run, backbone.splits, trial.layout
-    spec = replace(run.spec, optim=replace(run.spec.optim, precision=trial.precision))
-    throughput = run_on_worker(measure_throughput, layout, spec, run.data, trial.device, layout.threads)
-    settings = trial_settings(run.settings, {})
-    phases = resolve_run(settings, run.out, (backbone.source, splits))[0].phases
-    stages = len(layout.stage_blocks)
-    cpus = cluster.cpus / trial.max_concurrent_trials
-    speedup = stages if layout.gpus else max(1.0, min(stages, cpus / layout.threads))
-    images = min(len(splits.train), KNN_TRAIN_IMAGES) + min(len(splits.val), KNN_VAL_IMAGES)
-    if metric_of(backbone.source, splits) == "rankme":
-        images = min(len(splits.train), RANKME_IMAGES)
-    return start_seconds(stages + 2, cpus) + trial_seconds(
-        throughput, phases, settings.schedule.epochs, settings.search.every_epochs, images, speedup
-    )

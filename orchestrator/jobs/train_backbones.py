@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -22,15 +23,20 @@ from bim.orchestrator.distributed.placement_group import (
     create_placement_group,
     release_placement_group,
 )
+from bim.orchestrator.distributed.streaming import stream_from_bundle
+from bim.orchestrator.evaluation.progress import reported_to
 from bim.orchestrator.evaluation.records import EvaluationResult
 from bim.orchestrator.jobs.backbone_run import BackboneRun, scores_line
 from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, evaluate_checkpoint, evaluation_task
+from bim.orchestrator.jobs.measuring import MeasuringLines, ProgressFile, evaluate_with_progress
+from bim.orchestrator.jobs.remote_evaluation import evaluate_and_send, receive
 from bim.orchestrator.reporting.console import Progress
 from bim.orchestrator.reporting.log import line_prefix
 from bim.orchestrator.runs.prepare import ResolvedRun
 from bim.orchestrator.runs.signals import stop_on_signals
 from bim.orchestrator.runs.train import placement_timeout_s, train
 from bim.orchestrator.training.callbacks import StopRequest
+from bim.orchestrator.training.storage import is_url
 
 LOG_WAIT_AFTER_S = 5.0
 """How long a backbone waits for free resources without a line; Ray takes a moment for those that are there."""
@@ -200,9 +206,18 @@ def _evaluate(
     stop: StopRequest,
     alone: bool,
 ) -> EvaluationResult | None:
-    """In this process without Ray, else in the placement group of the stages; None if a stop was requested."""
+    """In this process without Ray, else in the placement group of the stages; None if a stop was requested.
+
+    Logs a line now and then of how far it is.
+    """
+
+    def check() -> None:
+        if stop.reason is not None:
+            raise RunCancelled
+
     if group is None:
-        return evaluate_checkpoint(task)
+        with reported_to(MeasuringLines(check)):
+            return evaluate_checkpoint(task)
     if not layout.gpus:
         # Alone it computes with as many threads as this process would, else with its share of the CPUs.
         share = max(1, int(layout.cpus * len(layout.stage_blocks) + layout.loader_cpus))
@@ -211,4 +226,17 @@ def _evaluate(
         # Others compute on the same device.
         backbone.latency_pending = True
         task = replace(task, evaluation=replace(task.evaluation, latency=False))
-    return run_in_bundle(evaluate_checkpoint, group, layout, lambda: stop.reason is not None, task)
+    if is_url(task.checkpoint):
+        # The node of the stages need not see the output directory.
+        items = stream_from_bundle(evaluate_and_send, group, layout, lambda: stop.reason is not None, task)
+        return receive(items, Path(task.out))
+    lines, file = MeasuringLines(), ProgressFile(Path(task.out))
+
+    def should_cancel() -> bool:
+        lines(file.read())
+        return stop.reason is not None
+
+    try:
+        return run_in_bundle(evaluate_with_progress, group, layout, should_cancel, task)
+    finally:
+        file.remove()

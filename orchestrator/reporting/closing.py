@@ -57,4 +57,6 @@ def stopped_line(signal_name: str, out: Path) -> str:
     """For a run that a signal stopped: how to continue it."""
     if not (out / SAVED_SETTINGS).exists():
         return f"stopped by {signal_name} before anything was written"
+    if signal_name == "SIGUSR2":
+        return f"stopped by SIGUSR2 to be resumed; resume me: {_resume_command(out)}"
     return f"stopped by {signal_name}; go on with: {_resume_command(out)}"

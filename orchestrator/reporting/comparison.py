@@ -12,7 +12,7 @@ from bim.orchestrator.evaluation.pareto import pareto_front
 from bim.orchestrator.reporting.summary import COLUMNS, NO_LABELS, NOTES, Row, number
 from bim.orchestrator.tables import Key, note_lines, render
 
-ALL_COLUMNS = ("backbone", "status", *COLUMNS, "on_front", "cause")
+ALL_COLUMNS = ("backbone", "status", *COLUMNS, "pareto_front", "cause")
 
 WEIGHTS = {"trained": "trained", "MAE": "mae", "random": "random"}
 """Heading -> value of the column `weights`."""
@@ -97,8 +97,10 @@ def comparison_rows(results: Sequence[MemberResult]) -> list[Row]:
             rows.append(common | {"status": "failed", "cause": result.failed})
             continue
         for row in result.rows:
-            on_front = int((result.name, row["depth"]) in optimal) if row["weights"] == "trained" else None
-            rows.append(common | row | {"on_front": on_front})
+            pareto_front = (
+                int((result.name, row["depth"]) in optimal) if row["weights"] == "trained" else None
+            )
+            rows.append(common | row | {"pareto_front": pareto_front})
     return rows
 
 

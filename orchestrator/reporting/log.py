@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
+from bim.orchestrator.text import printable, redact
+
 ROOT = logging.getLogger("bim")
 
 _prefix: ContextVar[str] = ContextVar("prefix", default="")
@@ -103,4 +105,5 @@ class _LineFormatter(logging.Formatter):
             head = f"{head}error: "
         if self._timestamps:
             head = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(record.created))}  {head}"
-        return "\n".join(head + line for line in super().format(record).splitlines())
+        message = printable(redact(super().format(record)))
+        return "\n".join(head + line for line in message.splitlines())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from typing import Protocol
 
 from bim.orchestrator.config.messages import format_value
@@ -21,12 +23,19 @@ class TrialSink(Protocol):
 
 
 class SearchProgress:
-    """A callback of a search."""
+    """A callback of a search.
 
-    def __init__(self, sink: TrialSink) -> None:
-        self._sink = sink
+    Args:
+        trials: of the whole search.
+        concurrent: that run at the same time.
+    """
+
+    def __init__(self, sink: TrialSink, trials: int = 0, concurrent: int = 1) -> None:
+        self._sink, self._trials, self._concurrent = sink, trials, concurrent
+        self._started: dict[int, tuple[float, int]] = {}
 
     def on_begin(self, result: SearchResult, row: TrialRow) -> None:
+        self._started[row.number] = (time.monotonic(), row.epoch)
         resumed = f" continues after epoch {row.epoch}" if row.curve else ""
         self._report(
             row, f"trial {row.number}{resumed}: {changes_text(row.changes, result.baseline_values)}", result
@@ -51,12 +60,24 @@ class SearchProgress:
         self._report(row, f"trial {row.number}  failed, retrying once: {row.status_reason}", result)
 
     def on_end(self, result: SearchResult, row: TrialRow) -> None:
-        if row.status == "stopped early":
-            self._report(row, f"trial {row.number}  stopped {row.status_reason}", result)
-        elif row.status != "finished":
-            self._report(row, f"trial {row.number}  {row.status}: {row.status_reason}", result)
-        else:
+        if row.status == "finished":
+            self._log_time_left(result, row)
             self._sink.log_trial(row, result.metric)
+            return
+        reason = row.status_reason if row.status == "stopped early" else f": {row.status_reason}"
+        text = f"trial {row.number}  {'stopped ' if row.status == 'stopped early' else row.status}{reason}"
+        if row.number == 0:
+            text += "; the search goes on without the baseline config"
+        self._report(row, text, result)
+
+    def _log_time_left(self, result: SearchResult, row: TrialRow) -> None:
+        """How long the search takes at most, from the time that a whole trial took."""
+        left = self._trials - sum(other.status not in ("waiting", "running") for other in result.rows)
+        start, epoch = self._started.get(row.number, (0.0, row.epoch))
+        if left > 0 and row.epoch > epoch:
+            trial_s = (time.monotonic() - start) * row.epoch / (row.epoch - epoch)
+            text = duration(trial_s * math.ceil(left / self._concurrent))
+            log.info(f"search: {left} of {self._trials} trials left, at most about {text}")
 
     def _report(self, row: TrialRow, text: str, result: SearchResult) -> None:
         for line in wrapped(text):
@@ -70,9 +91,8 @@ def opening(
     space: Space,
     trials: int,
     run_concurrently: int,
-    max_seconds: float,
 ) -> list[str]:
-    """What is searched, the metric that ranks trials, and how long it may take."""
+    """What is searched, and the metric that ranks trials."""
     concurrent = f", {run_concurrently} at a time" if run_concurrently > 1 else ""
     images = "validation images" if result.metric == "knn_top1" else "training images, without labels"
     lines = [
@@ -89,7 +109,7 @@ def opening(
             lines.append(f"  {key}: {default} (baseline), {values.low:g} to {values.high:g}{scale}")
     return [
         *(part for line in lines for part in wrapped(line)),
-        f"  at most about {duration(max_seconds)} if nothing else runs here; --search.trials 0 trains without a search",
+        "  --search.trials 0 trains without a search",
     ]
 
 

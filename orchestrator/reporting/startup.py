@@ -24,27 +24,33 @@ DIGITS_PX = 64
 """The largest side, in pixels, up to which the scanned digits of 8 x 8 are enlarged without a note."""
 
 
-def opening_lines(family: ResolvedRun, prepared: PreparedBackbone, layout: StageLayout) -> list[str]:
+def opening_lines(run: ResolvedRun, prepared: PreparedBackbone, layout: StageLayout) -> list[str]:
     """Model, data, schedule and placement, a line each, then the notes and the output directory."""
-    settings, blocks = family.settings, family.backbone.blocks
+    settings, blocks = run.settings, run.backbone.blocks
     layers, splits = "+".join(str(b.layers) for b in blocks), prepared.splits
     notes = [
-        *_demo_settings_note(settings, family),
+        *_demo_settings_note(settings, run),
         *ineffective_settings(settings),
-        *_padding_note(family),
-        *_few_masks_note(family),
-        *_expensive_decoder_warning(family),
+        *_padding_note(run),
+        *_few_masks_note(run),
+        *_expensive_decoder_warning(run),
     ]
     return [
         f"{settings.backbone.name}: {blocks[-1].depth} layers in {len(blocks)} blocks ({layers}), width {blocks[0].width}, "
-        f"{_sizes(family)} px, {_targets(family)}",
+        f"{_sizes(run)} px, {_targets(run)}",
         f"{settings.data.source}: {len(splits.train)} train / {len(splits.val)} val / {len(splits.test)} test images",
-        f"{settings.schedule.epochs} epochs of {_steps(family)} images, "
-        f"peak learning rate {_rates(family)}, seed {settings.seed}",
+        f"{settings.schedule.epochs} epochs of {_steps(run)} images, "
+        f"peak learning rate {_rates(run)}, seed {settings.seed}",
         _placement(settings, layout),
         *(line for note in notes for line in wrapped(f"note: {note}")),
-        f"output: {short_path(family.out)}",
+        f"output: {short_path(run.out)}",
     ]
+
+
+def data_notes(prepared: PreparedBackbone) -> list[str]:
+    """What looks like labels or images and is not used, and scores that cannot tell anything; wrapped lines."""
+    notes = (*prepared.source.notes, *prepared.splits.notes)
+    return [line for note in notes for line in wrapped(f"note: {note}")]
 
 
 def _placement(settings: Settings, layout: StageLayout) -> str:
@@ -59,13 +65,13 @@ def _placement(settings: Settings, layout: StageLayout) -> str:
     return f"{label} in this process, {device}"
 
 
-def _demo_settings_note(settings: Settings, family: ResolvedRun) -> list[str]:
+def _demo_settings_note(settings: Settings, run: ResolvedRun) -> list[str]:
     """For the demo's settings, the default recipe, with other images or sizes."""
     is_one_of_several = settings.name.startswith(f"{DEFAULT_RECIPE}-")
     if settings.name != DEFAULT_RECIPE and not is_one_of_several:
         return []
     if settings.data.source == "digits":
-        width = max(family.backbone.image_size)
+        width = max(run.backbone.image_size)
         return [
             f"the images are the demo's digits, scans of 8 x 8 pixels, enlarged to {width} px; --data.source gives others"
         ] * (width > DIGITS_PX)
@@ -75,10 +81,10 @@ def _demo_settings_note(settings: Settings, family: ResolvedRun) -> list[str]:
     ]
 
 
-def _padding_note(family: ResolvedRun) -> list[str]:
+def _padding_note(run: ResolvedRun) -> list[str]:
     """For variants that pad windows, which the trained blocks do not."""
-    size = family.backbone.image_size
-    padded = ", ".join(str(level + 1) for level in family.backbone.padded_levels(size))
+    size = run.backbone.image_size
+    padded = ", ".join(str(level + 1) for level in run.backbone.padded_levels(size))
     if not padded:
         return []
     return [
@@ -87,34 +93,34 @@ def _padding_note(family: ResolvedRun) -> list[str]:
     ]
 
 
-def _few_masks_note(family: ResolvedRun) -> list[str]:
+def _few_masks_note(run: ResolvedRun) -> list[str]:
     """For grids with fewer than `MIN_DISTINCT_MASKS` masks."""
-    rows, columns = family.backbone.grid
-    visible = visible_counts(rows * columns, family.spec.mask_ratios)[-1]
+    rows, columns = run.backbone.grid
+    visible = visible_counts(rows * columns, run.spec.mask_ratios)[-1]
     num_masks = math.comb(rows * columns, visible)
     if num_masks >= MIN_DISTINCT_MASKS:
         return []
-    size = family.backbone.image_size
+    size = run.backbone.image_size
     return [
         f"at {size[0]} x {size[1]} px there are {rows * columns} mask units, of which {visible} stay visible: {num_masks} "
         "different masks in all; larger images have more"
     ]
 
 
-def _expensive_decoder_warning(family: ResolvedRun) -> list[str]:
+def _expensive_decoder_warning(run: ResolvedRun) -> list[str]:
     """For decoders of fine grids that cost more than encoding visible tokens alone saves."""
-    blocks = family.backbone.blocks
+    blocks = run.backbone.blocks
     if len({block.stride for block in blocks}) == 1:
         return []
-    size = family.backbone.image_size
-    costs = block_gflops(family.spec, family.backbone, size)
+    size = run.backbone.image_size
+    costs = block_gflops(run.spec, run.backbone, size)
     encoders, decoders = (sum(parts) for parts in zip(*costs, strict=True))
     if decoders < DECODER_COST_WARNING_RATIO * encoders:
         return []
     k = max(range(len(costs)), key=lambda k: costs[k][1])
     rows, columns = (side // blocks[k].stride for side in size)
     advice = "lower decoder.dim or raise decoder.throw_ratio there (docs/backbones.md)"
-    if family.backbone.encode == "all":  # its decoders add no mask tokens, so none can be thrown
+    if run.backbone.encode == "all":  # its decoders add no mask tokens, so none can be thrown
         advice = "lower decoder.dim there, or take fewer blocks (docs/backbones.md)"
     return [
         f"the decoders cost {decoders / encoders:.1f} times the encoders, most of it in block {k}, on {rows} x {columns} "
@@ -122,25 +128,25 @@ def _expensive_decoder_warning(family: ResolvedRun) -> list[str]:
     ]
 
 
-def _sizes(family: ResolvedRun) -> str:
+def _sizes(run: ResolvedRun) -> str:
     """The training sizes in their order: `128 x 128 -> 160 x 160`."""
-    return " -> ".join(f"{phase.size[0]} x {phase.size[1]}" for phase in family.phases)
+    return " -> ".join(f"{phase.size[0]} x {phase.size[1]}" for phase in run.phases)
 
 
-def _steps(family: ResolvedRun) -> str:
+def _steps(run: ResolvedRun) -> str:
     """Steps of an epoch and images of a step, phase by phase: `19 steps of 64`."""
     return ", then ".join(
-        dict.fromkeys(f"{p.steps_per_epoch} steps of {p.images_per_step}" for p in family.phases)
+        dict.fromkeys(f"{p.steps_per_epoch} steps of {p.images_per_step}" for p in run.phases)
     )
 
 
-def _rates(family: ResolvedRun) -> str:
+def _rates(run: ResolvedRun) -> str:
     """Peak learning rates, phase by phase, scaled with the images of a step: `0.004, then 0.002`."""
-    blr = family.settings.optim.blr
-    return ", then ".join(dict.fromkeys(f"{peak_rate(blr, phase):.3g}" for phase in family.phases))
+    blr = run.settings.optim.blr
+    return ", then ".join(dict.fromkeys(f"{peak_rate(blr, phase):.3g}" for phase in run.phases))
 
 
-def _targets(family: ResolvedRun) -> str:
+def _targets(run: ResolvedRun) -> str:
     """`pixels`, or the ladder of targets: `hog of 8 px, hog of 16 px`."""
-    names = [t.name + (f" of {t.args['cell']} px" if "cell" in t.args else "") for t in family.spec.targets]
+    names = [t.name + (f" of {t.args['cell']} px" if "cell" in t.args else "") for t in run.spec.targets]
     return ", ".join(names if len(set(names)) > 1 else names[:1])

@@ -11,6 +11,7 @@ from pathlib import Path
 from bim.models.backbones.backbone import Backbone
 from bim.orchestrator.config.schema import Settings
 from bim.orchestrator.config.transforms import end_to_end
+from bim.orchestrator.data.loader import check_readable
 from bim.orchestrator.data.phases import Phase, steps_until
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.spec import DataSpec
@@ -94,6 +95,8 @@ def resolve_run(
     spec, backbone = resolve(settings)
     data = data_spec(settings, backbone)
     source, splits = opened or data.open()
+    if opened is None:
+        check_readable(source, splits)
     phases = replace(data, workers=0).batches_of(source, splits).phases
     data = replace(data, fingerprint=source.fingerprint())
     return ResolvedRun(settings, spec, backbone, data, phases, out), source, splits

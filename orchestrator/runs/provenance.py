@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bim.orchestrator.text import printable, redact
+
 PACKAGES = ("torch", "torchvision", "timm", "ray", "mlflow", "numpy", "scikit-learn", "pyarrow", "pillow")
 """Distributions whose version can change a number or a file of ours."""
 
@@ -114,7 +116,7 @@ def collect(data: DataRecord | None = None, extra: dict[str, str] | None = None)
         python=platform.python_version(),
         system=platform.platform(),
         hardware=hardware(),
-        command=tuple(sys.argv),
+        command=tuple(printable(redact(argument)) for argument in sys.argv),
         data=data,
         extra=dict(extra or {}),
     )

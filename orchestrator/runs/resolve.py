@@ -60,7 +60,7 @@ def resolve(settings: Settings, auto_precision: Precision = "fp32") -> tuple[Pre
         mask_per_batch=settings.mask.per_batch,
         sweep_groups=settings.mask.sweep_groups,
         boundary_noise=settings.boundary_noise,
-        score_newly_dropped=settings.mask.loss_on_newly_masked,
+        loss_on_newly_masked=settings.mask.loss_on_newly_masked,
         seed=settings.seed,
         init_from=settings.init_from,
         mean=backbone.mean,
@@ -205,4 +205,8 @@ def data_spec(settings: Settings, backbone: Backbone) -> DataSpec:
 
 def eval_config(settings: Settings) -> EvalConfig:
     """How the depth variants of these settings are measured; samples are drawn from the seed of the splits."""
-    return EvalConfig(**settings.evaluation.model_dump(), seed=settings.data.split_seed)
+    return EvalConfig(
+        **settings.evaluation.model_dump(),
+        seed=settings.data.split_seed,
+        max_bad_fraction=settings.data.max_bad_fraction,
+    )

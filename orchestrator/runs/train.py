@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from bim.orchestrator.config.schema import Settings
-from bim.orchestrator.config.transforms import settings_to_mapping
+from bim.orchestrator.config.transforms import recorded_mapping
 from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.distributed.cluster import run_on_worker
 from bim.orchestrator.distributed.placement import (
@@ -83,7 +83,7 @@ def train(
     facts = {"data": run.fingerprint, "precision": precision}
 
     def manifest(step: int) -> Manifest:
-        return Manifest(step, run.phases[0].steps_per_epoch, settings_to_mapping(settings), facts, ())
+        return Manifest(step, run.phases[0].steps_per_epoch, recorded_mapping(settings), facts, ())
 
     stages = make_stages(run, spec, layout, group, first_bundle)
     if on_machines is not None:
@@ -92,7 +92,7 @@ def train(
         log.info(layout.shortage)
     policy = RestartPolicy(settings.failures.max_restarts)
     try:
-        with stop_on_signals(stop):
+        with stop_on_signals(stop, interrupts_idle=True):
             return pretrain(schedule, stages, store, manifest, callback, policy, stop)
     except (PlacementError, DataError) as error:
         if not callback.started:

@@ -1,6 +1,8 @@
-"""The controller of a running search: turns Tune's events into rows of its record and calls of its callback.
+"""The controller of a running search: what is tried next, which trial is stopped, and what the record of it says.
 
-Of Tune's trials it uses `trial_id` and `config` alone.
+It knows numbers of trials and their reports alone; `tuner` connects it with Ray Tune. The record is written before a trial
+goes on, and holds every decision with the score that led to it, so a search that is killed at any moment is continued from
+the record as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -8,15 +10,18 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from bim.orchestrator.config.schema import Settings
 from bim.orchestrator.distributed.placement import PlacementError
-from bim.orchestrator.search.results import SearchResult, TrialRow, TrialScore, save_result
-from bim.orchestrator.search.space import Space, decode_config
+from bim.orchestrator.search.asha import rung_to_stop_at
+from bim.orchestrator.search.proposals import Proposer
+from bim.orchestrator.search.record import FOLDER, RECORD, save_result
+from bim.orchestrator.search.results import SearchResult, TrialRow, TrialScore
+from bim.orchestrator.search.space import Space
 from bim.orchestrator.search.trial import TrialSpec
 from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.errors import TrainingError
@@ -33,7 +38,7 @@ class SearchSpec:
         settings: the recipe.
         space: the values that are tried.
         trial: what every trial shares.
-        initial: the record of this search before its first trial.
+        initial: the record of this search so far; without rows before its first trial.
     """
 
     settings: Settings
@@ -41,17 +46,9 @@ class SearchSpec:
     trial: TrialSpec
     initial: SearchResult
 
-    @property
-    def grace_period(self) -> int:
-        """Epochs before the first trial may be stopped: at least those to the first score.
-
-        ASHA records a score that comes late for a rung at that rung, beside scores of other epochs.
-        """
-        return grace_period(self.settings, self.initial.epochs)
-
 
 def grace_period(settings: Settings, epochs: int) -> int:
-    """See `SearchSpec.grace_period`; epochs: of a trial.
+    """Epochs before the first trial may be stopped: at least those to the first score. epochs: of a trial.
 
     By default half of them, and the warm-up: features of masked modeling are worse than random ones at first.
     """
@@ -74,130 +71,153 @@ class SearchCallback(Protocol):
 
 
 class SearchController:
-    """State of the running search: its record, whether it has to stop, and the cause.
+    """State of the running search: its record, whether it has to stop, and the cause. Used by one thread.
 
     Args:
-        result: the record so far, `spec.initial` for a new search.
+        propose: what the next trial is.
         out: output directory of the run; the record is written below it after every event.
-        interrupt: called once to end the search before its last trial.
+        stop: set to end the search before its last trial; trials that run then are continued later.
     """
 
     def __init__(
-        self,
-        spec: SearchSpec,
-        result: SearchResult,
-        out: Path,
-        callback: SearchCallback,
-        stop: StopRequest,
-        interrupt: Callable[[], None],
+        self, spec: SearchSpec, propose: Proposer, out: Path, callback: SearchCallback, stop: StopRequest
     ) -> None:
-        self.spec, self.result = spec, result
+        self.result = spec.initial
         self.error: Exception | None = None
-        self._out, self._callback, self._stop, self._interrupt = out, callback, stop, interrupt
-        self._start_time = time.monotonic()
-        self._interrupted = self._any_started = False
-
-    def completed_trials(self) -> dict[str, dict[str, Any]]:
-        """The last report of every completed trial, by `trial_id`; failed trials are not among them and may be retried."""
-        reports: dict[str, dict[str, Any]] = {}
+        """What ended the search, if it is no trial's own failure."""
+        self._spec, self._propose, self._out, self._callback, self._stop = spec, propose, out, callback, stop
+        self._grace_period = grace_period(spec.settings, spec.initial.epochs)
+        self._unfinished = [row.number for row in self.result.rows if not row.is_complete]
+        self._start_time, self._any_started = time.monotonic(), False
         for row in self.result.rows:
-            if row.status == "infeasible":
-                reports[row.tune_id] = {"infeasible": row.status_reason}
-            elif row.status in ("finished", "stopped early"):
-                last = row.curve[-1]
-                depths = {str(depth): value for depth, value in last.by_depth.items()}
-                reports[row.tune_id] = {
-                    "epoch": last.epoch,
-                    "score": last.score,
-                    "depths": depths,
-                    "gflops": row.gflops,
-                }
-        return reports
+            if row.is_complete:
+                shutil.rmtree(self._folder(row), ignore_errors=True)
 
-    def on_step(self, trials: Sequence[Any]) -> None:
-        """Called several times a second, in the main thread of the driver."""
-        for trial in trials:
-            self._row(trial)
-        timeout_s = max(PLACEMENT_TIMEOUT_S, self.spec.settings.placement.wait_s)
-        waited_s = time.monotonic() - self._start_time
-        if not self._any_started and self.error is None and waited_s > timeout_s:
-            layout = self.spec.trial.layout
+    def next_trial(self) -> TrialRow | None:
+        """The trial to start next: first those that an earlier process did not complete. None if there are no more."""
+        if self._unfinished:
+            return self._save(replace(self.result.rows[self._unfinished.pop(0)], status="waiting"))
+        changes = self._propose(self.result)
+        return (
+            None
+            if changes is None
+            else self._save(TrialRow(len(self.result.rows), changes, status="waiting"))
+        )
+
+    def should_stop(self) -> bool:
+        """Whether all trials have to end now. Called several times a second."""
+        spec = self._spec
+        timeout_s = max(PLACEMENT_TIMEOUT_S, spec.settings.placement.wait_s)
+        if not self._any_started and self.error is None and time.monotonic() - self._start_time > timeout_s:
+            layout = spec.trial.layout
             bundle = f"{{CPU: {layout.cpus:g}, GPU: {layout.gpus:g}}}"
             self.error = PlacementError(
                 f"no trial was scheduled within {timeout_s:.0f} s: a placement group of {len(layout.stage_blocks)} x "
                 f"{bundle} is not available, possibly in use by another job; lower search.trial_stages"
             )
-        if (self.error is not None or self._stop.reason is not None) and not self._interrupted:
-            self._interrupted = True
-            self._interrupt()
+        return self.error is not None or self._stop.reason is not None
 
-    def on_start(self, trial: Any) -> None:
+    def on_start(self, number: int) -> None:
         self._any_started = True
-        row = self._save_row(replace(self._row(trial), status="running", status_reason=""))
+        row = self._save(replace(self.result.rows[number], status="running", status_reason=""))
         self._callback.on_begin(self.result, row)
 
-    def on_result(self, trial: Any, report: Mapping[str, Any]) -> None:
-        row = self._row(trial)
+    def on_report(self, number: int, report: Mapping[str, Any]) -> bool:
+        """Record what a trial reports; returns whether it is to be stopped."""
+        row = self.result.rows[number]
         if "infeasible" in report:
-            self._save_row(replace(row, status="infeasible", status_reason=str(report["infeasible"])))
+            self._save(replace(row, status="infeasible", status_reason=str(report["infeasible"])))
         elif "failed" in report:
-            self._save_row(replace(row, status="failed", status_reason=str(report["failed"])))
+            self._save(replace(row, status="failed", status_reason=str(report["failed"])))
         elif "score" in report:
             depths = {int(depth): float(value) for depth, value in report["depths"].items()}
-            epoch, known_epochs = int(report["epoch"]), {score.epoch for score in row.curve}
-            row = replace(
-                row.with_score(TrialScore(epoch, float(report["score"]), depths)),
-                gflops=report["gflops"],
-                images_per_s=report.get("images_per_s", row.images_per_s),
+            score = TrialScore(int(report["epoch"]), float(report["score"]), depths)
+            if score.epoch <= row.epoch:  # a trial that is continued reports its last score again
+                return row.is_complete
+            row = self._save(
+                self._decided(
+                    replace(
+                        row.with_score(score),
+                        gflops=report["gflops"],
+                        images_per_s=report.get("images_per_s", row.images_per_s),
+                    )
+                )
             )
-            self._save_row(row)
-            if epoch not in known_epochs:  # a trial that is continued reports its last score again
-                self._callback.on_score(self.result, row)
+            self._callback.on_score(self.result, row)
+        return row.status == "stopped early"
 
-    def on_complete(self, trial: Any) -> None:
-        row = self._row(trial)
-        if row.status == "running" and row.epoch >= self.result.epochs:
-            row = replace(
-                row, status="finished", status_reason=f"trained for all {self.result.epochs} epochs"
-            )
-        elif row.status == "running":
-            factor = self.spec.settings.search.reduction_factor
-            rank = "below the median" if factor == 2 else f"not in the top 1/{factor}"
-            row = replace(row, status="stopped early", status_reason=f"by ASHA: {rank} at rung {row.epoch}")
-        self._finish_trial(trial, row)
+    def on_complete(self, number: int) -> None:
+        """Its process has ended in order."""
+        row = self.result.rows[number]
+        if row.is_complete:
+            self._end(row)
+        elif not self.should_stop():
+            self.on_error(number, "it ended without its last score")
 
-    def on_retry(self, trial: Any) -> None:
-        """It failed or its process died, and Tune restarts it from its last checkpoint."""
-        self._callback.on_retry(self.result, self._save_row(_failed(self._row(trial))))
+    def on_retry(self, number: int, cause: str) -> None:
+        """It failed or its process died, and is started again from its last checkpoint. cause: if it reported none."""
+        self._callback.on_retry(self.result, self._save(_failed(self.result.rows[number], cause)))
 
-    def on_error(self, trial: Any) -> None:
-        self._finish_trial(trial, _failed(self._row(trial)))
+    def on_error(self, number: int, cause: str) -> None:
+        """It failed again. cause: if it reported none."""
+        if not self.should_stop():
+            self._end(_failed(self.result.rows[number], cause))
 
-    def _finish_trial(self, trial: Any, row: TrialRow) -> None:
-        self._callback.on_end(self.result, self._save_row(row))
-        shutil.rmtree(Path(self.spec.trial.folder) / trial.trial_id, ignore_errors=True)
-        if row.number == 0 and row.status != "finished":
-            self.error = TrainingError(
-                f"trial 0 of the search, the baseline config, could not be trained ({row.status}): {row.status_reason}"
-            )
+    def finish(self) -> SearchResult:
+        """The record at the end of the search: finished, unless it was to stop.
 
-    def _row(self, trial: Any) -> TrialRow:
-        """The row of a trial; a new one when it is first seen."""
-        for row in self.result.rows:
-            if row.tune_id == trial.trial_id:
-                return row
-        changes = decode_config(trial.config)
-        return self._save_row(
-            TrialRow(len(self.result.rows), changes, tune_id=trial.trial_id, status="waiting")
-        )
+        Raises:
+            TrainingError: no trial was trained to its end.
+            PlacementError: the cluster has no room for a trial.
+        """
+        if self.error is not None:
+            raise self.error
+        rows = self.result.rows
+        if self._stop.reason is None and rows:
+            if not self.result.completed:
+                baseline = rows[0]
+                raise TrainingError(
+                    "no trial of the search was trained to its end; trial 0, the baseline config: "
+                    f"{baseline.status}, {baseline.status_reason}; --resume tries those that failed once more, and "
+                    "--search.trials 0 trains without a search"
+                )
+            self.result = replace(self.result, finished=True)
+        return self.result
 
-    def _save_row(self, row: TrialRow) -> TrialRow:
+    def _decided(self, row: TrialRow) -> TrialRow:
+        """The row with the status that its newest score gives it."""
+        search, epochs = self._spec.settings.search, self.result.epochs
+        if row.epoch >= epochs:
+            return replace(row, status="finished", status_reason=f"trained for all {epochs} epochs")
+        if row.number == 0:  # the baseline is what others are compared with
+            return row
+        others = [other for other in self.result.rows if other.number != row.number]
+        rung = rung_to_stop_at(row, others, self._grace_period, epochs, search.reduction_factor)
+        if rung is None:
+            return row
+        factor = search.reduction_factor
+        rank = "below the median" if factor == 2 else f"not in the top 1/{factor}"
+        return replace(row, status="stopped early", status_reason=f"by ASHA: {rank} at rung {rung}")
+
+    def _end(self, row: TrialRow) -> None:
+        self._callback.on_end(self.result, self._save(row))
+        shutil.rmtree(self._folder(row), ignore_errors=True)
+
+    def _folder(self, row: TrialRow) -> Path:
+        return Path(self._spec.trial.folder) / str(row.number)
+
+    def _save(self, row: TrialRow) -> TrialRow:
         self.result = self.result.with_row(row)
-        save_result(self._out, self.result)
+        try:
+            save_result(self._out, self.result)
+        except OSError as error:
+            self.error = self.error or TrainingError(
+                f"the search cannot go on: {self._out / FOLDER / RECORD} cannot be written ({error.strerror}); "
+                "--resume continues it"
+            )
         return row
 
 
-def _failed(row: TrialRow) -> TrialRow:
-    """The row of a trial that ended with an error; without a reported cause its process died."""
-    reason = row.status_reason if row.status == "failed" else "its process died, possibly out of memory"
+def _failed(row: TrialRow, cause: str) -> TrialRow:
+    reason = row.status_reason if row.status == "failed" and row.status_reason else cause
     return replace(row, status="failed", status_reason=reason)

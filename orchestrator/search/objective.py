@@ -17,10 +17,10 @@ from torch import Tensor
 from bim.models.backbones.backbone import Backbone
 from bim.orchestrator.data.phases import Phase
 from bim.orchestrator.data.source import Source
-from bim.orchestrator.data.splits import Splits
+from bim.orchestrator.data.splits import Splits, labeled
 from bim.orchestrator.evaluation.batch_norms import gather_statistics
 from bim.orchestrator.evaluation.evaluate import rankme_by_depth
-from bim.orchestrator.evaluation.features import build_embedders, extract_labelled_features
+from bim.orchestrator.evaluation.features import build_embedders, extract_labeled_features
 from bim.orchestrator.evaluation.metrics import weighted_knn
 from bim.orchestrator.evaluation.model_cost import forward_gflops
 from bim.orchestrator.evaluation.records import EvalConfig
@@ -34,7 +34,7 @@ SCORED_BY = ("knn_k", "knn_temperature")
 
 KNN_TRAIN_IMAGES = 20_000
 KNN_VAL_IMAGES = 5_000
-"""Labelled images of the train and the validation split that a score takes, drawn from the seed where there are more."""
+"""Labeled images of the train and the validation split that a score takes, drawn from the seed where there are more."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Score:
 
 def metric_of(source: Source, splits: Splits) -> str:
     """Key of the metric that trials on these images are ranked by: `knn_top1` needs labels and a validation split."""
-    return "knn_top1" if source.labels is not None and len(splits.val) else "rankme"
+    return "knn_top1" if len(labeled(source, splits.train)) and len(labeled(source, splits.val)) else "rankme"
 
 
 def score_checkpoint(
@@ -94,10 +94,8 @@ def score_weights(
     if metric_of(source, splits) == "rankme":
         ranks, num_images = rankme_by_depth(embedders, source, splits.train, size, torch_device, config)
         return Score("rankme", ranks, num_images)
-    train, train_y = extract_labelled_features(
-        embedders, source, splits.train, size, config, KNN_TRAIN_IMAGES
-    )
-    val, val_y = extract_labelled_features(embedders, source, splits.val, size, config, KNN_VAL_IMAGES)
+    train, train_y = extract_labeled_features(embedders, source, splits.train, size, config, KNN_TRAIN_IMAGES)
+    val, val_y = extract_labeled_features(embedders, source, splits.val, size, config, KNN_VAL_IMAGES)
     train_y, val_y = train_y.to(torch_device), val_y.to(torch_device)
 
     def accuracy(depth: int) -> float:

@@ -1,18 +1,11 @@
-"""Results of a search: a row per trial, the best of them, the Pareto front of quality and cost; and their files.
-
-Written to OUT/search after every event, so that a search that is interrupted loses no score. Plain values in JSON, CSV and
-YAML.
-"""
+"""Results of a search: a row per trial, the best of them, the Pareto front of quality and cost. `record` has their files."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from bim.orchestrator.config.schema import Settings
@@ -20,12 +13,7 @@ from bim.orchestrator.config.transforms import with_changes
 from bim.orchestrator.evaluation.metric_info import METRICS, MetricInfo
 from bim.orchestrator.evaluation.metrics import standard_error
 from bim.orchestrator.evaluation.pareto import pareto_front
-from bim.orchestrator.files import atomic_write
-from bim.orchestrator.runs.output_dir import NEW_RUN_HINT, OutputError
 from bim.orchestrator.search.space import changes_text
-
-FOLDER = "search"
-RECORD, TABLE, BEST = "trials.json", "trials.csv", "best.yaml"
 
 Status = Literal["finished", "stopped early", "infeasible", "failed", "running", "waiting"]
 
@@ -50,7 +38,6 @@ class TrialRow:
         curve: its scores, by epoch.
         gflops: of the forward passes of one training image, averaged over the epochs; None before the first score.
         images_per_s: measured beside concurrent trials.
-        tune_id: Tune's `trial_id`.
     """
 
     number: int
@@ -60,7 +47,11 @@ class TrialRow:
     curve: tuple[TrialScore, ...] = ()
     gflops: float | None = None
     images_per_s: float | None = None
-    tune_id: str = ""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it is not tried again when the search is continued; one that failed is."""
+        return self.status in ("finished", "stopped early", "infeasible")
 
     @property
     def epoch(self) -> int:
@@ -114,7 +105,7 @@ class SearchResult:
         Scores after fewer epochs are another quantity, so a trial that was stopped early is never the best. The baseline,
         trial 0, is never stopped early: the best is at least as good. Raises ValueError if none finished.
         """
-        completed = self._completed()
+        completed = self.completed
         if not completed:
             raise ValueError("no trial of the search was trained to its end")
         return max(completed, key=lambda row: (row.score or 0.0, -row.number))
@@ -122,7 +113,7 @@ class SearchResult:
     @property
     def pareto_front(self) -> tuple[TrialRow, ...]:
         """The trials trained for all epochs that no other beats in both score and cost, the cheapest first."""
-        rows = self._completed()
+        rows = self.completed
         front = pareto_front([row.gflops or 0.0 for row in rows], [row.score or 0.0 for row in rows])
         return tuple(rows[index] for index in front)
 
@@ -145,13 +136,15 @@ class SearchResult:
         rows = {known.number: known for known in self.rows} | {row.number: row}
         return replace(self, rows=tuple(rows[number] for number in sorted(rows)))
 
-    def _completed(self) -> list[TrialRow]:
+    @property
+    def completed(self) -> list[TrialRow]:
+        """The trials that were trained for all epochs."""
         return [row for row in self.rows if row.status == "finished" and row.epoch >= self.epochs]
 
 
 def table_rows(result: SearchResult) -> list[dict[str, str | int | float]]:
     """The trials for a table, the best first, then by status and score; a column per searched setting and per depth."""
-    best = result.best if result._completed() else None
+    best = result.best if result.completed else None
     front = {row.number for row in result.pareto_front}
     order = get_args(Status)
     depths = sorted({depth for row in result.rows for score in row.curve for depth in score.by_depth})
@@ -180,7 +173,7 @@ def table_rows(result: SearchResult) -> list[dict[str, str | int | float]]:
 def note_rows(result: SearchResult) -> list[dict[str, str]]:
     """The trials as a narrow table for people: changes, score, cost, status."""
     marks = {row.number: "Pareto front" for row in result.pareto_front}
-    marks |= {result.best.number: "best"} if result._completed() else {}
+    marks |= {result.best.number: "best"} if result.completed else {}
     return [
         {
             "trial": str(row.number),
@@ -223,56 +216,6 @@ def status_counts(rows: Sequence[TrialRow]) -> str:
     """`2 finished, 1 stopped early, 1 infeasible`."""
     counts = Counter(row.status for row in rows)
     return ", ".join(f"{counts[status]} {status}" for status in get_args(Status) if counts[status])
-
-
-def save_result(out: Path, result: SearchResult, best_yaml: str | None = None) -> None:
-    """Write the record and the table, and the recipe of the best setting, `best_yaml`, at the end of the search."""
-    folder = out / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / RECORD, json.dumps(asdict(result), indent=1) + "\n")
-    text, rows = io.StringIO(), table_rows(result)
-    if rows:
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    atomic_write(folder / TABLE, text.getvalue())
-    if best_yaml is not None:
-        atomic_write(folder / BEST, best_yaml)
-
-
-def load_result(out: Path) -> SearchResult | None:
-    """The search in this output directory, finished or not; None if there is none.
-
-    Raises OutputError for an unfinished search of an earlier version.
-    """
-    try:
-        record = json.loads((out / FOLDER / RECORD).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    if "own" in record:
-        if not record["finished"]:
-            raise OutputError(
-                f"the search in {out} is of an earlier version and cannot be continued; {NEW_RUN_HINT}"
-            )
-        record = _renamed(record, {"own": "baseline_values", "asked": "search_settings"})
-        record["rows"] = [_renamed(row, {"why": "status_reason"}) for row in record["rows"]]
-    rows = [TrialRow(**{**row, "curve": tuple(map(_score, row["curve"]))}) for row in record.pop("rows")]
-    return SearchResult(**record, rows=tuple(rows))
-
-
-def finished_search(out: Path) -> SearchResult | None:
-    """The search in this output directory if it is finished, else None. Raises OutputError as `load_result` does."""
-    result = load_result(out)
-    return result if result is not None and result.finished else None
-
-
-def _renamed(record: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    return {names.get(key, key): value for key, value in record.items()}
-
-
-def _score(record: dict[str, Any]) -> TrialScore:
-    by_depth = {int(depth): value for depth, value in record["by_depth"].items()}
-    return TrialScore(record["epoch"], record["score"], by_depth)
 
 
 def _cell(value: Any) -> str | int | float:

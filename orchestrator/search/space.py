@@ -135,16 +135,6 @@ def _size(values: Choice | Range) -> float:
     return values.high - values.low + 1 if values.is_integer else math.inf
 
 
-def encode_choice(value: Any) -> str:
-    """A candidate as JSON text: Tune does not take nested lists, and MLflow shows text."""
-    return json.dumps(value)
-
-
-def decode_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The changes that a configuration of Tune stands for: candidates decoded, numbers of a range as they are."""
-    return {key: json.loads(value) if isinstance(value, str) else value for key, value in config.items()}
-
-
 def changes_text(changes: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
     """How a trial differs from the baseline: `mask.ratio 0.6, decoder.throw_ratio 0.5`."""
     parts = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from bim.orchestrator.distributed.cluster import result_of
 from bim.orchestrator.evaluation.records import EvalConfig
 from bim.orchestrator.runs.prepare import ResolvedRun
 from bim.orchestrator.search.objective import Score, score_checkpoint
-from bim.orchestrator.search.space import decode_config
 from bim.orchestrator.search.trial import InfeasibleSettings, Scorer, TrialSpec, run_trial
 from bim.orchestrator.training.errors import TrainingError
 from bim.orchestrator.training.spec import PretrainSpec
@@ -32,16 +31,10 @@ SCORING_GPU_FRACTION = 0.1
 """Fraction of the GPU of a trial's first stage that the scoring actor requests from Ray."""
 
 
-def make_trainable(
-    spec: TrialSpec, completed_trials: Mapping[str, dict[str, Any]]
-) -> Callable[[dict[str, Any]], None]:
-    """The function trainable of every trial. completed_trials: as `SearchController.completed_trials` returns them."""
+def make_trainable(spec: TrialSpec) -> Callable[[dict[str, Any]], None]:
+    """The function trainable of every trial; its configuration has the trial's number and its changes of the recipe."""
 
     def trial(config: dict[str, Any]) -> None:
-        name = tune.get_context().get_trial_id()
-        if name in completed_trials:  # it ended after Tune's last saved state
-            tune.report(completed_trials[name])
-            return
         group = ray.util.get_current_placement_group()
         layout = spec.layout
         if layout.gpus:  # the first stage leaves a fraction of its GPU to the scoring actor
@@ -56,9 +49,8 @@ def make_trainable(
             )
 
         try:
-            run_trial(
-                replace(spec, layout=layout), decode_config(config), name, scorer, tune.report, group, 1
-            )
+            trial_spec, name = replace(spec, layout=layout), str(config["number"])
+            run_trial(trial_spec, config["changes"], name, scorer, tune.report, group, 1)
         except InfeasibleSettings as error:
             tune.report({"infeasible": str(error)})
         except Exception as error:

@@ -20,6 +20,9 @@ from bim.orchestrator.tracking.store import (
 )
 from bim.orchestrator.tracking.variant_runs import source_tags
 
+MAX_MODEL_NAME = 200
+"""Characters: MLflow's databases hold 256, of which the name of a backbone among several may take some."""
+
 
 class TrackingError(ValueError):
     """The MLflow store cannot be used; raised only when a run starts."""
@@ -27,10 +30,19 @@ class TrackingError(ValueError):
 
 def check_model_name(name: str) -> str:
     """The name of a registered model. Raises TrackingError if MLflow refuses it."""
+    problem = None
     if re.search(r"[/:]", name):
+        problem = "has a slash or a colon"
+    elif re.search(r"['\"`\x00-\x1f\ud800-\udfff]", name):
+        problem = "has a quotation mark or a control character"
+    elif not name.strip() or name in (".", ".."):
+        problem = "is empty or names a folder"
+    elif len(name) > MAX_MODEL_NAME:
+        problem = f"is longer than {MAX_MODEL_NAME} characters"
+    if problem is not None:
         raise TrackingError(
-            f"the model name {name!r} has a slash or a colon, which MLflow does not take in names of "
-            "registered models; give another one with --tracking.model_name"
+            f"the model name {name[:60]!r} {problem}, which MLflow does not take in names of registered models; give "
+            "another one with --tracking.model_name"
         )
     return name
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from bim.orchestrator.text import redact
+
 try:
     import fcntl
 except ImportError:  # without it, runs must not be started at the same moment in a new folder
@@ -39,8 +41,8 @@ class StoreAddress:
     uri: str
 
     def __str__(self) -> str:
-        """The URI without its password: fit for logs and files."""
-        return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", self.uri)
+        """The URI without passwords and tokens: fit for logs and files."""
+        return redact(self.uri)
 
     @property
     def is_http(self) -> bool:

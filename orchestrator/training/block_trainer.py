@@ -17,7 +17,11 @@ from bim.orchestrator.training.spec import OptimSpec
 UNDECAYED = ("_token", "relative_position_bias_table")
 """Name suffixes of two-dimensional parameters without weight decay (GreenMIM, arXiv 2205.13515, official code)."""
 
-WIRE_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TRANSPORT_DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 def decay_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
@@ -96,7 +100,7 @@ class BlockTrainer:
                     raise NonFiniteLossError("gradient norm", self.index, step, lr)
                 del metrics["grad_norm"]  # with fp16 the norm of an overflow is not a metric
             self._update(lr, measured["grad_norm"])
-        return out.activations.to(WIRE_DTYPES[self._optim.precision]), metrics
+        return out.activations.to(TRANSPORT_DTYPES[self._optim.precision]), metrics
 
     def _update(self, lr: float, norm: Tensor) -> None:
         for group in self._optimizer.param_groups:
@@ -110,7 +114,7 @@ class BlockTrainer:
     def _autocast(self) -> AbstractContextManager[object]:
         if self._optim.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self._device.type, dtype=WIRE_DTYPES[self._optim.precision])
+        return torch.autocast(self._device.type, dtype=TRANSPORT_DTYPES[self._optim.precision])
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the module's state on the CPU; keys `encoder.*` and `decoder.*`."""

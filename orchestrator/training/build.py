@@ -43,7 +43,7 @@ def build_local_mim(spec: PretrainSpec, index: int, backbone: Backbone | None = 
             recovery = decoder_spec.recovery if decoder_spec.throw_ratio else "none"
             decoder = LocalDecoder(**sizes, recovery=recovery)
     scale_head_init_(decoder.head, *target.head_init)
-    return LocalMIM(encoder, decoder, target, spec.score_newly_dropped, decoder_spec.thrown_weight)
+    return LocalMIM(encoder, decoder, target, spec.loss_on_newly_masked, decoder_spec.thrown_weight)
 
 
 def open_spec_backbone(spec: PretrainSpec) -> Backbone:
@@ -68,9 +68,11 @@ def mask_plans(
     grid = backbone.grid_at(size)
     units = grid[0] * grid[1]
     shared = backbone.mask_per_batch_default if spec.mask_per_batch is None else spec.mask_per_batch
-    order = random_permutation(batch_size, units, generator(spec.seed, "mask", step, micro_step), shared)
+    permutation = random_permutation(
+        batch_size, units, generator(spec.seed, "mask", step, micro_step), shared
+    )
     scales = [backbone.mask_unit_px // info.stride for info in backbone.blocks]
-    plans = block_plans(order, grid, visible_counts(units, spec.mask_ratios), scales, shared)
+    plans = block_plans(permutation, grid, visible_counts(units, spec.mask_ratios), scales, shared)
     requested = {k: plans[k] for k in (range(len(plans)) if blocks is None else blocks)}
     for k, plan in backbone.prepare_plans(requested, spec.sweep_groups).items():
         decoder, gen = spec.decoders[k], generator(spec.seed, "decode", step, micro_step, k)

@@ -1,7 +1,8 @@
 """Checkpoints on disk: files that stages write, commits of the driver, and the check before a run resumes from one.
 
 A checkpoint is a folder `OUT/checkpoints/step-00000500/` of safetensors files, written by the stages one by one, and a
-`manifest.json` that the driver renames into place last. No manifest, no checkpoint. Nothing is pickled.
+`manifest.json` that the driver renames into place last. No manifest, no checkpoint. Nothing is pickled. Below a URL
+(`remote_checkpoints`) stages write and read the same files.
 """
 
 from __future__ import annotations
@@ -13,21 +14,34 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import safetensors.torch
 from torch import Tensor
 
 from bim.orchestrator.files import atomic_write
+from bim.orchestrator.training.errors import CheckpointDamagedError
 from bim.orchestrator.training.manifest import MANIFEST, FileRecord, Manifest, read_manifest
 from bim.orchestrator.training.spec import PretrainSpec
+from bim.orchestrator.training.storage import Location, is_url
+
+if TYPE_CHECKING:
+    from bim.orchestrator.training.remote_checkpoints import RemoteFolder
 
 log = logging.getLogger(__name__)
 
 
 def save_block(
-    directory: Path, index: int, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]
+    directory: Location, index: int, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> list[FileRecord]:
     """Write one block's weights (`encoder.*`, `decoder.*`) and optimizer state, without a manifest."""
+    if is_url(directory):
+        write = _remote_folder(str(directory)).save
+        return [
+            write(f"block-{index}.safetensors", safetensors.torch.save(dict(weights))),
+            write(f"block-{index}.optimizer.safetensors", safetensors.torch.save(dict(state))),
+        ]
+    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     return [
         _write(directory / f"block-{index}.safetensors", safetensors.torch.save(dict(weights))),
@@ -40,19 +54,31 @@ def _write(path: Path, data: bytes) -> FileRecord:
     return FileRecord(path.name, len(data), zlib.crc32(data))
 
 
-def load_weights(checkpoint: Path, spec: PretrainSpec) -> list[dict[str, Tensor]]:
+def load_weights(checkpoint: Location, spec: PretrainSpec) -> list[dict[str, Tensor]]:
     """The weights of every block of a checkpoint folder, block 0 first; see `load_block_weights`."""
     return [load_block_weights(checkpoint, index) for index in range(len(spec.blocks))]
 
 
-def load_block_weights(checkpoint: Path, index: int) -> dict[str, Tensor]:
+def load_block_weights(checkpoint: Location, index: int) -> dict[str, Tensor]:
     """Weights of block `index`: the whole `LocalMIM` state, keys `encoder.*` and `decoder.*`."""
-    return safetensors.torch.load_file(checkpoint / f"block-{index}.safetensors")
+    return _load(checkpoint, f"block-{index}.safetensors")
 
 
-def load_block_state(checkpoint: Path, index: int) -> dict[str, Tensor]:
+def load_block_state(checkpoint: Location, index: int) -> dict[str, Tensor]:
     """Optimizer state of block `index`, as `BlockTrainer.state_dict` returned it."""
-    return safetensors.torch.load_file(checkpoint / f"block-{index}.optimizer.safetensors")
+    return _load(checkpoint, f"block-{index}.optimizer.safetensors")
+
+
+def _load(checkpoint: Location, name: str) -> dict[str, Tensor]:
+    if is_url(checkpoint):
+        return _remote_folder(str(checkpoint)).load(name)
+    return safetensors.torch.load_file(Path(checkpoint) / name)
+
+
+def _remote_folder(url: str) -> RemoteFolder:
+    from bim.orchestrator.training.remote_checkpoints import open_remote_folder
+
+    return open_remote_folder(url)
 
 
 class CheckpointStore:
@@ -96,6 +122,10 @@ class CheckpointStore:
             if warn:
                 log.warning("checkpoint %s skipped: %s", directory.name, error)
         return None
+
+    def reject(self, error: CheckpointDamagedError) -> None:
+        """Files on a disk are checked before stages read them: see `latest`."""
+        raise error
 
     def clear_uncommitted(self) -> None:
         """Remove folders without a manifest, which an interrupted run left. Only while no stage is running."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 
 from torch import Tensor
 
@@ -31,7 +30,7 @@ class CheckpointWriter:
         Waits for an earlier checkpoint that is still being written, so that there is one copy at most.
 
         Raises:
-            OSError: the earlier one could not be written.
+            StorageError: the earlier one could not be written.
         """
         self.flush()
         self._pending = self._executor.submit(_write, checkpoint, copy_blocks())
@@ -59,5 +58,5 @@ class CheckpointWriter:
 def _write(checkpoint: str, blocks: Mapping[int, BlockState]) -> SavedBlocks:
     files: list[FileRecord] = []
     for index, (weights, state) in blocks.items():
-        files += save_block(Path(checkpoint), index, weights, state)
+        files += save_block(checkpoint, index, weights, state)
     return SavedBlocks(checkpoint, tuple(files))

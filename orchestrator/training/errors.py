@@ -30,6 +30,25 @@ class ClusterLostError(TrainingError):
     """The head of the Ray cluster, or Ray on the machine of the driver, is gone."""
 
 
+class StorageUnsupportedError(TrainingError):
+    """This installation cannot open the URL of a storage; the message says what to install."""
+
+
+class CheckpointDamagedError(RuntimeError):
+    """A committed checkpoint turned out, while it was read, not to be as it was written.
+
+    Args:
+        checkpoint: the name of its folder.
+    """
+
+    def __init__(self, checkpoint: str, reason: str) -> None:
+        super().__init__(checkpoint, reason)
+        self.checkpoint, self.reason = checkpoint, reason
+
+    def __str__(self) -> str:
+        return f"checkpoint {self.checkpoint}: {self.reason}"
+
+
 class StepOrderError(RuntimeError):
     """A stage received a step that is not its next one; a training step is not idempotent."""
 

@@ -9,17 +9,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bim.orchestrator.data.errors import DataWorkerError, TooManyCorruptImagesError
+from bim.orchestrator.data.errors import TooManyCorruptImagesError
 from bim.orchestrator.training.callbacks import Callback, PretrainResult, StopRequest
-from bim.orchestrator.training.checkpoint import CheckpointStore
 from bim.orchestrator.training.checkpoint_marks import CheckpointMarks, CompleteCheckpoint
-from bim.orchestrator.training.errors import Interrupted, StageFailure, TrainingError
+from bim.orchestrator.training.errors import (
+    CheckpointDamagedError,
+    Interrupted,
+    StageFailure,
+    TrainingError,
+)
 from bim.orchestrator.training.manifest import Manifest
 from bim.orchestrator.training.messages import SavedBlocks, StepReport, StepRequest
 from bim.orchestrator.training.meter import Meter
-from bim.orchestrator.training.restart_policy import RestartBudget, RestartPolicy, Verdict, is_disk_error
+from bim.orchestrator.training.restart_policy import (
+    RestartBudget,
+    RestartPolicy,
+    Verdict,
+    disk_sentence,
+    final_error,
+    is_disk_error,
+)
 from bim.orchestrator.training.schedule import TrainingSchedule
 from bim.orchestrator.training.stage_group import Stages, component_label, stage_label
+from bim.orchestrator.training.storage import Checkpoints
 from bim.orchestrator.training.watchdog import LOADER, Watchdog
 
 POLL_S = 1.0
@@ -37,7 +49,7 @@ log = logging.getLogger(__name__)
 def pretrain(
     schedule: TrainingSchedule,
     stages: Stages,
-    store: CheckpointStore,
+    store: Checkpoints,
     make_manifest: Callable[[int], Manifest],
     callback: Callback,
     policy: RestartPolicy,
@@ -79,7 +91,7 @@ def pretrain(
                 break
             verdict = budget.judge(failure, loop.completed_steps if failure.step is None else failure.step)
             if verdict is not Verdict.RESTART:
-                raise _final_error(failure, verdict, budget, loop.last_checkpoint) from failure
+                raise final_error(failure, verdict, budget.used, loop.last_checkpoint) from failure
             delay = f" in {budget.delay_s:.0f} s" if budget.delay_s >= 1 else ""
             attempt = f"restart {budget.used} of {policy.max_restarts}"
             log.warning("%s; rewinding all stages%s (%s)", failure, delay, attempt)
@@ -87,39 +99,12 @@ def pretrain(
         except OSError as error:
             if not is_disk_error(error):
                 raise
-            raise TrainingError(_disk_sentence(error, loop.last_checkpoint)) from error
+            raise TrainingError(disk_sentence(error, loop.last_checkpoint)) from error
         finally:
             stop.can_save = False
     return PretrainResult(
         loop.completed_steps, budget.total, stopped, loop.bad_images, loop.meter.images_per_s()
     )
-
-
-def _final_error(
-    failure: StageFailure, verdict: Verdict, budget: RestartBudget, last_checkpoint: str
-) -> BaseException:
-    """What ends a run after a failure: a sentence, or what foreign code raised."""
-    cause = failure.cause
-    if is_disk_error(cause):
-        return TrainingError(_disk_sentence(cause, last_checkpoint))
-    if verdict is Verdict.INCURABLE:
-        return cause
-    if verdict is Verdict.REPEATED and isinstance(cause, TrainingError):
-        return TrainingError(f"{failure}, twice; last checkpoint: {last_checkpoint}")
-    is_told = isinstance(cause, TrainingError | DataWorkerError) or not failure.raised_by_code
-    if verdict is Verdict.EXHAUSTED and is_told:
-        return TrainingError(
-            f"{failure}, after {budget.used} restart{'s' * (budget.used != 1)} without a new checkpoint "
-            f"(failures.max_restarts); last checkpoint: {last_checkpoint}"
-        )
-    return cause
-
-
-def _disk_sentence(error: BaseException, last_checkpoint: str) -> str:
-    path = getattr(error, "filename", None)
-    reason = getattr(error, "strerror", None) or str(error)
-    where = f"{path}: " if path else ""
-    return f"{where}{reason}; make room or repair it, then continue with --resume; last checkpoint: {last_checkpoint}"
 
 
 @dataclass
@@ -128,7 +113,7 @@ class _Loop:
 
     schedule: TrainingSchedule
     stages: Stages
-    store: CheckpointStore
+    store: Checkpoints
     make_manifest: Callable[[int], Manifest]
     callback: Callback
     stop: StopRequest
@@ -151,17 +136,18 @@ class _Loop:
     @property
     def last_checkpoint(self) -> str:
         """For messages: "step 170", "none"."""
+        if self.committed_step is None and self.step is None:  # nothing was restored yet
+            manifest = self.store.latest()
+            self.committed_step = None if manifest is None else manifest.step
         return "none" if self.committed_step is None else f"step {self.committed_step}"
 
     def rewind(self) -> None:
         """Restore all stages from the newest valid checkpoint, after replacing those whose process is gone."""
         self.store.clear_uncommitted()
-        manifest = self.store.latest(warn=True)
+        self.stages.start(self._stop_requested)
+        manifest = self._restore()
         step = 0 if manifest is None else manifest.step
         self.committed_step = None if manifest is None else step
-        self.stages.start(self._stop_requested)
-        checkpoint = None if manifest is None else self.store.directory(step)
-        self.stages.restore(checkpoint, step, self._stop_requested)
         if step == self.schedule.total_steps:
             log.info("checkpoint is already at the last step (%d); nothing to train", step)
         elif step:
@@ -174,6 +160,29 @@ class _Loop:
         self.marks.rewind()
         self.watchdog.reset()
         self.stop.can_save = True
+
+    def _restore(self) -> Manifest | None:
+        """Restore all stages from the newest checkpoint that they can read, which is returned; None: from the seed.
+
+        Raises:
+            TrainingError: there were checkpoints, and all turned out to be damaged.
+        """
+        damaged: CheckpointDamagedError | None = None
+        while True:
+            manifest = self.store.latest(warn=True)
+            if manifest is None and damaged is not None:
+                raise TrainingError(f"there is no checkpoint left to go on from: {damaged}") from damaged
+            step = 0 if manifest is None else manifest.step
+            checkpoint = None if manifest is None else self.store.directory(step)
+            try:
+                self.stages.restore(checkpoint, step, self._stop_requested)
+            except StageFailure as failure:
+                if not isinstance(failure.cause, CheckpointDamagedError):
+                    raise
+                damaged = failure.cause
+                self.store.reject(damaged)
+            else:
+                return manifest
 
     def run(self) -> str | None:
         """Submit and collect steps until the schedule ends or a stop is requested. Returns the reason of the stop."""
@@ -215,6 +224,13 @@ class _Loop:
             request = StepRequest(step, self.schedule.lr(step), micro_step, micro_steps, checkpoint)
             self.in_flight.append((request, self.stages.submit(request)))
             self._collect(self.schedule.window)
+
+    def _saves(self, step: int) -> bool:
+        """Whether a checkpoint follows this step, by the schedule or because one was asked for."""
+        requested, self.saves_done = self.stop.saves_requested > self.saves_done, self.stop.saves_requested
+        if requested:
+            self.requested_step = step + 1
+        return requested or self.schedule.is_checkpoint_step(step)
 
     def _collect(self, max_in_flight: int) -> None:
         while len(self.in_flight) > max_in_flight:

@@ -39,7 +39,12 @@ class Manifest:
 
 def read_manifest(directory: Path) -> Manifest:
     """Read a committed manifest. Raises ValueError, KeyError or TypeError if its content is not a manifest."""
-    raw = json.loads((directory / MANIFEST).read_text())
+    return parse_manifest((directory / MANIFEST).read_bytes())
+
+
+def parse_manifest(content: bytes) -> Manifest:
+    """The manifest in a file; raises as `read_manifest` does."""
+    raw = json.loads(content)
     if raw["format"] != FORMAT:
         raise ValueError(f"format {raw['format']}, this version reads {FORMAT}")
     files = tuple(FileRecord(**record) for record in raw["files"])

@@ -31,7 +31,7 @@ class DecoderSpec:
     Args:
         num_heads: None: one head per 32 channels (512 / 16 in MAE).
         throw_ratio: fraction of all tokens that no decoder layer sees (PR-MIM); 0: none.
-        recovery: "aggregate" predicts thrown tokens from decoded neighbors, "none" leaves them out.
+        recovery: "none" leaves thrown tokens out, "aggregate" predicts them from decoded neighbors.
         sampler: chooses the tokens to decode, see `bim.models.masks.sampling`.
         thrown_weight: weight of a thrown token in the loss.
     """
@@ -40,7 +40,7 @@ class DecoderSpec:
     dim: int
     num_heads: int | None = None
     throw_ratio: float = 0.0
-    recovery: str = "aggregate"
+    recovery: str = "none"
     sampler: str = "furthest"
     thrown_weight: float = 1.0
 
@@ -72,7 +72,8 @@ class PretrainSpec:
     """Whether every window group size is tried (Swin and Twins), see `bim.models.masks.window_groups`."""
     boundary_noise: float = 0.0
     """Standard deviation of the noise on the input of later blocks, relative to that of the input."""
-    score_newly_dropped: bool = True
+    loss_on_newly_masked: bool = True
+    """Whether the loss of a later block counts the units that the first block saw and this one does not."""
     seed: int = 0
     init_from: str | None = None
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,7 +63,7 @@ class Stage:
         ]
         if checkpoint is not None:
             for k, trainer in zip(self._blocks, self._trainers, strict=True):
-                trainer.load(load_block_weights(Path(checkpoint), k), load_block_state(Path(checkpoint), k))
+                trainer.load(load_block_weights(checkpoint, k), load_block_state(checkpoint, k))
         self._next = (step, 0)
         self._idle_since = None  # before the first step, waiting for other stages to start is not idle time
         return step

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -19,6 +18,7 @@ from bim.orchestrator.training.errors import StageFailure, TrainingError
 from bim.orchestrator.training.messages import SavedBlocks, StepReport, StepRequest
 from bim.orchestrator.training.spec import PretrainSpec
 from bim.orchestrator.training.stage import Stage, blocks_label
+from bim.orchestrator.training.storage import Location
 from bim.orchestrator.training.transport import Payload
 from bim.orchestrator.training.watchdog import LOADER
 
@@ -46,7 +46,7 @@ class Stages(Protocol):
     def start(self, should_give_up: ShouldGiveUp) -> None:
         """Create every stage that does not exist, at first or after a failure, and replace those that are broken."""
 
-    def restore(self, checkpoint: Path | None, step: int, should_give_up: ShouldGiveUp) -> None:
+    def restore(self, checkpoint: Location | None, step: int, should_give_up: ShouldGiveUp) -> None:
         """Set every stage to the state before `step`: from a checkpoint, or as built from the seed."""
 
     def submit(self, request: StepRequest) -> Any:
@@ -67,7 +67,7 @@ class Stages(Protocol):
     def cancel_pending(self, pending: Sequence[Any], should_give_up: ShouldGiveUp) -> None:
         """After a failure: wait until no submitted micro-batch is running, or `should_give_up`; does not raise."""
 
-    def save(self, checkpoint: Path, should_give_up: ShouldGiveUp) -> None:
+    def save(self, checkpoint: Location, should_give_up: ShouldGiveUp) -> None:
         """Let all stages copy their state and write it in the background. Only while no micro-batch is in flight."""
 
     def flush(self, should_give_up: ShouldGiveUp) -> tuple[tuple[SavedBlocks, ...], ...]:
@@ -124,7 +124,7 @@ class InProcessStages:
                 "placement.backend ray replace the process of a stage"
             ) from self._broken
 
-    def restore(self, checkpoint: Path | None, step: int, should_give_up: ShouldGiveUp) -> None:
+    def restore(self, checkpoint: Location | None, step: int, should_give_up: ShouldGiveUp) -> None:
         self.close()
         self._loader = self._open_loader()
         for stage in self._stages:
@@ -168,7 +168,7 @@ class InProcessStages:
     def cancel_pending(self, pending: Sequence[Any], should_give_up: ShouldGiveUp) -> None:
         """Nothing to wait for: `submit` runs each micro-batch to its end."""
 
-    def save(self, checkpoint: Path, should_give_up: ShouldGiveUp) -> None:
+    def save(self, checkpoint: Location, should_give_up: ShouldGiveUp) -> None:
         for stage in self._stages:
             stage.save(str(checkpoint))
 

@@ -40,7 +40,7 @@ TINY = {
 """Four blocks of one layer; two epochs in this process."""
 
 LONG = {"data.batch_size": "8", "schedule.epochs": "60", "checkpoint.every_epochs": "5"}
-"""With the 42 training images of `unlabelled`: 300 steps, a checkpoint every 25, time enough to be interrupted."""
+"""With the 42 training images of `unlabeled`: 300 steps, a checkpoint every 25, time enough to be interrupted."""
 
 
 @dataclass(frozen=True)

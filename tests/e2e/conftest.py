@@ -16,12 +16,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unlabeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 scanned digits in one flat folder."""
-    return image_folder(tmp_path_factory.mktemp("unlabelled"), "{number}.png", 60)
+    return image_folder(tmp_path_factory.mktemp("unlabeled"), "{number}.png", 60)
 
 
 @pytest.fixture(scope="session")
-def unbroken(tmp_path_factory: pytest.TempPathFactory, unlabelled: Path, store: str) -> Finished:
+def unbroken(tmp_path_factory: pytest.TempPathFactory, unlabeled: Path, store: str) -> Finished:
     """A tiny run from its start to its end, in this process, with what it printed."""
-    return main_job(tmp_path_factory.mktemp("unbroken") / "run", unlabelled, store)
+    return main_job(tmp_path_factory.mktemp("unbroken") / "run", unlabeled, store)

@@ -71,9 +71,9 @@ def both(*changes: dict[str, object]) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """80 scanned digits in class directories: 56 to train on, 7 steps of 8 an epoch."""
-    return image_folder(tmp_path_factory.mktemp("labelled"), "{label}/{number}.png", 80)
+    return image_folder(tmp_path_factory.mktemp("labeled"), "{label}/{number}.png", 80)
 
 
 def rows(out: Path) -> list[dict[str, object]]:
@@ -89,10 +89,10 @@ def trained_depths(out: Path) -> list[tuple[object, object]]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, labelled: Path) -> Finished:
+def finished(tmp_path_factory: pytest.TempPathFactory, labeled: Path) -> Finished:
     """The command on Ray, both backbones to their end, with the search that the default recipe asks for."""
     here = tmp_path_factory.mktemp("finished")
-    timed = {"evaluation.latency": "true", "data.source": str(labelled), "out": "runs/a"}
+    timed = {"evaluation.latency": "true", "data.source": str(labeled), "out": "runs/a"}
     return shell(arguments(SMALL, both(), timed), here, here / "runs" / "a")
 
 
@@ -169,10 +169,10 @@ def test_mlflow_has_both_families_below_one_run_that_compares_them(finished: Fin
 
 
 def test_a_loss_that_is_not_finite_fails_one_and_the_other_finishes(
-    tmp_path: Path, labelled: Path, store: str
+    tmp_path: Path, labeled: Path, store: str
 ) -> None:
     wild = both({}, {"settings": {"optim.blr": 1e30}})
-    where = {"data.source": str(labelled), "out": str(tmp_path / "run"), "tracking.uri": store}
+    where = {"data.source": str(labeled), "out": str(tmp_path / "run"), "tracking.uri": store}
     done = call(arguments(SMALL, HERE, wild, where), tmp_path / "run")
     assert done.status == 1
     (told,) = done.stderr.splitlines()
@@ -198,14 +198,14 @@ def test_a_loss_that_is_not_finite_fails_one_and_the_other_finishes(
 
 @pytest.fixture(scope="module")
 def interrupted(
-    tmp_path_factory: pytest.TempPathFactory, labelled: Path
+    tmp_path_factory: pytest.TempPathFactory, labeled: Path
 ) -> tuple[Finished, Finished, Finished]:
     """Ctrl-C while both train; resumed, and every stage killed -9, which one may not survive; resumed again."""
     here = tmp_path_factory.mktemp("interrupted")
     out = here / "runs" / "a"
     # The one that is killed may not go back to its checkpoint: its first loss is its end.
     mortal = both({}, {"settings": {"failures.max_restarts": 0}})
-    given = arguments(SMALL, LONG, mortal, {"data.source": str(labelled), "out": "runs/a"})
+    given = arguments(SMALL, LONG, mortal, {"data.source": str(labeled), "out": "runs/a"})
     with started(given, here) as process:
         before = wait_for_both(process, r"epoch +2/60")
         os.killpg(process.pid, signal.SIGINT)
@@ -330,11 +330,9 @@ def test_a_backbone_among_others_gets_the_weights_of_a_run_of_its_own(
     ],
 )
 def test_what_is_wrong_with_one_backbone_stops_all_before_anything_starts(
-    tmp_path: Path, labelled: Path, changes: tuple[dict[str, object], ...], told: str
+    tmp_path: Path, labeled: Path, changes: tuple[dict[str, object], ...], told: str
 ) -> None:
-    done = call(
-        arguments(SMALL, both(*changes), {"data.source": str(labelled), "out": str(tmp_path / "run")})
-    )
+    done = call(arguments(SMALL, both(*changes), {"data.source": str(labeled), "out": str(tmp_path / "run")}))
     assert done.status == 2
     (line,) = done.stderr.splitlines()
     assert re.search(told, line.removeprefix("error: "))
@@ -372,10 +370,10 @@ def test_other_backbones_than_before_are_refused_when_a_run_is_resumed(finished:
 
 
 def test_a_backbone_that_failed_for_its_settings_is_trained_with_others_beside_the_finished_one(
-    tmp_path: Path, labelled: Path, store: str
+    tmp_path: Path, labeled: Path, store: str
 ) -> None:
     out = tmp_path / "run"
-    where = {"data.source": str(labelled), "out": str(out), "tracking.uri": store}
+    where = {"data.source": str(labeled), "out": str(out), "tracking.uri": store}
     wild = both({}, {"settings": {"optim.blr": 1e30}})
     assert call(arguments(SMALL, HERE, wild, where), out).status == 1
     weights = (out / "vit" / "variants" / "depth04" / "model.safetensors").read_bytes()

@@ -35,7 +35,7 @@ def test_a_tensor_travels_from_device_to_device(dtype: torch.dtype) -> None:
 
 
 def thrown_histograms() -> tuple[PretrainSpec, DataSpec]:
-    throw = DecoderSpec(1, 32, 2, throw_ratio=0.25)
+    throw = DecoderSpec(1, 32, 2, throw_ratio=0.25, recovery="aggregate")
     return tiny_spec(decoders=(throw,) * 4, targets=(TargetSpec("hog", {"cell": 4}),) * 4), data()
 
 

@@ -20,7 +20,8 @@ from bim.orchestrator.evaluation.records import EvalConfig
 from bim.orchestrator.runs.prepare import resolve_run
 from bim.orchestrator.search.controller import SearchSpec
 from bim.orchestrator.search.objective import metric_of
-from bim.orchestrator.search.results import BEST, FOLDER, SearchResult, TrialRow, load_result
+from bim.orchestrator.search.record import BEST, FOLDER, load_result
+from bim.orchestrator.search.results import SearchResult, TrialRow
 from bim.orchestrator.search.space import baseline_values, space_of
 from bim.orchestrator.search.trial import TrialSpec, trial_placement
 from bim.orchestrator.search.tuner import search
@@ -77,7 +78,7 @@ def run(settings: Settings, out: Path, listener: Callback) -> SearchResult:
         max_concurrent_trials=beside,
     )  # fmt: skip
     empty = SearchResult(metric_of(source, splits), len(splits.val), EPOCHS, baseline_values(settings, space))
-    return search(SearchSpec(settings, space, plan, empty), out, listener, listener.stop)
+    return search(SearchSpec(settings, space, plan, load_result(out) or empty), out, listener, listener.stop)
 
 
 def nothing_runs() -> bool:
@@ -188,7 +189,7 @@ def test_the_best_setting_is_a_recipe_and_nothing_else_is_left_of_the_trials(sea
     again = load_settings(["--recipe", str(folder / BEST)])
     assert again == with_changes(searched.settings, {"out": None, "search.trials": 0})
     assert load_result(searched.out) == result
-    assert {path.name for path in folder.iterdir()} == {BEST, "trials.json", "trials.csv", "tune"}
+    assert {path.name for path in folder.iterdir()} == {BEST, "trials.json", "trials.csv"}
 
 
 def test_a_recipe_that_cannot_be_trained_ends_the_search_with_the_cause(
@@ -197,7 +198,7 @@ def test_a_recipe_that_cannot_be_trained_ends_the_search_with_the_cause(
     settings = recipe(tmp_path, "{mask.ratio: [0.5]}", optim__blr=1e30, search__trials=1)
     with pytest.raises(
         TrainingError,
-        match=r"trial 0 of the search, the baseline config, could not be trained \(failed\): the loss of",
+        match=r"no trial .* was trained to its end; trial 0, the baseline config: failed, the loss of",
     ):
         run(settings, tmp_path, Callback())
     assert nothing_runs()

@@ -21,7 +21,7 @@ def trials(client: MlflowClient, tracker: Tracker) -> dict[str, Run]:
     return {run.data.tags["trial"]: run for run in client.search_runs([tracker.experiment_id], query)}
 
 
-ROW = TrialRow(3, {"mask.ratio": 0.6, "schedule.resolution": [[0, 24], [0.5, 32]]}, tune_id="x", gflops=0.5)
+ROW = TrialRow(3, {"mask.ratio": 0.6, "schedule.resolution": [[0, 24], [0.5, 32]]}, gflops=0.5)
 
 
 def at(row: TrialRow, *epochs: int) -> TrialRow:

@@ -53,7 +53,7 @@ def data(**changes: Any) -> DataSpec:
 
 def growing() -> tuple[PretrainSpec, DataSpec, tuple[Phase, ...]]:
     """Every feature at once: three image sizes, one with accumulated gradients, thrown tokens, boundary noise."""
-    throw = DecoderSpec(1, 32, 2, throw_ratio=0.25)
+    throw = DecoderSpec(1, 32, 2, throw_ratio=0.25, recovery="aggregate")
     spec = tiny_spec(decoders=(throw,) * 4, boundary_noise=0.25)
     phases = (PhaseSpec(0, (16, 16), 256), PhaseSpec(1, (24, 24), 128, 2), PhaseSpec(3, (32, 32), 128))
     images = data(phases=phases)
@@ -69,7 +69,9 @@ def hierarchy() -> tuple[PretrainSpec, DataSpec, tuple[Phase, ...]]:
         model_args={**args, "wss": [4, 4, 2, 2]},
         blocks=(2, 2, 2, 2),
         mask_ratios=(0.5,) * 4,
-        decoders=tuple(DecoderSpec(1, 32, 2, throw_ratio=ratio) for ratio in (0.4, 0.3, 0.0, 0.0)),
+        decoders=tuple(
+            DecoderSpec(1, 32, 2, throw_ratio=ratio, recovery="aggregate") for ratio in (0.4, 0.3, 0.0, 0.0)
+        ),
         targets=tuple(TargetSpec("hog", {"cell": cell}) for cell in (4, 8, 16, 32)),
     )
     images = data(phases=(PhaseSpec(0, (64, 64), 32), PhaseSpec(1, (96, 96), 32)), test_fraction=0.82)

@@ -84,6 +84,17 @@ def test_spelling_is_american(page: Path) -> None:
     assert BRITISH.findall(without_code(page.read_text(encoding="utf-8"))) == []
 
 
+def test_spelling_of_code_is_american() -> None:
+    files = [
+        file
+        for folder in ("models", "orchestrator", "pipelines")
+        for pattern in ("*.py", "*.yaml")
+        for file in sorted((ROOT / folder).rglob(pattern))
+    ]
+    british = {f"{file.name}: {word}" for file in files for word in BRITISH.findall(file.read_text("utf-8"))}
+    assert british <= {"mask_fill.py: colour"}, "`colour` is a key of checkpoints, and stays"
+
+
 def test_every_page_is_in_the_navigation() -> None:
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
 

@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from bim.orchestrator.evaluation.metric_info import METRICS, RANKED_BY
 from bim.orchestrator.reporting.figures.style import (
     BLUE,
-    ERROR_BARS,
     GRAY,
     GREEN,
     ORANGE,
     cost_axis,
+    draw_series,
     label_cost,
     legend_above,
     metric_axis,
@@ -60,9 +60,8 @@ def accuracy_latency_figure(
         for name, group in zip(SERIES, (reports, baseline_reports, random_reports), strict=True):
             points = sorted((report.depth, report.metrics()) for report in group if report.depth in x)
             if points:
-                _draw_series(
-                    axes, key, name, [x[depth] for depth, _ in points], [values for _, values in points]
-                )
+                depths, values = zip(*points, strict=True)
+                draw_series(axes, key, [x[depth] for depth in depths], values, label=name, **SERIES[name])
         if raw and key in raw:
             height = METRICS[key].scale * raw[key]
             axes.axhline(height, color=GREEN, linestyle=":", linewidth=1.5, label="raw pixels")
@@ -74,20 +73,6 @@ def accuracy_latency_figure(
     legend_above(figure, panels[metric], [*SERIES, "raw pixels"], columns=4)
     label_cost(figure, cost, next((report.device for report in reports if report.device), ""))
     return figure
-
-
-def _draw_series(
-    axes: Axes, metric: str, name: str, x: Sequence[float], values: Sequence[Mapping[str, float]]
-) -> None:
-    scale, has_error = METRICS[metric].scale, all(f"{metric}_se" in row for row in values)
-    axes.errorbar(
-        x,
-        [scale * row[metric] for row in values],
-        yerr=[scale * row[f"{metric}_se"] for row in values] if has_error else None,
-        label=name,
-        **ERROR_BARS,
-        **SERIES[name],
-    )
 
 
 def _depth_axis(figure: Figure, axes: Axes, x: Mapping[int, float]) -> None:

@@ -9,10 +9,10 @@ from bim.orchestrator.evaluation.metric_info import METRICS
 from bim.orchestrator.reporting.comparison import cost_key, pareto_depths, quality_key
 from bim.orchestrator.reporting.figures.style import (
     BLUE,
-    ERROR_BARS,
     GREEN,
     ORANGE,
     cost_axis,
+    draw_series,
     label_cost,
     legend_above,
     metric_axis,
@@ -61,13 +61,13 @@ def comparison_figure(results: Sequence[MemberResult], device: str = "") -> Figu
             linestyle="--",
             drawstyle="steps-post",
             zorder=0,
-            label="front",
+            label="Pareto front",
         )
         axes.grid(color="0.93", linewidth=0.8)
         axes.margins(x=0.08, y=0.1)
         metric_axis(axes, key)
         cost_axis(axes, [x for x, _ in points.values()])
-    legend_above(figure, panels[metric], [*(result.name for result in measured), "front"], columns)
+    legend_above(figure, panels[metric], [*(result.name for result in measured), "Pareto front"], columns)
     label_cost(figure, cost, device)
     return figure
 
@@ -75,19 +75,10 @@ def comparison_figure(results: Sequence[MemberResult], device: str = "") -> Figu
 def _draw_backbone(axes: Axes, result: MemberResult, metric: str, cost: str, index: int) -> Points:
     scale, rows = METRICS[metric].scale, result.trained
     x = [float(row[cost] or 0.0) for row in rows]
-    y = [scale * float(row[metric] or 0.0) for row in rows]
-    errors = [scale * float(row.get(f"{metric}_se") or 0.0) for row in rows]
-    axes.errorbar(
-        x,
-        y,
-        yerr=errors if any(errors) else None,
-        label=result.name,
-        color=COLORS[index % len(COLORS)],
-        marker=MARKERS[index % len(MARKERS)],
-        **ERROR_BARS,
-    )
+    color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+    draw_series(axes, metric, x, rows, label=result.name, color=color, marker=marker)
     points: Points = {}
-    for row, point in zip(rows, zip(x, y, strict=True), strict=True):
-        points[result.name, row["depth"]] = point
+    for row, cost_value in zip(rows, x, strict=True):
+        points[result.name, row["depth"]] = point = (cost_value, scale * float(row[metric] or 0.0))
         axes.annotate(str(row["depth"]), point, (5, -9), textcoords="offset points", fontsize=7)
     return points

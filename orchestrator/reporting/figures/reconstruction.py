@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from matplotlib.figure import Figure
 
-from bim.orchestrator.reporting.figures.style import DPI, new_figure, write_png
+from bim.orchestrator.reporting.figures.style import DPI, new_figure
 
 GRAY = 0.5
 """Value of masked pixels: neither the black background of scans nor the white of drawings."""
@@ -17,23 +15,6 @@ MIN_IMAGE_PX = 190
 
 GAP_PX, HEADING_PX, TITLE_PX = 8, 26, 34
 """Space between images, for the headings of columns, and for the title."""
-
-
-def hide_masked(images: np.ndarray, masked: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Gray where masked. images: (B, H, W, 3) in 0..1; masked: (B, M) mask units, row by row over `grid`."""
-    return np.where(_is_masked(masked, grid, images.shape[1:3]), GRAY, images)
-
-
-def hide_visible(images: np.ndarray, masked: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Gray where not masked; shapes as in `hide_masked`."""
-    return np.where(_is_masked(masked, grid, images.shape[1:3]), images, GRAY)
-
-
-def fill_masked(
-    images: np.ndarray, predicted: np.ndarray, masked: np.ndarray, grid: tuple[int, int]
-) -> np.ndarray:
-    """`predicted` where masked, `images` elsewhere; shapes as in `hide_masked`."""
-    return np.where(_is_masked(masked, grid, images.shape[1:3]), predicted, images)
 
 
 def reconstruction_figure(
@@ -53,16 +34,18 @@ def reconstruction_figure(
         thrown: (B, T) indices of masked tokens that are not predicted; they stay gray.
         target: (B, H, W, 3), an image of the true target if it is not pixels: masked | predicted | target | original.
     """
-    visible = original if thrown is None or not thrown.size else hide_masked(original, thrown, grid)
-    columns = {"masked": hide_masked(visible, masked, grid)}
+    visible, size = original, original.shape[1:3]
+    if thrown is not None:
+        visible = np.where(_is_masked(thrown, grid, size), GRAY, original)
+    is_masked = _is_masked(masked, grid, size)
+    columns = {"masked": np.where(is_masked, GRAY, visible)}
     if target is None:
-        columns["reconstructed"] = fill_masked(visible, predicted, masked, grid)
+        columns["reconstructed"] = np.where(is_masked, predicted, visible)
     else:
-        columns |= {"predicted": hide_visible(predicted, masked, grid), "target": target}
+        columns |= {"predicted": np.where(is_masked, predicted, GRAY), "target": target}
     columns["original"] = original
-    scale = max(
-        1, -(-MIN_IMAGE_PX // max(original.shape[1:3]))
-    )  # whole pixels, or patches would differ in size
+    # Whole pixels, or patches would differ in size.
+    scale = max(1, -(-MIN_IMAGE_PX // max(size)))
     canvas, width = _tile([np.clip(images, 0, 1) for images in columns.values()], scale)
 
     margin = GAP_PX * 2
@@ -80,20 +63,6 @@ def reconstruction_figure(
     if title:
         figure.text(0.5, 1 - margin / 2 / total_height, title, ha="center", va="top", fontsize=9)
     return figure
-
-
-def save_reconstructions(
-    path: Path,
-    original: np.ndarray,
-    predicted: np.ndarray,
-    masked: np.ndarray,
-    grid: tuple[int, int],
-    title: str = "",
-    target: np.ndarray | None = None,
-    thrown: np.ndarray | None = None,
-) -> Path:
-    """`reconstruction_figure` as a PNG file."""
-    return write_png(reconstruction_figure(original, predicted, masked, grid, title, target, thrown), path)
 
 
 def _tile(columns: list[np.ndarray], scale: int) -> tuple[np.ndarray, int]:

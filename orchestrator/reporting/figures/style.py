@@ -7,7 +7,7 @@ Okabe and Ito's, which color-blind readers can tell apart, and every series has 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,6 @@ from bim.orchestrator.files import atomic_write
 DPI = 150
 
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
-
-ERROR_BARS: dict[str, Any] = {"capsize": 2.5, "markersize": 5, "linewidth": 1.3, "elinewidth": 1.0}
-"""Style of a series with error bars."""
 
 
 def write_png(figure: Figure, path: Path) -> Path:
@@ -60,6 +57,28 @@ def metric_panels(metric: str, height: float, top: float, bottom: float) -> tupl
         panel.set_axisbelow(True)
     axes[0].set_ylabel(METRICS[metric].axis)
     return figure, {info.key: panel for info, panel in zip(infos, axes, strict=True)}
+
+
+def draw_series(
+    axes: Axes, metric: str, x: Sequence[float], values: Sequence[Mapping[str, Any]], **style: Any
+) -> None:
+    """A line through the values of `metric` with bars of one standard error, where all of them have one.
+
+    Args:
+        values: one for each x, with the keys `metric` and, where it is known, `{metric}_se`.
+        style: arguments of matplotlib, "label" among them.
+    """
+    scale, errors = METRICS[metric].scale, [row.get(f"{metric}_se") for row in values]
+    axes.errorbar(
+        x,
+        [scale * row[metric] for row in values],
+        yerr=None if None in errors else [scale * error for error in errors if error is not None],
+        capsize=2.5,
+        markersize=5,
+        linewidth=1.3,
+        elinewidth=1.0,
+        **style,
+    )
 
 
 def metric_axis(axes: Axes, metric: str) -> None:

@@ -102,18 +102,18 @@ def test_the_loss_is_the_papers_mean_over_masked_patches(family: list[LocalMIM])
     torch.testing.assert_close(step.loss, (errors * is_masked).sum() / is_masked.sum())
 
 
-def test_always_masked_and_newly_dropped_parts_average_back_to_the_loss(family: list[LocalMIM]) -> None:
+def test_always_masked_and_newly_masked_parts_average_back_to_the_loss(family: list[LocalMIM]) -> None:
     first, *later = run(family)
     assert set(first.parts) == {"loss_always_masked"}
     assert torch.equal(first.parts["loss_always_masked"], first.loss.detach())
     for step, visible in zip(later, VISIBLE[1:], strict=True):
         always, newly = 16 - VISIBLE[0], VISIBLE[0] - visible
-        total = always * step.parts["loss_always_masked"] + newly * step.parts["loss_newly_dropped"]
+        total = always * step.parts["loss_always_masked"] + newly * step.parts["loss_newly_masked"]
         torch.testing.assert_close(total / (always + newly), step.loss.detach())
         assert not any(part.requires_grad for part in step.parts.values())
 
 
-def test_newly_dropped_units_can_be_left_out_of_the_loss(tiny_backbone: Callable[..., ViTBackbone]) -> None:
+def test_newly_masked_units_can_be_left_out_of_the_loss(tiny_backbone: Callable[..., ViTBackbone]) -> None:
     all_scored, always_only = (
         run(build(tiny_backbone(3))),
         run(build(tiny_backbone(3), loss_on_newly_masked=False)),
@@ -170,7 +170,7 @@ def test_the_two_divisions_of_the_loss_agree(tiny_backbone: Callable[..., ViTBac
     torch.testing.assert_close(first.parts["loss_always_masked"], first.loss.detach())
     for step, visible in zip(later, VISIBLE[1:], strict=True):
         always, newly = 16 - VISIBLE[0], VISIBLE[0] - visible
-        total = always * step.parts["loss_always_masked"] + newly * step.parts["loss_newly_dropped"]
+        total = always * step.parts["loss_always_masked"] + newly * step.parts["loss_newly_masked"]
         torch.testing.assert_close(total / (always + newly), step.loss.detach())
         assert not any(part.requires_grad for part in step.parts.values())
 
@@ -178,7 +178,7 @@ def test_the_two_divisions_of_the_loss_agree(tiny_backbone: Callable[..., ViTBac
 def test_left_out_units_and_thrown_weights_combine(tiny_backbone: Callable[..., ViTBackbone]) -> None:
     family = build(tiny_backbone(3), recovery="aggregate", loss_on_newly_masked=False, thrown_weight=0.5)
     for block, step, plan in zip(family, run(family, PARTIAL), PARTIAL, strict=True):
-        weights = (~plan.newly_dropped(plan.masked)).float()
+        weights = (~plan.newly_masked(plan.masked)).float()
         weights[:, plan.decode.shape[1] :] *= 0.5
         errors = errors_of(block, step, plan, plan.masked)
         torch.testing.assert_close(step.loss, (errors * weights).sum() / weights.sum())
@@ -194,7 +194,7 @@ def test_a_sort_of_token_that_chance_left_out_counts_nothing(
     tiny_backbone: Callable[..., ViTBackbone],
 ) -> None:
     plan = PLANS[1]
-    newly = plan.newly_dropped(plan.decode)
+    newly = plan.newly_masked(plan.decode)
     # Units travel in the order in which they are dropped: the newly dropped ones come first.
     count = int(newly[0].sum())
     assert newly[:, :count].all()
@@ -203,7 +203,7 @@ def test_a_sort_of_token_that_chance_left_out_counts_nothing(
     step = block(torch.randn(3, 10, 24, generator=generator("x")), IMAGES, only_new)
     step.loss.backward()
     assert step.loss == step.parts["loss_always_masked"] == 0
-    assert step.parts["loss_newly_dropped"] > 0
+    assert step.parts["loss_newly_masked"] > 0
     assert not any(p.grad.any() for p in block.parameters() if p.grad is not None)
 
 

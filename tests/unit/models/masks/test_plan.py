@@ -56,13 +56,13 @@ def test_visible_sets_are_nested_so_that_a_boundary_is_a_slice(
 
 @settings(max_examples=50, deadline=None)
 @given(families(), st.integers(0, 2**32))
-def test_newly_dropped_units_are_those_that_the_first_block_saw(
+def test_newly_masked_units_are_those_that_the_first_block_saw(
     family: tuple[int, tuple[int, int], list[int]], seed: int
 ) -> None:
     batch, grid, counts = family
     plans = block_plans(random_permutation(batch, grid[0] * grid[1], generator(seed)), grid, counts)
     for plan in plans:
-        dropped = plan.newly_dropped(plan.masked)
+        dropped = plan.newly_masked(plan.masked)
         for sample in range(batch):
             seen_first = set(plans[0].keep[sample].tolist())
             assert dropped[sample].tolist() == [unit in seen_first for unit in plan.masked[sample].tolist()]
@@ -154,7 +154,7 @@ def test_blocks_of_one_family_may_have_tokens_of_different_fineness() -> None:
     assert [plan.keep_tokens.shape[1] for plan in plans] == [128, 24, 4]
     assert [plan.masked.shape[1] for plan in plans] == [128, 40, 12]
     for plan, dropped in zip(plans, (0, 2, 4), strict=True):
-        assert plan.newly_dropped(plan.masked).sum(dim=1).tolist() == [dropped * plan.scale**2] * 2
+        assert plan.newly_masked(plan.masked).sum(dim=1).tolist() == [dropped * plan.scale**2] * 2
 
 
 def test_scale_one_leaves_units_and_tokens_the_same() -> None:
@@ -187,7 +187,7 @@ def test_a_partial_plan_divides_the_masked_tokens_and_changes_nothing_else(sampl
         assert torch.equal(divided.masked.sort(dim=1).values, plan.masked.sort(dim=1).values)
         assert torch.equal(divided.permutation, plan.permutation)
         assert (divided.visible, divided.first_visible, divided.scale) == (plan.visible, 12, scale)
-        dropped = divided.newly_dropped(divided.masked).sum(dim=1)
+        dropped = divided.newly_masked(divided.masked).sum(dim=1)
         assert dropped.tolist() == [(12 - plan.visible) * scale**2] * 3
 
 

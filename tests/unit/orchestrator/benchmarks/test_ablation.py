@@ -18,6 +18,8 @@ from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.config.transforms import end_to_end, with_changes
 from bim.orchestrator.runs.resolve import resolve
 
+RESULTS = Path(__file__).resolve().parents[4] / "docs" / "ablation.jsonl"
+
 
 def result(case: str, seed: int, knn: list[float]) -> CaseResult:
     by_depth = dict(zip((2, 4), knn, strict=True))
@@ -52,6 +54,17 @@ def test_every_case_can_be_built_from_the_recipe(case: str) -> None:
     base = load_settings(["--recipe", "sign_digits"])
     base = end_to_end(base) if case == "mae" else base
     resolve(with_changes(base, CASES[case][1]))
+
+
+def test_cases_that_throw_tokens_name_their_recovery_and_published_results_still_count() -> None:
+    thrown = {name: changes for name, (_, changes) in CASES.items() if "decoder.throw_ratio" in changes}
+    assert {name: changes["decoder.recovery"] for name, changes in thrown.items()} == {
+        "throw": "aggregate",
+        "throw-light": "aggregate",
+        "drop": "none",
+    }
+    published = {found.base for found in read_results(RESULTS) if found.epochs == 40}
+    assert published == {base_digest(load_settings(["--recipe", "sign_digits", "--mask.ratio", "0.75"]))}
 
 
 @pytest.mark.slow

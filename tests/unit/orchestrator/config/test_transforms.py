@@ -312,3 +312,10 @@ def test_reading_settings_loads_no_heavy_library() -> None:
 def test_plain_values_give_the_settings_back() -> None:
     made = settings(blocks=[1, 2], mask__ratio=[0.5, 0.6], out="x")
     assert settings_from_mapping(settings_to_mapping(made)) == made
+
+
+def test_a_key_without_effect_in_both_settings_does_not_make_them_differ() -> None:
+    recovered, dropped = settings(decoder__recovery="aggregate"), settings(decoder__recovery="none")
+    assert differing_keys(recovered, dropped) == []
+    thrown = with_changes(recovered, {"decoder.throw_ratio": 0.5})
+    assert differing_keys(thrown, with_changes(thrown, {"decoder.recovery": "none"})) == ["decoder.recovery"]

@@ -11,10 +11,11 @@ from bim.orchestrator.data.crops import center_crop_resize
 from bim.orchestrator.data.digits import DigitsSource
 from bim.orchestrator.data.errors import DataError, TooManyCorruptImagesError
 from bim.orchestrator.data.folder import FolderSource
-from bim.orchestrator.data.loader import Batch, TrainBatches, eval_images
+from bim.orchestrator.data.loader import Batch, TrainBatches, check_readable, eval_images
 from bim.orchestrator.data.parquet import ParquetSource
 from bim.orchestrator.data.phases import PhaseSpec
 from bim.orchestrator.data.source import Source
+from bim.orchestrator.data.splits import make_splits
 
 Make = Callable[..., Path]
 
@@ -220,3 +221,17 @@ def test_a_later_phase_changes_size_and_batch_from_its_epoch_on(workers: int):
         assert batches.batch(0).images.shape == (4, 3, 6, 10)  # and back again
     finally:
         batches.close()
+
+
+@pytest.mark.parametrize("broken", ["train", "val", "test"])
+def test_a_split_of_which_nothing_can_be_read_is_refused(image_folder: Make, broken: str):
+    names = [f"{split}/{number}.png" for split in ("train", "val", "test") for number in range(3)]
+    damaged = tuple(name for name in names if name.startswith(broken))
+    source = FolderSource(image_folder(*names, damaged=damaged))
+    splits = make_splits(source, 0, 0.1, 0.2)
+    with pytest.raises(
+        DataError, match=rf"none of 3 images of the {broken} split of .* can be read; the first: "
+    ):
+        check_readable(source, splits)
+    one_left = FolderSource(image_folder(*names, damaged=damaged[:2], root="one"))
+    check_readable(one_left, splits)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import errno
 import json
-import logging
+import os
 import pickle
+import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +27,21 @@ Shows = Callable[[Tensor, int], bool]
 
 def hf_metadata(**features: object) -> dict[str, str]:
     return {"huggingface": json.dumps({"info": {"features": features}})}
+
+
+def labels_of(source: ParquetSource) -> list[int]:
+    assert source.labels is not None
+    assert source.labels.dtype == np.int64
+    return source.labels.tolist()
+
+
+def write(file: Path, metadata: dict[str, str] | None = None, /, **columns: object) -> Path:
+    """A Parquet file of columns as long as the first, with an image column that nothing decodes."""
+    rows = len(next(iter(columns.values())))  # type: ignore[arg-type]
+    table = {"image": [b"x"] * rows} | columns
+    columns_given = {name: values for name, values in table.items() if values is not None}
+    pq.write_table(pa.table(columns_given).replace_schema_metadata(metadata), file)
+    return file
 
 
 class CountingSource(ParquetSource):
@@ -73,14 +91,13 @@ def test_string_labels_are_numbered_by_their_sorted_names(shard: Make):
     assert source.labels.tolist() == [2, 1, 0, 2]
 
 
-def test_missing_labels_are_dropped_with_a_warning_unless_requested(
-    shard: Make, caplog: pytest.LogCaptureFixture
-):
-    file = shard("a.parquet", range(3), labels=[1, None, -1])
-    with caplog.at_level(logging.WARNING):
-        assert ParquetSource(file, [file]).labels is None
-    assert "leaves 2 of 3 rows without a label" in caplog.text
-    with pytest.raises(DataError, match=r"2 of 3 rows without a label"):
+def test_rows_without_a_label_keep_those_of_the_others_unless_the_column_is_requested(shard: Make):
+    file = shard("a.parquet", range(4), labels=[1, None, -1, 0])
+    source = ParquetSource(file, [file])
+    assert labels_of(source) == [1, -1, -1, 0]
+    assert len(source.notes) == 1
+    assert "leaves 2 of 4 rows without a label" in source.notes[0]
+    with pytest.raises(DataError, match=r"2 of 4 rows without a label"):
         ParquetSource(file, [file], label_column="label")
 
 
@@ -119,10 +136,156 @@ def test_the_image_column_can_be_named_and_is_checked(
         ParquetSource(file, [file], "left", "right")
 
 
-def test_shards_that_differ_are_refused(shard: Make):
-    files = [shard("a.parquet", range(2), labels=[0, 1]), shard("b.parquet", range(2))]
-    with pytest.raises(DataError, match=r"a\.parquet and b\.parquet differ"):
-        ParquetSource(files[0].parent, files)
+@pytest.mark.parametrize(
+    ("column", "expected", "names"),
+    [
+        (pa.array([2, 0, 1], pa.int8()), [2, 0, 1], None),
+        (pa.array([2, 0, 1], pa.uint64()), [2, 0, 1], None),
+        (pa.array([2.0, None, float("nan")]), [2, -1, -1], None),
+        (pa.array([True, False, True]), [1, 0, 1], None),
+        (pa.array(["b", "a", None]), [1, 0, -1], ("a", "b")),
+        (pa.array(["b", "a", "b"], pa.large_string()), [1, 0, 1], ("a", "b")),
+        (pa.array(["b", "a", "b"]).dictionary_encode(), [1, 0, 1], ("a", "b")),
+        (pa.array([7, 5, 7]).dictionary_encode(), [1, 0, 1], None),
+        (pa.array([10**12, 5, 10**12]), [1, 0, 1], None),  # identifiers, of which a table of classes would be huge
+    ],
+)  # fmt: skip
+def test_labels_are_taken_in_any_encoding(
+    column: pa.Array, expected: list[int], names: tuple[str, ...] | None, tmp_path: Path
+):
+    file = write(tmp_path / "a.parquet", label=column)
+    source = ParquetSource(file, [file])
+    assert labels_of(source) == expected
+    assert source.class_names == names
+
+
+@pytest.mark.skipif(not hasattr(pa, "string_view"), reason="this version of pyarrow has no views")
+def test_views_of_text_and_bytes_are_read(tmp_path: Path, png_of: Callable[[int], bytes], shows: Shows):
+    images = pa.array([png_of(0), png_of(1)], pa.binary_view())
+    pq.write_table(pa.table({"image": images, "label": pa.array(["b", "a"], pa.string_view())}),
+                   tmp_path / "a.parquet")  # fmt: skip
+    source = ParquetSource(tmp_path, [tmp_path / "a.parquet"])
+    assert labels_of(source) == [1, 0]
+    assert shows(source.load(1), 1)
+
+
+@pytest.mark.parametrize(
+    ("columns", "labels", "note"),
+    [
+        ({"label": [0.5, 1.0]}, None, "numbers that are not whole, so the images have no labels"),
+        ({"label": [[0], [1, 2]]}, None, "not one class per image"),
+        ({"label": [None, -1]}, None, "leaves 2 of 2 rows without a label, so the images have no labels"),
+        ({"target": [0, 1]}, None, "'target' looks like labels and is not used; --data.label_column target takes it"),
+        ({"image_id": [0, 1]}, None, None),
+        ({"label": [0, 1], "target": [1, 0]}, [0, 1], None),
+    ],
+)  # fmt: skip
+def test_what_looks_like_labels_and_is_not_used_is_told_in_one_note(
+    columns: dict[str, list[object]], labels: list[int] | None, note: str | None, tmp_path: Path
+):
+    file = write(tmp_path / "a.parquet", **columns)
+    source = ParquetSource(file, [file])
+    assert (source.labels is None) if labels is None else (labels_of(source) == labels)
+    assert len(source.notes) == (note is not None)
+    assert note is None or note in source.notes[0]
+
+
+def test_of_several_class_columns_the_finest_is_taken_and_told(shard: Make, tmp_path: Path):
+    coarse = {"_type": "ClassLabel", "names": ["animal", "thing"]}
+    fine = {"_type": "ClassLabel", "names": ["cat", "cup", "dog"]}
+    file = write(tmp_path / "a.parquet", hf_metadata(coarse_label=coarse, fine_label=fine),
+                 coarse_label=[0, 1], fine_label=[2, 1])  # fmt: skip
+    source = ParquetSource(file, [file])
+    assert (labels_of(source), source.class_names) == ([2, 1], ("cat", "cup", "dog"))
+    assert source.notes == (
+        "coarse_label and fine_label hold classes; 'fine_label' is taken as the label, --data.label_column names another",
+    )
+
+
+def test_folders_in_the_style_of_hive_hold_labels_and_splits(shard: Make):
+    files = [
+        shard("split=test/label=cat/0.parquet", range(1)),
+        shard("split=train/label=a%20dog/0.parquet", range(2)),
+        shard("split=train/label=cat/0.parquet", range(1)),
+    ]
+    source = ParquetSource(files[0].parents[2], files)
+    assert (labels_of(source), source.class_names) == ([1, 0, 0, 1], ("a dog", "cat"))
+    assert source.fixed_splits is not None
+    assert {name: part.tolist() for name, part in source.fixed_splits.items()} == {
+        "test": [0],
+        "train": [1, 2, 3],
+    }
+
+
+def test_a_shard_without_labels_leaves_those_of_the_others(shard: Make):
+    files = [shard("test-0.parquet", range(2)), shard("train-0.parquet", range(3), labels=[0, 1, 0])]
+    source = ParquetSource(files[0].parent, files)
+    assert labels_of(source) == [-1, -1, 0, 1, 0]
+    with pytest.raises(DataError, match=r"no column 'label'"):
+        ParquetSource(files[0].parent, files, label_column="label")
+
+
+def test_shards_of_other_widths_and_encodings_are_read_as_one_data_set(tmp_path: Path, png_of, shows: Shows):
+    struct = pa.array(
+        [{"bytes": png_of(0), "path": None}], pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    )
+    tables = [
+        pa.table({"image": struct, "label": pa.array(["b"])}),
+        pa.table({"image": pa.array([png_of(1)], pa.large_binary()), "label": pa.array(["a"]).dictionary_encode()}),
+        pa.table({"label": pa.array(["b"], pa.large_string()), "image": pa.array([png_of(2)], pa.binary())}),
+    ]  # fmt: skip
+    files = [tmp_path / f"{number}.parquet" for number in range(3)]
+    for table, file in zip(tables, files, strict=True):
+        pq.write_table(table, file)
+    source = ParquetSource(tmp_path, files)
+    assert labels_of(source) == [1, 0, 1]
+    assert all(shows(pickle.loads(pickle.dumps(source)).load(number), number) for number in range(3))
+
+
+@pytest.mark.parametrize(
+    ("second", "problem"),
+    [
+        ({"label": ["cat"]}, "b.parquet has strings for labels and a.parquet numbers, which cannot be compared"),
+        ({"image": ["text"]}, "a.parquet and b.parquet are not of one data set: column 'image' of b.parquet holds no image"),
+        ({"image": None, "photo": [b"x"]}, "a.parquet and b.parquet are not of one data set: b.parquet has no column"),
+        ({"label": [[0]]}, "a.parquet and b.parquet are not of one data set: column 'label' of b.parquet holds list"),
+    ],
+)  # fmt: skip
+def test_shards_that_cannot_be_cast_are_refused_and_both_are_named(
+    second: dict[str, object], problem: str, tmp_path: Path
+):
+    files = [
+        write(tmp_path / "a.parquet", label=[0]),
+        write(tmp_path / "b.parquet", **({"label": [0]} | second)),
+    ]
+    with pytest.raises(DataError, match=re.escape(problem)):
+        ParquetSource(tmp_path, files)
+
+
+def test_more_shards_than_open_files_are_allowed_can_be_read(shard: Make):
+    files = [shard(f"{number:03d}.parquet", range(1), labels=[number % 3]) for number in range(40)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 64
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, hard))
+        assert len(labels_of(ParquetSource(files[0].parent, files))) == 40
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.EACCES])
+def test_what_the_system_refuses_is_not_called_damaged(
+    number: int, shard: Make, monkeypatch: pytest.MonkeyPatch
+):
+    file = shard("a.parquet", range(1))
+
+    def refused(path: str) -> pq.ParquetFile:
+        raise OSError(number, f"Failed to open local file '{path}'")
+
+    monkeypatch.setattr(parquet.pq, "ParquetFile", refused)
+    with pytest.raises(DataError, match=f"cannot be opened: {os.strerror(number)}; ") as caught:
+        ParquetSource(file, [file])
+    assert "Parquet" not in str(caught.value)
 
 
 def test_a_file_that_is_no_parquet_or_has_no_rows_is_refused(tmp_path: Path, shard: Make):

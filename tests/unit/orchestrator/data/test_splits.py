@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bim.orchestrator.data.errors import DataError
-from bim.orchestrator.data.splits import make_splits
+from bim.orchestrator.data.splits import can_score, make_splits
 
 
 class Numbers:
@@ -14,6 +14,7 @@ class Numbers:
     name = "numbers"
     class_names = None
     chunks = None
+    notes = ()
 
     def __init__(
         self, n: int, labels: np.ndarray | None = None, fixed: dict[str, np.ndarray] | None = None
@@ -102,3 +103,49 @@ def test_no_test_images_are_refused_only_where_labels_could_be_scored():
     assert len(make_splits(Numbers(10), 0, 0.1, 0).test) == 0
     with pytest.raises(DataError, match=r"data\.test_fraction=0 leaves no image to score"):
         make_splits(Numbers(10, np.arange(10) % 2), 0, 0.1, 0)
+
+
+def test_a_fixed_split_without_labels_counts_as_missing_and_is_told():
+    labels = np.arange(100) % 2
+    labels[80:] = -1
+    fixed = {"train": np.arange(80), "test": np.arange(80, 100)}
+    splits = make_splits(Numbers(100, labels, fixed), 0, 0.1, 0.2)
+    assert len(splits.test) == 16
+    assert max(splits.test) < 80
+    assert splits.notes == (
+        "the 20 images of the test split have no labels and are not used; 0.2 of the training images take their place",
+    )
+
+
+def test_rows_without_a_label_stay_in_every_split():
+    labels = np.arange(100) % 2
+    labels[::4] = -1
+    splits = make_splits(Numbers(100, labels), 0, 0.1, 0.2)
+    assert len(splits.train) + len(splits.val) + len(splits.test) == 100
+    assert (labels[splits.test] < 0).sum() == 5
+    assert splits.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("test_labels", "note"),
+    [
+        ([7] * 10, ("10 of 10", "nothing but 0 %")),
+        ([7] * 4 + [1] * 6, ("4 of 10", "at most 60 %")),
+        ([0, 1] * 5, None),
+    ],
+)  # fmt: skip
+def test_accuracies_that_cannot_be_reached_are_told(test_labels: list[int], note: tuple[str, str] | None):
+    labels = np.array([0, 1] * 20 + test_labels)
+    splits = make_splits(
+        Numbers(50, labels, {"train": np.arange(40), "test": np.arange(40, 50)}), 0, 0.1, 0.2
+    )
+    sentence = "{} test images are of classes that no training image has (7), so accuracies can be {}"
+    assert splits.notes == (() if note is None else (sentence.format(*note),))
+
+
+def test_labels_of_the_test_split_alone_measure_nothing_and_that_is_told():
+    labels = np.array([-1] * 40 + [0, 1] * 5)
+    source = Numbers(50, labels, {"train": np.arange(40), "test": np.arange(40, 50)})
+    splits = make_splits(source, 0, 0.1, 0.2)
+    assert not can_score(source, splits)
+    assert splits.notes == ("no training image of numbers has a label, so no accuracy is measured",)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bim.models.tokens import normalize_images
-from bim.orchestrator.data.errors import ImageDecodeError
+from bim.orchestrator.data.errors import ImageDecodeError, TooManyCorruptImagesError
 from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.evaluation import evaluate
 from bim.orchestrator.evaluation.evaluate import evaluate_variants, raw_pixels
@@ -31,16 +31,20 @@ class Blobs:
 
     name: str = "blobs"
     n: int = 120
-    labelled: bool = True
+    labeled: bool = True
     bad: tuple[int, ...] = ()
     class_names: tuple[str, ...] | None = None
     fixed_splits: dict[str, np.ndarray] | None = None
     chunks: None = None
     loads: int = 0
+    unlabeled: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def labels(self) -> np.ndarray | None:
-        return np.arange(self.n, dtype=np.int64) % 2 if self.labelled else None
+        labels = np.arange(self.n, dtype=np.int64) % 2
+        labels[list(self.unlabeled)] = -1
+        return labels if self.labeled else None
 
     def __len__(self) -> int:
         return self.n
@@ -130,7 +134,7 @@ def test_without_labels_the_costs_and_the_rank_of_the_training_images_are_measur
 ) -> None:
     monkeypatch.setattr("bim.orchestrator.evaluation.model_cost.MEASURE_S", 0.01)
     monkeypatch.setattr("bim.orchestrator.evaluation.model_cost.WARM_UP_S", 0.0)
-    source, variants = Blobs(labelled=False, bad=(3,)), {1: vit(1), 2: vit(2)}
+    source, variants = Blobs(labeled=False, bad=(3,)), {1: vit(1), 2: vit(2)}
     one, two = evaluate_variants(
         variants, source, SPLITS, (16, 16), MEAN, STD, CPU, EvalConfig(batch_size=32)
     )
@@ -152,7 +156,7 @@ def test_the_rank_is_of_a_part_of_many_images_drawn_from_the_seed(monkeypatch: p
     def measured(seed: int) -> DepthReport:
         (report,) = evaluate_variants(
             {1: vit(1)},
-            Blobs(labelled=False),
+            Blobs(labeled=False),
             SPLITS,
             (16, 16),
             MEAN,
@@ -234,7 +238,7 @@ def test_a_large_split_is_sampled_by_the_seed_alone(monkeypatch: pytest.MonkeyPa
 
 def test_raw_pixels_without_labels_are_refused() -> None:
     with pytest.raises(ValueError, match="no labels"):
-        raw_pixels(Blobs(labelled=False), SPLITS, (16, 16), QUICK)
+        raw_pixels(Blobs(labeled=False), SPLITS, (16, 16), QUICK)
 
 
 def test_a_report_names_its_metrics_as_they_are_logged() -> None:
@@ -254,3 +258,29 @@ def test_a_report_names_its_metrics_as_they_are_logged() -> None:
         "params": 1000.0,
         "gflops": 0.5,
     }
+
+
+def test_images_without_a_label_are_in_no_accuracy() -> None:
+    blobs = Blobs(unlabeled=(0, 1, 90, 91, 92))
+    report = evaluate_variants({2: vit()}, blobs, SPLITS, (16, 16), MEAN, STD, CPU, QUICK)[0]
+    assert report.n_test == 27
+    assert report.knn_top1 is not None
+
+
+def test_without_labels_in_the_test_split_rankme_takes_the_place_of_accuracies() -> None:
+    blobs = Blobs(unlabeled=tuple(range(90, 120)))
+    report = evaluate_variants({2: vit()}, blobs, SPLITS, (16, 16), MEAN, STD, CPU, QUICK)[0]
+    assert report.knn_top1 is None
+    assert report.rankme is not None
+
+
+@pytest.mark.parametrize("bad", [(3, 4), (95, 96)])
+def test_unreadable_images_of_every_split_are_counted_named_and_limited(bad: tuple[int, ...]) -> None:
+    blobs, met = Blobs(bad=bad), dict[str, str]()
+    measure = (blobs, SPLITS, (16, 16), MEAN, STD, CPU)
+    evaluate_variants({2: vit()}, *measure, QUICK, met)
+    assert met == {f"blob {number}": "made so" for number in bad}
+    with pytest.raises(
+        TooManyCorruptImagesError, match=r"2 of \d+ images could not be read, the last being blob \d+"
+    ):
+        evaluate_variants({2: vit()}, *measure, replace(QUICK, max_bad_fraction=0.01))

@@ -159,7 +159,17 @@ def test_the_global_generator_is_left_alone() -> None:
 
 def test_standard_error_of_a_coin_and_of_certainty() -> None:
     assert standard_error(0.5, 100) == pytest.approx(0.05)
-    assert standard_error(1.0, 100) == 0.0
+    assert standard_error(1.0, 100) == standard_error(0.0, 100) == pytest.approx(1 / 101)
+
+
+@pytest.mark.parametrize("n", [1, 20, 413])
+def test_at_0_and_1_the_error_is_the_bound_of_wilsons_interval(n: int) -> None:
+    z = 1.0
+    for p in (0.0, 1.0):
+        center = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+        far_end = center + half if p == 0.0 else center - half
+        assert standard_error(p, n) == pytest.approx(abs(far_end - p))
 
 
 def test_scores_carry_the_errors_of_their_own_accuracies() -> None:

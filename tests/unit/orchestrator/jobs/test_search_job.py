@@ -13,15 +13,8 @@ from bim.orchestrator.config.schema import SettingsError
 from bim.orchestrator.jobs.prepare import prepare
 from bim.orchestrator.jobs.search_job import search_due
 from bim.orchestrator.runs.output_dir import OutputError
-from bim.orchestrator.search.results import (
-    FOLDER,
-    RECORD,
-    SearchResult,
-    TrialRow,
-    TrialScore,
-    load_result,
-    save_result,
-)
+from bim.orchestrator.search.record import FOLDER, RECORD, load_result, save_result
+from bim.orchestrator.search.results import SearchResult, TrialRow, TrialScore
 
 
 def problem(*argv: str) -> str:

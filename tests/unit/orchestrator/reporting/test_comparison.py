@@ -89,7 +89,7 @@ def test_without_labels_rankme_decides_which_depths_are_on_the_front() -> None:
     assert quality_key(UNLABELED) == "rankme"
     assert quality_key([VIT, SWIN]) == "knn_top1"
     assert pareto_depths(UNLABELED) == [("vit", 2), ("swin", 4)]
-    assert [r["on_front"] for r in comparison_rows(UNLABELED)] == [1, 0, None, 1]
+    assert [r["pareto_front"] for r in comparison_rows(UNLABELED)] == [1, 0, None, 1]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_rows_without_a_column_for_rankme_are_still_compared() -> None:
     assert "31.3" in comparison_table([bare, *UNLABELED])
     figure = comparison_figure([bare, *UNLABELED])
     assert figure is not None
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["vit", "swin", "front"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["vit", "swin", "Pareto front"]
 
 
 def test_without_any_score_there_is_no_picture() -> None:
@@ -142,7 +142,7 @@ def test_without_any_score_there_is_no_picture() -> None:
 def test_rows_for_other_programs_name_backbone_status_front_and_cause(tmp_path: Path) -> None:
     rows = comparison_rows([VIT, BROKEN, SWIN])
     assert all(tuple(values) == ALL_COLUMNS for values in rows)
-    assert [(r["backbone"], r["status"], r["depth"], r["on_front"]) for r in rows] == [
+    assert [(r["backbone"], r["status"], r["depth"], r["pareto_front"]) for r in rows] == [
         ("vit_tiny_patch16_224", "finished", 2, 1),
         ("vit_tiny_patch16_224", "finished", 4, 0),
         ("vit_tiny_patch16_224", "finished", 2, None),
@@ -165,4 +165,8 @@ def test_the_picture_has_a_series_for_every_backbone_that_finished_and_the_front
     figure = comparison_figure([VIT, BROKEN, SWIN], "CPU, 2 threads")
     assert figure is not None
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["vit_tiny_patch16_224", "small", "front"]
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "vit_tiny_patch16_224",
+        "small",
+        "Pareto front",
+    ]

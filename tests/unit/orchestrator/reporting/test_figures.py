@@ -18,11 +18,10 @@ from bim.orchestrator.reporting.figures.accuracy import accuracy_latency_figure
 from bim.orchestrator.reporting.figures.loss_curves import loss_curves_figure
 from bim.orchestrator.reporting.figures.pareto import pareto_figure
 from bim.orchestrator.reporting.figures.reconstruction import (
+    GAP_PX,
     GRAY,
-    fill_masked,
-    hide_masked,
+    MIN_IMAGE_PX,
     reconstruction_figure,
-    save_reconstructions,
 )
 from bim.orchestrator.reporting.figures.style import write_png
 from bim.orchestrator.search.results import SearchResult, TrialRow, TrialScore
@@ -62,19 +61,18 @@ def depth_labels(axes: Axes) -> list[str]:
 
 def test_masked_units_are_gray_and_the_others_untouched() -> None:
     images = np.random.default_rng(0).random((2, 4, 6, 3))
-    hidden = hide_masked(images, np.array([[0, 5], [1, 2]]), (2, 3))  # units of 2 x 2 pixels, row by row
-    assert (hidden[0, 0:2, 0:2] == GRAY).all()  # unit 0
-    assert (hidden[0, 2:4, 4:6] == GRAY).all()  # unit 5
-    assert (hidden[1, 0:2, 2:6] == GRAY).all()  # units 1 and 2
-    assert np.array_equal(hidden[0, 0:2, 2:6], images[0, 0:2, 2:6])
-    assert np.array_equal(hidden[1, 2:4], images[1, 2:4])
-
-
-def test_only_masked_units_show_the_prediction() -> None:
-    images, predicted = np.zeros((1, 4, 4, 3)), np.ones((1, 4, 4, 3))
-    filled = fill_masked(images, predicted, np.array([[3]]), (2, 2))
-    assert filled.sum() == 2 * 2 * 3
-    assert (filled[0, 2:, 2:] == 1).all()
+    figure = reconstruction_figure(images, np.ones_like(images), np.array([[0, 5], [1, 2]]), (2, 3))
+    canvas = np.asarray(figure.axes[0].images[0].get_array())
+    scale = -(-MIN_IMAGE_PX // 6)
+    second_row, second_column = 4 * scale + GAP_PX, 6 * scale + GAP_PX
+    hidden, filled = (canvas[:, left : left + 6 * scale : scale] for left in (0, second_column))
+    for shown, value in ((hidden, GRAY), (filled, 1.0)):
+        first, second = shown[: 4 * scale : scale], shown[second_row::scale][:4]
+        assert (first[0:2, 0:2] == value).all()  # unit 0, of 2 x 2 pixels
+        assert (first[2:4, 4:6] == value).all()  # unit 5
+        assert (second[0:2, 2:6] == value).all()  # units 1 and 2
+        assert np.array_equal(first[0:2, 2:6], images[0, 0:2, 2:6])
+        assert np.array_equal(second[2:4], images[1, 2:4])
 
 
 def color_counts(path: Path) -> tuple[int, int, int]:
@@ -96,7 +94,8 @@ def test_the_picture_shows_masked_reconstructed_and_original_side_by_side(
     original[..., 0] = 1.0  # red
     predicted[..., 2] = 7.0  # blue, far out of range
     path = tmp_path / "new" / "r.png"
-    save_reconstructions(path, original, predicted, np.array([[0]]), (2, 2), "a title", thrown=thrown)
+    figure = reconstruction_figure(original, predicted, np.array([[0]]), (2, 2), "a title", thrown=thrown)
+    write_png(figure, path)
     assert [file.name for file in path.parent.iterdir()] == ["r.png"]
     red, blue, gray = color_counts(path)
     assert blue**0.5 % 1 == 0  # one square unit of whole pixels is predicted, in the second of three columns

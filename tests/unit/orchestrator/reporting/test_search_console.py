@@ -85,13 +85,33 @@ def test_a_trial_that_is_continued_has_its_epoch(lines: pytest.LogCaptureFixture
     assert lines.messages == ["trial 1 continues after epoch 3: mask.ratio 0.6"]
 
 
+def test_a_search_without_its_baseline_goes_on_and_says_so(lines: pytest.LogCaptureFixture) -> None:
+    failed = row(0, 0.75, status="failed", status_reason="the loss of block 0 is not finite")
+    SearchProgress(Sink()).on_end(EMPTY, failed)
+    assert " ".join("".join(lines.messages).split()) == (
+        "trial 0 failed: the loss of block 0 is not finite; the search goes on without the baseline config"
+    )
+
+
+def test_the_first_whole_trial_says_how_long_the_others_take(
+    lines: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter([100.0, 160.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    progress = SearchProgress(Sink(), trials=6, concurrent=2)
+    progress.on_begin(EMPTY, row(0, 0.75))
+    done = row(0, 0.75, 0.5, 0.5, 0.5, 0.5, status="finished")
+    progress.on_end(EMPTY.with_row(done), done)
+    assert lines.messages[-1] == "search: 5 of 6 trials left, at most about 3 min 00 s"
+
+
 def test_the_opening_reads_like_its_snapshot() -> None:
     space = {
         "mask.ratio": Choice((0.75, 0.5, [0.6, 0.65, 0.7, 0.75])),
         "optim.blr": Range(1e-3, 1e-1, log=True, is_integer=False),
         "decoder.throw_ratio": Choice((0.0,)),
     }
-    lines = opening(EMPTY, 6, space, trials=4, run_concurrently=2, max_seconds=100)
+    lines = opening(EMPTY, 6, space, trials=4, run_concurrently=2)
     assert_snapshot("search_opening", "\n".join(lines))
     assert max(map(len, lines)) <= 98
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,13 @@ from bim.orchestrator.distributed.placement import PlacementError, StageLayout
 from bim.orchestrator.evaluation.records import EvalConfig
 from bim.orchestrator.search import controller as controller_module
 from bim.orchestrator.search.controller import SearchController, SearchSpec, grace_period
-from bim.orchestrator.search.results import SearchResult, TrialRow, load_result
+from bim.orchestrator.search.record import load_result
+from bim.orchestrator.search.results import SearchResult, TrialRow, best_line
 from bim.orchestrator.search.trial import TrialSpec
 from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.errors import TrainingError
 
 BASELINE = {"mask.ratio": 0.75}
-
-
-@dataclass
-class Trial:
-    """What is used of Tune's."""
-
-    trial_id: str
-    config: dict[str, Any]
 
 
 class Recorder:
@@ -52,136 +46,226 @@ class Recorder:
 
 @dataclass
 class Scene:
-    controller: SearchController
-    callback: Recorder
-    stop: StopRequest
-    interrupts: list[str]
+    """A search of three trials in a temporary folder, driven by hand as Tune drives it."""
+
     out: Path
+    trials: int = 3
+    callback: Recorder = field(default_factory=Recorder)
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    def start(self) -> SearchController:
+        """The controller of a process that starts the search, or continues it from its record."""
+        layout = StageLayout(((0,),), 0.0, 0.5, 0.4, 1)
+        trial = TrialSpec({}, layout, "fp32", str(self.out / "search" / "trials"), EvalConfig(), "")
+        initial = load_result(self.out) or SearchResult("knn_top1", 100, 4, BASELINE)
+        changes = {"search.grace_epochs": 2, "search.every_epochs": 1}
+        spec = SearchSpec(with_changes(load_settings([]), changes), {}, trial, initial)
+
+        def propose(result: SearchResult) -> dict[str, Any] | None:
+            number = len(result.rows)
+            return {"mask.ratio": 0.75 - number / 10} if number < self.trials else None
+
+        return SearchController(spec, propose, self.out, self.callback, self.stop)
 
 
 @pytest.fixture
 def scene(tmp_path: Path) -> Scene:
-    layout = StageLayout(((0,),), 0.0, 0.5, 0.4, 1)
-    trial = TrialSpec({}, layout, "fp32", str(tmp_path / "search" / "trials"), EvalConfig(), "")
-    initial = SearchResult("knn_top1", 100, 4, BASELINE)
-    callback, stop, interrupts = Recorder(), StopRequest(), list[str]()
-    spec = SearchSpec(load_settings([]), {}, trial, initial)
-    controller = SearchController(
-        spec, initial, tmp_path, callback, stop, interrupt=lambda: interrupts.append("interrupted")
-    )
-    return Scene(controller, callback, stop, interrupts, tmp_path)
+    return Scene(tmp_path)
 
 
 def scored(epoch: int, score: float = 0.5) -> dict[str, Any]:
     return {"epoch": epoch, "score": score, "depths": {"2": score}, "gflops": 1.5, "images_per_s": 10.0}
 
 
-def test_a_trial_is_numbered_when_it_is_first_seen_and_followed_to_its_end(scene: Scene) -> None:
-    own, other = Trial("a", {"mask.ratio": "0.75"}), Trial("b", {"mask.ratio": "[0.5, 0.6]"})
-    scene.controller.on_step([own, other])
-    scene.controller.on_start(own)
-    scene.controller.on_result(own, scored(2))
-    scene.controller.on_result(own, scored(2))  # Tune tells the last result twice
-    scene.controller.on_result(own, scored(4))
-    scene.controller.on_complete(own)
-    scene.controller.on_start(other)
-    scene.controller.on_result(other, scored(2, 0.1))
-    scene.controller.on_complete(other)
+def begun(controller: SearchController) -> int:
+    """The number of the next trial, which is started."""
+    row = controller.next_trial()
+    assert row is not None
+    controller.on_start(row.number)
+    return row.number
+
+
+def test_a_trial_is_followed_from_its_proposal_to_its_end(scene: Scene) -> None:
+    controller = scene.start()
+    baseline = begun(controller)
+    assert not controller.on_report(baseline, scored(2))
+    assert not controller.on_report(baseline, scored(2))  # Tune passes the last report twice
+    assert not controller.on_report(baseline, scored(4))
+    controller.on_complete(baseline)
+    other = begun(controller)
+    assert controller.on_report(other, scored(2, 0.1))
+    controller.on_complete(other)
     assert scene.callback.events == [
-        ("begin", 0, "running"), ("score 2", 0, "running"), ("score 4", 0, "running"), ("end", 0, "finished"),
-        ("begin", 1, "running"), ("score 2", 1, "running"), ("end", 1, "stopped early"),
+        ("begin", 0, "running"), ("score 2", 0, "running"), ("score 4", 0, "finished"), ("end", 0, "finished"),
+        ("begin", 1, "running"), ("score 2", 1, "stopped early"), ("end", 1, "stopped early"),
     ]  # fmt: skip
-    assert [row.changes["mask.ratio"] for row in scene.controller.result.rows] == [0.75, [0.5, 0.6]]
-    assert load_result(scene.out) == scene.controller.result  # at any time
-    assert scene.interrupts == []
+    assert controller.result.rows[1].status_reason == "by ASHA: below the median at rung 2"
+    assert load_result(scene.out) == controller.result  # at any time
+
+
+def test_there_are_as_many_trials_as_are_proposed(scene: Scene) -> None:
+    controller = scene.start()
+    assert [begun(controller) for _ in range(3)] == [0, 1, 2]
+    assert controller.next_trial() is None
 
 
 def test_infeasible_and_failed_trials_keep_their_reason_and_do_not_end_the_search(scene: Scene) -> None:
-    trials = [Trial(name, {"mask.ratio": str(0.1 * n)}) for n, name in enumerate("abcd", 1)]
-    scene.controller.on_step(trials)
-    for trial in trials[1:]:
-        scene.controller.on_start(trial)
-    scene.controller.on_result(trials[1], {"infeasible": "nothing is visible"})
-    scene.controller.on_complete(trials[1])
-    scene.controller.on_result(trials[2], {"failed": "the loss is not finite"})
-    scene.controller.on_error(trials[2])
-    scene.controller.on_error(trials[3])
-    rows = scene.controller.result.rows[1:]
-    assert [(row.status, row.status_reason) for row in rows] == [
+    scene.trials = 4
+    controller = scene.start()
+    numbers = [begun(controller) for _ in range(4)]
+    controller.on_report(numbers[1], {"infeasible": "nothing is visible"})
+    controller.on_complete(numbers[1])
+    controller.on_report(numbers[2], {"failed": "the loss is not finite"})
+    controller.on_error(numbers[2], "its process died")
+    controller.on_error(numbers[3], "its process died")
+    assert [(row.status, row.status_reason) for row in controller.result.rows[1:]] == [
         ("infeasible", "nothing is visible"),
         ("failed", "the loss is not finite"),
-        ("failed", "its process died, possibly out of memory"),
+        ("failed", "its process died"),
     ]
-    assert scene.controller.error is None
+    assert not controller.should_stop()
 
 
 def test_a_trial_that_died_is_told_and_begins_again(scene: Scene) -> None:
-    trial = Trial("a", {"mask.ratio": "0.75"})
-    scene.controller.on_start(trial)
-    scene.controller.on_result(trial, scored(2))
-    scene.controller.on_retry(trial)
-    scene.controller.on_start(trial)
-    scene.controller.on_result(trial, scored(4))
-    scene.controller.on_complete(trial)
-    died = "again: its process died, possibly out of memory"
+    controller = scene.start()
+    number = begun(controller)
+    controller.on_report(number, scored(2))
+    controller.on_retry(number, "its process died")
+    controller.on_start(number)
+    controller.on_report(number, scored(4))
+    controller.on_complete(number)
     assert scene.callback.events == [
-        ("begin", 0, "running"), ("score 2", 0, "running"), (died, 0, "failed"),
-        ("begin", 0, "running"), ("score 4", 0, "running"), ("end", 0, "finished"),
+        ("begin", 0, "running"), ("score 2", 0, "running"), ("again: its process died", 0, "failed"),
+        ("begin", 0, "running"), ("score 4", 0, "finished"), ("end", 0, "finished"),
     ]  # fmt: skip
-    assert scene.controller.error is None
-    assert scene.controller.result.rows[0].status_reason == "trained for all 4 epochs"
+    assert controller.result.rows[0].status_reason == "trained for all 4 epochs"
 
 
 @pytest.mark.parametrize(
     "report", [{"failed": "the loss is not finite"}, {"infeasible": "nothing is visible"}]
 )
-def test_without_trial_0_there_is_nothing_to_compare_with(scene: Scene, report: dict[str, str]) -> None:
-    own = Trial("a", {"mask.ratio": "0.75"})
-    scene.controller.on_start(own)
-    scene.controller.on_result(own, report)
-    scene.controller.on_complete(own) if "infeasible" in report else scene.controller.on_error(own)
-    assert isinstance(scene.controller.error, TrainingError)
-    assert str(scene.controller.error).endswith(next(iter(report.values())))
-    scene.controller.on_step([own])
-    scene.controller.on_step([own])
-    assert scene.interrupts == ["interrupted"]  # once
+def test_without_trial_0_the_search_goes_on(scene: Scene, report: dict[str, str]) -> None:
+    controller = scene.start()
+    baseline, other = begun(controller), begun(controller)
+    controller.on_report(baseline, report)
+    controller.on_complete(baseline) if "infeasible" in report else controller.on_error(baseline, "")
+    controller.on_report(other, scored(4))
+    controller.on_complete(other)
+    assert not controller.should_stop()
+    result = controller.finish()
+    assert result.finished
+    assert result.best.number == 1
+    assert best_line(result).startswith("best: trial 1, mask.ratio 0.65: kNN top-1 0.500 (")
 
 
-def test_a_signal_ends_the_search_at_the_next_step(scene: Scene) -> None:
-    scene.controller.on_step([])
-    assert scene.interrupts == []
+def test_a_search_of_which_every_trial_fails_ends_with_the_cause_and_can_be_tried_again(scene: Scene) -> None:
+    controller = scene.start()
+    for _ in range(3):
+        number = begun(controller)
+        controller.on_report(number, {"failed": f"cause {number}"})
+        controller.on_error(number, "")
+    with pytest.raises(
+        TrainingError, match=r"no trial .* trial 0, the baseline config: failed, cause 0; --resume"
+    ):
+        controller.finish()
+    again = scene.start()
+    assert [begun(again) for _ in range(3)] == [0, 1, 2]
+
+
+def test_a_signal_ends_the_search_and_leaves_its_trials_to_be_continued(scene: Scene) -> None:
+    controller = scene.start()
+    numbers = [begun(controller), begun(controller)]
+    controller.on_report(numbers[0], scored(2))
+    assert not controller.should_stop()
     scene.stop.reason = "SIGTERM"
-    scene.controller.on_step([])
-    assert scene.interrupts == ["interrupted"]
-    assert scene.controller.error is None
+    assert controller.should_stop()
+    controller.on_complete(numbers[0])  # Tune ends its trials
+    controller.on_error(numbers[1], "its process died")
+    assert not controller.finish().finished
+    assert [row.status for row in controller.result.rows] == ["running", "running"]
+    scene.stop.reason = None
+    again = scene.start()
+    assert [begun(again) for _ in range(3)] == [0, 1, 2]
+    assert again.result.rows[0].epoch == 2
 
 
 def test_a_cluster_without_room_for_a_trial_is_not_waited_for_without_end(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(controller_module, "PLACEMENT_TIMEOUT_S", 0.0)
-    time.sleep(0.01)
-    scene.controller.on_step([])
-    assert isinstance(scene.controller.error, PlacementError)
-    assert "a placement group of 1 x {CPU: 0.5, GPU: 0} is not available" in str(scene.controller.error)
-    assert scene.interrupts == ["interrupted"]
+    monkeypatch.setattr(controller_module, "PLACEMENT_TIMEOUT_S", -1.0)
+    controller = scene.start()
+    controller.next_trial()
+    assert controller.should_stop()
+    with pytest.raises(
+        PlacementError, match=r"a placement group of 1 x \{CPU: 0.5, GPU: 0\} is not available"
+    ):
+        controller.finish()
 
 
-def test_trials_that_the_record_knows_as_completed_are_reported_and_failed_ones_may_be_retried(
-    scene: Scene,
+def test_a_record_that_cannot_be_written_ends_the_search_in_a_sentence(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trials = [Trial(name, {"mask.ratio": str(0.1 * n)}) for n, name in enumerate("abc", 1)]
-    for trial in trials:
-        scene.controller.on_start(trial)
-    scene.controller.on_result(trials[0], scored(4))
-    scene.controller.on_complete(trials[0])
-    scene.controller.on_result(trials[1], {"infeasible": "so"})
-    scene.controller.on_complete(trials[1])
-    scene.controller.on_error(trials[2])
-    completed = scene.controller.completed_trials()
-    assert completed["b"] == {"infeasible": "so"}
-    assert completed["a"]["epoch"] == 4
-    assert "c" not in completed
+    controller = scene.start()
+    number = begun(controller)
+
+    def full(out: Path, result: SearchResult) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(controller_module, "save_result", full)
+    controller.on_report(number, scored(2))
+    assert controller.should_stop()
+    with pytest.raises(TrainingError, match=r"trials.json cannot be written \(No space left on device\)"):
+        controller.finish()
+
+
+SCORES = {0: [0.3, 0.5, 0.5, 0.6], 1: [0.3, 0.2, 0.9, 0.9], 2: [0.4, 0.6, 0.7, 0.5]}
+
+
+def drive(controller: SearchController, events: Iterator[int]) -> None:
+    """Run trials one after the other on the scores of `SCORES`. Raises StopIteration when there are no more events."""
+    while (row := controller.next_trial()) is not None:
+        next(events)
+        number = row.number
+        controller.on_start(number)
+        # A trial continues from its last checkpoint, whose score it reports again.
+        for epoch in range(max(row.epoch, 1), 5):
+            next(events)
+            if controller.on_report(number, scored(epoch, SCORES[number][epoch - 1])):
+                break
+        next(events)
+        controller.on_complete(number)
+
+
+def test_a_search_that_is_killed_at_any_moment_ends_as_the_unbroken_one(tmp_path: Path) -> None:
+    whole = Scene(tmp_path / "whole")
+    events = iter(range(1000))
+    controller = whole.start()
+    drive(controller, events)
+    expected, num_events = controller.finish(), next(events)
+    assert [row.status for row in expected.rows] == ["finished", "stopped early", "finished"]
+    assert num_events > 12
+    for moment in range(num_events):
+        scene = Scene(tmp_path / str(moment))
+        with contextlib.suppress(StopIteration):
+            drive(scene.start(), iter(range(moment)))
+        again = scene.start()
+        drive(again, iter(range(1000)))
+        assert again.finish() == expected, moment
+        scores = [event for event in scene.callback.events if event[0].startswith("score")]
+        assert len(set(scores)) == len(scores)
+
+
+def test_the_checkpoints_of_a_trial_go_when_it_has_ended(scene: Scene) -> None:
+    controller = scene.start()
+    folders = [scene.out / "search" / "trials" / str(number) for number in range(2)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    for number in (begun(controller), begun(controller)):
+        controller.on_report(number, scored(4))
+    controller.on_complete(0)
+    assert [folder.exists() for folder in folders] == [False, True]
+    scene.start()  # the process was killed before it removed the other one
+    assert not folders[1].exists()
 
 
 @pytest.mark.parametrize(("grace", "every", "soonest"), [(1, 1, 1), (1, 5, 5), (4, 2, 4), (9, 1, 6)], ids=str)

@@ -7,21 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from bim.orchestrator.runs.output_dir import OutputError
+from bim.orchestrator.search.record import FOLDER, TABLE, save_result
 from bim.orchestrator.search.results import (
-    BEST,
-    FOLDER,
-    RECORD,
-    TABLE,
     SearchResult,
     Status,
     TrialRow,
     TrialScore,
     best_line,
     changes_of_best,
-    load_result,
     note_rows,
-    save_result,
     status_counts,
     table_rows,
 )
@@ -39,7 +33,7 @@ def row(
         else (TrialScore(2, score / 2, {2: score / 2}), TrialScore(epoch, score, {2: score}))
     )
     changes = {"mask.ratio": ratio, "schedule.resolution": None}
-    return TrialRow(number, changes, status, "why", points, gflops, 100.0, f"t{number}")
+    return TrialRow(number, changes, status, "why", points, gflops, 100.0)
 
 
 def result(*rows: TrialRow) -> SearchResult:
@@ -97,39 +91,6 @@ def test_trials_are_compared_at_the_same_epoch() -> None:
     assert best is not None
     assert best.number == 2
     assert found.best_at(1) is None
-
-
-def test_the_record_is_read_back_as_it_was_written(tmp_path: Path) -> None:
-    assert load_result(tmp_path) is None
-    found = result(row(0, 0.5), row(1, None, status="infeasible"))
-    save_result(tmp_path, found)
-    assert load_result(tmp_path) == found
-    assert not (tmp_path / FOLDER / BEST).exists()
-    save_result(tmp_path, found, "# best\n")
-    assert (tmp_path / FOLDER / BEST).read_text() == "# best\n"
-
-
-OLDER = """{"metric": "knn_top1", "images": 100, "epochs": 4, "own": {"mask.ratio": 0.75}, "asked": {"trials": 1},
-"fingerprint": "f", "rows": [{"number": 0, "changes": {"mask.ratio": 0.75}, "status": "finished", "why": "trained",
-"curve": [{"epoch": 4, "score": 0.5, "by_depth": {"2": 0.5}}], "gflops": 1.0, "images_per_s": 9.0, "tune_id": "a"}],
-"finished": true}"""
-
-
-def test_a_finished_search_of_an_earlier_version_is_read_and_an_unfinished_one_refused(
-    tmp_path: Path,
-) -> None:
-    record = tmp_path / FOLDER / RECORD
-    record.parent.mkdir()
-    record.write_text(OLDER)
-    older = load_result(tmp_path)
-    assert older is not None
-    assert older.baseline_values == {"mask.ratio": 0.75}
-    assert older.best.status_reason == "trained"
-    record.write_text(OLDER.replace("true", "false"))
-    with pytest.raises(
-        OutputError, match="earlier version and cannot be continued; start a new run with another --out"
-    ):
-        load_result(tmp_path)
 
 
 def test_the_table_lists_the_best_first_and_every_setting(tmp_path: Path) -> None:

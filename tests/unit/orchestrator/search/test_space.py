@@ -18,9 +18,7 @@ from bim.orchestrator.search.space import (
     baseline_values,
     changes_text,
     combinations,
-    decode_config,
     draw_settings,
-    encode_choice,
     space_of,
 )
 
@@ -161,19 +159,6 @@ def test_ranges_are_drawn_inside_their_bounds_and_as_they_are_read() -> None:
     assert sum(point["a"] < 1e-2 for point in drawn) in range(15, 36)  # evenly by the logarithm
     narrow: Space = {"a": Range(1.0, 1.0001, log=False, is_integer=False)}
     assert len(draw_settings(narrow, {"a": 1.0}, 50, seed=0)) < 50  # and comes to an end
-
-
-def test_a_nested_candidate_is_encoded_as_text_and_a_number_of_a_range_stays() -> None:
-    schedule = [[0, 24], [0.5, 32]]
-    config = {
-        "a": encode_choice(schedule),
-        "b": encode_choice("hog"),
-        "c": encode_choice([0, 0.5]),
-        "d": 0.25,
-    }
-    changes = decode_config(config)
-    assert changes == {"a": schedule, "b": "hog", "c": [0, 0.5], "d": 0.25}
-    assert [type(number) for number in changes["c"]] == [int, float]
 
 
 def test_only_what_differs_from_the_recipe_is_named() -> None:

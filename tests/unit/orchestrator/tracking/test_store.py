@@ -18,7 +18,7 @@ def test_passwords_are_never_shown() -> None:
     address = StoreAddress("postgresql://ada:secret@db.example.org:5432/mlflow")
     assert str(address) == "postgresql://ada:***@db.example.org:5432/mlflow"
     assert "secret" not in str(address.ui_hint("1", "abc"))
-    assert str(StoreAddress("https://ada:secret@example.org")) == "https://ada:***@example.org"
+    assert str(StoreAddress("https://ada:secret@example.org")) == "https://***@example.org"
 
 
 def test_the_default_store_opens_with_the_bare_command(

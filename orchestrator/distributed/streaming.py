@@ -1,0 +1,55 @@
+"""Results of a remote generator, one at a time: files of any total size come back from a node without shared storage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import ray
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from bim.orchestrator.distributed.cluster import result_of
+from bim.orchestrator.distributed.placement import StageLayout
+
+Item = TypeVar("Item")
+
+ITEMS_AHEAD = 2
+"""Items that the generator may produce before they are taken; each lies in the object store meanwhile."""
+
+
+def stream_from_bundle(
+    function: Callable[..., Iterator[Item]],
+    group: PlacementGroup,
+    layout: StageLayout,
+    should_cancel: Callable[[], bool],
+    *args: object,
+) -> Iterator[Item]:
+    """Run the generator `function(*args)` in its own process in the bundle of the first stage, whose actors have ended.
+
+    Yields its items; ends early once `should_cancel()`. Ray repeats a generator whose process dies, and the items that
+    were taken are not yielded again; so the function must be repeatable.
+    """
+    bundle = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
+    items = (
+        ray.remote(function)
+        .options(
+            scheduling_strategy=bundle,
+            num_cpus=layout.cpus,
+            num_gpus=min(1.0, layout.gpus),
+            max_retries=2,
+            num_returns="streaming",
+            _generator_backpressure_num_objects=ITEMS_AHEAD,
+        )
+        .remote(*args)
+    )
+    while True:
+        while not ray.wait([items], timeout=0.5, fetch_local=False)[0]:
+            if should_cancel():
+                ray.cancel(items, force=True)
+                return
+        try:
+            reference = next(items)
+        except StopIteration:
+            return
+        yield result_of(reference)

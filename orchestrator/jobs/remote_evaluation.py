@@ -1,0 +1,80 @@
+"""The evaluation of a checkpoint on a node that does not see the output directory: its files are sent to the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from bim.orchestrator.evaluation.records import EvaluationResult
+from bim.orchestrator.export.timm_folder import check_replaceable
+from bim.orchestrator.files import atomic_write
+from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, evaluate_checkpoint
+
+
+@dataclass(frozen=True)
+class SentFile:
+    """A file of an evaluation.
+
+    Args:
+        path: relative to the output directory.
+        content: (bytes,) uint8; Ray hands arrays over without a copy.
+    """
+
+    path: str
+    content: np.ndarray
+
+
+def evaluate_and_send(task: EvaluationTask) -> Iterator[SentFile | EvaluationResult]:
+    """Evaluate into a folder of this machine; yields its files, then the result with paths relative to that folder."""
+    with TemporaryDirectory(prefix="bim-evaluation-") as folder:
+        result = evaluate_checkpoint(replace(task, out=folder))
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                yield SentFile(str(path.relative_to(folder)), np.fromfile(path, np.uint8))
+        yield replace(
+            result,
+            folders={depth: str(Path(path).relative_to(folder)) for depth, path in result.folders.items()},
+            pictures={depth: str(Path(path).relative_to(folder)) for depth, path in result.pictures.items()},
+        )
+
+
+def receive(items: Iterable[SentFile | EvaluationResult], out: Path) -> EvaluationResult | None:
+    """Put the files of an evaluation into the output directory, once all are here. None if they end before the result.
+
+    Raises:
+        StorageError: the file system refuses.
+    """
+    with TemporaryDirectory(prefix=".evaluation-", suffix=".tmp", dir=out) as folder:
+        incoming, replaced = Path(folder) / "new", Path(folder) / "old"
+        for item in items:
+            if isinstance(item, EvaluationResult):
+                _move_into(incoming, replaced, out)
+                return replace(
+                    item,
+                    folders={depth: str(out / path) for depth, path in item.folders.items()},
+                    pictures={depth: str(out / path) for depth, path in item.pictures.items()},
+                )
+            path = incoming / item.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, item.content.tobytes())
+    return None
+
+
+def _move_into(incoming: Path, replaced: Path, out: Path) -> None:
+    """Move timm folders as a whole, and every other file. What an earlier evaluation left there is replaced."""
+    for fresh in sorted(incoming.glob("variants/*")):
+        target = out / fresh.relative_to(incoming)
+        check_replaceable(target)
+        target.parent.mkdir(exist_ok=True)
+        if target.exists():
+            replaced.mkdir(exist_ok=True)
+            target.rename(replaced / fresh.name)
+        fresh.rename(target)
+    for fresh in sorted(path for path in incoming.rglob("*") if path.is_file()):
+        target = out / fresh.relative_to(incoming)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh.replace(target)
