@@ -25,7 +25,8 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     Raises:
         StorageError: the file system refuses; the old content stays.
     """
-    content = data.encode() if isinstance(data, str) else data
+    # File names that are not UTF-8 are text with lone surrogates; they end no run.
+    content = data.encode(errors="backslashreplace") if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
         try:
@@ -34,10 +35,18 @@ def atomic_write(path: Path, data: bytes | str) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except OSError:
+        except BaseException:  # also a signal
             with suppress(OSError):
                 temporary.unlink()
             raise
+
+
+def remove_temporary_files(out: Path) -> None:
+    """Remove what killed processes left of their writes below an output directory, which this process alone writes to."""
+    with suppress(OSError):
+        for temporary in list(out.glob("**/.*.tmp")):
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def make_folder(path: Path) -> None:

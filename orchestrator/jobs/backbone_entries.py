@@ -36,7 +36,16 @@ RUN_LEVEL_SETTINGS = (
 )
 """Settings that are the same for all backbones: what is compared was trained and scored on the same images."""
 
-RESERVED_NAMES = ("checkpoints", "pictures", "variants", "decoders", "search", "events.log", "metrics.jsonl")
+RESERVED_NAMES = (
+    "checkpoints",
+    "pictures",
+    "variants",
+    "decoders",
+    "search",
+    "uploads",
+    "events.log",
+    "metrics.jsonl",
+)
 """Names that a run gives to other files and folders of its output directory."""
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 from bim.orchestrator.config.recipes import SAVED_SETTINGS
 from bim.orchestrator.config.transforms import settings_to_yaml, with_changes
@@ -31,8 +32,10 @@ from bim.orchestrator.reporting.summary import write_summary
 from bim.orchestrator.runs.output_dir import new_output
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun
 from bim.orchestrator.runs.provenance import collect
+from bim.orchestrator.runs.signals import at_forced_exit
 from bim.orchestrator.text import redact
 from bim.orchestrator.tracking.descriptions import fenced
+from bim.orchestrator.tracking.store import TrackingError
 from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.storage import is_url
 
@@ -55,6 +58,7 @@ def open_comparison(job: PreparedJob, cluster: ClusterResources, stack: ExitStac
                 tracking.uri, tracking.experiment, job.out.name, job.out, resumed, tracking.model_name
             )
         )
+    stack.enter_context(at_forced_exit(tracker.end_at_once))
     stack.enter_context(log_to_file(job.out / EVENTS))
     params = {
         "backbones": ", ".join(backbone.name for backbone in job.backbones),
@@ -129,7 +133,7 @@ def record_comparison(
         tracker.log_picture(figure, "backbones")
     tracker.set_tags({f"backbone.{r.name}": "failed" if r.failed else "finished" for r in results})
     page = f"#/experiments/{tracker.experiment_id}/runs/"
-    run_ids = {result.name: Tracker.recorded_run(job.out / result.name) for result in results}
+    run_ids = {result.name: _recorded_run(job.out / result.name) for result in results}
     links = ", ".join(
         f"[{name}]({page}{run_id}?workflowType=machine_learning)"
         for name, run_id in run_ids.items()
@@ -138,6 +142,13 @@ def record_comparison(
     note = f"{len(results)} backbones side by side: {links}\n\n{fenced(table)}"
     tracker.describe(note, [] if figure is None else ["backbones"])
     return table, results
+
+
+def _recorded_run(out: Path) -> str | None:
+    try:
+        return Tracker.recorded_run(out)
+    except TrackingError:  # of a backbone that an earlier process finished; it has no link
+        return None
 
 
 def _result(prepared: PreparedBackbone, failed: str | None) -> MemberResult:

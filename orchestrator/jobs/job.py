@@ -19,6 +19,7 @@ from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.distributed.cluster import ClusterError, ray_cluster
 from bim.orchestrator.distributed.placement import ClusterResources, PlacementError
+from bim.orchestrator.files import remove_temporary_files
 from bim.orchestrator.jobs.backbone_run import BackboneRun
 from bim.orchestrator.jobs.comparison import measure_pending_latencies, open_comparison, record_comparison
 from bim.orchestrator.jobs.layouts import shared_layouts, single_layouts
@@ -35,11 +36,11 @@ from bim.orchestrator.jobs.train_backbones import train_backbones
 from bim.orchestrator.reporting.closing import closing_lines, several_closing_lines
 from bim.orchestrator.reporting.startup import data_notes, opening_lines
 from bim.orchestrator.runs.output_dir import OutputError
-from bim.orchestrator.runs.signals import interrupted_by_signals
+from bim.orchestrator.runs.signals import at_forced_exit, interrupted_by_signals
 from bim.orchestrator.runs.train import check_precision, resolve_precision
 from bim.orchestrator.search.record import finished_search
 from bim.orchestrator.text import short_path
-from bim.orchestrator.tracking.open_run import TrackingError
+from bim.orchestrator.tracking.store import TrackingError
 from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.callbacks import StopRequest
 
@@ -88,8 +89,19 @@ def run_job(job: PreparedJob, stop: StopRequest | None = None) -> JobResult:
 def _run(job: PreparedJob, stop: StopRequest) -> JobResult:
     with ExitStack() as stack:
         stack.enter_context(interrupted_by_signals(stop))
+        opened: list[Path] = []
+
+        def remove_temporaries() -> None:
+            for out in opened:
+                remove_temporary_files(out)
+
+        # Called when Ray's processes have ended, which may have been killed in the middle of a write.
+        stack.callback(remove_temporaries)
+        stack.enter_context(at_forced_exit(remove_temporaries))
         cluster = stack.enter_context(connect(job.settings))
         backbones, comparison = _open(job, cluster, stack)
+        opened.append(job.out)
+        remove_temporaries()  # of a driver that was killed
         _log_opening(job, backbones)
         if not job.compares:
             _search(backbones[0], cluster, stop)

@@ -22,6 +22,7 @@ from bim.orchestrator.reporting.summary import render_table, summary_rows, write
 from bim.orchestrator.runs.output_dir import new_output
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun
 from bim.orchestrator.runs.provenance import DataRecord, collect
+from bim.orchestrator.runs.signals import at_forced_exit
 from bim.orchestrator.search.record import BEST, FOLDER, TABLE, finished_search
 from bim.orchestrator.search.results import SearchResult, best_line, changes_of_best, note_rows, status_counts
 from bim.orchestrator.text import params_text, redact
@@ -65,6 +66,7 @@ def open_backbone_run(
     with new_output(run.out):
         text = write_settings(run)  # before anything else: by this file --resume knows that it was begun
         tracker = stack.enter_context(open_tracker(run, run_name, None if parent is None else parent.run_id))
+    stack.enter_context(at_forced_exit(tracker.end_at_once))
     stack.enter_context(log_to_file(run.out / EVENTS, label))
     # MLflow never changes a parameter, so those that the search decides wait for its end.
     undecided = tuple(run.settings.search.space) if search_due(run.settings, run.out) else ()

@@ -18,7 +18,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from bim.orchestrator.text import redact
 
@@ -28,10 +29,17 @@ except ImportError:  # without it, runs must not be started at the same moment i
     fcntl = None  # type: ignore[assignment]
 
 CONNECT_TIMEOUT_S = 5.0
-"""Seconds that a store may take to answer at the start."""
+"""Seconds in which a store must be reachable at the start."""
+
+RESPONSE_TIMEOUT_S = 60
+"""Seconds that a server which is reachable may take for a request."""
 
 LOCK_TIMEOUT_S = 60.0
 """Seconds that a process waits for another one that opens the same SQLite store; MLflow makes its tables in about 5 s."""
+
+
+class TrackingError(ValueError):
+    """The MLflow store cannot be used; raised only when a run starts."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,12 @@ class StoreAddress:
         """The tracking URI that a reader in this folder must set; None for MLflow's default."""
         return None if self.is_default else str(self)
 
+    @property
+    def shareable_uri(self) -> str:
+        """The URI without its password, and with an absolute path if it is that of an SQLite store."""
+        file = self.sqlite_file
+        return str(self) if file is None else f"sqlite:///{quote(str(file))}"
+
     def artifact_folder(self, experiment: str) -> str | None:
         """Where a new experiment keeps its files; None leaves it to MLflow.
 
@@ -83,25 +97,33 @@ class StoreAddress:
         command = "mlflow ui" if self.is_default else f"mlflow ui --backend-store-uri '{self}'"
         return command, f"http://127.0.0.1:5000/{page}"
 
-    def probe(self) -> None:
-        """Connect to a database once, and write if it is SQLite. A server is tried by its first request instead.
+    def probe(self, create: bool = True) -> None:
+        """Connect to a store once, and write if it is SQLite.
+
+        Args:
+            create: whether an SQLite store that does not exist is created; MLflow itself would.
 
         Raises OSError, sqlite3.Error or an error of SQLAlchemy if it cannot be used.
         """
         file = self.sqlite_file
-        parts = urlsplit(self.uri)
         if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
+            if create:
+                file.parent.mkdir(parents=True, exist_ok=True)
+            elif not file.exists():
+                raise FileNotFoundError(f"{file} does not exist")
             with contextlib.closing(sqlite3.connect(file, timeout=CONNECT_TIMEOUT_S)) as database:
                 database.execute("BEGIN IMMEDIATE")
                 database.execute("ROLLBACK")
-        elif not self.is_http and parts.hostname:
+            return
+        parts = urlsplit(self.uri)
+        default_ports = {"postgresql": 5432, "mysql": 3306, "mssql": 1433, "http": 80, "https": 443}
+        port = parts.port or default_ports.get(parts.scheme.partition("+")[0])
+        is_behind_proxy = self.is_http and bool(getproxies()) and not proxy_bypass(parts.hostname or "")
+        if parts.hostname and port is not None and not is_behind_proxy:
+            socket.create_connection((parts.hostname, port), timeout=CONNECT_TIMEOUT_S).close()
+        if not self.is_http and parts.hostname:
             import sqlalchemy  # comes with mlflow; only databases on servers need it
 
-            ports = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
-            port = parts.port or ports.get(parts.scheme.partition("+")[0])
-            if port is not None:
-                socket.create_connection((parts.hostname, port), timeout=CONNECT_TIMEOUT_S).close()
             engine = sqlalchemy.create_engine(self.uri)
             try:
                 engine.connect().close()

@@ -176,11 +176,12 @@ class _Loop:
             checkpoint = None if manifest is None else self.store.directory(step)
             try:
                 self.stages.restore(checkpoint, step, self._stop_requested)
-            except StageFailure as failure:
-                if not isinstance(failure.cause, CheckpointDamagedError):
+            except (StageFailure, CheckpointDamagedError) as error:
+                cause = error.cause if isinstance(error, StageFailure) else error
+                if not isinstance(cause, CheckpointDamagedError):
                     raise
-                damaged = failure.cause
-                self.store.reject(damaged)
+                damaged = cause
+                self.store.reject(cause)
             else:
                 return manifest
 
@@ -224,13 +225,6 @@ class _Loop:
             request = StepRequest(step, self.schedule.lr(step), micro_step, micro_steps, checkpoint)
             self.in_flight.append((request, self.stages.submit(request)))
             self._collect(self.schedule.window)
-
-    def _saves(self, step: int) -> bool:
-        """Whether a checkpoint follows this step, by the schedule or because one was asked for."""
-        requested, self.saves_done = self.stop.saves_requested > self.saves_done, self.stop.saves_requested
-        if requested:
-            self.requested_step = step + 1
-        return requested or self.schedule.is_checkpoint_step(step)
 
     def _collect(self, max_in_flight: int) -> None:
         while len(self.in_flight) > max_in_flight:

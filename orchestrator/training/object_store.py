@@ -105,8 +105,16 @@ class ObjectStore:
 
     def move(self, name: str, to: str) -> None:
         """Move every object below `name` to `to`: an object store copies and removes."""
-        source, target = f"{self._root}/{name}", f"{self._root}/{to}"
-        self._request("written to", lambda: self._fs.mv(source, target, recursive=True))
+        names = [path for path in self.sizes() if path.startswith(f"{name}/")]
+        for path in names:
+            self._copy(path, f"{to}{path.removeprefix(name)}")
+        self.remove(names)
+
+    def _copy(self, path: str, to: str) -> None:
+        source, target = f"{self._root}/{path}", f"{self._root}/{to}"
+        if self._protocol not in WITHOUT_FOLDERS:
+            self._request("written to", lambda: self._fs.makedirs(target.rpartition("/")[0], exist_ok=True))
+        self._request("written to", lambda: self._fs.cp_file(source, target))
 
     def _request(self, participle: str, request: Callable[[], Result]) -> Result:
         start, delay = time.monotonic(), FIRST_DELAY_S

@@ -22,6 +22,7 @@ from bim.orchestrator.training.restart_policy import RestartPolicy
 from bim.orchestrator.training.schedule import TrainingSchedule
 from bim.orchestrator.training.spec import DecoderSpec, OptimSpec, PretrainSpec, TargetSpec
 from bim.orchestrator.training.stage_group import InProcessStages, Stages
+from bim.orchestrator.training.storage import Checkpoints, Location
 from bim.orchestrator.training.watchdog import Watchdog
 
 STEPS_PER_EPOCH = 10
@@ -123,8 +124,9 @@ def train(
     keep: int = 2,
     phases: tuple[Phase, ...] = (),
     watchdog: Watchdog | None = None,
+    store: Checkpoints | None = None,
 ) -> PretrainResult:
-    """Train to `steps` in epochs of ten steps, checkpoints every `every` steps."""
+    """Train to `steps` in epochs of ten steps, checkpoints every `every` steps in `store`; None: in `out`."""
     epochs = (
         steps // STEPS_PER_EPOCH if not phases else phase_at(phases, steps - 1).epoch_of(steps - 1)[0] + 1
     )
@@ -138,7 +140,7 @@ def train(
         max_bad_images=0,
     )
     out.mkdir(parents=True, exist_ok=True)
-    store = CheckpointStore(out, keep=keep)
+    store = store or CheckpointStore(out, keep=keep)
     store.clear_uncommitted()
     return pretrain(
         schedule,
@@ -154,7 +156,11 @@ def train(
 
 def state(out: Path, step: int, blocks: int = 4) -> dict[str, Tensor]:
     """Weights and optimizer state of a committed checkpoint, all blocks, flat."""
-    directory = CheckpointStore(out).directory(step)
+    return tensors_of(CheckpointStore(out).directory(step), blocks)
+
+
+def tensors_of(directory: Location, blocks: int = 4) -> dict[str, Tensor]:
+    """As `state`, of a checkpoint folder."""
     tensors: dict[str, Tensor] = {}
     for k in range(blocks):
         tensors |= {f"{k}/{name}": value for name, value in load_block_weights(directory, k).items()}

@@ -69,10 +69,10 @@ def test_the_shipped_file_is_valid_for_ray() -> None:
     assert prepared["provider"]["type"] == "aws"
 
 
-@pytest.mark.parametrize("name", ["local", "gcp"])
-def test_the_variants_in_its_comments_are_valid_for_ray(name: str) -> None:
+@pytest.mark.parametrize(("name", "provider"), [("local", "local"), ("gcp", "gcp"), ("s3", "aws")])
+def test_the_variants_in_its_comments_are_valid_for_ray(name: str, provider: str) -> None:
     prepared = as_ray_reads_it(variant(name))
-    assert prepared["provider"]["type"] == name
+    assert prepared["provider"]["type"] == provider
     assert prepared["head_node_type"] in prepared["available_node_types"]
 
 
@@ -126,7 +126,9 @@ def test_all_packages_of_this_project_are_copied_and_installed_on_every_machine(
     copied = {target.removeprefix("~/bim/") for target in prepared["file_mounts"]}
     assert needed <= copied
     for machine in ("head", "worker"):
-        installs = [c for c in prepared[f"{machine}_setup_commands"] if "pip install" in c and "~/bim " in c]
+        installs = [
+            c for c in prepared[f"{machine}_setup_commands"] if "pip install" in c and "~/bim[s3] " in c
+        ]
         assert len(installs) == 1
         assert "--editable" in installs[0]
 
@@ -158,10 +160,58 @@ def test_no_stage_may_land_on_the_head() -> None:
     assert shipped()["available_node_types"]["head"]["resources"] == {"CPU": 0}
 
 
-def test_every_shell_command_can_be_parsed() -> None:
-    for command in commands(as_ray_reads_it(shipped())):
+@pytest.mark.parametrize("config", [shipped(), variant("s3")], ids=["shipped", "s3"])
+def test_every_shell_command_can_be_parsed(config: Config) -> None:
+    for command in commands(as_ray_reads_it(config)):
         done = subprocess.run(["bash", "-n", "-c", command], capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{command}: {done.stderr}"
+
+
+def run_with_stubs(command: str, folder: Path, **stubs: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell command with scripts in place of programs; each gets its own arguments."""
+    for name, script in stubs.items():
+        path = folder / name.replace("_", "-")
+        path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        path.chmod(0o755)
+    environment = {"HOME": str(folder), "PATH": f"{folder}:/usr/bin:/bin"}
+    return subprocess.run(
+        ["bash", "-c", command], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("routes", "exported"),
+    [
+        (
+            "172.31.16.0/20 src 172.31.20.5 metric 100",
+            "/shared 172.31.16.0/20(rw,sync,no_subtree_check)\n",
+        ),
+        ("", None),
+    ],
+)
+def test_the_head_serves_its_folder_to_its_subnet_alone(
+    routes: str, exported: str | None, tmp_path: Path
+) -> None:
+    (command,) = (c for c in shipped()["head_setup_commands"] if "exports" in c)
+    done = run_with_stubs(
+        command,
+        tmp_path,
+        mountpoint="exit 1",
+        sudo=f"case $1 in tee) cat > {tmp_path}/bim.exports;; esac",
+        ip=f"""case "$*" in
+            "-4 route show default") echo default via 172.31.16.1 dev ens5 proto dhcp src 172.31.20.5 metric 100;;
+            "-4 route show dev ens5 proto kernel scope link") echo {routes};;
+        esac""",
+    )
+    file = tmp_path / "bim.exports"
+    assert (file.read_text() if file.exists() else None) == exported
+    assert (done.returncode == 0) == (exported is not None)
+    if exported is None:
+        assert "this machine has no subnet to serve /shared to" in done.stderr
+
+
+def test_without_nfs_nothing_is_served_or_mounted() -> None:
+    assert [c for c in commands(variant("s3")) if "exports" in c or "mount" in c] == []
 
 
 @pytest.mark.filterwarnings("ignore")  # of Ray Serve, which Ray's command line imports

@@ -14,7 +14,8 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DEPENDENCIES = [Requirement(text) for text in PROJECT["dependencies"]]
-BOUNDED = [*DEPENDENCIES, *map(Requirement, PROJECT["optional-dependencies"]["optuna"])]
+EXTRAS = PROJECT["optional-dependencies"]
+BOUNDED = [*DEPENDENCIES, *map(Requirement, [*EXTRAS["optuna"], *EXTRAS["s3"]])]
 PIN = re.compile(r"[A-Za-z0-9][\w.-]*==\d[\w.]*")  # no address, no path, no local version
 
 
