@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bim.orchestrator.reporting.log import configure_console
+from bim.orchestrator.runs.signals import leave
+from bim.pipelines.process import run_command
 
 log = logging.getLogger("bim.pipelines.sync_tracking")
 
@@ -21,7 +23,14 @@ closed as KILLED; --resume opens it again."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Sync an output directory. Returns the exit status: 0 all is sent, 1 something is left, 2 bad input."""
+    """Sync an output directory.
+
+    Returns the exit status: 0 all is sent, 1 something is left, 2 bad input, 75 or 128 + n stopped by a signal.
+    """
+    return run_command(lambda stop: _main(argv), "stopped by {}; what is left stays where it is")
+
+
+def _main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python pipelines/sync_tracking.py",
         description=DESCRIPTION,
@@ -70,4 +79,4 @@ def run(out: Path, uri: str | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -12,9 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlflow import MlflowClient
-from mlflow.entities import Run
-
+from bim.orchestrator.tracking.stored_values import stored_values
 from bim.orchestrator.training.checkpoint import CheckpointStore
 
 JOB = {
@@ -74,13 +72,14 @@ class Outcome:
         return [name for name in names if self.values.get(name) != other.values.get(name)]
 
 
-def read_outcome(out: Path, client: MlflowClient, name: str) -> Outcome:
+def read_outcome(out: Path, tracking_uri: str, name: str) -> Outcome:
     """What the run in `out` and its experiment `name` hold.
 
     Raises:
-        FileNotFoundError, ValueError: the run has not come to its end.
+        OSError, ValueError: the run has not come to its end.
     """
-    return Outcome(dict(_files(out)) | dict(_records(client, name)))
+    records = {key: value for key, value in stored_values(tracking_uri, name).items() if _is_comparable(key)}
+    return Outcome(dict(_files(out)) | records)
 
 
 def _files(out: Path) -> Iterator[tuple[str, object]]:
@@ -102,40 +101,8 @@ def _files(out: Path) -> Iterator[tuple[str, object]]:
             yield f"metrics.jsonl/{metric}", tuple(sorted(values.items()))
 
 
-def _records(client: MlflowClient, name: str) -> Iterator[tuple[str, object]]:
-    """What the MLflow server holds: runs with their parameters, metrics and artifacts, and registered models."""
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        raise FileNotFoundError(f"MLflow has no experiment {name}")
-    runs = client.search_runs([experiment.experiment_id])
-    yield "mlflow/runs", sorted(run.info.run_name for run in runs)
-    for run in runs:
-        for key, value in _run_values(client, run):
-            yield f"mlflow/{run.info.run_name}/{key}", value
-    models = client.search_logged_models([experiment.experiment_id])
-    weights = {model.model_id: model.tags.get("weights") for model in models}
-    model = client.get_registered_model(name)
-    for alias, version in sorted(model.aliases.items()):
-        yield f"mlflow/models/{alias}", weights.get(client.get_model_version(name, version).model_id)
-    yield "mlflow/models", len(client.search_model_versions(f"name = '{name}'"))
-
-
-def _run_values(client: MlflowClient, run: Run) -> Iterator[tuple[str, object]]:
-    run_id = run.info.run_id
-    yield "status", run.info.status
-    for key, value in run.data.params.items():
-        if not key.startswith(PLACE_KEYS):
-            yield f"params/{key}", value
-    for metric in run.data.metrics:
-        if not metric.startswith(TIMINGS):
-            points = {(point.step, point.value) for point in client.get_metric_history(run_id, metric)}
-            yield f"metrics/{metric}", tuple(sorted(points))
-    yield "artifacts", tuple(sorted(set(_artifacts(client, run_id)) - set(MAY_BE_MISSING)))
-
-
-def _artifacts(client: MlflowClient, run_id: str, folder: str | None = None) -> Iterator[str]:
-    for item in client.list_artifacts(run_id, folder):
-        if item.is_dir:
-            yield from _artifacts(client, run_id, item.path)
-        else:
-            yield item.path
+def _is_comparable(key: str) -> bool:
+    """Whether a value in MLflow is the same in all runs: no timing, no place, no record of an event."""
+    _, kind, name = (*key.split("/", 2), "", "")[:3]
+    ignored = {"metrics": TIMINGS, "params": PLACE_KEYS, "artifacts": MAY_BE_MISSING}
+    return not name.startswith(ignored.get(kind, ("\0",)))

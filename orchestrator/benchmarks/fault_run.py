@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,7 +16,8 @@ import psutil
 
 from bim.orchestrator.benchmarks.fault_job import command
 from bim.orchestrator.benchmarks.fault_processes import TOKEN, ProcessTree, Remains, title, victims
-from bim.orchestrator.benchmarks.fault_services import MlflowServer, NodesOnOneMachine
+from bim.orchestrator.benchmarks.mlflow_server import MlflowServer
+from bim.orchestrator.distributed.nodes_on_one_machine import NodesOnOneMachine
 from bim.orchestrator.training.manifest import MANIFEST
 
 KINDS = ("stage", "loader", "data-worker", "driver", "raylet", "mlflow-server")
@@ -69,7 +71,7 @@ class FaultRun:
         lifetimes: dict[str, float],
         measures: bool,
     ) -> None:
-        self.out = folder / "run"
+        self.out, self._output = folder / "run", folder / "output.txt"
         self._server, self._cluster, self._folder = server, cluster, folder
         self._lifetimes, self._measures = lifetimes, measures
         token = secrets.token_hex(8)
@@ -83,7 +85,7 @@ class FaultRun:
 
     def drive(self, kill: Kill | None, resume: bool, deadline: float) -> tuple[int | None, str]:
         """One driver to its end. Returns its exit status, None if it hung, and the victim if there was one."""
-        with (self._folder / "output.txt").open("ab") as output:
+        with self._output.open("ab") as output:
             driver = subprocess.Popen(
                 command(self.out, self._server.uri, self._folder.name, resume),
                 cwd=self._folder,
@@ -129,10 +131,22 @@ class FaultRun:
         self.remains.look(ProcessTree(), driver.pid)
         return victim
 
+    def sync_if_asked(self) -> bool:
+        """Deliver what the run could not, if it says so. Returns whether it did."""
+        if "bim sync" not in self._output.read_text(encoding="utf-8", errors="replace"):
+            return False
+        self.ensure_server()
+        argv = [sys.executable, "-m", "bim.pipelines.command", "sync", str(self.out)]
+        with self._output.open("ab") as output:
+            subprocess.run(
+                argv, cwd=self._folder, env=self._environment, stdout=output, stderr=output, check=False
+            )
+        return True
+
     def ensure_server(self) -> None:
         """Start the MLflow server again if it was killed, and wait until it answers."""
         self._start_server_if_due(float("inf"))
-        self._server.client()
+        self._server.wait_until_it_answers()
 
     def _start_server_if_due(self, now: float) -> None:
         if self._server_start is not None and now >= self._server_start:

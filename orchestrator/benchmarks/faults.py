@@ -14,12 +14,11 @@ from dataclasses import dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
 
-from mlflow.exceptions import MlflowException
-
 from bim.orchestrator.benchmarks.fault_job import COMMITS, Outcome, read_outcome
 from bim.orchestrator.benchmarks.fault_run import KINDS, FaultRun, Kill
-from bim.orchestrator.benchmarks.fault_services import MlflowServer, NodesOnOneMachine
+from bim.orchestrator.benchmarks.mlflow_server import MlflowServer
 from bim.orchestrator.config.recipes import SAVED_SETTINGS
+from bim.orchestrator.distributed.nodes_on_one_machine import NodesOnOneMachine
 from bim.orchestrator.tables import render
 
 RESUMABLE = (1, 75)
@@ -45,6 +44,7 @@ class Report:
         differing: names of what is not as in the unbroken run.
         left_behind: what is there five seconds after its end.
         error: why there is nothing to compare.
+        synced: whether `bim sync` had to send what the run could not deliver.
     """
 
     kill: Kill | None
@@ -55,6 +55,7 @@ class Report:
     differing: list[str] = field(default_factory=list)
     left_behind: list[str] = field(default_factory=list)
     error: str = ""
+    synced: bool = False
 
     @property
     def is_equal(self) -> bool:
@@ -67,7 +68,7 @@ class Report:
         return bool(self.victim) and self.is_equal and not self.left_behind
 
     def __str__(self) -> str:
-        ends = " then ".join(map(str, self.statuses))
+        ends = " then ".join([*map(str, self.statuses), *["sync"] * self.synced])
         line = f"{self.kill}  exit {ends:<10}  {self.lost_s:+6.1f} s  {self.victim or 'NOT KILLED'}"
         problems = [self.error] if self.error else []
         if self.differing:
@@ -120,7 +121,7 @@ class FaultBench:
         for name, value in {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "OMP_NUM_THREADS": "1"}.items():
             os.environ.setdefault(name, value)
         self._server.start()
-        self._client = self._server.client()
+        self._server.wait_until_it_answers()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -164,7 +165,7 @@ class FaultBench:
         return self._unbroken[on_cluster]
 
     def _outcome(self, folder: Path) -> Outcome:
-        return read_outcome(folder / "run", self._client, folder.name)
+        return read_outcome(folder / "run", self._server.uri, folder.name)
 
     def _run(self, kill: Kill | None, on_cluster: bool, limit_s: float, unbroken: Outcome | None) -> Report:
         cluster = self._cluster if on_cluster else None
@@ -186,7 +187,7 @@ class FaultBench:
         if not report.error and unbroken is not None:
             try:
                 report.differing = unbroken.differing(self._outcome(folder))
-            except (OSError, ValueError, MlflowException) as error:
+            except (OSError, ValueError) as error:
                 report.error = str(error)
         return report
 
@@ -206,6 +207,7 @@ def _drive(run: FaultRun, report: Report, deadline: float) -> None:
         report.statuses.append(status)
         report.left_behind += run.remains.wait_for_processes()
         if status == 0:
+            report.synced = run.sync_if_asked()
             return
         # Where nothing is there to be resumed, the job is started once more.
         goes_on = status < 0 or status in RESUMABLE or not (run.out / SAVED_SETTINGS).exists()
@@ -232,6 +234,7 @@ def table(reports: Sequence[Report]) -> str:
                 "kills": str(len(group)),
                 "ended by itself": str(sum(report.statuses == [0] for report in group)),
                 "needed --resume": str(sum(len(report.statuses) > 1 for report in group)),
+                "needed bim sync": str(sum(report.synced for report in group) or ""),
                 "equal": str(sum(report.is_equal for report in group)),
                 "left behind": str(sum(bool(report.left_behind) for report in group)),
                 "median s lost": f"{statistics.median(report.lost_s for report in group):.1f}",

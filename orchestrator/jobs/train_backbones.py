@@ -41,7 +41,7 @@ from bim.orchestrator.training.storage import is_url
 LOG_WAIT_AFTER_S = 5.0
 """How long a backbone waits for free resources without a line; Ray takes a moment for those that are there."""
 
-SHUTDOWN_TIMEOUT_S = 20.0
+SHUTDOWN_TIMEOUT_S = 10.0
 """How long the threads get to end after a second signal."""
 
 log = logging.getLogger(__name__)

@@ -89,6 +89,10 @@ class _EventsHandler(logging.FileHandler):
         with suppress(OSError):  # of opening the file
             super().emit(record)
 
+    def close(self) -> None:
+        with suppress(OSError):  # of flushing
+            super().close()
+
     def handleError(self, record: logging.LogRecord) -> None: ...
 
 

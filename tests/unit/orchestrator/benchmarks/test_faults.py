@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bim.orchestrator.benchmarks.fault_job import COMMITS, JOB, Outcome, command
+from bim.orchestrator.benchmarks.fault_job import COMMITS, JOB, Outcome, _is_comparable, command
 from bim.orchestrator.benchmarks.fault_processes import (
     DATA_WORKER,
     LOADER,
@@ -61,6 +61,25 @@ def test_outcomes_differ_in_what_one_of_them_lacks() -> None:
     assert whole.differing(whole) == []
     assert whole.differing(Outcome({"checkpoint/step": 114})) == ["mlflow/run/status"]
     assert Outcome({}).differing(whole) == ["checkpoint/step", "mlflow/run/status"]
+
+
+@pytest.mark.parametrize(
+    ("key", "is_compared"),
+    [
+        ("run/metrics/block0/loss", True),
+        ("run/metrics/stage0/busy_share", False),
+        ("run/metrics/images_per_s", False),
+        ("run/params/mask.ratio", True),
+        ("run/params/placement.stages", False),
+        ("run/artifacts/summary.csv", True),
+        ("run/artifacts/events.log", False),
+        ("run/status", True),
+        ("models", True),
+        ("models/depth1", True),
+    ],
+)
+def test_what_depends_on_time_and_place_is_not_compared(key: str, is_compared: bool) -> None:
+    assert _is_comparable(key) is is_compared
 
 
 def report(**values: object) -> Report:
