@@ -58,6 +58,8 @@ def check_output(
     if not settings.resume:
         _check_unused(out)
         return
+    if (out / SAVED_SETTINGS).exists() and not (out / SAVED_SETTINGS).is_file():
+        raise OutputError(f"{out / SAVED_SETTINGS} is not a file; put the settings of the run back")
     if not (out / SAVED_SETTINGS).exists():
         raise OutputError(f"there is no run to resume in {out}; leave --resume out to start one there")
     record = resumed_record(out)

@@ -16,6 +16,7 @@ from bim.orchestrator.runs.prepare import ResolvedRun
 from bim.orchestrator.runs.run_record import OutputError, RunRecord, read_record, write_record
 from bim.orchestrator.training.checkpoint import CheckpointStore
 from bim.orchestrator.training.manifest import Manifest
+from bim.orchestrator.training.restart_policy import disk_sentence
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +46,12 @@ def open_run_store(run: ResolvedRun, lease: Lease | None = None) -> CheckpointSt
     def mark() -> None:
         nonlocal marked
         if not marked and record is not None:
-            write_record(out, replace(record, has_checkpoint=True))
-            marked = True
+            try:
+                write_record(out, replace(record, has_checkpoint=True))
+            except StorageError as error:  # the checkpoint is committed; the next one marks it
+                log.warning("%s", error)
+            else:
+                marked = True
 
     store = CheckpointStore(
         out,
@@ -75,12 +80,8 @@ def storage_failure(error: StorageError, out: Path, record: RunRecord | None = N
     try:
         latest = open_store(out, record).latest()
     except (OutputError, StorageError):
-        stays = "whether a checkpoint stays cannot be seen"
-    else:
-        stays = (
-            "no checkpoint was saved" if latest is None else f"the checkpoint after step {latest.step} stays"
-        )
-    return f"{error}; {stays}; repair it and go on with --resume"
+        return disk_sentence(error, "unknown")
+    return disk_sentence(error, "none" if latest is None else f"step {latest.step}")
 
 
 def _other_settings(manifest: Manifest, settings: Settings) -> str | None:

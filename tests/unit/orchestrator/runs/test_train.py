@@ -28,8 +28,8 @@ from bim.orchestrator.runs.train import train
 from bim.orchestrator.training.callbacks import NullCallback, PretrainResult, StopRequest
 from bim.orchestrator.training.checkpoint import load_block_weights, save_block
 from bim.orchestrator.training.errors import StageFailure, TrainingError
-from bim.orchestrator.training.manifest import FileRecord
-from bim.orchestrator.training.messages import StageReport, StepReport, StepRequest
+from bim.orchestrator.training.messages import SavedBlocks, StageReport, StepReport, StepRequest
+from bim.orchestrator.training.stage_group import ShouldGiveUp
 
 SETTINGS = """--placement.backend in_process --search.trials 0 --blocks 2 --data.workers 0 --data.batch_size 256
 --backbone.model_args {img_size:\\ 16,patch_size:\\ 4,embed_dim:\\ 32,depth:\\ 2,num_heads:\\ 2} --decoder.dim 32
@@ -47,32 +47,43 @@ class FileStages:
     def __init__(self) -> None:
         self.updates, self.restores = 0, 0
 
-    def start(self) -> None: ...
+    def start(self, should_give_up: ShouldGiveUp) -> None: ...
 
-    def restore(self, checkpoint: Path | None, step: int) -> None:
+    def restore(self, checkpoint: Path | None, step: int, should_give_up: ShouldGiveUp) -> None:
         self.restores += 1
         self.updates = 0 if checkpoint is None else int(load_block_weights(checkpoint, 0)["encoder.w"])
 
     def submit(self, request: StepRequest) -> Any:
         try:
             self.updates += 1
-            files = () if request.checkpoint is None else self.save(Path(request.checkpoint))
+            saved = ((), ()) if request.checkpoint is None else self.write(request.checkpoint)
         except Exception as error:
             error = pickle.loads(pickle.dumps(error))  # it comes from another process
             return StageFailure("stage 1 (block 1)", f"at step {request.step}", error, process_lost=False)
-        report = StageReport({0: {"loss": 1.0}, 1: {"loss": 2.0}}, files, 0.01, 0.0)
-        return StepReport(request, (report,), (), 0.0, 0.0)
+        reports = tuple(StageReport({k: {"loss": 1.0}}, saved[k], 0.01, 0.0) for k in (0, 1))
+        return StepReport(request, reports, (), 0.0, 0.0)
 
-    def wait(self, pending: Any) -> StepReport:
+    def wait(self, pending: Any, timeout_s: float) -> StepReport:
         if isinstance(pending, BaseException):
             raise pending
         return pending
 
-    def cancel_pending(self, pending: Sequence[Any]) -> None: ...
+    def awaited(self, pending: Any) -> int:
+        return 0
 
-    def save(self, checkpoint: Path) -> tuple[FileRecord, ...]:
+    def kill(self, component: int) -> None: ...
+
+    def cancel_pending(self, pending: Sequence[Any], should_give_up: ShouldGiveUp) -> None: ...
+
+    def write(self, checkpoint: str) -> tuple[tuple[SavedBlocks, ...], ...]:
         weights = {"encoder.w": torch.tensor(float(self.updates))}
-        return tuple(record for k in (0, 1) for record in save_block(checkpoint, k, weights, weights))
+        return tuple(
+            (SavedBlocks(checkpoint, tuple(save_block(Path(checkpoint), k, weights, weights))),)
+            for k in (0, 1)
+        )
+
+    def flush(self, should_give_up: ShouldGiveUp) -> tuple[tuple[SavedBlocks, ...], ...]:
+        return ((), ())
 
     def close(self) -> None: ...
 
@@ -151,7 +162,7 @@ def test_a_full_disk_at_any_write_ends_the_run_with_a_sentence_and_its_last_chec
         assert os.strerror(code) in told
         assert "rewinding" not in caplog.text
         step = checkpoint_step(run)
-        stays = f"the checkpoint after step {step} stays" if step else "no checkpoint was saved"
+        stays = f"last checkpoint: step {step}" if step else "last checkpoint: none"
         assert stays in told or isinstance(caught.value, StorageError)
         assert not list(run.out.rglob(".*.tmp"))
         if number % 4 == 0:  # there is room again
