@@ -35,7 +35,10 @@ def open_run_store(run: ResolvedRun, lease: Lease | None = None) -> CheckpointSt
         StorageError: the file system refuses.
     """
     out, settings = run.out, run.settings
-    make_folder(out.parent)
+    if lease is not None:
+        lease.check()  # a directory that is gone by now is not made again
+    if run.record is None:
+        make_folder(out.parent)  # of the trials of a search
     make_folder(out)
     record = None if run.record is None else read_record(out) or replace(run.record, has_checkpoint=False)
     marked = record is None or record.has_checkpoint

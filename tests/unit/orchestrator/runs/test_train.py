@@ -188,6 +188,20 @@ def test_a_directory_that_is_renamed_ends_the_run_and_is_not_made_again(
     assert stages.restores == 1
 
 
+def test_a_directory_that_is_gone_before_the_training_is_not_made_again(
+    tmp_path: Path, resolved: ResolvedRun, stages: FileStages
+) -> None:
+    with claim(tmp_path / "out", resolved.settings) as claimed:
+        with claimed.begin():
+            atomic_write(claimed.out / "settings.yaml", "name: x")
+        run = replace(resolved, out=claimed.out, record=claimed.record)
+        run.out.rename(tmp_path / "elsewhere")  # while a search ran, say
+        for out in (run.out, run.out / "baseline_mae"):
+            with pytest.raises(TrainingError, match="out is gone; was it renamed, removed or unmounted"):
+                trained(replace(run, out=out), lease=claimed.lease)
+        assert not run.out.exists()
+
+
 @pytest.mark.parametrize("event", ["on_step", "on_checkpoint"])
 def test_a_run_whose_directory_another_process_took_over_commits_nothing_more(
     tmp_path: Path, resolved: ResolvedRun, stages: FileStages, event: str
