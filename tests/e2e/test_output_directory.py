@@ -83,7 +83,7 @@ def test_a_directory_in_the_place_of_a_file_is_a_sentence(finished: Path, name: 
     ],
 )
 def test_a_full_disk_is_a_sentence_with_the_checkpoint_that_stays(
-    tmp_path: Path, unlabelled: Path, store: str, monkeypatch: pytest.MonkeyPatch, name: str
+    tmp_path: Path, unlabeled: Path, store: str, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     def replace(source: Any, target: Any) -> None:
         # The first checkpoint is still written.
@@ -93,7 +93,7 @@ def test_a_full_disk_is_a_sentence_with_the_checkpoint_that_stays(
         os.rename(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
-    done = main_job(tmp_path / "run", unlabelled, store, **SHORT)
+    done = main_job(tmp_path / "run", unlabeled, store, **SHORT)
     told = sentence(done, 1)
     assert re.search(rf"run/.*{name} cannot be written \(No space left on device\); ", told)
     stays = re.search(r"last checkpoint: (?:step (\d+)|none)$", told)
@@ -115,10 +115,10 @@ def test_a_full_disk_is_a_sentence_with_the_checkpoint_that_stays(
 
 @pytest.mark.slow
 def test_a_run_is_resumed_without_the_weights_that_it_began_with(
-    tmp_path: Path, unbroken: Finished, unlabelled: Path, store: str
+    tmp_path: Path, unbroken: Finished, unlabeled: Path, store: str
 ) -> None:
     weights = Path(shutil.copytree(unbroken.out / "variants" / "depth04", tmp_path / "weights"))
-    done = main_job(tmp_path / "run", unlabelled, store, init_from=str(weights), **SHORT)
+    done = main_job(tmp_path / "run", unlabeled, store, init_from=str(weights), **SHORT)
     assert done.status == 0, done.stderr
     shutil.rmtree(weights)
     again = call(["--out", str(done.out), "--resume"])
