@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 import mlflow
 
-from bim.orchestrator.files import atomic_write
+from bim.orchestrator.files import atomic_write, make_folder
 from bim.orchestrator.runs.provenance import Provenance
 from bim.orchestrator.text import short_path
 from bim.orchestrator.tracking.background_upload import BackgroundUploader
@@ -197,7 +197,7 @@ class Tracker:
     def log_picture(self, figure: Path | Figure, name: str) -> Path:
         """A picture on the parent run, kept as out/pictures/NAME.png. Returns the file."""
         path = self.out / "pictures" / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         if isinstance(figure, Path):
             content = figure.read_bytes()
         else:

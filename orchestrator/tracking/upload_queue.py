@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bim.orchestrator.files import atomic_write
+from bim.orchestrator.files import atomic_write, make_folder
 
 FOLDER = "uploads"
 
@@ -69,7 +69,7 @@ class UploadQueue:
             self._next += 1
             content = {"name": name, "kind": kind, "first": first, "arguments": upload.arguments}
             try:
-                self._folder.mkdir(parents=True, exist_ok=True)
+                make_folder(self._folder)
                 atomic_write(self._path(upload), json.dumps(content))
             except OSError as error:
                 if not self._write_failed:
