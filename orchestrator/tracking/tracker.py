@@ -164,7 +164,7 @@ class Tracker:
 
     def log_provenance(self, record: Provenance) -> None:
         """Code revision, versions, hardware and data as provenance.json; the main ones as tags and a dataset."""
-        tags = {"hardware": str(record.hardware), "python": record.python}
+        tags = {"hardware": record.hardware_text, "python": record.python}
         tags |= {name: version for name, version in record.packages.items() if name in TAGGED_PACKAGES}
         if record.code.commit is not None:
             tags["mlflow.source.git.commit"] = record.code.commit
