@@ -28,6 +28,7 @@ from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.distributed.placement import ClusterResources
 from bim.orchestrator.evaluation.evaluate import evaluate_variants, raw_pixels
 from bim.orchestrator.evaluation.records import DepthReport, Scores
+from bim.orchestrator.files import atomic_write
 from bim.orchestrator.runs.prepare import ResolvedRun, resolve_run
 from bim.orchestrator.runs.resolve import eval_config
 from bim.orchestrator.runs.train import resolve_layout, train
@@ -226,10 +227,12 @@ def read_results(file: Path) -> list[CaseResult]:
 
 
 def write_result(file: Path, result: CaseResult) -> None:
-    """Append one result."""
+    """Append one result. Raises StorageError; the results before it stay."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(asdict(result)) + "\n")
+    before = file.read_text(encoding="utf-8") if file.exists() else ""
+    if before and not before.endswith("\n"):
+        before += "\n"  # a line that an earlier version left half written
+    atomic_write(file, before + json.dumps(asdict(result)) + "\n")
 
 
 def table(results: Sequence[CaseResult], cases: Mapping[str, str]) -> Iterator[str]:

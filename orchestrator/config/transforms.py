@@ -16,10 +16,11 @@ from bim.orchestrator.text import redact
 Scalar = str | int | float | bool | None
 
 
-MAY_DIFFER_ON_RESUME = (
+CHANGE_NO_WEIGHT = (
     "name",
     "out",
     "resume",
+    "from_scratch",
     "baseline",  # a run of its own, beside this one
     "data.workers",  # the content of a batch is a function of (seed, step) only
     "data.max_bad_fraction",
@@ -30,7 +31,10 @@ MAY_DIFFER_ON_RESUME = (
     "placement.",  # the same updates in the same order; only the hardware's rounding may differ
     "tracking.",
 )
-"""Keys, and groups (with a dot), that change no trained weight: a run may be resumed with others.
+"""Keys, and groups (with a dot), that change no trained weight."""
+
+MAY_DIFFER_ON_RESUME = (*CHANGE_NO_WEIGHT, "data.source")
+"""What a run may be resumed with others of. Images may have moved: their fingerprint says whether they are the same.
 
 Everything else must equal the checkpoint's: also `schedule.epochs` (the cosine's length), `data.accumulate` against
 `data.batch_size` (masks are drawn per micro-batch), `data.label_column` (splits are stratified) and `init_from` (a
@@ -117,16 +121,18 @@ def differing_keys(a: Settings, b: Settings) -> list[str]:
         key
         for key in left.keys() | right.keys()
         if left.get(key, absent) != right.get(key, absent)
-        and changes_weights(key)
+        and not _is_among(key, MAY_DIFFER_ON_RESUME)
         and key not in without_effect
     )
 
 
 def changes_weights(key: str) -> bool:
-    """Whether a setting, by its dotted key, changes the trained weights (see MAY_DIFFER_ON_RESUME)."""
-    return not any(
-        key == free or (free.endswith(".") and key.startswith(free)) for free in MAY_DIFFER_ON_RESUME
-    )
+    """Whether a setting, by its dotted key, changes the trained weights (see CHANGE_NO_WEIGHT)."""
+    return not _is_among(key, CHANGE_NO_WEIGHT)
+
+
+def _is_among(key: str, free_keys: Sequence[str]) -> bool:
+    return any(key == free or (free.endswith(".") and key.startswith(free)) for free in free_keys)
 
 
 def _redacted(value: Any) -> Any:

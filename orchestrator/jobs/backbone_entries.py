@@ -19,6 +19,7 @@ RUN_LEVEL_SETTINGS = (
     "name",
     "out",
     "resume",
+    "from_scratch",
     "baseline",
     "backbone",
     "backbones",
@@ -45,6 +46,7 @@ RESERVED_NAMES = (
     "uploads",
     "events.log",
     "metrics.jsonl",
+    "baseline_mae",
 )
 """Names that a run gives to other files and folders of its output directory."""
 
@@ -158,4 +160,6 @@ def _names(entries: Sequence[BackboneEntry]) -> list[str]:
 def _is_taken(name: str, names: Iterable[str]) -> bool:
     # Some file systems do not tell capitals from small letters.
     taken = {other.casefold() for other in (*RESERVED_NAMES, *names)}
-    return name.casefold() in taken or name.casefold().startswith(("settings.", "summary.", "tracking."))
+    return name.casefold() in taken or name.casefold().startswith(
+        ("settings.", "summary.", "tracking.", "run.", "lease.", "checkpoints.")
+    )

@@ -26,6 +26,7 @@ from bim.orchestrator.evaluation.progress import report as report_progress
 from bim.orchestrator.evaluation.records import DepthReport, EvalConfig, EvaluationResult
 from bim.orchestrator.export.model_card import CardFacts
 from bim.orchestrator.export.timm_folder import export_decoder, export_variant, folder_name, rewrite_card
+from bim.orchestrator.files import make_folder, storage_errors
 from bim.orchestrator.jobs.reconstructions import save_all_reconstructions
 from bim.orchestrator.runs.prepare import ResolvedRun
 from bim.orchestrator.runs.provenance import Provenance
@@ -95,7 +96,9 @@ def evaluation_task(
 def evaluate_checkpoint(task: EvaluationTask) -> EvaluationResult:
     """Export, measure and picture every depth variant of a checkpoint.
 
-    Raises TrainingError if more images of a split than `data.max_bad_fraction` cannot be read.
+    Raises:
+        TrainingError: more images of a split than `data.max_bad_fraction` cannot be read.
+        StorageError: the file system of the output directory refuses.
     """
     try:
         return _evaluate(task)
@@ -122,11 +125,14 @@ def _evaluate(task: EvaluationTask) -> EvaluationResult:
             with part("raw pixels"):
                 raw = raw_pixels(source, splits, backbone.image_size, task.evaluation, device).metrics()
     folders = {}
+    for name in ("variants", "decoders"):  # an output directory that is gone by now is not made again
+        make_folder(out / name)
     for report in measured:
         report_progress(f"export of depth {report.depth}")
         folder = out / "variants" / folder_name(report.depth)
         variant = variants[report.depth]
-        export_variant(backbone, report.depth, variant, folder, task.card, measured, random, raw)
+        with storage_errors(folder):
+            export_variant(backbone, report.depth, variant, folder, task.card, measured, random, raw)
         folders[report.depth] = str(folder)
     for k, state in enumerate(weights):
         decoder = {

@@ -11,7 +11,7 @@ import numpy as np
 
 from bim.orchestrator.evaluation.records import EvaluationResult
 from bim.orchestrator.export.timm_folder import check_replaceable
-from bim.orchestrator.files import atomic_write
+from bim.orchestrator.files import atomic_write, make_folder, storage_errors
 from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, evaluate_checkpoint
 
 
@@ -48,7 +48,7 @@ def receive(items: Iterable[SentFile | EvaluationResult], out: Path) -> Evaluati
     Raises:
         StorageError: the file system refuses.
     """
-    with TemporaryDirectory(prefix=".evaluation-", suffix=".tmp", dir=out) as folder:
+    with storage_errors(out), TemporaryDirectory(prefix=".evaluation-", suffix=".tmp", dir=out) as folder:
         incoming, replaced = Path(folder) / "new", Path(folder) / "old"
         for item in items:
             if isinstance(item, EvaluationResult):
@@ -69,12 +69,12 @@ def _move_into(incoming: Path, replaced: Path, out: Path) -> None:
     for fresh in sorted(incoming.glob("variants/*")):
         target = out / fresh.relative_to(incoming)
         check_replaceable(target)
-        target.parent.mkdir(exist_ok=True)
+        make_folder(target.parent)
         if target.exists():
             replaced.mkdir(exist_ok=True)
             target.rename(replaced / fresh.name)
         fresh.rename(target)
     for fresh in sorted(path for path in incoming.rglob("*") if path.is_file()):
         target = out / fresh.relative_to(incoming)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         fresh.replace(target)

@@ -182,6 +182,7 @@ def _train_and_evaluate(
                     stop,
                     group,
                     on_machines=backbone.record_machines,
+                    lease=backbone.lease,
                 )
             if stop.reason is not None:
                 return

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bim.orchestrator.evaluation.metric_info import COST, QUALITY, MetricInfo
-from bim.orchestrator.files import atomic_write
+from bim.orchestrator.files import atomic_write, make_folder
 from bim.orchestrator.tables import Key, note_lines, render
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def write_summary(rows: Sequence[Row], folder: Path, columns: Sequence[str] = CO
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     as_json, as_csv = folder / "summary.json", folder / "summary.csv"
     atomic_write(as_json, json.dumps(list(rows), indent=2) + "\n")
     atomic_write(as_csv, text.getvalue())

@@ -149,7 +149,9 @@ class Lease:
             self.beat()
 
     def release(self) -> None:
-        """Remove the file, if it is still that of this process."""
+        """Remove the file, if it is still that of this process. A second call does nothing."""
+        if self._released.is_set():
+            return
         self._released.set()
         with contextlib.suppress(OSError):
             sighting = _look(self.path)

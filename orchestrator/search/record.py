@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from bim.orchestrator.evaluation.metric_info import METRICS
-from bim.orchestrator.files import atomic_write
+from bim.orchestrator.files import atomic_write, make_folder
 from bim.orchestrator.runs.output_dir import NEW_RUN_HINT, OutputError
 from bim.orchestrator.search.results import SearchResult, Status, TrialRow, TrialScore, table_rows
 
@@ -28,7 +28,7 @@ RECORD_VERSION = 2
 def save_result(out: Path, result: SearchResult, best_yaml: str | None = None) -> None:
     """Write the record and the table, and the recipe of the best setting, `best_yaml`, at the end of the search."""
     folder = out / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     record = {"version": RECORD_VERSION, **asdict(result)}
     atomic_write(folder / RECORD, json.dumps(record, indent=1) + "\n")
     text, rows = io.StringIO(), table_rows(result)

@@ -22,6 +22,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from bim.orchestrator.config.transforms import settings_to_yaml, with_changes
+from bim.orchestrator.files import make_folder
 from bim.orchestrator.search.controller import SearchCallback, SearchController, SearchSpec
 from bim.orchestrator.search.proposals import proposer
 from bim.orchestrator.search.record import save_result
@@ -61,7 +62,7 @@ def search(spec: SearchSpec, out: Path, callback: SearchCallback, stop: StopRequ
     controller = SearchController(spec, propose, out, callback, stop)
     bundles = [{"CPU": DRIVER_CPUS}, *trial.layout.bundles]
     folder = Path(trial.folder).parent
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for stale in folder.glob(f"{TUNE_FOLDER}*"):
         shutil.rmtree(stale, ignore_errors=True)
     with (

@@ -7,21 +7,27 @@ therefore costs no memory and loses nothing: the offset stays where it is.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
+import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bim.orchestrator.files import atomic_write
+from bim.orchestrator.files import atomic_write, make_folder, storage_errors
 from bim.orchestrator.tracking.records import MetricPoint
 
 log = logging.getLogger(__name__)
 
 BATCH = 1000
 """Metrics that MLflow takes in one request."""
+
+MAX_UNWRITTEN = 10_000
+"""Lines that are kept while the file system takes none; the oldest go first."""
 
 
 class MetricLog:
@@ -41,9 +47,11 @@ class MetricLog:
     def __init__(self, path: Path, same_store: bool = False) -> None:
         self.path = path
         self._sent_steps_path = path.with_name("metrics.sent.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        make_folder(path.parent)
+        with storage_errors(path):
+            path.touch()
         self._lock = threading.Lock()
+        self._unwritten: deque[bytes] = deque(maxlen=MAX_UNWRITTEN)
         self._sent_offset = 0  # bytes of the file that have been delivered
         self._truncations = 0  # an offset read before a truncation is not valid after it
         self._sent_steps: dict[str, int] = _read_sent_steps(self._sent_steps_path) if same_store else {}
@@ -53,15 +61,44 @@ class MetricLog:
             self._sent_steps_path.unlink(missing_ok=True)
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
-        """Write one line. Never raises: a full disk is one line in the log and the training goes on."""
+        """Write one line, whole or not at all. Never raises.
+
+        A line that the file system refuses is written before the next one that it takes; the next checkpoint ends the run
+        if it refuses that too.
+        """
         try:
             line = json.dumps({"step": int(step), "time": round(time.time(), 3), **_json_values(values)})
-            with self._lock, self.path.open("ab") as file:
-                file.write(line.encode() + b"\n")
-        except (OSError, TypeError, ValueError) as error:
-            if not self._write_failed:
-                self._write_failed = True
-                log.warning("metrics of step %s could not be written to %s (%s)", step, self.path, error)
+        except (TypeError, ValueError) as error:
+            self._warn(step, str(error))
+            return
+        try:
+            with self._lock:
+                self._unwritten.append(line.encode() + b"\n")
+                self._write()
+        except OSError as error:
+            self._warn(step, f"{error.strerror or error}; they are kept and written later")
+        else:
+            self._write_failed = False
+
+    def _warn(self, step: int, cause: str) -> None:
+        """One line until a line is written again."""
+        if not self._write_failed:
+            self._write_failed = True
+            log.warning("metrics of step %s could not be written to %s (%s)", step, self.path, cause)
+
+    def _write(self) -> None:
+        """Append the lines that are not in the file yet; all of them, or none and an OSError."""
+        lines = b"".join(self._unwritten)
+        with open(self.path, "ab", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            try:
+                if file.write(lines) != len(lines):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(size)
+                raise
+        self._unwritten.clear()
 
     def rewind(self, step: int, prefix: str = "") -> None:
         """Drop the metrics after `step`, from which the training is about to continue.
@@ -69,7 +106,8 @@ class MetricLog:
         prefix: of the metrics of a second training recorded behind the first ("mae/"), whose steps start from 0 again.
         """
         size = 0
-        with self._lock, self.path.open("rb") as file:
+        with self._lock, storage_errors(self.path, "read"), self.path.open("rb") as file:
+            self._unwritten.clear()  # lines of steps that are repeated
             for line in file:
                 row = _parse(line)
                 if row is not None and row["step"] > step and any(n.startswith(prefix) for n in _names(row)):
@@ -162,20 +200,21 @@ def _json_values(values: Mapping[str, float]) -> dict[str, float | str]:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """A line as a row; None if it was cut short by a kill."""
+    """A line as a row of numbers; None if it was cut short by a kill, or is anything else."""
     try:
         row = json.loads(line)
-        row["step"] = int(row["step"])
-    except (ValueError, TypeError, KeyError):
+        return {name: int(value) if name == "step" else float(value) for name, value in row.items()} | {
+            "step": int(row["step"])
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
-    return row
 
 
 def _read_sent_steps(path: Path) -> dict[str, int]:
     try:
         steps = json.loads(path.read_text(encoding="utf-8"))
         return {str(name): int(step) for name, step in steps.items()}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
 
 

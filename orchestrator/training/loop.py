@@ -65,8 +65,10 @@ def pretrain(
     Raises:
         TrainingError: a loss that is not finite, a process lost once too often, a full disk. The last checkpoint is kept.
         TooManyCorruptImagesError: more unreadable images than the schedule allows.
+        StorageError: the folder of the checkpoints cannot be made.
         Exception: what a stage's code raised, when a restart did not help.
     """
+    store.make_root()
     budget = RestartBudget(policy)
     loop = _Loop(
         schedule, stages, store, make_manifest, callback, stop, budget.commit, watchdog or Watchdog()
@@ -170,6 +172,10 @@ class _Loop:
             manifest = self.store.latest(warn=True)
             if manifest is None and damaged is not None:
                 raise TrainingError(f"there is no checkpoint left to go on from: {damaged}") from damaged
+            if manifest is None and self.committed_step is not None:
+                raise TrainingError(
+                    f"there is no checkpoint left to go on from: that of step {self.committed_step} is gone or damaged"
+                )
             step = 0 if manifest is None else manifest.step
             self.committed_step = None if manifest is None else step
             self.stages.start(self._stop_requested)

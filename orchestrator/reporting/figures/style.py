@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from bim.orchestrator.evaluation.metric_info import METRICS, same_scale
-from bim.orchestrator.files import atomic_write
+from bim.orchestrator.files import atomic_write, make_folder
 
 DPI = 150
 
@@ -25,8 +25,8 @@ BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
 
 
 def write_png(figure: Figure, path: Path) -> Path:
-    """Save a figure; missing folders are created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Save a figure; its folder is made, in one that exists. Raises StorageError."""
+    make_folder(path.parent)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=DPI)
     atomic_write(path, png.getvalue())

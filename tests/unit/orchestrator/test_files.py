@@ -37,7 +37,10 @@ def test_what_killed_writers_left_is_removed_at_every_depth(tmp_path: Path) -> N
     for name in (".settings.yaml.12.tmp", "settings.yaml", "notes.tmp"):
         (tmp_path / name).touch()
         (folder / name).touch()
+    (tmp_path / ".evaluation-x.tmp").mkdir()
+    (tmp_path / ".evaluation-x.tmp" / "checkpoint").touch()
     remove_temporary_files(tmp_path)
+    assert not (tmp_path / ".evaluation-x.tmp").exists()
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
         *["notes.tmp"] * 2,
         *["settings.yaml"] * 2,

@@ -77,7 +77,9 @@ def test_a_second_process_is_refused_and_told_who_the_first_one_is(tmp_path: Pat
     first.check()
     first.release()
     assert left_behind(tmp_path) == []
-    take(tmp_path, "run", alpha.process(12)).check()
+    second = take(tmp_path, "run", alpha.process(12))
+    first.release()
+    second.check()
 
 
 def test_a_process_that_is_dead_on_this_machine_is_followed_at_once(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -184,3 +186,57 @@ def test_what_cannot_be_written_is_logged_once_and_never_raised(
     metrics.path.parent.rmdir()
     metrics.append(1, {"loss": 1.0})
     assert len(caplog.records) == 1
+
+
+def test_a_full_disk_tears_no_line_and_loses_none(
+    metrics: MetricLog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics.append(0, {"a": 0.0})
+    before = metrics.path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", half_written)
+        for step in (1, 2, 3):
+            metrics.append(step, {"a": float(step)})
+        assert metrics.path.read_bytes() == before
+    assert len(caplog.messages) == 1
+    assert "could not be written" in caplog.text
+    assert "No space left on device" in caplog.text
+    metrics.append(4, {"a": 4.0})
+    assert metrics.history("a") == [(step, float(step)) for step in range(5)]
+
+
+def half_written(path: Path, mode: str, buffering: int = -1) -> Any:
+    """`open` on a disk that takes the first half of what is written."""
+
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(bytes(data)[: len(data) // 2])
+
+    return Full(path, mode.replace("b", ""))
+
+
+def test_metrics_that_were_not_written_are_void_after_a_rewind(
+    metrics: MetricLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics.append(1, {"a": 1.0})
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", half_written)
+        metrics.append(2, {"a": -2.0})
+    metrics.rewind(1)
+    metrics.append(2, {"a": 2.0})
+    assert metrics.history("a") == [(1, 1.0), (2, 2.0)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\x00\xff", b"[]", b"null", b"3", b'{"step": null}', b'{"step": Infinity}', b'{"step": 1, "a": {}}'],
+)
+def test_files_of_any_content_are_passed_over(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(content + b"\n")
+    (tmp_path / "metrics.sent.json").write_bytes(b'{"a": ' + content + b"}")
+    metrics = MetricLog(tmp_path / "metrics.jsonl", same_store=True)
+    metrics.append(5, {"a": 5.0})
+    assert metrics.history("a") == [(5, 5.0)]
+    assert metrics.deliver(lambda points: None) == 1
+    metrics.rewind(4)
+    assert metrics.history("a") == []

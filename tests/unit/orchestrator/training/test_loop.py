@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import shutil
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -330,6 +331,20 @@ def test_a_checkpoint_is_reported_once_it_is_valid(tmp_path: Path) -> None:
     recorder = Looking()
     run(CountingStages(), tmp_path, recorder)
     assert recorder.checkpoints == [4, 8, 12, 15]
+
+
+def test_a_run_whose_checkpoints_vanish_does_not_begin_again_when_it_is_rewound(tmp_path: Path) -> None:
+    stages = CountingStages({6: RuntimeError("out of luck")})
+
+    class Removing(Recorder):
+        def on_checkpoint(self, step: int) -> None:
+            shutil.rmtree(tmp_path / "checkpoints")
+
+    with pytest.raises(
+        TrainingError, match="no checkpoint left to go on from: that of step 4 is gone or damaged"
+    ):
+        run(stages, tmp_path, Removing())
+    assert stages.restores == [0]
 
 
 def test_a_commit_beyond_the_failed_step_refills_the_restarts(tmp_path: Path) -> None:

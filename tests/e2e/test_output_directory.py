@@ -1,0 +1,125 @@
+"""The output directory through the whole command: held, damaged, full, begun from weights that are gone."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bim.orchestrator.runs.lease import LEASE, acquire
+from tests.e2e.command import Finished, call, main_job, tree
+
+SHORT = {"schedule__epochs": "2", "checkpoint__every_epochs": "1"}
+
+
+def sentence(done: Finished, status: int) -> str:
+    assert done.status == status, done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "Traceback" not in done.stdout
+    return line.removeprefix("error: ")
+
+
+@pytest.fixture
+def finished(tmp_path: Path, unbroken: Finished) -> Path:
+    """A run that has ended, to be spoiled."""
+    assert unbroken.status == 0, unbroken.stderr
+    return Path(shutil.copytree(unbroken.out, tmp_path / "run"))
+
+
+def test_a_directory_that_another_process_holds_is_refused_and_the_process_named(finished: Path) -> None:
+    with acquire(finished, "run"):
+        before = tree(finished)
+        for argv in (["--out", str(finished), "--resume"], ["--out", str(finished)]):
+            told = sentence(call(argv), 2)
+            assert re.search(
+                rf"in use by process {os.getpid()} on \S+ \(since .*; wait until it has ended", told
+            )
+        assert tree(finished) == before
+
+
+def test_a_run_whose_checkpoints_cannot_be_read_is_not_begun_again(finished: Path) -> None:
+    for manifest in finished.glob("checkpoints/*/manifest.json"):
+        manifest.write_text("[]")
+    before = tree(finished)
+    told = sentence(call(["--out", str(finished), "--resume"]), 2)
+    assert "step-00000300: unreadable manifest (it is not a JSON object)" in told
+    assert "--resume --from-scratch" in told
+    assert tree(finished) == before
+
+
+@pytest.mark.slow
+def test_from_scratch_begins_again_and_keeps_what_it_could_not_read(finished: Path) -> None:
+    for manifest in finished.glob("checkpoints/*/manifest.json"):
+        manifest.write_text("[]")
+    done = call(["--out", str(finished), "--resume", "--from-scratch"])
+    assert done.status == 0, done.stderr
+    assert len(list(finished.glob("checkpoints.unreadable-*/step-*/manifest.json"))) == 2
+    assert "from_scratch: false" in (finished / "settings.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", ["run.json", "settings.yaml"])
+def test_a_directory_in_the_place_of_a_file_is_a_sentence(finished: Path, name: str) -> None:
+    (finished / name).unlink()
+    (finished / name).mkdir()
+    done = call(["--out", str(finished), "--resume"])
+    assert done.status in (1, 2)
+    assert name in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "block-1.safetensors",
+        pytest.param("run.json", marks=pytest.mark.slow),
+        pytest.param("settings.yaml", marks=pytest.mark.slow),
+        pytest.param("manifest.json", marks=pytest.mark.slow),
+        pytest.param("config.json", marks=pytest.mark.slow),
+        pytest.param("summary.json", marks=pytest.mark.slow),
+    ],
+)
+def test_a_full_disk_is_a_sentence_with_the_checkpoint_that_stays(
+    tmp_path: Path, unlabelled: Path, store: str, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def replace(source: Any, target: Any) -> None:
+        # The first checkpoint is still written.
+        is_first = "step-00000005" in str(target)
+        if Path(target).name == name and not is_first:
+            raise OSError(28, "No space left on device")
+        os.rename(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    done = main_job(tmp_path / "run", unlabelled, store, **SHORT)
+    told = sentence(done, 1)
+    assert re.search(rf"run/.*{name} cannot be written \(No space left on device\); ", told)
+    stays = re.search(r"last checkpoint: (?:step (\d+)|none)$", told)
+    assert stays is not None
+    checkpoints = {
+        "block-1.safetensors": "5",
+        "manifest.json": "5",
+        "config.json": "10",
+        "summary.json": "10",
+    }
+    assert stays[1] == checkpoints.get(name)
+    assert "rewinding" not in done.stdout
+    if name in ("run.json", "settings.yaml"):
+        assert not done.out.exists()
+    else:
+        assert not (done.out / LEASE).exists()
+        assert not list(done.out.rglob(".*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_without_the_weights_that_it_began_with(
+    tmp_path: Path, unbroken: Finished, unlabelled: Path, store: str
+) -> None:
+    weights = Path(shutil.copytree(unbroken.out / "variants" / "depth04", tmp_path / "weights"))
+    done = main_job(tmp_path / "run", unlabelled, store, init_from=str(weights), **SHORT)
+    assert done.status == 0, done.stderr
+    shutil.rmtree(weights)
+    again = call(["--out", str(done.out), "--resume"])
+    assert again.status == 0, again.stderr
