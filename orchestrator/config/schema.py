@@ -357,6 +357,7 @@ def all_settings() -> dict[str, SettingInfo]:
     return setting_infos(Settings.model_json_schema())
 
 
+@cache
 def setting_groups() -> dict[str, str]:
     """Group name -> title, in the order of `--help-all`."""
     return group_titles(Settings.model_json_schema())

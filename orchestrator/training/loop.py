@@ -144,10 +144,8 @@ class _Loop:
     def rewind(self) -> None:
         """Restore all stages from the newest valid checkpoint, after replacing those whose process is gone."""
         self.store.clear_uncommitted()
-        self.stages.start(self._stop_requested)
         manifest = self._restore()
         step = 0 if manifest is None else manifest.step
-        self.committed_step = None if manifest is None else step
         if step == self.schedule.total_steps:
             log.info("checkpoint is already at the last step (%d); nothing to train", step)
         elif step:
@@ -173,6 +171,8 @@ class _Loop:
             if manifest is None and damaged is not None:
                 raise TrainingError(f"there is no checkpoint left to go on from: {damaged}") from damaged
             step = 0 if manifest is None else manifest.step
+            self.committed_step = None if manifest is None else step
+            self.stages.start(self._stop_requested)
             checkpoint = None if manifest is None else self.store.directory(step)
             try:
                 self.stages.restore(checkpoint, step, self._stop_requested)
