@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -57,7 +57,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's core schema: no other tags, no value that contains itself, and bounds on depth, size and numbers."""
 
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's own way of keeping the table per class)
-    yaml_constructors: dict = {}  # noqa: RUF012
+    yaml_constructors: ClassVar[dict] = {}
     _depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -150,7 +150,7 @@ for _tag in ("null", "bool", "int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
 for _tag in ("str", "seq", "map"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", getattr(_Loader, f"construct_yaml_{_tag}"))
-_Loader.add_constructor(None, _Loader.construct_undefined)
+_Loader.add_constructor(None, _Loader.construct_undefined)  # type: ignore[type-var]
 
 _Dumper.add_representer(
     list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)

@@ -65,9 +65,9 @@ class TorchvisionSource:
             self.notes = (
                 f"torchvision's {dataset} does not tell its labels without decoding every image; the images have none",
             )
-        classes = getattr(parts[0], "classes", None)
-        is_list = isinstance(classes, list | tuple)
-        self.class_names = tuple(str(c) for c in classes) if is_list and self.labels is not None else None
+        classes: Any = getattr(parts[0], "classes", None)
+        names = tuple(str(c) for c in classes) if isinstance(classes, list | tuple) else None
+        self.class_names = None if self.labels is None else names
 
     @classmethod
     def parse(cls, text: str) -> TorchvisionSource:
