@@ -82,7 +82,7 @@ class Nodes:
         log = self.folder / f"node-{len(self.workers)}.log"
         process = start_process(["unshare", "--mount", "sh", "-c", mount, str(self.private), *start], log)
         self.workers.append(Node(process))
-        wait_until(lambda: bool(node_ids() - before) or process.poll() is not None, 120)
+        wait_until(lambda: bool(node_ids() - before) or process.poll() is not None, 300)
         assert process.poll() is None, log.read_text()
         (self.workers[-1].node_id,) = node_ids() - before
         return self.workers[-1]

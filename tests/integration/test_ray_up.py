@@ -169,6 +169,8 @@ class Machines:
         """A command of the shipped file with the folders and the ports of this test."""
         command = command.replace("/shared", str(self.shared)).replace("$HOME/venv/bin:", "")
         command = command.replace("6379", str(self.gcs_port)).replace(" --object-manager-port=8076", "")
+        # "auto" could be another cluster on this machine.
+        command = command.replace("RAY_ADDRESS=auto", f"RAY_ADDRESS={self.head}:{self.gcs_port}")
         return command.replace("--dashboard-host=127.0.0.1", "--include-dashboard=false")
 
     def _start_sshd(self) -> subprocess.Popen[bytes]:
