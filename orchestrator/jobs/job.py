@@ -108,10 +108,12 @@ def _run(job: PreparedJob, stop: StopRequest) -> JobResult:
         if stop.reason is None:
             train_backbones(backbones, stop, record_progress)
         if stop.reason is not None and not all(backbone.closed for backbone in backbones):
-            for tracker in [backbone.tracker for backbone in backbones if not backbone.closed]:
+            trackers = [backbone.tracker for backbone in backbones if not backbone.closed]
+            trackers += [] if comparison is None else [comparison]
+            for tracker in trackers:
+                tracker.request_end("KILLED")
+            for tracker in trackers:
                 tracker.finish("KILLED")
-            if comparison is not None:
-                comparison.finish("KILLED")
             return JobResult(job.out, stop.reason)
         measure_pending_latencies(backbones)
         if comparison is None:

@@ -23,6 +23,8 @@ class Sender(Protocol):
 
     def send(self, final: bool = False) -> None: ...
 
+    def begin_end(self) -> None: ...
+
     def cancel(self) -> None: ...
 
 
@@ -48,13 +50,19 @@ class BackgroundUploader:
         self._thread = threading.Thread(target=run, args=(self._run,), name="mlflow-upload", daemon=True)
         self._thread.start()
 
+    def request_end(self) -> None:
+        """Begin the last round."""
+        if not self._closing.is_set():
+            self._sender.begin_end()
+            self._closing.set()
+
     def close(self, idle_timeout: float, timeout: float) -> bool:
         """Send what is left. True if the last round came to its end without a failure.
 
         Waits at most `timeout` seconds, and at most `idle_timeout` seconds in which the store takes nothing.
         """
         start = time.monotonic()
-        self._closing.set()
+        self.request_end()
         while self._thread.is_alive():
             now = time.monotonic()
             left = min(start + timeout, max(start, self._sender.last_progress) + idle_timeout) - now

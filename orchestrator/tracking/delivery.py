@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Protocol
 
 from bim.orchestrator.tracking.metric_log import MetricLog
 from bim.orchestrator.tracking.open_run import is_refusal
@@ -22,10 +22,6 @@ EVENTS, EVENTS_INTERVAL_S = "events.log", 30.0
 """The log of a run, and seconds between two uploads of it: it is sent as a whole."""
 
 log = logging.getLogger(__name__)
-
-
-class _Job(Protocol):
-    def __call__(self) -> None: ...
 
 
 class Delivery:
@@ -43,6 +39,7 @@ class Delivery:
         self._metrics, self._queue, self._writer = metrics, queue, writer
         self._events, self._events_size, self._events_time = out / EVENTS, 0, 0.0
         self._cancelled = threading.Event()
+        self._ends: dict[int, Future[None]] = {}
 
     def send(self, final: bool = False) -> None:
         """Send all there is. An upload that fails is left for the next call, one that the store refuses is dropped.
@@ -69,15 +66,35 @@ class Delivery:
         if failure is not None:
             raise failure
 
+    def begin_end(self) -> None:
+        """Start to send the uploads that go before all others, side by side and beside a `send` that is under way.
+
+        Where every request takes long, the runs of a process that is told to stop end in the time of one of them.
+        """
+        for upload in self._queue.waiting():
+            if upload.first and upload.number not in self._ends:
+                end = self._ends[upload.number] = Future[None]()
+                threading.Thread(target=self._send_end, args=(upload, end), daemon=True).start()
+
+    def _send_end(self, upload: Upload, end: Future[None]) -> None:
+        try:
+            self._send_upload(upload)
+        except BaseException as error:
+            end.set_exception(error)
+        else:
+            end.set_result(None)
+
     def cancel(self) -> None:
         """End a `send` that is under way before its next upload."""
         self._cancelled.set()
 
-    def _jobs(self, final: bool) -> Iterator[_Job]:
+    def _jobs(self, final: bool) -> Iterator[Callable[[], None]]:
         """What is to be done next, which an upload that is added meanwhile may change."""
-        tried, with_metrics = set[int](), False
+        tried, with_metrics = set(self._ends), False
         while True:
-            uploads = [upload for upload in self._queue.waiting() if upload.number not in tried]
+            uploads = [
+                upload for upload in self._queue.waiting() if upload.number not in tried | self._ends.keys()
+            ]
             if not with_metrics and not (uploads and uploads[0].first):
                 with_metrics = True
                 yield self._send_metrics
@@ -87,6 +104,8 @@ class Delivery:
                 yield lambda: self._send_upload(upload)  # noqa: B023 - called before the next one is taken
             else:
                 break
+        for end in list(self._ends.values()):
+            yield end.result
         if final or time.monotonic() - self._events_time > EVENTS_INTERVAL_S:
             yield self._send_events
 

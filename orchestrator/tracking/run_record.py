@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bim.orchestrator.files import atomic_write
+from bim.orchestrator.text import is_redacted
 from bim.orchestrator.tracking.records import StoredRun
 from bim.orchestrator.tracking.store import StoreAddress, TrackingError
 
@@ -35,8 +36,8 @@ class RunRecord:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the store can be opened by `uri` alone, which has no password."""
-        return "***" not in self.uri
+        """Whether the store can be opened by `uri` alone: it had no password."""
+        return not is_redacted(self.uri)
 
     def stored_run(self, name: str) -> StoredRun:
         """The run. name: where the file has none."""

@@ -14,8 +14,9 @@ import re
 import socket
 import sqlite3
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
@@ -159,25 +160,50 @@ def exclusive_lock(address: StoreAddress) -> Iterator[None]:
         os.close(lock)  # releases the lock
 
 
+class _HttpLimits:
+    """The environment variables by which MLflow's HTTP client is limited, while anybody in this process asks for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holders = 0
+        self._added: list[str] = []
+
+    def enter(self, variables: Mapping[str, str]) -> None:
+        with self._lock:
+            self._holders += 1
+            if self._holders == 1:
+                self._added = [name for name in variables if name not in os.environ]
+                os.environ.update({name: variables[name] for name in self._added})
+
+    def exit(self) -> None:
+        with self._lock:
+            self._holders -= 1
+            if self._holders == 0:
+                for name in self._added:
+                    os.environ.pop(name, None)
+
+
+_http_limits = _HttpLimits()
+
+
 @contextlib.contextmanager
 def http_timeouts(retries: int, seconds: int) -> Iterator[None]:
     """Limit retries and seconds of MLflow's HTTP client, which also prints no addresses within the block.
 
-    What the user has set in the environment stays. MLflow reads these variables at every request and has no other
-    interface for them.
+    What the user has set in the environment stays, and of blocks that overlap, in several threads too, the first decides.
+    MLflow reads these variables at every request and has no other interface for them.
     """
-    defaults = {
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds),
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    }
-    added = {name: value for name, value in defaults.items() if name not in os.environ}
-    os.environ.update(added)
+    _http_limits.enter(
+        {
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
+            "MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds),
+            "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        }
+    )
     try:
         yield
     finally:
-        for name in added:
-            os.environ.pop(name, None)
+        _http_limits.exit()
 
 
 @contextlib.contextmanager

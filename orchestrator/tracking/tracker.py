@@ -50,7 +50,7 @@ TAGGED_PACKAGES = ("torch", "timm", "ray")
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
-FINISH_TIMEOUTS_S: dict[Status, float] = {"FINISHED": 600.0, "FAILED": 60.0, "KILLED": 8.0}
+FINISH_TIMEOUTS_S: dict[Status, float] = {"FINISHED": 600.0, "FAILED": 60.0, "KILLED": 12.0}
 """How long the end of a run waits for its store; a process that a signal ends has little time."""
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Tracker:
         self._dataset: dict[str, str] | None = None
         self._depths: dict[str, dict[str, DepthRecord]] = {}
         self._running_trials: dict[int, tuple[TrialRow, str]] = {}
-        self._is_finished = False
+        self._is_ending = self._is_finished = False
         self._writer = RunWriter(opened.client, address, run, out)
         delivery = Delivery(out, self._metrics, self._queue, self._writer)
         self._uploader = BackgroundUploader(delivery, str(address), short_path(out), interval)
@@ -164,7 +164,7 @@ class Tracker:
 
     def log_provenance(self, record: Provenance) -> None:
         """Code revision, versions, hardware and data as provenance.json; the main ones as tags and a dataset."""
-        tags = {"hardware": str(record.hardware), "python": record.python}
+        tags = {"hardware": record.hardware_text, "python": record.python}
         tags |= {name: version for name, version in record.packages.items() if name in TAGGED_PACKAGES}
         if record.code.commit is not None:
             tags["mlflow.source.git.commit"] = record.code.commit
@@ -247,6 +247,18 @@ class Tracker:
 
     # -- the end ------------------------------------------------------------------------------------------------
 
+    def request_end(self, status: Status) -> None:
+        """Begin to end the run, without waiting; `finish` waits. Of several runs all can end at the same time."""
+        if self._is_ending:
+            return
+        self._is_ending = True
+        self._queue.discard(REOPENING)
+        # Before everything else: a process that is told to stop may not have the time to send all.
+        self._queue.put(END, "end", {"status": status, "milliseconds": now_ms()}, first=True)
+        for row, metric in self._running_trials.values():
+            self._put_trial(row, metric, cut_off=True)
+        self._uploader.request_end()
+
     def finish(
         self, status: Status = "FINISHED", idle_timeout: float = 20.0, timeout: float | None = None
     ) -> bool:
@@ -260,11 +272,7 @@ class Tracker:
         self._is_finished = True
         if timeout is None:
             timeout = FINISH_TIMEOUTS_S[status]
-        self._queue.discard(REOPENING)
-        # Before everything else: a process that is told to stop may not have the time to send all.
-        self._queue.put(END, "end", {"status": status, "milliseconds": now_ms()}, first=True)
-        for row, metric in self._running_trials.values():
-            self._put_trial(row, metric, cut_off=True)
+        self.request_end(status)
         complete = self._uploader.close(idle_timeout, timeout)
         if not complete:
             names = _short_list(upload.name for upload in self._queue.waiting())
@@ -280,7 +288,7 @@ class Tracker:
 
     def end_at_once(self) -> None:
         """Mark the run as KILLED and send nothing more: for an exit that cannot wait."""
-        if not self._is_finished:
+        if not self._is_ending:
             milliseconds = now_ms()
             self._queue.put(END, "end", {"status": "KILLED", "milliseconds": milliseconds}, first=True)
             self._writer.end("KILLED", milliseconds)

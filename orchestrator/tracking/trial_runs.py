@@ -6,7 +6,9 @@ Part of `tracker.py`. Every method may raise and may be repeated: existing runs 
 from __future__ import annotations
 
 import json
+import threading
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,14 +38,19 @@ class TrialRuns:
     def __init__(self, client: MlflowClient, parent: StoredRun) -> None:
         self._client, self._parent = client, parent
         self._sent: dict[int, _SentTrial] = {}
+        self._locks: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
 
     def send(self, row: TrialRow, metric: str, cut_off: bool = False) -> None:
-        """Write the present state of one trial; what the store has already stays.
+        """Write the present state of one trial; what the store has already stays. Threads may share it.
 
         Args:
             metric: the key of its scores.
             cut_off: whether the search has ended before this trial, which `--resume` continues.
         """
+        with self._locks[row.number]:
+            self._send(row, metric, cut_off)
+
+    def _send(self, row: TrialRow, metric: str, cut_off: bool) -> None:
         sent = self._sent.get(row.number)
         if sent is None:
             sent = self._sent[row.number] = self._open(row)

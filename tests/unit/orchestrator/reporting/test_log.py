@@ -47,6 +47,16 @@ def test_lines_go_to_stdout_and_errors_to_stderr(
     assert capsys.readouterr() == (stdout, "error: one cause\nerror: another cause\n")
 
 
+def test_a_file_has_the_details_that_the_console_leaves_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_console()
+    with log_to_file(tmp_path / "events.log"):
+        log.debug("a detail")
+    assert capsys.readouterr().out == ""
+    assert (tmp_path / "events.log").read_text().endswith("  a detail\n")
+
+
 def test_a_console_that_is_configured_again_prints_every_line_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

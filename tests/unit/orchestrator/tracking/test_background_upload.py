@@ -30,6 +30,8 @@ class Sender:
         finally:
             self.rounds.release()
 
+    def begin_end(self) -> None: ...
+
     def cancel(self) -> None:
         self.cancelled.set()
 

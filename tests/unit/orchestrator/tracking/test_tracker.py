@@ -94,6 +94,28 @@ def test_a_slow_store_makes_nobody_wait_but_the_end(tmp_path: Path, store: FakeS
     assert everything_is_there(store)
 
 
+def test_a_process_that_is_told_to_stop_ends_its_runs_in_the_time_of_one_slow_request(
+    tmp_path: Path, store: FakeStore
+) -> None:
+    """Of every thread that asks, the store answers one request; the thread of uploads waits for its first one."""
+    tracker = opened(tmp_path / "out", interval=3600)
+    tracker.log_trial(ROW, "knn_top1")
+    tracker.log_trial(replace(ROW, number=4), "knn_top1")
+    tracker._uploader._sender.send()
+    answered: set[str] = set()
+
+    def answer(name: str) -> None:
+        thread = threading.current_thread().name
+        if thread in answered or thread == "mlflow-upload":
+            threading.Event().wait()
+        answered.add(thread)
+
+    store.before = answer
+    tracker.log_metrics(1, {"loss": 0.5})
+    assert not tracker.finish("KILLED", idle_timeout=0.5, timeout=0.5)
+    assert [run.info.status for run in store.runs.values()] == ["KILLED"] * 3
+
+
 def test_a_score_takes_one_request_once_its_run_is_there(tmp_path: Path, store: FakeStore) -> None:
     tracker = opened(tmp_path / "out", interval=3600)
     delivery = tracker._uploader._sender
@@ -167,6 +189,15 @@ def test_a_resumed_run_is_shown_as_running_as_soon_as_its_store_is_back(
     assert store.runs["run0"].info.status == "FAILED"
 
 
+def test_of_several_runs_all_end_before_one_is_waited_for(tmp_path: Path, store: FakeStore) -> None:
+    trackers = [opened(tmp_path / name, interval=3600) for name in "ab"]
+    for tracker in trackers:
+        tracker.request_end("KILLED")
+    assert trackers[1].finish("KILLED")
+    assert trackers[0].finish("KILLED")
+    assert [run.info.status for run in store.runs.values()] == ["KILLED", "KILLED"]
+
+
 def test_a_new_run_needs_its_store_and_a_resumed_one_the_store_that_has_it(
     tmp_path: Path, store: FakeStore
 ) -> None:
@@ -222,7 +253,7 @@ def test_the_record_has_no_password_and_an_absolute_path(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name, uri, recorded in (
-        ("a", "http://me:secret@store:5000", "http://me:***@store:5000"),
+        ("a", "http://me:secret@store:5000", "http://***@store:5000"),
         ("b", "sqlite:///mlflow.db", f"sqlite:///{tmp_path}/mlflow.db"),
     ):
         (tmp_path / name).mkdir()
@@ -239,11 +270,10 @@ def test_the_record_has_no_password_and_an_absolute_path(
 
 def test_sync_closes_a_run_whose_process_was_killed(tmp_path: Path, store: FakeStore) -> None:
     out = tmp_path / "out"
-    tracker = opened(out)
+    tracker = opened(out, interval=3600)
     tracker.log_trial(ROW, "knn_top1")
-    while not any("trial" in run.data.tags for run in store.runs.values()):
-        pass
-    tracker._uploader.close(1, 1)  # as if by SIGKILL
+    tracker._uploader._sender.send()
+    tracker._uploader._closing.set()  # as if by SIGKILL: nothing is ended
     tracker._resources.close()
     assert sync_run(out).status == "KILLED"
     assert [run.info.status for run in store.runs.values()] == ["KILLED", "KILLED"]
