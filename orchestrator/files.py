@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -45,6 +46,8 @@ def remove_temporary_files(out: Path) -> None:
     """Remove what killed processes left of their writes below an output directory, which this process alone writes to."""
     with suppress(OSError):
         for temporary in list(out.glob("**/.*.tmp")):
+            if temporary.is_dir() and not temporary.is_symlink():
+                shutil.rmtree(temporary, ignore_errors=True)
             with suppress(OSError):
                 temporary.unlink()
 

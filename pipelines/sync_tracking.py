@@ -55,24 +55,34 @@ def _main(argv: Sequence[str]) -> int:
 def run(out: Path, uri: str | None = None) -> int:
     """The command for arguments that are well-formed."""
     # Here: MLflow takes a second to import.
+    from bim.orchestrator.runs.lease import LeaseHeldError, acquire
     from bim.orchestrator.text import short_path
     from bim.orchestrator.tracking.store import TrackingError
     from bim.orchestrator.tracking.sync import StoreUnavailableError, recorded_folders, sync_run
 
     status = 0
     try:
-        for folder in recorded_folders(out):
-            try:
-                synced = sync_run(folder, uri)
-            except StoreUnavailableError as error:
-                log.error(error)
-                status = 1
-            else:
-                what = (
-                    f"sent {synced.num_sent} metrics and uploads" if synced.num_sent else "nothing was left"
-                )
-                log.info("%s: %s; the run is %s", short_path(folder), what, synced.status)
-    except TrackingError as error:
+        folders = recorded_folders(out)
+        with acquire(out, "bim sync"):
+            for folder in folders:
+                try:
+                    synced = sync_run(folder, uri)
+                except StoreUnavailableError as error:
+                    log.error(error)
+                    status = 1
+                else:
+                    what = (
+                        f"sent {synced.num_sent} metrics and uploads"
+                        if synced.num_sent
+                        else "nothing was left"
+                    )
+                    log.info("%s: %s; the run is %s", short_path(folder), what, synced.status)
+    except LeaseHeldError as error:
+        log.error(
+            "%s is in use by %s; a run that is alive sends what it records itself", short_path(out), error
+        )
+        return 2
+    except (TrackingError, OSError) as error:
         log.error(error)
         return 2
     return status

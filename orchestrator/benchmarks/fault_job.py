@@ -30,6 +30,7 @@ JOB = {
     "schedule.epochs": "6",
     "schedule.warmup_epochs": "1",
     "checkpoint.every_epochs": "0.5",
+    "checkpoint.every_minutes": "1000",  # on a slow machine too, checkpoints are those of the epochs
     "placement.threads_per_stage": "1",
     "search.trials": "0",
     "evaluation.latency": "false",

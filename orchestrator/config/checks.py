@@ -90,6 +90,11 @@ def ineffective_keys(s: Settings) -> dict[str, str]:
         (s.decoder.recovery == "none", "thrown tokens are not recovered", ("decoder.thrown_weight",)),
         (len(ratios) == 1, "mask.ratio is the same for all blocks", ("mask.loss_on_newly_masked",)),
         (s.num_blocks == 1, "there is one block", ("boundary_noise",)),
+        (
+            s.placement.backend == "in_process",
+            "placement.backend is in_process",
+            ("placement.cpus_per_stage", "placement.wait_s"),
+        ),
     )
     reason_of_key: dict[str, str] = {}
     for holds, reason, keys in reasons:

@@ -7,6 +7,7 @@ and needs `messages.py` all the same, so that it saves less than 300 lines.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,8 @@ from bim.orchestrator.config.renamed import new_key
 from bim.orchestrator.config.schema import Settings, SettingsError, all_settings
 from bim.orchestrator.config.transforms import overlaid, settings_to_yaml
 from bim.orchestrator.config.validate import settings_from_mapping
+
+log = logging.getLogger(__name__)
 
 _BRACKETS = {"[": "]", "{": "}"}
 
@@ -98,6 +101,10 @@ def load_settings(argv: Sequence[str]) -> Settings:
         problems.append(str(error))
     if problems:
         raise SettingsError("\n".join(problems))
+    if not settings.search.trials and settings.backbones is None:
+        for key in typed:
+            if key.startswith("search.") and key not in ("search.trials", "search.resume"):
+                log.warning("note: --%s has no effect: search.trials is 0", key)
     if "--print-config" in flags:
         _print_and_exit(settings_to_yaml(settings).rstrip())
     return settings

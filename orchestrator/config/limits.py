@@ -38,6 +38,7 @@ LIMITS: dict[str, float] = {
     "optim.blr": 1e6,
     "optim.weight_decay": 1e6,
     "checkpoint.every_epochs": 10**6,
+    "checkpoint.every_minutes": 10**6,
     "checkpoint.keep": 10**6,
     "evaluation.knn_k": 10**6,
     "evaluation.batch_size": 2**20,

@@ -56,8 +56,8 @@ class _OutOfBoundsError(yaml.MarkedYAMLError):
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core schema: no other tags, no value that contains itself, and bounds on depth, size and numbers."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-    yaml_constructors: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (declared so in the stubs)
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {}
     _depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -105,7 +105,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (declared so in the stubs)
 
 
 def _int(text: str, node: yaml.ScalarNode) -> int:
@@ -150,7 +150,7 @@ for _tag in ("null", "bool", "int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
 for _tag in ("str", "seq", "map"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", getattr(_Loader, f"construct_yaml_{_tag}"))
-_Loader.add_constructor(None, _Loader.construct_undefined)
+_Loader.add_constructor(None, _Loader.construct_undefined)  # type: ignore[type-var]
 
 _Dumper.add_representer(
     list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)

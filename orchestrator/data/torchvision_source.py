@@ -66,8 +66,9 @@ class TorchvisionSource:
                 f"torchvision's {dataset} does not tell its labels without decoding every image; the images have none",
             )
         classes = getattr(parts[0], "classes", None)
-        is_list = isinstance(classes, list | tuple)
-        self.class_names = tuple(str(c) for c in classes) if is_list and self.labels is not None else None
+        self.class_names: tuple[str, ...] | None = None
+        if isinstance(classes, list | tuple) and self.labels is not None:
+            self.class_names = tuple(str(name) for name in classes)
 
     @classmethod
     def parse(cls, text: str) -> TorchvisionSource:

@@ -166,11 +166,12 @@ def _record_evaluations(backbone: BackboneRun) -> None:
     for number in range(backbone.num_recorded, len(backbone.evaluations)):
         run = backbone.prepared.runs[number]
         record_variants(backbone.tracker, run, backbone.evaluations[number], backbone.series_of(run))
-        _report_bad_images(backbone.evaluations[number])
+        report_bad_images(backbone.evaluations[number])
         backbone.num_recorded += 1
 
 
-def _report_bad_images(evaluation: EvaluationResult) -> None:
+def report_bad_images(evaluation: EvaluationResult) -> None:
+    """Log how many images the evaluation left out, and which, in one line."""
     bad = evaluation.bad_images
     if bad:
         listed = ", ".join(f"{name} ({reason})" for name, reason in list(bad.items())[:NAMED_BAD_IMAGES])

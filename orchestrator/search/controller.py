@@ -98,11 +98,9 @@ class SearchController:
         if self._unfinished:
             return self._save(replace(self.result.rows[self._unfinished.pop(0)], status="waiting"))
         changes = self._propose(self.result)
-        return (
-            None
-            if changes is None
-            else self._save(TrialRow(len(self.result.rows), changes, status="waiting"))
-        )
+        if changes is None:
+            return None
+        return self._save(TrialRow(len(self.result.rows), changes, status="waiting"))
 
     def should_stop(self) -> bool:
         """Whether all trials have to end now. Called several times a second."""

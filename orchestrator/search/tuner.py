@@ -127,6 +127,10 @@ class _Stopper(tune.Stopper):
     def stop_all(self) -> bool:
         return self._controller.should_stop()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles it as part of its own state, which is never read."""
+        return {}
+
 
 class _Callback(tune.Callback):
     """Passes the beginnings and ends of trials to the controller."""

@@ -80,6 +80,7 @@ class Delivery:
         try:
             self._send_upload(upload)
         except BaseException as error:
+            del self._ends[upload.number]  # `send` tries it once more
             end.set_exception(error)
         else:
             end.set_result(None)
@@ -90,7 +91,7 @@ class Delivery:
 
     def _jobs(self, final: bool) -> Iterator[Callable[[], None]]:
         """What is to be done next, which an upload that is added meanwhile may change."""
-        tried, with_metrics = set(self._ends), False
+        tried, with_metrics = set[int](), False
         while True:
             uploads = [
                 upload for upload in self._queue.waiting() if upload.number not in tried | self._ends.keys()

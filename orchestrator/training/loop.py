@@ -293,8 +293,9 @@ class _Loop:
                 self.bad_images[name] = reason
                 log.warning("skipped an unreadable image: %s (%s)", name, reason)
         if len(self.bad_images) > self.schedule.max_bad_images:
+            last = next(reversed(self.bad_images))
             raise TooManyCorruptImagesError(
-                f"{len(self.bad_images)} images could not be read, the last being {next(reversed(self.bad_images))}, and "
+                f"{len(self.bad_images)} images could not be read, the last being {last} ({self.bad_images[last]}), and "
                 f"data.max_bad_fraction allows {self.schedule.max_bad_images}; repair or remove them, or raise it"
             )
 

@@ -260,7 +260,7 @@ def test_a_stopped_process_is_killed_by_the_watchdog_and_costs_one_restart(
             stopped.append(stages.pids()[3])
             os.kill(stopped[0], signal.SIGSTOP)
 
-    watchdog = Watchdog(WatchdogLimits(least_s=4, unknown_s=60))
+    watchdog = Watchdog(WatchdogLimits(least_s=15, unknown_s=300))
     try:
         result = train(
             stages, tmp_path, steps=50, every=25, callback=AtStep(at_step), max_restarts=1, watchdog=watchdog

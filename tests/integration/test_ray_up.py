@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,11 @@ class Machines:
                 continue
         return ours
 
+    def log(self) -> str:
+        """The end of what the autoscaler logged."""
+        logs = self.folder.glob("ray/session_2*/logs/monitor.*")
+        return "\n".join(file.read_text(errors="replace")[-3000:] for file in sorted(logs))
+
     def close(self) -> None:
         ours = self.processes()
         for process in [*ours, psutil.Process(self.sshd.pid)]:
@@ -209,7 +214,7 @@ def machines() -> Iterator[Machines]:
 def test_the_shipped_cluster_comes_up_runs_a_job_loses_a_worker_and_goes_down(machines: Machines) -> None:
     up = machines.ray("up", "-y", "--no-config-cache", str(machines.config))
     assert up.returncode == 0, up.stdout
-    wait_until(lambda: len(machines.worker_raylets()) == len(WORKERS), 300)
+    wait_until(lambda: len(machines.worker_raylets()) == len(WORKERS), 900, machines.log)
 
     words = [word for key, value in JOB.items() for word in (f"--{key}", value)]
     quoted = [f"'{word}'" if " " in word else word for word in words]
@@ -241,10 +246,10 @@ def test_the_shipped_cluster_comes_up_runs_a_job_loses_a_worker_and_goes_down(ma
     wait_until(lambda: machines.processes() == [], 120)
 
 
-def wait_until(done: Any, seconds: float) -> None:
+def wait_until(done: Callable[[], bool], seconds: float, log: Callable[[], str] = str) -> None:
     deadline = time.monotonic() + seconds
     while not done():
-        assert time.monotonic() < deadline, f"not so within {seconds:.0f} s"
+        assert time.monotonic() < deadline, f"not so within {seconds:.0f} s\n{log()}"
         time.sleep(0.5)
 
 

@@ -50,6 +50,7 @@ class Callback:
 
     def __init__(self, stop_at: str = "") -> None:
         self.stop, self.events, self._stop_at = StopRequest(), list[str](), stop_at
+        self.cannot_be_pickled = (number for number in range(3))  # as the contexts of a job
 
     def _keep(self, event: str) -> None:
         self.events.append(event)

@@ -29,6 +29,10 @@ from bim.orchestrator.config.transforms import with_changes
         ({"mask.loss_on_newly_masked": False, "mask.ratio": [0.5, 0.6, 0.7, 0.8]}, []),
         ({"blocks": 1, "boundary_noise": 0.1}, ["boundary_noise has no effect: there is one block"]),
         ({"boundary_noise": 0.1}, []),
+        (
+            {"placement.backend": "in_process", "placement.wait_s": 9.0},
+            ["placement.wait_s has no effect: placement.backend is in_process"],
+        ),
         ({}, []),
     ],
 )

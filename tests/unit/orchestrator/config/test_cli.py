@@ -315,3 +315,12 @@ def test_the_examples_of_the_help_are_accepted() -> None:
     assert len(commands) >= 4
     for command in commands:
         load_settings(shlex.split(command)[2:])
+
+
+def test_options_of_a_search_without_a_search_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    load_settings(["--search.trials", "0", "--search.trial_epochs", "3"])
+    assert caplog.messages == ["note: --search.trial_epochs has no effect: search.trials is 0"]
+    caplog.clear()
+    load_settings(["--search.trials", "2", "--search.trial_epochs", "9"])
+    load_settings(["--search.trials", "0"])
+    assert caplog.messages == []

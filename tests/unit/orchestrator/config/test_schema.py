@@ -14,6 +14,8 @@ from bim.orchestrator.config.schema import json_schema
 from bim.orchestrator.config.transforms import settings_to_yaml, with_changes
 from bim.orchestrator.config.validate import settings_from_mapping
 
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=50)
+
 CHANGES = st.fixed_dictionaries(
     {},
     optional={
@@ -23,15 +25,11 @@ CHANGES = st.fixed_dictionaries(
         "mask.ratio": st.floats(0.01, 0.99)
         | st.lists(st.floats(0.01, 0.99), min_size=2, max_size=2).map(sorted),
         "decoder.dim": st.integers(1, 4096) | st.lists(st.integers(1, 4096), min_size=4, max_size=4),
-        "tracking.experiment": st.text(min_size=1),
-        "tracking.model_name": st.none() | st.text(min_size=1),
+        "tracking.experiment": TEXT.filter(bool),
+        "tracking.model_name": st.none() | TEXT.filter(bool),
         "backbone.model_args": st.dictionaries(
             st.text("abc_.:# \u00e9", min_size=1),
-            st.none()
-            | st.booleans()
-            | st.integers()
-            | st.floats(allow_nan=False, allow_infinity=False)
-            | st.text(),
+            st.none() | st.booleans() | st.integers(-(2**17), 2**17) | st.floats(-1e5, 1e5) | TEXT,
         ),
     },
 )

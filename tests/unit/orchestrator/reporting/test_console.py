@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -52,6 +53,11 @@ def test_a_long_line_has_the_first_and_the_last_loss_alone() -> None:
 def test_waiting_for_mask_plans_is_reported_if_it_costs_time() -> None:
     report = EpochReport(3, 60, {0: 0.81}, 1234.4, 0.02, 72, mask_wait=0.31)
     assert "data wait 2%  mask wait 31%  ETA" in epoch_line(report)
+
+
+def test_a_slow_stage_is_named_on_the_line() -> None:
+    report = replace(REPORT, slow_stage="stage 2 (block 2) 3.4 x")
+    assert "data wait 2%  slow: stage 2 (block 2) 3.4 x  ETA" in epoch_line(report)
 
 
 def test_a_second_training_has_its_own_names_and_rewinds_only_them() -> None:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bim.orchestrator.runs.provenance import DataRecord, Hardware, code_state, collect, package_versions
+from bim.orchestrator.runs.provenance import (
+    DataRecord,
+    Hardware,
+    Machine,
+    code_state,
+    collect,
+    machine,
+    package_versions,
+)
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -84,3 +93,22 @@ def test_the_whole_record_becomes_json() -> None:
 def test_hardware_reads_as_one_line() -> None:
     assert str(Hardware("Xeon", 2, 24.0, ())) == "2 x Xeon, 24 GiB, no GPU"
     assert str(Hardware("Xeon", 8, None, ("H200, 140 GiB",))) == "8 x Xeon, H200, 140 GiB"
+
+
+def test_the_hardware_of_a_run_is_that_of_its_stages() -> None:
+    record = collect()
+    assert record.hardware_text == str(record.hardware)
+    gpu = Hardware("Xeon", 8, 31.0, ("NVIDIA L4, 23034 MiB",))
+    stages = [Machine(f"worker-{number}", gpu, "3.12", {"torch": "2.8"}, "12.6") for number in range(4)]
+    stages.append(Machine("large", Hardware("EPYC", 64, 500.0, ()), "3.12", {}))
+    several = replace(record, stages=(*stages, stages[0]))
+    assert several.hardware_text == (
+        "4 machines of 8 x Xeon, 31 GiB, NVIDIA L4, 23034 MiB; 64 x EPYC, 500 GiB, no GPU"
+    )
+    assert json.loads(json.dumps(several.as_dict()))["stages"][0]["cuda"] == "12.6"
+
+
+def test_a_machine_tells_its_versions() -> None:
+    here = machine()
+    assert here.packages["torch"]
+    assert here.hardware == collect().hardware

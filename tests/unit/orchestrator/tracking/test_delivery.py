@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,11 +36,11 @@ class Store:
         self.requests = 0
         self.error: Exception | None = None
         self.errors: dict[str, Exception] = {}
-        self._during = during
+        self.during = during
 
     def _request(self, name: str) -> None:
         self.requests += 1
-        self._during(name)
+        self.during(name)
         error = self.errors.get(name) or self.error
         if error is not None:
             raise error
@@ -166,3 +168,22 @@ def test_the_log_of_events_is_sent_at_the_end_and_seldom_before(
     assert scene.store.taken.count("events.log") == 2
     scene.delivery.send(final=True)
     assert scene.store.taken.count("events.log") == 2  # it has not grown
+
+
+def test_the_end_of_a_run_is_tried_once_more_where_its_own_thread_failed(scene: Scene) -> None:
+    scene.put("the end", first=True)
+    failed = threading.Event()
+
+    def fail_once(name: str) -> None:
+        if name == "the end" and not failed.is_set():
+            failed.set()
+            raise DOWN
+
+    scene.store.during = fail_once
+    scene.delivery.begin_end()
+    assert failed.wait(5)
+    while scene.delivery._ends:
+        time.sleep(0.001)
+    scene.delivery.send(final=True)
+    assert scene.store.taken == ["the end", "1 metrics", "a", "b", "c"]
+    assert scene.queue.waiting() == []

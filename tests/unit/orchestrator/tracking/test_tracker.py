@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from mlflow.exceptions import MlflowException
 
+from bim.orchestrator.runs.lease import acquire
 from bim.orchestrator.search.results import TrialRow, TrialScore
 from bim.orchestrator.tracking import open_run as open_run_module
 from bim.orchestrator.tracking.store import StoreAddress, TrackingError
@@ -293,6 +294,19 @@ def test_sync_takes_the_backbones_below_a_comparison(
     store.error = None
     assert sync_tracking.main([str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.count("nothing was left; the run is FINISHED") == 3
+
+
+def test_sync_leaves_a_run_alone_that_is_alive(
+    tmp_path: Path, store: FakeStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened(tmp_path / "out").finish()
+    asked = len(store.requests)
+    with acquire(tmp_path / "out", "run"):
+        assert sync_tracking.main([str(tmp_path / "out")]) == 2
+    assert "a run that is alive sends what it records itself" in capsys.readouterr().err
+    assert len(store.requests) == asked
+    assert sync_tracking.main([str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "out" / "lease.json").exists()
 
 
 @pytest.mark.parametrize("argv", [["missing"], ["."]], ids=str)

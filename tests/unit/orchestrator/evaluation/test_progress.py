@@ -1,0 +1,26 @@
+"""Progress of an evaluation goes to whoever surrounds it, and nowhere else."""
+
+from __future__ import annotations
+
+import pytest
+
+from bim.orchestrator.evaluation.progress import part, report, reported_to
+
+
+def test_reports_name_their_part_and_end_with_the_block() -> None:
+    told: list[str] = []
+    report("nobody listens")
+    with reported_to(told.append):
+        report("costs")
+        with part("trained models"), part("the test split"):
+            report("64 of 359 images")
+    report("nobody listens any more")
+    assert told == ["costs", "trained models, the test split: 64 of 359 images"]
+
+
+def test_a_listener_can_end_the_evaluation() -> None:
+    def refuse(text: str) -> None:
+        raise InterruptedError(text)
+
+    with reported_to(refuse), pytest.raises(InterruptedError, match="costs"):
+        report("costs")

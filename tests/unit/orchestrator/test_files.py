@@ -1,0 +1,47 @@
+"""Writes are whole or not there, and leave nothing else behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from bim.orchestrator.files import atomic_write, remove_temporary_files
+
+
+def test_a_signal_during_a_write_leaves_the_old_content_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "settings.yaml"
+    atomic_write(path, "old")
+
+    def interrupted(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        atomic_write(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_name_that_is_not_utf8_can_be_written(tmp_path: Path) -> None:
+    atomic_write(tmp_path / "names.txt", b"caf\xe9".decode("utf-8", "surrogateescape"))
+    assert (tmp_path / "names.txt").read_text(encoding="utf-8") == r"caf\udce9"
+
+
+def test_what_killed_writers_left_is_removed_at_every_depth(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    for name in (".settings.yaml.12.tmp", "settings.yaml", "notes.tmp"):
+        (tmp_path / name).touch()
+        (folder / name).touch()
+    (tmp_path / ".evaluation-x.tmp").mkdir()
+    (tmp_path / ".evaluation-x.tmp" / "checkpoint").touch()
+    remove_temporary_files(tmp_path)
+    assert not (tmp_path / ".evaluation-x.tmp").exists()
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
+        *["notes.tmp"] * 2,
+        *["settings.yaml"] * 2,
+    ]
