@@ -219,7 +219,8 @@ def test_a_damaged_image_is_skipped_counted_and_named(
     stopped = main_job(tmp_path / "strict", source, store, **few)
     assert stopped.status == 1
     (told,) = stopped.stderr.splitlines()
-    assert f"1 images could not be read, the last being {damaged}, and data.max_bad_fraction allows 0" in told
+    assert f"1 images could not be read, the last being {damaged} (" in told
+    assert "and data.max_bad_fraction allows 0" in told
     assert parent_run(store, stopped.out).info.status == "FAILED"
 
 
