@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,15 +17,17 @@ from bim.orchestrator.config.validate import settings_from_mapping
 from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import Splits
+from bim.orchestrator.files import StorageError
 from bim.orchestrator.jobs.backbone_entries import ErrorCollector, backbone_entries
 from bim.orchestrator.jobs.search_job import check_search
+from bim.orchestrator.runs.checkpoints import check_checkpoint_storage, checkpoint_store
 from bim.orchestrator.runs.output_dir import NEW_RUN_HINT, OutputError, check_output
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun, resolve_backbone
 from bim.orchestrator.search.record import finished_search
 from bim.orchestrator.search.results import with_best
 from bim.orchestrator.text import short_path
 from bim.orchestrator.tracking.open_run import TrackingError, check_model_name
-from bim.orchestrator.training.checkpoint import CheckpointStore
+from bim.orchestrator.training.errors import StorageUnsupportedError
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ def prepare(settings: Settings) -> PreparedJob:
         remedy = f"remove the folder {short_path(out / name)} to train this backbone again from the beginning"
         with errors.of(name):
             backbone = prepare_backbone(with_changes(entry, {"resume": begun}), opened, remedy)
-            finished = begun and _is_finished(backbone.run)
+            with _storage_refusals():
+                finished = begun and _is_finished(backbone.run)
             backbones.append(replace(backbone, name=name, finished=finished))
     errors.raise_if_any()
     return PreparedJob(settings, out, tuple(backbones))
@@ -86,10 +90,30 @@ def prepare_backbone(
     Raises:
         SettingsError, DataError, OutputError: one clear sentence.
     """
+    with _storage_refusals():
+        return _prepare_backbone(settings, opened, remedy)
+
+
+@contextmanager
+def _storage_refusals() -> Iterator[None]:
+    """Inside, a storage that refuses or cannot be reached is wrong input, as nothing has been started yet."""
+    try:
+        yield
+    except StorageUnsupportedError as error:
+        raise SettingsError(f"checkpoint.storage {error}") from error
+    except StorageError as error:
+        what = "checkpoint.storage " if "://" in str(error.filename) else ""
+        raise OutputError(f"{what}{error}") from error
+
+
+def _prepare_backbone(
+    settings: Settings, opened: tuple[Source, Splits] | None, remedy: str
+) -> PreparedBackbone:
     settings, out = resolve_paths(settings)
     if settings.resume or settings.search.resume:
         settings = with_best(with_changes(settings, {"resume": True}), finished_search(out))
     backbone = resolve_backbone(settings, out, opened)
+    check_checkpoint_storage(out, settings)
     check_output(
         out, settings, backbone.run.fingerprint, remedy, lambda saved: with_best(saved, finished_search(out))
     )
@@ -135,7 +159,7 @@ def _check_none_left_out(out: Path, names: Collection[str]) -> None:
 
 def _is_finished(run: ResolvedRun) -> bool:
     """Whether an earlier process trained the run to its end and evaluated it as it would be evaluated now."""
-    latest = CheckpointStore(run.out).latest()
+    latest = checkpoint_store(run.out).latest()
     if latest is None or latest.step < run.total_steps or not (run.out / "summary.json").exists():
         return False
     saved = settings_from_mapping(read_recipe(str(run.out / SAVED_SETTINGS)))

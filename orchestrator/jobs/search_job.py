@@ -13,6 +13,7 @@ from bim.orchestrator.config.transforms import settings_to_mapping, with_changes
 from bim.orchestrator.distributed.placement import ClusterResources
 from bim.orchestrator.evaluation.evaluate import RANKME_IMAGES
 from bim.orchestrator.reporting.search_console import SearchProgress, closing, opening
+from bim.orchestrator.runs.checkpoints import checkpoint_store, checkpoints_location, record_storage
 from bim.orchestrator.runs.output_dir import OutputError
 from bim.orchestrator.runs.prepare import PreparedBackbone, resolve_backbone, resolve_run
 from bim.orchestrator.runs.resolve import eval_config
@@ -30,8 +31,8 @@ from bim.orchestrator.search.trial import TrialSpec, trial_epochs, trial_placeme
 from bim.orchestrator.text import short_path
 from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.callbacks import StopRequest
-from bim.orchestrator.training.checkpoint import CheckpointStore
 from bim.orchestrator.training.spec import Precision
+from bim.orchestrator.training.storage import below
 
 MAY_CHANGE = ("resume", "trial_stages")
 """Settings of a search that may be others when it is continued; its record depends on the rest."""
@@ -62,7 +63,7 @@ def check_search(backbone: PreparedBackbone) -> None:
         raise SettingsError(
             "a search needs placement.backend ray; to train in this process alone set search.trials to 0"
         )
-    if CheckpointStore(out).latest() is not None:
+    if checkpoint_store(out).latest() is not None:
         raise OutputError(
             f"the run in {out} is being trained already, and a search comes before the training; continue it with "
             "--search.trials 0"
@@ -101,12 +102,13 @@ def run_search(
     run, settings = backbone.run, backbone.run.settings
     space = space_of(settings, run.backbone)
     layout, concurrent = trial_placement(settings, cluster)
+    record_storage(run.out, settings)
     trial = TrialSpec(
         # Trials have no record of their own in MLflow, and Tune writes what they are made from to the disk.
         settings=settings_to_mapping(with_changes(settings, {"tracking.uri": None})),
         layout=layout,
         precision=precision,
-        folder=str(run.out / FOLDER / "trials"),
+        folder=str(below(checkpoints_location(run.out), f"{FOLDER}/trials")),
         evaluation=eval_config(settings),
         fingerprint=run.fingerprint,
         device="cuda" if layout.gpus else "cpu",

@@ -12,8 +12,7 @@ from bim.orchestrator.config.recipes import SAVED_SETTINGS, read_recipe
 from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.config.transforms import differing_keys, flat
 from bim.orchestrator.config.validate import settings_from_mapping
-from bim.orchestrator.training.checkpoint import CheckpointStore
-from bim.orchestrator.training.manifest import MANIFEST
+from bim.orchestrator.runs.checkpoints import checkpoint_store
 
 
 class OutputError(ValueError):
@@ -90,7 +89,7 @@ def _check_same(
     remedy: str,
     apply_search: Callable[[Settings], Settings],
 ) -> None:
-    store = CheckpointStore(out)
+    store = checkpoint_store(out)
     latest = store.latest()
     saved = read_recipe(str(out / SAVED_SETTINGS)) if latest is None else latest.settings
     try:
@@ -114,5 +113,5 @@ def _check_same(
     if latest is not None and latest.facts.get("data", fingerprint) != fingerprint:
         raise OutputError(
             f"the images behind data.source have changed since the last checkpoint in {out} "
-            f"({store.directory(latest.step).name}/{MANIFEST}); {remedy}"
+            f"(step {latest.step}); {remedy}"
         )

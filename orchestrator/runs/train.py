@@ -25,11 +25,17 @@ from bim.orchestrator.distributed.placement import (
 )
 from bim.orchestrator.distributed.placement_group import PlacementGroup
 from bim.orchestrator.distributed.ray_stage_group import RayStages
+from bim.orchestrator.files import StorageError
+from bim.orchestrator.runs.checkpoints import (
+    checkpoint_store,
+    checkpoints_location,
+    record_storage,
+    storage_failure,
+)
 from bim.orchestrator.runs.output_dir import OutputError
 from bim.orchestrator.runs.prepare import ResolvedRun
 from bim.orchestrator.runs.signals import stop_on_signals
 from bim.orchestrator.training.callbacks import Callback, PretrainResult, StopRequest
-from bim.orchestrator.training.checkpoint import CheckpointStore
 from bim.orchestrator.training.errors import TrainingError
 from bim.orchestrator.training.loop import pretrain
 from bim.orchestrator.training.lr_schedule import CosineSchedule
@@ -72,7 +78,8 @@ def train(
     settings = run.settings
     spec = replace(run.spec, optim=replace(run.spec.optim, precision=precision))
     run.out.mkdir(parents=True, exist_ok=True)
-    store = CheckpointStore(run.out, settings.checkpoint.keep)
+    record_storage(run.out, settings)
+    store = checkpoint_store(run.out, settings.checkpoint.keep)
     store.clear_uncommitted()
     check_precision(run.out, precision)
     schedule = training_schedule(run, layout)
@@ -86,6 +93,8 @@ def train(
     try:
         with stop_on_signals(stop, interrupts_idle=True):
             return pretrain(schedule, stages, store, manifest, callback, policy, stop)
+    except StorageError as error:
+        raise TrainingError(storage_failure(error, store)) from error
     except (PlacementError, DataError) as error:
         if not callback.started:
             raise
@@ -115,7 +124,7 @@ def default_window(settings: Settings, layout: StageLayout) -> int:
 
 def check_precision(out: Path, precision: Precision) -> None:
     """Raise OutputError if the run in `out` was trained in another precision so far."""
-    latest = CheckpointStore(out).latest()
+    latest = checkpoint_store(out).latest()
     before = precision if latest is None else latest.facts.get("precision", precision)
     if before != precision:
         raise OutputError(
@@ -134,7 +143,8 @@ def make_stages(
     """The group of stages that the settings ask for, not yet started."""
     if run.settings.placement.backend == "ray":
         wait_s = placement_timeout_s(run.settings)
-        return RayStages(spec, run.data, layout, run.out, wait_s, group, first_bundle)
+        shared = checkpoints_location(run.out)
+        return RayStages(spec, run.data, layout, shared, wait_s, group, first_bundle)
     device = "cuda" if layout.gpus else "cpu"
     return InProcessStages(spec, run.data.train_batches, layout.stage_blocks, device, layout.threads)
 

@@ -104,6 +104,8 @@ class RemoteCheckpointStore:
         self._before_commit, self._after_commit = before_commit, after_commit
         self._folders: dict[int, str] = {}
         """Step -> name of the folder, of checkpoints that are written to or were returned by `latest`."""
+        self.committed_step: int | None = None
+        """The step of the checkpoint that the run would go on from, as this process knows it."""
         self._rejected: dict[str, str] = {}
         """Name of a committed folder -> why the run cannot go on from it."""
 
@@ -130,6 +132,7 @@ class RemoteCheckpointStore:
         name = url.rpartition("/")[2]
         self._check_sole_writer(manifest.step)
         self._objects.write(f"{name}/{MANIFEST}", json.dumps(asdict(manifest), indent=1).encode())
+        self.committed_step = manifest.step
         try:
             self._remove_obsolete(name)
         except StorageError as error:  # this one is committed; the next one removes them
@@ -153,7 +156,9 @@ class RemoteCheckpointStore:
                     log.warning("checkpoint %s skipped: %s", name, error)
             else:
                 self._folders[manifest.step] = name
+                self.committed_step = manifest.step
                 return manifest
+        self.committed_step = None
         return None
 
     def problems(self, uncommitted: bool = False) -> dict[str, str]:
