@@ -61,6 +61,8 @@ def contradictions(s: Settings) -> list[str]:
         )
     if s.resume and s.out is None:
         problems.append("resume needs out: the folder of the run to continue (--out DIR --resume)")
+    if s.from_scratch and not s.resume:
+        problems.append("from_scratch is for a run that is resumed: --resume --from-scratch")
     if s.placement.stages is not None and s.placement.stages > blocks:
         problems.append(
             f"placement.stages must be at most {blocks}, the number of blocks, not {s.placement.stages}"

@@ -75,7 +75,7 @@ def load_settings(argv: Sequence[str]) -> Settings:
         values = _without_the_arguments_of_another(values, name)
     typed: dict[str, str] = {}
     for given_key, text in arguments.overrides.items():
-        key = new_key(given_key)
+        key = new_key(_with_underscores(given_key))
         info = _info_of(key)
         if info is None:
             problems.append(_not_a_setting(key))
@@ -169,6 +169,12 @@ def _resumed_recipe(arguments: _Arguments) -> None:
         saved = Path(out).expanduser() / SAVED_SETTINGS
         if saved.is_file():
             arguments.recipe = str(saved)
+
+
+def _with_underscores(key: str) -> str:
+    """`from-scratch` as `from_scratch`: a setting may be typed with hyphens."""
+    name = key.replace("-", "_")
+    return name if name in all_settings() else key
 
 
 def _info_of(key: str) -> SettingInfo | None:

@@ -269,6 +269,10 @@ class Settings(Section):
         default=None, description="output directory; null: a new one named after the run"
     )
     resume: bool = Field(default=False, description="continue the run in --out from its last checkpoint")
+    from_scratch: bool = Field(
+        default=False,
+        description="with --resume: where no checkpoint can be read, set them aside and begin again at step 0",
+    )
     seed: Seed = Field(default=0, description="seed of weights, masks, sample order and augmentation")
     init_from: Location | None = Field(
         default=None,

@@ -20,6 +20,8 @@ MAY_DIFFER_ON_RESUME = (
     "name",
     "out",
     "resume",
+    "from_scratch",
+    "data.source",  # images may have moved; a fingerprint says whether they are the same
     "baseline",  # a run of its own, beside this one
     "data.workers",  # the content of a batch is a function of (seed, step) only
     "data.max_bad_fraction",

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +110,7 @@ def block_gflops(spec: PretrainSpec, backbone: Backbone, size: tuple[int, int]) 
     One image of zeros is computed in a fraction of a second, not on the meta device: positions of other sizes than that of
     the backbone depend on the values of its table.
     """
+    spec = replace(spec, init_from=None)  # the values of weights do not count
     plans = mask_plans(spec, backbone, size, batch_size=1, step=0, micro_step=0)
     x = torch.zeros(1, 3, *size)
     costs = []

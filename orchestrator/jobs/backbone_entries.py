@@ -19,6 +19,7 @@ RUN_LEVEL_SETTINGS = (
     "name",
     "out",
     "resume",
+    "from_scratch",
     "baseline",
     "backbone",
     "backbones",
@@ -36,7 +37,16 @@ RUN_LEVEL_SETTINGS = (
 )
 """Settings that are the same for all backbones: what is compared was trained and scored on the same images."""
 
-RESERVED_NAMES = ("checkpoints", "pictures", "variants", "decoders", "search", "events.log", "metrics.jsonl")
+RESERVED_NAMES = (
+    "checkpoints",
+    "pictures",
+    "variants",
+    "decoders",
+    "search",
+    "events.log",
+    "metrics.jsonl",
+    "baseline_mae",
+)
 """Names that a run gives to other files and folders of its output directory."""
 
 
@@ -149,4 +159,6 @@ def _names(entries: Sequence[BackboneEntry]) -> list[str]:
 def _is_taken(name: str, names: Iterable[str]) -> bool:
     # Some file systems do not tell capitals from small letters.
     taken = {other.casefold() for other in (*RESERVED_NAMES, *names)}
-    return name.casefold() in taken or name.casefold().startswith(("settings.", "summary.", "tracking."))
+    return name.casefold() in taken or name.casefold().startswith(
+        ("settings.", "summary.", "tracking.", "run.", "lease.", "checkpoints.")
+    )

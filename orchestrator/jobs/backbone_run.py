@@ -13,8 +13,10 @@ from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.distributed.placement import PlacementError, StageLayout
 from bim.orchestrator.evaluation.metric_info import METRICS
 from bim.orchestrator.evaluation.records import DepthReport, EvaluationResult
+from bim.orchestrator.files import StorageError, atomic_write
 from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask
 from bim.orchestrator.reporting.log import line_prefix
+from bim.orchestrator.runs.lease import Lease
 from bim.orchestrator.runs.output_dir import OutputError
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun
 from bim.orchestrator.runs.provenance import Provenance
@@ -23,7 +25,7 @@ from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.errors import TrainingError
 from bim.orchestrator.training.spec import Precision
 
-USER_FACING_ERRORS = (TrainingError, DataError, OutputError, PlacementError)
+USER_FACING_ERRORS = (TrainingError, DataError, OutputError, PlacementError, StorageError)
 """Errors whose message is meant for the person who started the run."""
 
 BASELINE_SERIES = "mae"
@@ -45,6 +47,7 @@ class BackboneRun:
         table: its results as text.
         num_recorded: how many of `evaluations` are in MLflow.
         closed: whether its record is complete, be it of a failure.
+        lease: of its output directory.
     """
 
     prepared: PreparedBackbone
@@ -60,6 +63,7 @@ class BackboneRun:
     table: str = ""
     num_recorded: int = 0
     closed: bool = False
+    lease: Lease | None = None
 
     @property
     def name(self) -> str:
@@ -101,11 +105,12 @@ class BackboneRun:
 def record_failure(backbone: BackboneRun, error: Exception) -> None:
     """Log why in a line; of an error that is not user-facing keep the traceback in `failure.txt`."""
     backbone.failed = format_error(error)
-    _traceback_file(backbone).unlink(missing_ok=True)
+    with suppress(OSError):
+        _traceback_file(backbone).unlink(missing_ok=True)
     if not isinstance(error, USER_FACING_ERRORS):
-        text = redact("".join(traceback.format_exception(error)))
+        text = redact("".join(traceback.format_exception(error))).encode(errors="backslashreplace")
         with suppress(OSError):  # the line below is the record, also on a full disk
-            _traceback_file(backbone).write_text(text, encoding="utf-8", errors="backslashreplace")
+            atomic_write(_traceback_file(backbone), text)
     log.info("failed: %s", backbone.failed)
 
 

@@ -28,7 +28,7 @@ from bim.orchestrator.reporting.comparison import (
 from bim.orchestrator.reporting.figures.backbones import comparison_figure
 from bim.orchestrator.reporting.log import log_to_file
 from bim.orchestrator.reporting.summary import write_summary
-from bim.orchestrator.runs.output_dir import new_output
+from bim.orchestrator.runs.output_dir import Claim
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun
 from bim.orchestrator.runs.provenance import collect
 from bim.orchestrator.runs.signals import at_forced_exit
@@ -40,16 +40,20 @@ from bim.orchestrator.training.storage import is_url
 log = logging.getLogger(__name__)
 
 
-def open_comparison(job: PreparedJob, cluster: ClusterResources, stack: ExitStack) -> Tracker:
+def open_comparison(job: PreparedJob, cluster: ClusterResources, claim: Claim, stack: ExitStack) -> Tracker:
     """The MLflow run above those of all backbones, with what they have in common.
 
+    Args:
+        claim: of the output directory.
+        stack: closes what is opened here.
+
     Raises:
-        OutputError, TrackingError: nothing is left of a directory that is new.
+        TrackingError, StorageError: the run has not begun.
     """
     settings, tracking = job.settings, job.settings.tracking
     resumed = Tracker.recorded_run(job.out) if settings.resume else None
-    text = settings_to_yaml(with_changes(settings, {"resume": False}))
-    with new_output(job.out):
+    text = settings_to_yaml(with_changes(settings, {"resume": False, "from_scratch": False}))
+    with claim.begin():
         atomic_write(job.out / SAVED_SETTINGS, text)
         tracker = stack.enter_context(
             Tracker.open(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.distributed.cluster import ClusterError, ray_cluster
 from bim.orchestrator.distributed.placement import ClusterResources, PlacementError
-from bim.orchestrator.files import remove_temporary_files
+from bim.orchestrator.files import StorageError, remove_temporary_files
 from bim.orchestrator.jobs.backbone_run import BackboneRun
 from bim.orchestrator.jobs.comparison import measure_pending_latencies, open_comparison, record_comparison
 from bim.orchestrator.jobs.layouts import shared_layouts, single_layouts
@@ -35,7 +35,8 @@ from bim.orchestrator.jobs.search_job import run_search, search_due
 from bim.orchestrator.jobs.train_backbones import train_backbones
 from bim.orchestrator.reporting.closing import closing_lines, several_closing_lines
 from bim.orchestrator.reporting.startup import data_notes, opening_lines
-from bim.orchestrator.runs.output_dir import OutputError
+from bim.orchestrator.runs.output_dir import Claim, OutputError, claim
+from bim.orchestrator.runs.run_store import storage_failure
 from bim.orchestrator.runs.signals import at_forced_exit, interrupted_by_signals
 from bim.orchestrator.runs.train import check_precision, resolve_precision
 from bim.orchestrator.search.record import finished_search
@@ -43,6 +44,7 @@ from bim.orchestrator.text import short_path
 from bim.orchestrator.tracking.open_run import TrackingError
 from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.callbacks import StopRequest
+from bim.orchestrator.training.errors import TrainingError
 
 BAD_INPUT = (SettingsError, DataError, OutputError, PlacementError, TrackingError, ClusterError)
 
@@ -75,13 +77,16 @@ def run_job(job: PreparedJob, stop: StopRequest | None = None) -> JobResult:
 
     Raises:
         OutputError, PlacementError, TrackingError, ClusterError: before the first actor starts.
-        TrainingError: a single backbone cannot be trained further; the last checkpoint stays.
+        TrainingError: a single backbone cannot be trained further, or the file system of the output directory refuses; the
+            last checkpoint stays.
     """
     stop = stop or StopRequest()
     try:
         if stop.reason is not None:  # an import can swallow the KeyboardInterrupt
             raise KeyboardInterrupt
         return _run(job, stop)
+    except StorageError as error:
+        raise TrainingError(storage_failure(error, job.out)) from error
     except KeyboardInterrupt:
         return JobResult(job.out, stop.reason or "SIGINT")
 
@@ -89,6 +94,7 @@ def run_job(job: PreparedJob, stop: StopRequest | None = None) -> JobResult:
 def _run(job: PreparedJob, stop: StopRequest) -> JobResult:
     with ExitStack() as stack:
         stack.enter_context(interrupted_by_signals(stop))
+        claims = _claim_outputs(job, stack)
         opened: list[Path] = []
 
         def remove_temporaries() -> None:
@@ -99,7 +105,7 @@ def _run(job: PreparedJob, stop: StopRequest) -> JobResult:
         stack.callback(remove_temporaries)
         stack.enter_context(at_forced_exit(remove_temporaries))
         cluster = stack.enter_context(connect(job.settings))
-        backbones, comparison = _open(job, cluster, stack)
+        backbones, comparison = _open(job, cluster, claims, stack)
         opened.append(job.out)
         remove_temporaries()  # of a driver that was killed
         _log_opening(job, backbones)
@@ -132,11 +138,27 @@ def connect(settings: Settings) -> AbstractContextManager[ClusterResources]:
     return nullcontext(ClusterResources(float(os.cpu_count() or 1), float(torch.cuda.device_count())))
 
 
+def _claim_outputs(job: PreparedJob, stack: ExitStack) -> dict[Path, Claim]:
+    """Hold the output directory of the job, and those of the backbones that are still to be trained. Raises OutputError."""
+    claims = {}
+    if job.compares:
+        claims[job.out] = stack.enter_context(claim(job.out, job.settings))
+    for backbone in job.backbones:
+        if not backbone.finished:
+            run = backbone.run
+            claims[run.out] = stack.enter_context(claim(run.out, run.settings, run.fingerprint))
+    return claims
+
+
 def _open(
-    job: PreparedJob, cluster: ClusterResources, stack: ExitStack
+    job: PreparedJob, cluster: ClusterResources, claims: Mapping[Path, Claim], stack: ExitStack
 ) -> tuple[list[BackboneRun], Tracker | None]:
     """The backbones that are still to be trained, and the comparison above several, in their folders and in MLflow."""
-    waiting = [backbone for backbone in job.backbones if not backbone.finished]
+    waiting = [
+        backbone.recorded_as(claims[backbone.run.out].record)
+        for backbone in job.backbones
+        if not backbone.finished
+    ]
     if job.compares:
         layouts = shared_layouts(waiting, cluster, job.settings.placement.gpus_per_stage)
     else:
@@ -146,11 +168,20 @@ def _open(
         for prepared, stages in zip(waiting, layouts, strict=True)
     ]
     for prepared, precision in zip(waiting, precisions, strict=True):
-        check_precision(prepared.run.out, precision)
-    comparison = open_comparison(job, cluster, stack) if job.compares else None
+        check_precision(prepared.run.out, precision, prepared.run.record)
+    comparison = open_comparison(job, cluster, claims[job.out], stack) if job.compares else None
     width = max(len(prepared.name) for prepared in job.backbones)
     backbones = [
-        open_backbone_run(prepared, stages, precision, cluster, comparison, prepared.name.ljust(width), stack)
+        open_backbone_run(
+            prepared,
+            stages,
+            precision,
+            cluster,
+            comparison,
+            prepared.name.ljust(width),
+            claims[prepared.run.out],
+            stack,
+        )
         for prepared, stages, precision in zip(waiting, layouts, precisions, strict=True)
     ]
     return backbones, comparison
@@ -189,7 +220,7 @@ def _search(backbone: BackboneRun, cluster: ClusterResources, stop: StopRequest)
         best = run_search(backbone.prepared, cluster, backbone.precision, backbone.tracker, stop)
         if best is None:
             return
-        backbone.prepared = best
+        backbone.prepared = best if run.record is None else best.recorded_as(run.record)
         log_settings(best.run, backbone.tracker, write_settings(best.run))
     searched = finished_search(run.out)
     if searched is not None:

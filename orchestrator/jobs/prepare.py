@@ -20,9 +20,17 @@ from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.files import StorageError
 from bim.orchestrator.jobs.backbone_entries import ErrorCollector, backbone_entries
 from bim.orchestrator.jobs.search_job import check_search
-from bim.orchestrator.runs.checkpoints import check_checkpoint_storage, checkpoint_store
-from bim.orchestrator.runs.output_dir import NEW_RUN_HINT, OutputError, check_output
+from bim.orchestrator.runs.checkpoints import check_checkpoint_storage
+from bim.orchestrator.runs.output_dir import (
+    NEW_RUN_HINT,
+    OutputError,
+    check_output,
+    check_resumable,
+    open_store,
+    resumed_record,
+)
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun, resolve_backbone
+from bim.orchestrator.runs.run_record import read_record
 from bim.orchestrator.search.record import finished_search
 from bim.orchestrator.search.results import with_best
 from bim.orchestrator.text import short_path
@@ -70,7 +78,8 @@ def prepare(settings: Settings) -> PreparedJob:
         opened = (backbones[0].source, backbones[0].splits) if backbones else None
         remedy = f"remove the folder {short_path(out / name)} to train this backbone again from the beginning"
         with errors.of(name):
-            backbone = prepare_backbone(with_changes(entry, {"resume": begun}), opened, remedy)
+            changes = {"resume": begun, "from_scratch": begun and settings.from_scratch}
+            backbone = prepare_backbone(with_changes(entry, changes), opened, remedy)
             with _storage_refusals():
                 finished = begun and _is_finished(backbone.run)
             backbones.append(replace(backbone, name=name, finished=finished))
@@ -117,6 +126,10 @@ def _prepare_backbone(
     check_output(
         out, settings, backbone.run.fingerprint, remedy, lambda saved: with_best(saved, finished_search(out))
     )
+    if settings.resume and backbone.baseline is not None and backbone.baseline.out.exists():
+        baseline = backbone.baseline.out
+        record = read_record(baseline) or replace(resumed_record(out), has_checkpoint=False)
+        check_resumable(open_store(baseline, record), record, settings.from_scratch)
     check_search(backbone)
     return backbone
 
@@ -159,7 +172,7 @@ def _check_none_left_out(out: Path, names: Collection[str]) -> None:
 
 def _is_finished(run: ResolvedRun) -> bool:
     """Whether an earlier process trained the run to its end and evaluated it as it would be evaluated now."""
-    latest = checkpoint_store(run.out).latest()
+    latest = open_store(run.out).latest()
     if latest is None or latest.step < run.total_steps or not (run.out / "summary.json").exists():
         return False
     saved = settings_from_mapping(read_recipe(str(run.out / SAVED_SETTINGS)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def save_all_reconstructions(
     x, paths = images, {}
     for k, info in enumerate(backbone.blocks):
         plan = plans[k].to(device)
-        module = build_local_mim(spec, k, backbone)
+        module = build_local_mim(replace(spec, init_from=None), k, backbone)
         module.load_state_dict(weights[k])
         module.to(device).eval()
         x = module.encoder(x, plan)

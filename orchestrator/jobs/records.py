@@ -19,7 +19,7 @@ from bim.orchestrator.reporting.figures.loss_curves import loss_curves_figure
 from bim.orchestrator.reporting.figures.pareto import pareto_figure
 from bim.orchestrator.reporting.log import log_to_file
 from bim.orchestrator.reporting.summary import render_table, summary_rows, write_summary
-from bim.orchestrator.runs.output_dir import new_output
+from bim.orchestrator.runs.output_dir import Claim
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun
 from bim.orchestrator.runs.provenance import DataRecord, collect
 from bim.orchestrator.runs.signals import at_forced_exit
@@ -48,22 +48,24 @@ def open_backbone_run(
     cluster: ClusterResources,
     parent: Tracker | None,
     label: str,
+    claim: Claim,
     stack: ExitStack,
 ) -> BackboneRun:
-    """Create the output directory and the MLflow run of a backbone, and save its settings and provenance.
+    """Begin the run of a backbone in its output directory and in MLflow, and save its settings and provenance.
 
     Args:
         parent: of the comparison of several backbones, below which its run stands.
         label: begins its lines.
+        claim: of the output directory.
         stack: closes what is opened here.
 
     Raises:
-        OutputError, TrackingError: nothing is left of a directory that is new.
+        TrackingError, StorageError: the run has not begun.
     """
     run = prepared.run
     provenance = collect(data_record(prepared), _resolved_settings(run, layouts[0], precision, cluster))
     run_name = run.out.name if parent is None else f"{parent.out.name}/{prepared.name}"
-    with new_output(run.out):
+    with claim.begin():
         text = write_settings(run)  # before anything else: by this file --resume knows that it was begun
         tracker = stack.enter_context(open_tracker(run, run_name, None if parent is None else parent.run_id))
     stack.enter_context(at_forced_exit(tracker.end_at_once))
@@ -72,7 +74,7 @@ def open_backbone_run(
     undecided = tuple(run.settings.search.space) if search_due(run.settings, run.out) else ()
     log_settings(run, tracker, text, undecided)
     tracker.log_provenance(provenance)
-    return BackboneRun(prepared, layouts, precision, provenance, tracker, label)
+    return BackboneRun(prepared, layouts, precision, provenance, tracker, label, lease=claim.lease)
 
 
 def open_tracker(run: ResolvedRun, run_name: str, parent_run_id: str | None) -> Tracker:
@@ -89,7 +91,7 @@ def write_settings(run: ResolvedRun) -> str:
 
     After a finished search they are those of its best trial, and a run that starts from them does not search again.
     """
-    settings = with_changes(run.settings, {"resume": False, "search.resume": False})
+    settings = with_changes(run.settings, {"resume": False, "from_scratch": False, "search.resume": False})
     if finished_search(run.out) is not None:
         settings = with_changes(settings, {"search.trials": 0})
     text = settings_to_yaml(settings)

@@ -13,8 +13,8 @@ from bim.orchestrator.config.transforms import settings_to_mapping, with_changes
 from bim.orchestrator.distributed.placement import ClusterResources
 from bim.orchestrator.evaluation.evaluate import RANKME_IMAGES
 from bim.orchestrator.reporting.search_console import SearchProgress, closing, opening
-from bim.orchestrator.runs.checkpoints import checkpoint_store, checkpoints_location, record_storage
-from bim.orchestrator.runs.output_dir import OutputError
+from bim.orchestrator.runs.checkpoints import checkpoints_location, record_storage
+from bim.orchestrator.runs.output_dir import OutputError, open_store
 from bim.orchestrator.runs.prepare import PreparedBackbone, resolve_backbone, resolve_run
 from bim.orchestrator.runs.resolve import eval_config
 from bim.orchestrator.runs.signals import stop_on_signals
@@ -63,7 +63,7 @@ def check_search(backbone: PreparedBackbone) -> None:
         raise SettingsError(
             "a search needs placement.backend ray; to train in this process alone set search.trials to 0"
         )
-    if checkpoint_store(out).latest() is not None:
+    if open_store(out).latest() is not None:
         raise OutputError(
             f"the run in {out} is being trained already, and a search comes before the training; continue it with "
             "--search.trials 0"

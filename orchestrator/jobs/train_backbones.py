@@ -174,7 +174,7 @@ def _train_and_evaluate(
             label = "  ".join(filter(None, (backbone.name, series)))
             progress = Progress(backbone.tracker, series, label, run.total_steps)
             with line_prefix(series), progress:
-                train(run, layout, backbone.precision, progress, stop, group)
+                train(run, layout, backbone.precision, progress, stop, group, lease=backbone.lease)
             if stop.reason is not None:
                 return
             if not series:

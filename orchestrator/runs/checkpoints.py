@@ -22,6 +22,8 @@ from bim.orchestrator.training.storage import RETRY_AT_START_S, Location, check_
 
 STORAGE_RECORD = "storage.json"
 
+RunCheckpoints = CheckpointStore | RemoteCheckpointStore
+
 
 @dataclass(frozen=True)
 class StorageRecord:
@@ -83,7 +85,7 @@ def write_storage_record(out: Path, record: StorageRecord) -> None:
     atomic_write(out / STORAGE_RECORD, json.dumps(asdict(record), indent=1) + "\n")
 
 
-def checkpoint_store(out: Path, keep: int = 2, **options: Any) -> CheckpointStore | RemoteCheckpointStore:
+def checkpoint_store(out: Path, keep: int = 2, **options: Any) -> RunCheckpoints:
     """The checkpoints of the run in `out`. options: further ones of both stores.
 
     Raises:
@@ -146,14 +148,3 @@ def check_checkpoint_storage(out: Path, settings: Settings) -> None:
                 f"is empty; copy {record.location} there, or give --checkpoint.storage {record.url}",
                 moved.location,
             )
-
-
-def storage_failure(error: StorageError, store: CheckpointStore | RemoteCheckpointStore) -> str:
-    """The sentence with which a run ends whose storage refuses, with the checkpoint that stays."""
-    if isinstance(store, RemoteCheckpointStore):
-        step = store.committed_step
-    else:
-        latest = store.latest()
-        step = None if latest is None else latest.step
-    stays = "no checkpoint was saved" if step is None else f"the checkpoint after step {step} stays"
-    return f"{error}; {stays}; repair it and go on with --resume"

@@ -16,13 +16,19 @@ from bim.orchestrator.data.phases import Phase, steps_until
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.spec import DataSpec
 from bim.orchestrator.data.splits import Splits
+from bim.orchestrator.runs.output_dir import open_store
 from bim.orchestrator.runs.resolve import data_spec, resolve
+from bim.orchestrator.runs.run_record import RunRecord
 from bim.orchestrator.training.spec import PretrainSpec
 
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """What is trained, on what, for how long, into which folder."""
+    """What is trained, on what, for how long, into which folder.
+
+    Args:
+        record: of the run, once its output directory is held; None: none, as for the trials of a search.
+    """
 
     settings: Settings
     spec: PretrainSpec
@@ -30,6 +36,7 @@ class ResolvedRun:
     data: DataSpec
     phases: tuple[Phase, ...]
     out: Path
+    record: RunRecord | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -69,6 +76,11 @@ class PreparedBackbone:
         """What is trained, in this order."""
         return (self.run,) if self.baseline is None else (self.run, self.baseline)
 
+    def recorded_as(self, record: RunRecord) -> PreparedBackbone:
+        """The same, trained as the run of this record."""
+        baseline = None if self.baseline is None else replace(self.baseline, record=record)
+        return replace(self, run=replace(self.run, record=record), baseline=baseline)
+
 
 def resolve_backbone(
     settings: Settings, out: Path, opened: tuple[Source, Splits] | None = None
@@ -90,9 +102,12 @@ def resolve_run(
         opened: the images and their split, if they are open already and of the same settings.
 
     Raises:
-        SettingsError, DataError: one clear sentence.
+        SettingsError, DataError, OutputError: one clear sentence.
     """
-    spec, backbone = resolve(settings)
+    has_checkpoint = (
+        settings.resume and settings.init_from is not None and open_store(out).latest() is not None
+    )
+    spec, backbone = resolve(settings, reads_init_from=not has_checkpoint)
     data = data_spec(settings, backbone)
     source, splits = opened or data.open()
     if opened is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 
 from bim.models.backbones import open_backbone
 from bim.models.backbones.backbone import Backbone
@@ -23,11 +24,14 @@ from bim.orchestrator.training.spec import DecoderSpec, OptimSpec, Precision, Pr
 Check = Callable[[], object]
 
 
-def resolve(settings: Settings, auto_precision: Precision = "fp32") -> tuple[PretrainSpec, Backbone]:
+def resolve(
+    settings: Settings, auto_precision: Precision = "fp32", reads_init_from: bool = True
+) -> tuple[PretrainSpec, Backbone]:
     """The spec that the settings describe, one value per block, and its backbone.
 
     Args:
         auto_precision: what `optim.precision: auto` means on the device of the stages.
+        reads_init_from: whether the run begins with the weights that `init_from` names; from a checkpoint it does not.
 
     Raises:
         SettingsError: the backbone cannot be opened or cut as asked; or, one a line, what of masks, decoders, targets,
@@ -41,7 +45,10 @@ def resolve(settings: Settings, auto_precision: Precision = "fp32") -> tuple[Pre
         raise SettingsError(str(error)) from error
     decoders, targets = _decoders(settings), _targets(settings)
     problems: dict[str, None] = {}  # in order, each once
-    for check in _checks(settings, backbone, decoders, targets):
+    checks = _checks(settings, backbone, decoders, targets)
+    if settings.init_from is not None and reads_init_from:
+        checks = chain(checks, [partial(backbone.check_init_from, settings.init_from)])
+    for check in checks:
         try:
             check()
         except ValueError as error:
@@ -128,8 +135,6 @@ def _checks(
         yield partial(TARGETS[target.name], info.stride, **target.args)
     if backbone.encode == "all":
         yield partial(_check_painted, decoders, ratios)
-    if settings.init_from is not None:
-        yield partial(backbone.check_init_from, settings.init_from)
 
 
 def _check_thrown(

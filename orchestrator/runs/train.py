@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -26,14 +26,12 @@ from bim.orchestrator.distributed.placement import (
 from bim.orchestrator.distributed.placement_group import PlacementGroup
 from bim.orchestrator.distributed.ray_stage_group import RayStages
 from bim.orchestrator.files import StorageError
-from bim.orchestrator.runs.checkpoints import (
-    checkpoint_store,
-    checkpoints_location,
-    record_storage,
-    storage_failure,
-)
-from bim.orchestrator.runs.output_dir import OutputError
+from bim.orchestrator.runs.checkpoints import checkpoints_location
+from bim.orchestrator.runs.lease import Lease
+from bim.orchestrator.runs.output_dir import OutputError, open_store
 from bim.orchestrator.runs.prepare import ResolvedRun
+from bim.orchestrator.runs.run_record import RunRecord
+from bim.orchestrator.runs.run_store import open_run_store, storage_failure
 from bim.orchestrator.runs.signals import stop_on_signals
 from bim.orchestrator.training.callbacks import Callback, PretrainResult, StopRequest
 from bim.orchestrator.training.errors import TrainingError
@@ -65,42 +63,63 @@ def train(
     stop: StopRequest,
     group: PlacementGroup | None = None,
     first_bundle: int = 0,
+    lease: Lease | None = None,
 ) -> PretrainResult:
     """Train a run from its last checkpoint to its end, on the stages of `layout`. In the main thread a signal sets `stop`.
 
     Args:
         group: a placement group with room for the stages from `first_bundle` on; None: one of their own.
+        lease: of the output directory; the training ends where it is lost.
 
     Raises:
-        OutputError: the checkpoint was trained in another precision.
+        OutputError: the checkpoint was trained in another precision, or all checkpoints of the run are unreadable or gone.
+        TrainingError: the training cannot go on, and a restart would not help. The last checkpoint stays.
         PlacementError, DataError: before the first step; later on they are a TrainingError.
     """
     settings = run.settings
     spec = replace(run.spec, optim=replace(run.spec.optim, precision=precision))
-    run.out.mkdir(parents=True, exist_ok=True)
-    record_storage(run.out, settings)
-    store = checkpoint_store(run.out, settings.checkpoint.keep)
-    store.clear_uncommitted()
-    check_precision(run.out, precision)
+    store = open_run_store(run, lease)
+    check_precision(run.out, precision, run.record)
     schedule = training_schedule(run, layout)
     facts = {"data": run.fingerprint, "precision": precision}
+    run_id = "" if run.record is None else run.record.run_id
 
     def manifest(step: int) -> Manifest:
-        return Manifest(step, run.phases[0].steps_per_epoch, recorded_mapping(settings), facts, ())
+        steps = run.phases[0].steps_per_epoch
+        return Manifest(step, steps, recorded_mapping(settings), facts, (), run_id)
 
     stages = make_stages(run, spec, layout, group, first_bundle)
     policy = RestartPolicy(settings.failures.max_restarts)
     try:
         with stop_on_signals(stop, interrupts_idle=True):
-            return pretrain(schedule, stages, store, manifest, callback, policy, stop)
+            return pretrain(schedule, stages, store, manifest, _watching(callback, lease), policy, stop)
     except StorageError as error:
-        raise TrainingError(storage_failure(error, store)) from error
+        raise TrainingError(storage_failure(error, run.out, run.record, store)) from error
     except (PlacementError, DataError) as error:
         if not callback.started:
             raise
         raise TrainingError(str(error)) from error
     finally:
         stages.close()
+
+
+def _watching(callback: ProgressCallback, lease: Lease | None) -> Callback:
+    """The callback; before every logged step it is seen whether the lease is lost."""
+    return callback if lease is None else cast(Callback, _LeaseWatch(callback, lease))
+
+
+class _LeaseWatch:
+    """Passes every event on, and ends the training at the first step that is logged after the lease was lost."""
+
+    def __init__(self, callback: Callback, lease: Lease) -> None:
+        self._callback, self._lease = callback, lease
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._callback, name)
+
+    def on_step(self, step: int, metrics: dict[str, float]) -> None:
+        self._lease.raise_if_lost()
+        self._callback.on_step(step, metrics)
 
 
 def training_schedule(run: ResolvedRun, layout: StageLayout) -> TrainingSchedule:
@@ -122,9 +141,9 @@ def default_window(settings: Settings, layout: StageLayout) -> int:
     return 2 * len(layout.stage_blocks) if settings.placement.backend == "ray" else 1
 
 
-def check_precision(out: Path, precision: Precision) -> None:
+def check_precision(out: Path, precision: Precision, record: RunRecord | None = None) -> None:
     """Raise OutputError if the run in `out` was trained in another precision so far."""
-    latest = checkpoint_store(out).latest()
+    latest = open_store(out, record).latest()
     before = precision if latest is None else latest.facts.get("precision", precision)
     if before != precision:
         raise OutputError(

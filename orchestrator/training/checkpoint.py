@@ -7,11 +7,17 @@ A checkpoint is a folder `OUT/checkpoints/step-00000500/` of safetensors files, 
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import os
+import re
 import shutil
+import stat
+import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +25,15 @@ from typing import TYPE_CHECKING
 import safetensors.torch
 from torch import Tensor
 
-from bim.orchestrator.files import atomic_write
+from bim.orchestrator.files import StorageError, atomic_write, make_folder, storage_errors
 from bim.orchestrator.training.errors import CheckpointDamagedError
-from bim.orchestrator.training.manifest import MANIFEST, FileRecord, Manifest, read_manifest
+from bim.orchestrator.training.manifest import (
+    MANIFEST,
+    CheckpointError,
+    FileRecord,
+    Manifest,
+    parse_manifest,
+)
 from bim.orchestrator.training.spec import PretrainSpec
 from bim.orchestrator.training.storage import Location, is_url
 
@@ -34,7 +46,11 @@ log = logging.getLogger(__name__)
 def save_block(
     directory: Location, index: int, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> list[FileRecord]:
-    """Write one block's weights (`encoder.*`, `decoder.*`) and optimizer state, without a manifest."""
+    """Write one block's weights (`encoder.*`, `decoder.*`) and optimizer state, without a manifest.
+
+    Raises:
+        StorageError: the file system or the storage refuses, or the folder above `directory` is gone.
+    """
     if is_url(directory):
         write = _remote_folder(str(directory)).save
         return [
@@ -42,7 +58,7 @@ def save_block(
             write(f"block-{index}.optimizer.safetensors", safetensors.torch.save(dict(state))),
         ]
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     return [
         _write(directory / f"block-{index}.safetensors", safetensors.torch.save(dict(weights))),
         _write(directory / f"block-{index}.optimizer.safetensors", safetensors.torch.save(dict(state))),
@@ -60,19 +76,21 @@ def load_weights(checkpoint: Location, spec: PretrainSpec) -> list[dict[str, Ten
 
 
 def load_block_weights(checkpoint: Location, index: int) -> dict[str, Tensor]:
-    """Weights of block `index`: the whole `LocalMIM` state, keys `encoder.*` and `decoder.*`."""
+    """Weights of block `index`: the whole `LocalMIM` state, keys `encoder.*` and `decoder.*`. Raises StorageError."""
     return _load(checkpoint, f"block-{index}.safetensors")
 
 
 def load_block_state(checkpoint: Location, index: int) -> dict[str, Tensor]:
-    """Optimizer state of block `index`, as `BlockTrainer.state_dict` returned it."""
+    """Optimizer state of block `index`, as `BlockTrainer.state_dict` returned it. Raises StorageError."""
     return _load(checkpoint, f"block-{index}.optimizer.safetensors")
 
 
 def _load(checkpoint: Location, name: str) -> dict[str, Tensor]:
     if is_url(checkpoint):
         return _remote_folder(str(checkpoint)).load(name)
-    return safetensors.torch.load_file(Path(checkpoint) / name)
+    path = Path(checkpoint) / name
+    with storage_errors(path, "read"):
+        return safetensors.torch.load_file(path)
 
 
 def _remote_folder(url: str) -> RemoteFolder:
@@ -86,42 +104,120 @@ class CheckpointStore:
 
     Args:
         keep: number of committed checkpoints to keep; a commit removes older ones.
+        objection: why a checkpoint is not one of this run, e.g. that another run wrote it; None if it is.
+        before_commit: called before every commit; what it raises ends the run without the commit.
+        after_commit: called after every commit.
     """
 
-    def __init__(self, out: Path, keep: int = 2) -> None:
+    def __init__(
+        self,
+        out: Path,
+        keep: int = 2,
+        objection: Callable[[Manifest], str | None] = lambda manifest: None,
+        before_commit: Callable[[], None] = lambda: None,
+        after_commit: Callable[[], None] = lambda: None,
+    ) -> None:
         self._root = out / "checkpoints"
         self._keep = keep
+        self._objection = objection
+        self._before_commit, self._after_commit = before_commit, after_commit
+
+    @property
+    def root(self) -> Path:
+        """The folder of all checkpoints."""
+        return self._root
+
+    @property
+    def aside_name(self) -> str:
+        """Where `set_aside` moves checkpoints, for messages."""
+        return f"{self._root.name}.unreadable-TIME"
+
+    def make_root(self) -> None:
+        """Make the folder of all checkpoints, once, when a run begins: one that goes later on is not made again.
+
+        Raises:
+            StorageError: the file system refuses, or there is no output directory.
+        """
+        make_folder(self._root)
 
     def directory(self, step: int) -> Path:
         """The folder of the checkpoint after `step` updates, committed or not."""
         return self._root / f"step-{step:08d}"
 
     def commit(self, manifest: Manifest) -> Path:
-        """Rename the manifest into place and remove checkpoints that are no longer kept. Returns the folder."""
+        """Rename the manifest into place and remove checkpoints that are no longer kept. Returns the folder.
+
+        Raises:
+            StorageError: the file system refuses; the checkpoints before it stay.
+        """
+        self._before_commit()
         directory = self.directory(manifest.step)
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         atomic_write(directory / MANIFEST, json.dumps(asdict(manifest), indent=1))
-        for stale_tmp in directory.glob(".*.tmp"):  # left by a stage that was killed during a write
-            stale_tmp.unlink(missing_ok=True)
-        committed = [path for path in self._newest_first() if (path / MANIFEST).exists()]
+        with suppress(OSError):
+            for stale_tmp in directory.glob(".*.tmp"):  # left by a stage that was killed during a write
+                stale_tmp.unlink(missing_ok=True)
+        committed = [path for path in self._newest_first() if _has_manifest(path)]
         # A later checkpoint was skipped as damaged; otherwise the run would have continued from it.
-        superseded = [path for path in committed if path.name > directory.name]
-        for path in superseded + [path for path in committed if path not in superseded][self._keep :]:
-            shutil.rmtree(path, ignore_errors=True)
+        superseded = [path for path in committed if _step_of(path) > manifest.step]
+        self._move_aside(superseded)
+        for path in [path for path in committed if path not in superseded][self._keep :]:
+            _remove(path)
+        self._after_commit()
         return directory
 
     def latest(self, warn: bool = False) -> Manifest | None:
-        """The newest valid checkpoint, or None.
+        """The newest valid checkpoint of this run, or None.
 
-        warn: log a warning for every newer one that is skipped because it is incomplete or damaged.
+        warn: log a warning for every newer one that is skipped because it is incomplete, damaged or of another run.
         """
         for directory in self._newest_first():
-            error = _integrity_error(directory)
-            if error is None:
-                return read_manifest(directory)
-            if warn:
-                log.warning("checkpoint %s skipped: %s", directory.name, error)
+            try:
+                return self._valid_manifest(directory)
+            except CheckpointError as error:
+                if warn:
+                    log.warning("checkpoint %s skipped: %s", directory.name, error)
         return None
+
+    def problems(self, uncommitted: bool = False) -> dict[str, str]:
+        """Folder -> why the run cannot go on from it, for every checkpoint with which something is wrong, the newest first.
+
+        uncommitted: also those without a manifest, which an interrupted run leaves.
+        """
+        problems = {}
+        for directory in self._newest_first():
+            if uncommitted or _has_manifest(directory):
+                try:
+                    self._valid_manifest(directory)
+                except CheckpointError as error:
+                    problems[directory.name] = str(error)
+        return problems
+
+    def run_ids(self) -> set[str]:
+        """The run ids in all manifests that can be read; an empty one stands for those without."""
+        ids = set()
+        for directory in self._newest_first():
+            with suppress(CheckpointError):
+                ids.add(_read_manifest(directory).run_id)
+        return ids
+
+    def set_aside(self, names: Iterable[str]) -> Path | None:
+        """Move checkpoints, by the names of their folders, to `checkpoints.unreadable-TIME/`, which is returned.
+
+        Raises:
+            StorageError: the file system refuses.
+        """
+        folders = [self._root / name for name in names]
+        if not folders:
+            return None
+        aside = _unused(
+            self._root.with_name(f"{self._root.name}.unreadable-{time.strftime('%Y%m%d-%H%M%S')}")
+        )
+        make_folder(aside)
+        for folder in folders:
+            with storage_errors(folder, "moved"):
+                folder.rename(aside / folder.name)
+        return aside
 
     def reject(self, error: CheckpointDamagedError) -> None:
         """Files on a disk are checked before stages read them: see `latest`."""
@@ -130,30 +226,101 @@ class CheckpointStore:
     def clear_uncommitted(self) -> None:
         """Remove folders without a manifest, which an interrupted run left. Only while no stage is running."""
         for directory in self._newest_first():
-            if not (directory / MANIFEST).exists():
+            if not _has_manifest(directory):
                 shutil.rmtree(directory, ignore_errors=True)
 
+    def _valid_manifest(self, directory: Path) -> Manifest:
+        """The manifest of a folder, if it and its files are valid and of this run. Raises CheckpointError."""
+        manifest = _intact_manifest(directory)
+        objection = self._objection(manifest)
+        if objection is not None:
+            raise CheckpointError(objection)
+        return manifest
+
+    def _move_aside(self, folders: Sequence[Path]) -> None:
+        """`set_aside`, after a commit, which is not undone where the file system refuses this."""
+        try:
+            aside = self.set_aside(folder.name for folder in folders)
+        except StorageError as error:
+            log.warning("%s", error)
+            return
+        if aside is not None:
+            names = ", ".join(folder.name for folder in folders)
+            log.warning("%s cannot be read: moved to %s", names, aside)
+
     def _newest_first(self) -> list[Path]:
-        return sorted(self._root.glob("step-*"), reverse=True)
+        try:
+            names = os.listdir(self._root)
+        except OSError:
+            return []
+        folders = [self._root / name for name in names if re.fullmatch(r"step-[0-9]{8,18}", name)]
+        return sorted(folders, key=_step_of, reverse=True)
 
 
-def _integrity_error(directory: Path) -> str | None:
-    """The first reason why a checkpoint folder cannot be loaded; None if its manifest and files are valid."""
-    if not (directory / MANIFEST).exists():
-        return "no manifest (incomplete write)"
-    try:
-        manifest = read_manifest(directory)
-    except (ValueError, KeyError, TypeError) as error:
-        return f"unreadable manifest ({error})"
+def _step_of(directory: Path) -> int:
+    return int(directory.name.removeprefix("step-"))
+
+
+def _has_manifest(directory: Path) -> bool:
+    return os.path.lexists(directory / MANIFEST)
+
+
+def _remove(directory: Path) -> None:
+    """Remove a checkpoint, the manifest first: what a death in between leaves is not committed."""
+    with suppress(OSError):
+        (directory / MANIFEST).unlink()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or with a number behind it if that exists."""
+    candidates = itertools.chain([path], (path.with_name(f"{path.name}-{n}") for n in itertools.count(2)))
+    return next(candidate for candidate in candidates if not os.path.lexists(candidate))
+
+
+def _intact_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint folder. Raises CheckpointError if it or a file that it names is missing or damaged."""
+    manifest = _read_manifest(directory)
     for record in manifest.files:
-        path = directory / record.name
-        if not path.exists():
-            return f"{record.name} is missing"
-        if path.stat().st_size != record.size:
-            return f"{record.name} has {path.stat().st_size} of {record.size} bytes"
+        _check_file(directory / record.name, record)
+    return manifest
+
+
+def _read_manifest(directory: Path) -> Manifest:
+    path = directory / MANIFEST
+    if not _has_manifest(directory):
+        raise CheckpointError("no manifest (incomplete write)")
+    with _check(path):
+        content = path.read_bytes()
+    try:
+        manifest = parse_manifest(content)
+    except CheckpointError as error:
+        raise CheckpointError(f"unreadable manifest ({error})") from None
+    if manifest.step != _step_of(directory):
+        raise CheckpointError(f"its manifest is that of step {manifest.step}")
+    return manifest
+
+
+def _check_file(path: Path, record: FileRecord) -> None:
+    with _check(path) as size:
+        if size != record.size:
+            raise CheckpointError(f"{record.name} has {size} of {record.size} bytes")
         if _crc32(path) != record.crc32:
-            return f"{record.name} has a wrong checksum"
-    return None
+            raise CheckpointError(f"{record.name} has a wrong checksum")
+
+
+@contextmanager
+def _check(path: Path) -> Iterator[int]:
+    """Inside, a file is read, whose size is given; raises CheckpointError where that is impossible."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path.name} is not a file")
+        yield status.st_size
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.name} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read ({error.strerror or error})") from None
 
 
 def _crc32(path: Path, chunk_bytes: int = 1 << 22) -> int:

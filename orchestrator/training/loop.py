@@ -39,8 +39,10 @@ def pretrain(
     Raises:
         TrainingError: a loss that is not finite, or a process lost once too often. The last checkpoint is kept.
         TooManyCorruptImagesError: more unreadable images than the schedule allows.
+        StorageError: the file system of the checkpoints is full, read-only or gone. The last checkpoint is kept.
         Exception: what a stage's code raised, when the restarts are used up.
     """
+    store.make_root()
     loop = _Loop(schedule, stages, store, make_manifest, callback, stop)
     restarts = 0
     while True:

@@ -14,6 +14,7 @@ import secrets
 import time
 import zlib
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from bim.orchestrator.files import StorageError
 from bim.orchestrator.training.errors import CheckpointDamagedError
-from bim.orchestrator.training.manifest import MANIFEST, FileRecord, Manifest, parse_manifest
+from bim.orchestrator.training.manifest import MANIFEST, CheckpointError, FileRecord, Manifest, parse_manifest
 from bim.orchestrator.training.object_store import RETRY_FOR_S, ObjectStore
 
 DAMAGED = "damaged.txt"
@@ -58,7 +59,7 @@ class RemoteFolder:
         if self._records is None:
             try:
                 manifest = parse_manifest(self._objects.read(MANIFEST) or b"")
-            except (ValueError, KeyError, TypeError) as error:
+            except CheckpointError as error:
                 raise self._damage(f"unreadable manifest ({error})") from error
             self._records = {record.name: record for record in manifest.files}
         if name not in self._records:
@@ -109,6 +110,25 @@ class RemoteCheckpointStore:
         self._rejected: dict[str, str] = {}
         """Name of a committed folder -> why the run cannot go on from it."""
 
+    @property
+    def root(self) -> str:
+        """The URL."""
+        return self.url
+
+    @property
+    def aside_name(self) -> str:
+        """Where `set_aside` moves checkpoints, for messages."""
+        return "unreadable-TIME below it"
+
+    def run_ids(self) -> set[str]:
+        """The run ids in all manifests that can be read; an empty one stands for those without."""
+        ids = set()
+        for name, files in self._list().items():
+            if MANIFEST in files:
+                with suppress(CheckpointError):
+                    ids.add(parse_manifest(self._objects.read(f"{name}/{MANIFEST}") or b"").run_id)
+        return ids
+
     def make_root(self) -> None:
         """An object store needs no folders."""
 
@@ -149,7 +169,7 @@ class RemoteCheckpointStore:
         for name, files in self._list().items():
             try:
                 manifest = self._valid_manifest(name, files)
-            except ValueError as error:
+            except CheckpointError as error:
                 if MANIFEST in files:
                     self._rejected[name] = str(error)
                 if warn:
@@ -171,7 +191,7 @@ class RemoteCheckpointStore:
             if uncommitted or MANIFEST in files:
                 try:
                     self._valid_manifest(name, files)
-                except ValueError as error:
+                except CheckpointError as error:
                     problems[name] = str(error)
         return problems
 
@@ -198,26 +218,26 @@ class RemoteCheckpointStore:
         self._remove(self._list())
 
     def _valid_manifest(self, name: str, files: dict[str, int]) -> Manifest:
-        """The manifest of a folder. Raises ValueError with the first reason why the run cannot go on from it."""
+        """The manifest of a folder. Raises CheckpointError with the first reason why the run cannot go on from it."""
         if MANIFEST not in files:
-            raise ValueError("no manifest (incomplete write)")
+            raise CheckpointError("no manifest (incomplete write)")
         if name in self._rejected:
-            raise ValueError(self._rejected[name])
+            raise CheckpointError(self._rejected[name])
         if DAMAGED in files:
-            raise ValueError((self._objects.read(f"{name}/{DAMAGED}") or b"").decode(errors="replace"))
+            raise CheckpointError((self._objects.read(f"{name}/{DAMAGED}") or b"").decode(errors="replace"))
         try:
             manifest = parse_manifest(self._objects.read(f"{name}/{MANIFEST}") or b"")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"unreadable manifest ({error})") from error
+        except CheckpointError as error:
+            raise CheckpointError(f"unreadable manifest ({error})") from error
         if manifest.step != _step_of(name):
-            raise ValueError(f"its manifest is that of step {manifest.step}")
+            raise CheckpointError(f"its manifest is that of step {manifest.step}")
         for record in manifest.files:
             if record.name not in files:
-                raise ValueError(f"{record.name} is missing")
+                raise CheckpointError(f"{record.name} is missing")
             if files[record.name] != record.size:
-                raise ValueError(f"{record.name} has {files[record.name]} of {record.size} bytes")
+                raise CheckpointError(f"{record.name} has {files[record.name]} of {record.size} bytes")
         if (objection := self._objection(manifest)) is not None:
-            raise ValueError(objection)
+            raise CheckpointError(objection)
         return manifest
 
     def _check_sole_writer(self, step: int) -> None:

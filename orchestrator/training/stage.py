@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,9 +53,11 @@ class Stage:
 
     def restore(self, checkpoint: str | None, step: int) -> int:
         """Build the blocks and, if given, load them from a checkpoint folder. Returns the next step, `step`."""
+        # A checkpoint has all weights: those that the run began with may be gone by now.
+        spec = self._spec if checkpoint is None else replace(self._spec, init_from=None)
         self._trainers = []  # freed before the new ones are built, because a GPU may not hold both
         self._trainers = [
-            BlockTrainer(build_local_mim(self._spec, k, self._backbone), k, self._spec.optim, self._device)
+            BlockTrainer(build_local_mim(spec, k, self._backbone), k, self._spec.optim, self._device)
             for k in self._blocks
         ]
         if checkpoint is not None:

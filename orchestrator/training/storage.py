@@ -6,6 +6,7 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from bim.orchestrator.files import storage_errors
 from bim.orchestrator.training.errors import CheckpointDamagedError
 from bim.orchestrator.training.manifest import Manifest
 
@@ -21,6 +22,9 @@ RETRY_AT_START_S = 5.0
 
 class Checkpoints(Protocol):
     """The checkpoints of one run, for the loop: `CheckpointStore` or `RemoteCheckpointStore`."""
+
+    def make_root(self) -> None:
+        """Make the folder of all checkpoints, once, when a run begins."""
 
     def directory(self, step: int) -> Location:
         """The folder of the checkpoint after `step` updates: that of the manifest that `latest` returned, else one to
@@ -66,7 +70,8 @@ def write_probe(location: Location) -> Location:
         objects, name = _object(str(probe))
         objects.write(name, b"")
     else:
-        Path(probe).write_bytes(b"")
+        with storage_errors(Path(probe)):
+            Path(probe).write_bytes(b"")
     return probe
 
 

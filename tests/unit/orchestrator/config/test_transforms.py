@@ -272,7 +272,6 @@ def test_a_resumed_run_must_agree_in_what_changes_the_weights() -> None:
         "mask.ratio": [0.5, 0.6],
         "backbone.model_args": {"depth": 8},
         "decoder.num_heads": 8,
-        "data.source": "other",
         "data.accumulate": 2,
         "schedule.epochs": 20,
         "optim.precision": "fp32",

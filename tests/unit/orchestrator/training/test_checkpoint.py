@@ -24,6 +24,7 @@ from bim.orchestrator.training.spec import DecoderSpec, PretrainSpec
 
 
 def commit(store: CheckpointStore, step: int) -> None:
+    store.make_root()
     records = save_block(
         store.directory(step), 0, {"encoder.w": torch.full((3,), float(step))}, {"step/w": torch.tensor(1.0)}
     )
@@ -89,7 +90,7 @@ def test_changed_bytes_and_incomplete_manifests_are_noticed(
     assert "unreadable manifest" in caplog.messages[1]
 
 
-def test_a_commit_after_a_rewind_removes_the_damaged_checkpoints_beyond_it(tmp_path: Path) -> None:
+def test_a_commit_after_a_rewind_sets_the_damaged_checkpoints_beyond_it_aside(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=1)
     for step in (1, 5):
         commit(store, step)
@@ -97,11 +98,14 @@ def test_a_commit_after_a_rewind_removes_the_damaged_checkpoints_beyond_it(tmp_p
     commit(store, 3)
     assert step_of(store) == 3
     assert not store.directory(5).exists()
+    (aside,) = tmp_path.glob("checkpoints.unreadable-*")
+    assert (aside / "step-00000005" / "block-0.safetensors").read_bytes() == b"torn"
 
 
 def test_a_commit_removes_the_temporary_files_of_a_killed_stage(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
-    store.directory(2).mkdir(parents=True)
+    store.make_root()
+    store.directory(2).mkdir()
     (store.directory(2) / ".block-0.safetensors.77.tmp").write_bytes(b"half")
     commit(store, 2)
     assert not list(store.directory(2).glob(".*"))

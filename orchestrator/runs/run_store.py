@@ -1,0 +1,106 @@
+"""The checkpoints of one run, opened for its training: only its own are read, and none is lost in silence."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from bim.orchestrator.config.schema import Settings, SettingsError
+from bim.orchestrator.config.transforms import differing_keys
+from bim.orchestrator.config.validate import settings_from_mapping
+from bim.orchestrator.files import StorageError, make_folder
+from bim.orchestrator.runs.checkpoints import (
+    RunCheckpoints,
+    checkpoint_store,
+    read_storage_record,
+    record_storage,
+)
+from bim.orchestrator.runs.lease import Lease
+from bim.orchestrator.runs.output_dir import check_resumable, open_store
+from bim.orchestrator.runs.prepare import ResolvedRun
+from bim.orchestrator.runs.run_record import RunRecord, read_record, write_record
+from bim.orchestrator.training.manifest import Manifest
+from bim.orchestrator.training.remote_checkpoints import RemoteCheckpointStore
+
+log = logging.getLogger(__name__)
+
+
+def open_run_store(run: ResolvedRun, lease: Lease | None = None) -> RunCheckpoints:
+    """The checkpoints that a training goes on from and adds to; no stage may be running.
+
+    What an interrupted process left uncommitted is removed. Checkpoints that cannot be read are moved aside: beside others
+    that can, or if the settings ask to begin from scratch.
+
+    Args:
+        lease: of the output directory, without which nothing is committed.
+
+    Raises:
+        OutputError: there were checkpoints and none can be read.
+        StorageError: the file system refuses.
+    """
+    out, settings = run.out, run.settings
+    make_folder(out.parent)
+    make_folder(out)
+    record_storage(out, settings)
+    record = None if run.record is None else read_record(out) or replace(run.record, has_checkpoint=False)
+    marked = record is None or record.has_checkpoint
+
+    def objection(manifest: Manifest) -> str | None:
+        return (record and record.objection(manifest)) or _other_settings(manifest, settings)
+
+    def mark() -> None:
+        nonlocal marked
+        if not marked and record is not None:
+            write_record(out, replace(record, has_checkpoint=True))
+            marked = True
+
+    store = checkpoint_store(
+        out,
+        settings.checkpoint.keep,
+        objection=objection,
+        before_commit=(lambda: None) if lease is None else lease.check,
+        after_commit=mark,
+    )
+    if record is not None:
+        check_resumable(store, record, settings.from_scratch)
+        is_readable = store.latest() is not None
+        unreadable = store.problems(uncommitted=not is_readable and record.has_checkpoint)
+        aside = store.set_aside(unreadable)
+        if aside is not None:
+            log.warning(
+                "%s moved to %s", ", ".join(f"{k} ({v})" for k, v in unreadable.items()), Path(aside).name
+            )
+        if record.has_checkpoint and not is_readable:
+            record = replace(record, has_checkpoint=False)
+            marked = False
+        write_record(out, record)
+    store.clear_uncommitted()
+    return store
+
+
+def storage_failure(
+    error: StorageError, out: Path, record: RunRecord | None = None, store: RunCheckpoints | None = None
+) -> str:
+    """The sentence with which a run ends whose file system or storage refuses, with the checkpoint that stays.
+
+    Args:
+        store: the checkpoints of the run, if they were opened; one that is away is not asked.
+    """
+    if isinstance(store, RemoteCheckpointStore):
+        step = store.committed_step
+    elif store is None and read_storage_record(out) is not None:
+        return f"{error}; checkpoints that were saved stay; repair it and go on with --resume"
+    else:
+        latest = open_store(out, record).latest()
+        step = None if latest is None else latest.step
+    stays = "no checkpoint was saved" if step is None else f"the checkpoint after step {step} stays"
+    return f"{error}; {stays}; repair it and go on with --resume"
+
+
+def _other_settings(manifest: Manifest, settings: Settings) -> str | None:
+    try:
+        keys = differing_keys(settings_from_mapping(manifest.settings), settings)
+    except SettingsError as error:
+        return f"this version does not know its settings: {str(error).splitlines()[0]}"
+    return f"it was trained with other values of {', '.join(keys)}" if keys else None
