@@ -24,7 +24,7 @@ from torch import Tensor
 from bim.orchestrator.files import StorageError
 from bim.orchestrator.training.errors import CheckpointDamagedError
 from bim.orchestrator.training.manifest import MANIFEST, CheckpointError, FileRecord, Manifest, parse_manifest
-from bim.orchestrator.training.object_store import RETRY_FOR_S, ObjectStore
+from bim.orchestrator.training.object_store import ObjectStore
 
 DAMAGED = "damaged.txt"
 """Marks a checkpoint of which a file was read that is not as it was written; says which."""
@@ -81,7 +81,7 @@ class RemoteCheckpointStore:
 
     Args:
         keep: number of committed checkpoints to keep; a commit removes older ones.
-        retry_for_s: how long a request that fails is repeated.
+        retry_for_s: how long a request that fails is repeated; None: as long as in training.
         objection: why a checkpoint is not one of this run; None if it is.
         before_commit: called before every commit; what it raises ends the run without the commit.
         after_commit: called after every commit.
@@ -93,7 +93,7 @@ class RemoteCheckpointStore:
         self,
         url: str,
         keep: int = 2,
-        retry_for_s: float = RETRY_FOR_S,
+        retry_for_s: float | None = None,
         objection: Callable[[Manifest], str | None] = lambda manifest: None,
         before_commit: Callable[[], None] = lambda: None,
         after_commit: Callable[[], None] = lambda: None,
