@@ -6,7 +6,9 @@ import argparse
 import json
 import logging
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -299,6 +301,29 @@ def seeds(arguments: argparse.Namespace) -> None:
         )
 
 
+def faults(arguments: argparse.Namespace) -> int:
+    """Kill processes of a tiny job at random moments: every run must end equal to the unbroken one, nothing left over.
+
+    Returns 1 if a run does not.
+    """
+    from bim.orchestrator.benchmarks.fault_run import KINDS
+    from bim.orchestrator.benchmarks.faults import run_kills
+
+    kinds = KINDS if arguments.kinds is None else tuple(arguments.kinds.split(","))
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        print(f"error: no such kind: {', '.join(unknown)}; there are {', '.join(KINDS)}", file=sys.stderr)
+        return 2
+    folder = arguments.work or Path(tempfile.mkdtemp(prefix="bim-faults-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    reports = run_kills(arguments.kills, arguments.seed, kinds, folder)
+    is_good = all(report.is_good for report in reports)
+    if is_good and arguments.work is None:
+        shutil.rmtree(folder)
+    else:
+        print(f"output directories: {folder}")
+    return 0 if is_good else 1
+
+
 def main(argv: Sequence[str]) -> int:
     """Run one benchmark and print its table. Returns the exit status; 75 or 128 + n after a signal."""
     return run_command(lambda stop: _main(argv), "stopped by {}")
@@ -309,10 +334,10 @@ def _main(argv: Sequence[str]) -> int:
         prog="python pipelines/benchmark.py", description=__doc__, allow_abbrev=False
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="memory|methods|family|green|plans|pipeline|seeds"
+        dest="command", required=True, metavar="memory|methods|family|green|plans|pipeline|seeds|faults"
     )
 
-    def command(run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+    def command(run: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
         command = commands.add_parser(
             run.__name__, help=run.__doc__, description=run.__doc__, allow_abbrev=False
         )
@@ -352,9 +377,21 @@ def _main(argv: Sequence[str]) -> int:
         "runs", nargs="+", type=Path, metavar="OUT", help="output directory of a finished run"
     )
 
+    killing = command(faults)
+    killing.add_argument(
+        "--kills", type=int, default=100, help="runs with one kill each (default: %(default)s)"
+    )
+    killing.add_argument("--seed", type=int, default=0, help="of kinds and moments (default: %(default)s)")
+    killing.add_argument(
+        "--kinds",
+        help="what is killed, joined by commas: stage, loader, data-worker, driver, raylet, mlflow-server (default: all)",
+    )
+    killing.add_argument(
+        "--work", type=Path, metavar="DIR", help="folder of the runs, which stays (default: a temporary one)"
+    )
+
     arguments = parser.parse_args(argv)
-    arguments.run(arguments)
-    return 0
+    return arguments.run(arguments) or 0
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ usage: bim COMMAND [OPTIONS]
 
 commands
   pretrain    pretrain a family of backbones; the same as python pipelines/bim_pipeline.py
+  sync        send to MLflow what a run could not deliver; the same as python pipelines/sync_tracking.py
 
 bim COMMAND --help lists the options of a command."""
 
@@ -43,7 +44,13 @@ def _pretrain(options: Sequence[str]) -> int:
     return pretrain(options)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"pretrain": _pretrain}
+def _sync(options: Sequence[str]) -> int:
+    from bim.pipelines.sync_tracking import main as sync
+
+    return sync(options)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"pretrain": _pretrain, "sync": _sync}
 
 
 if __name__ == "__main__":

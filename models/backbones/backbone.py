@@ -5,6 +5,7 @@ An architecture family implements what differs: the cut, the names of tensors an
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from bim.models.backbones.timm_models import build_on_meta
 from bim.models.backbones.weights import Weights, open_weights
 from bim.models.masks.plan import MaskPlan
 from bim.models.seeding import forked_rng
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ class Backbone(ABC):
             weights, state = open_weights(init_from), block.state_dict()
             names = self._timm_names(index, state)
             drawn = {name: state[key] for key, name in names.items()}
+            weights = weights.for_names(drawn)
             self._check_weights(weights, block, index, drawn)
             tensors = self.from_checkpoint(weights, drawn)
             block.load_state_dict(state | {key: tensors[name] for key, name in names.items()})
@@ -143,12 +147,16 @@ class Backbone(ABC):
 
         `init_from` is a timm name (its pretrained weights), a timm folder (DIR or local-dir:DIR) or a weights file.
         """
-        weights = open_weights(init_from)
+        weights, prefix = open_weights(init_from), ""
         for index in range(len(self.blocks)):
             block = self._extract_block(build_on_meta(self.name, self._block_args(index)), index, seed=0)
             state = block.state_dict()
             tensors = {name: state[key] for key, name in self._timm_names(index, state).items()}
-            self._check_weights(weights, block, index, tensors)
+            inner = weights.for_names(tensors)
+            self._check_weights(inner, block, index, tensors)
+            prefix = prefix or inner.prefix
+        if prefix:
+            log.info("init_from: the weights of %s are those under '%s'", weights.source, prefix)
 
     def variant(
         self,

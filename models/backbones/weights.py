@@ -5,30 +5,43 @@ Nothing is unpickled: files are safetensors, or torch files read with `weights_o
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
+import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from bim.models.seeding import forked_rng
 
 FOLDER_PREFIX = "local-dir:"
+AVERAGED = ("teacher", "ema", "target_encoder", "momentum")
+"""Parts of the prefixes of weights that were averaged over the training, which are meant for use."""
+
 # Files of a timm folder, in order of preference.
 FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+_ZIP, _PICKLE = (
+    b"PK\x03\x04",
+    b"\x80",
+)  # how files of torch.save begin, those of today and those before torch 1.6
 
 
 class Weights:
     """Named tensors of one checkpoint; those of a safetensors file are read when taken.
 
     source: its name in messages. image_size: (height, width) of its training, where it is stated.
-    shapes: of every tensor, by name.
+    shapes: of every tensor, by name. prefix: that `for_names` removed from the names.
     """
+
+    prefix = ""
 
     def __init__(
         self,
@@ -48,6 +61,37 @@ class Weights:
             with safe_open(file, "pt") as opened:
                 self.shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
 
+    def for_names(self, names: Iterable[str]) -> Weights:
+        """These weights under timm's `names`, without the prefix that all of their keys share, if they share one.
+
+        Other frameworks save a model inside another module (`module.backbone.`, `teacher.`). Of several prefixes that
+        fit, that of a teacher or an average of weights is taken; `prefix` tells which one was. Raises ValueError if two
+        others fit equally.
+        """
+        wanted = list(names)
+        if not wanted or any(name in self.shapes for name in wanted):
+            return self
+        fitting = Counter(
+            key[: -len(name)] for name in wanted for key in self.shapes if key.endswith(f".{name}")
+        )
+        most = max(fitting.values(), default=0)
+        if 2 * most < len(wanted):
+            return self
+        prefixes = [prefix for prefix, count in fitting.items() if count == most]
+        averaged = [prefix for prefix in prefixes if any(word in prefix.lower() for word in AVERAGED)]
+        if len(prefixes) > 1 and len(averaged) != 1:
+            listed = " and ".join(f"'{prefix}'" for prefix in sorted(prefixes))
+            raise ValueError(
+                f"init_from: {self.source} holds several models, under {listed}; save the weights of one of them to a file"
+            )
+        prefix = (averaged if len(prefixes) > 1 else prefixes)[0]
+        inner = copy.copy(self)
+        inner.prefix = self.prefix + prefix
+        inner.shapes = {
+            key.removeprefix(prefix): shape for key, shape in self.shapes.items() if key.startswith(prefix)
+        }
+        return inner
+
     def take(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors as float32 on the CPU. Raises ValueError if one is missing."""
         keys = list(keys)
@@ -57,9 +101,9 @@ class Weights:
                 f"init_from: {self.source} has no '{missing[0]}' ({len(missing)} of {len(keys)} tensors missing)"
             )
         if self._file is None:
-            return {key: self._tensors[key].float() for key in keys}
+            return {key: self._tensors[self.prefix + key].float() for key in keys}
         with safe_open(self._file, "pt") as opened:
-            return {key: opened.get_tensor(key).float() for key in keys}
+            return {key: opened.get_tensor(self.prefix + key).float() for key in keys}
 
 
 def check_fit(
@@ -102,7 +146,7 @@ def open_weights(init_from: str) -> Weights:
     """
     if timm.is_model(init_from) and ":" not in init_from:
         return pretrained_weights(init_from)
-    path = Path(init_from.removeprefix(FOLDER_PREFIX)).expanduser()
+    path = Path(os.path.expanduser(init_from.removeprefix(FOLDER_PREFIX)))
     if path.is_dir():
         return folder_weights(path)
     if init_from.startswith(FOLDER_PREFIX):
@@ -152,11 +196,12 @@ def config_image_size(config: Path) -> tuple[int, int] | None:
         size = content.get("model_args", {}).get("img_size") or content.get("pretrained_cfg", {}).get(
             "input_size"
         )
-    except (json.JSONDecodeError, AttributeError) as error:
+        if size is None:
+            return None
+        return (int(size), int(size)) if isinstance(size, int) else (int(size[-2]), int(size[-1]))
+    # A file of any content: not JSON, not UTF-8, nested without end, a size that is none.
+    except (ValueError, AttributeError, TypeError, LookupError, RecursionError, OSError) as error:
         raise ValueError(f"init_from: '{config}' is not a timm config ({error})") from error
-    if size is None:
-        return None
-    return (int(size), int(size)) if isinstance(size, int) else (int(size[-2]), int(size[-1]))
 
 
 def file_weights(file: Path, image_size: tuple[int, int] | None = None) -> Weights:
@@ -164,18 +209,26 @@ def file_weights(file: Path, image_size: tuple[int, int] | None = None) -> Weigh
     try:
         if file.suffix == ".safetensors":
             return Weights(f"'{file}'", file=file, image_size=image_size)
+        with open(file, "rb") as opened:
+            start = opened.read(len(_ZIP))
+        if start != _ZIP and not start.startswith(_PICKLE):
+            raise UnpicklingError("it is neither a zip archive nor a pickle")
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError) as error:
+    except Exception as error:  # bytes that are no checkpoint make the unpickler raise nearly anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if isinstance(error, UnpicklingError):  # torch's message recommends to trust the file
             reason = "it is no torch file of plain tensors, and nothing else is unpickled"
+        if isinstance(error, OSError) and error.strerror:
+            raise ValueError(f"init_from: '{file}' cannot be read: {error.strerror}") from error
         raise ValueError(
             f"init_from: '{file}' cannot be read as weights ({reason}); give a .safetensors file"
         ) from error
-    for key in ("model", "state_dict"):
+    for key in ("model", "state_dict", "teacher"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict):
         raise ValueError(f"init_from: '{file}' holds a {type(content).__name__}, not named tensors")
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(f"init_from: '{file}' holds no named tensors; give a file of one model's weights")
     return Weights(f"'{file}'", tensors=tensors, image_size=image_size)

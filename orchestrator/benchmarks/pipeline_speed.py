@@ -19,8 +19,8 @@ from bim.orchestrator.distributed.ray_stage_group import RayStages
 from bim.orchestrator.training.callbacks import NullCallback, StopRequest
 from bim.orchestrator.training.checkpoint import CheckpointStore
 from bim.orchestrator.training.loop import pretrain
-from bim.orchestrator.training.manifest import FileRecord, Manifest
-from bim.orchestrator.training.messages import StageReport, StepRequest
+from bim.orchestrator.training.manifest import Manifest
+from bim.orchestrator.training.messages import SavedBlocks, StageReport, StepRequest
 from bim.orchestrator.training.restart_policy import RestartPolicy
 from bim.orchestrator.training.schedule import TrainingSchedule
 from bim.orchestrator.training.transport import Payload, ReceiveBuffer
@@ -45,6 +45,7 @@ class SleepStage(StageActor):
         self._sleep = spec
         self._last = blocks[-1] == spec.stages - 1
         self._received = ReceiveBuffer(torch.device(device))
+        self._saved: tuple[SavedBlocks, ...] = ()
         self._out = np.zeros(spec.payload_bytes // 4, dtype=np.float32)
 
     def restore(self, checkpoint: str | None, step: int) -> int:
@@ -58,11 +59,16 @@ class SleepStage(StageActor):
         if incoming is not None:
             self._received.unpack("tokens", incoming)
         time.sleep(self._sleep.work_s)
+        if request.checkpoint is not None:
+            self._saved = (SavedBlocks(request.checkpoint, ()),)
         report = StageReport({0: {"loss": 0.0}}, (), time.perf_counter() - started, 0.0)
         return None if self._last else Payload("float32", self._out), report
 
-    def save(self, checkpoint: str) -> tuple[FileRecord, ...]:
-        return ()
+    def save(self, checkpoint: str) -> None: ...
+
+    def flush(self) -> tuple[SavedBlocks, ...]:
+        saved, self._saved = self._saved, ()
+        return saved
 
 
 class SleepLoader(LoaderActor):

@@ -10,16 +10,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
 from bim.orchestrator.config.help_page import help_text
-from bim.orchestrator.config.messages import SettingInfo, format_value, unknown
+from bim.orchestrator.config.messages import SettingInfo, format_value, shortened, unknown
 from bim.orchestrator.config.recipes import (
     DEFAULT_RECIPE,
     SAVED_SETTINGS,
+    BoundsError,
     RecipeError,
     bundled_recipes,
     parse_value,
@@ -103,8 +105,16 @@ def load_settings(argv: Sequence[str]) -> Settings:
 
 def _of_no_backbone(settings: Settings, typed: Mapping[str, str], recipe: str) -> list[str]:
     """What was typed of the single backbone where several are trained, none of which it would reach."""
+    if settings.backbones is None:
+        return []
+    searched = [f"--{key}" for key in typed if key.startswith("search.")]
+    if searched and settings.search.trials:
+        return [
+            f"{', '.join(searched)}: a search is for one backbone; leave it out, or leave out --backbones "
+            "(--search.trials 0 turns off the search of the recipe)"
+        ]
     keys = [f"--{key}" for key in typed if key.startswith("backbone.")]
-    if settings.backbones is None or not keys:
+    if not keys:
         return []
     listed = ", ".join(keys)
     if "backbones" in typed:
@@ -153,7 +163,7 @@ def _split(argv: Sequence[str]) -> _Arguments:
                 f"--recipe needs a name or a file: {', '.join(bundled_recipes())}, or a YAML file"
             )
     if stray:
-        listed = ", ".join(f"'{token}'" for token in stray)
+        listed = ", ".join(f"'{shortened(token)}'" for token in stray[:5]) + ", ..." * (len(stray) > 5)
         arguments.problems.append(
             f"unexpected argument{'s' * (len(stray) > 1)} {listed}: "
             "settings are written --key value, and a value with spaces needs quotes"
@@ -166,9 +176,10 @@ def _resumed_recipe(arguments: _Arguments) -> None:
     out = arguments.overrides.get("out")
     asked = {arguments.overrides.get(key, "false") for key in ("resume", "search.resume")}
     if arguments.recipe is None and out and asked & {None, "true"}:
-        saved = Path(out).expanduser() / SAVED_SETTINGS
-        if saved.is_file():
-            arguments.recipe = str(saved)
+        with suppress(OSError, ValueError, RuntimeError):  # a path that cannot be, which is told later
+            saved = Path(out).expanduser() / SAVED_SETTINGS
+            if saved.is_file():
+                arguments.recipe = str(saved)
 
 
 def _with_underscores(key: str) -> str:
@@ -204,8 +215,9 @@ def _value(key: str, text: str | None, info: SettingInfo) -> Any:
         return None if info.nullable and text == "null" else text
     try:
         return parse_value(text)
-    except RecipeError:
-        raise SettingsError(f"{key} must be {info.allowed}, not {format_value(text)}") from None
+    except RecipeError as error:
+        reason = f" ({error})" if isinstance(error, BoundsError) else ""
+        raise SettingsError(f"{key} must be {info.allowed}, not {format_value(text)}{reason}") from None
 
 
 def _without_the_arguments_of_another(values: dict[str, Any], name: str) -> dict[str, Any]:

@@ -153,13 +153,26 @@ def join_or(names: Sequence[str]) -> str:
 
 
 def format_value(value: Any) -> str:
-    """A value as YAML writes it; text in quotes, long values truncated to 70 characters."""
-    text = f"'{value}'" if isinstance(value, str) else json.dumps(value, default=str)
-    if isinstance(value, list):
+    """A value as YAML writes it; text in quotes, long values truncated to 70 characters, on one line."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return "a number of more than 75 digits"  # Python refuses to write out one of thousands
+    text = f"'{printable(value)}'" if isinstance(value, str) else json.dumps(value, default=str)
+    if isinstance(value, list | tuple):
         text = f"[{', '.join(map(format_value, value))}]"
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         text = "{" + ", ".join(f"{k}: {format_value(v)}" for k, v in value.items()) + "}"
     return text if len(text) <= 70 else text[:67] + "..."
+
+
+def printable(text: str) -> str:
+    """`text` with escapes in place of line breaks, control characters and bytes that are no UTF-8."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortened(text: str) -> str:
+    """`text` on one line, at most 70 characters."""
+    line = printable(text)
+    return line if len(line) <= 70 else line[:67] + "..."
 
 
 def nearest(key: str, known: Sequence[str]) -> list[str]:
@@ -186,6 +199,7 @@ def nearest(key: str, known: Sequence[str]) -> list[str]:
 
 def unknown(key: str, known: Sequence[str]) -> str:
     """The message for a setting that does not exist."""
+    key = shortened(key)
     close = nearest(key, known)
     hint = f"did you mean {join_or([repr(k) for k in close])}?" if close else "--help lists all settings"
     return f"unknown setting '{key}'; {hint}"
@@ -241,7 +255,7 @@ def _wrong(key: str, infos: Mapping[str, SettingInfo], value: Any, typed: str | 
     info = infos.get(key)
     allowed = info.allowed if info else "a number, text, true, false, null or a list of them"
     if typed is not None and not isinstance(value, str | None):
-        return f"{key} must be {allowed}, not {typed}"
+        return f"{key} must be {allowed}, not {shortened(typed)}"
     message = f"{key} must be {allowed}, not {format_value(value if typed is None else typed)}"
     if info and info.is_text and isinstance(value, int | float):
         message += f" (text that looks like this goes in quotes, '{format_value(value)}')"

@@ -178,6 +178,9 @@ class OptimSettings(Section):
 
 class CheckpointSettings(Section):
     every_epochs: Positive = Field(default=10.0, description="epochs between checkpoints")
+    every_minutes: Positive | None = Field(
+        default=15.0, description="minutes between checkpoints, beside those by epochs; null: by epochs alone"
+    )
     keep: Count = Field(default=2, description="number of newest checkpoints kept")
     storage: StorageUrl | None = Field(
         default=None,
@@ -358,6 +361,7 @@ def all_settings() -> dict[str, SettingInfo]:
     return setting_infos(Settings.model_json_schema())
 
 
+@cache
 def setting_groups() -> dict[str, str]:
     """Group name -> title, in the order of `--help-all`."""
     return group_titles(Settings.model_json_schema())

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from bim.orchestrator.config.checks import contradictions
+from bim.orchestrator.config.limits import beyond_limits
 from bim.orchestrator.config.messages import explain
 from bim.orchestrator.config.renamed import with_new_keys
 from bim.orchestrator.config.schema import Settings, SettingsError, all_settings, setting_groups
@@ -23,7 +24,7 @@ def settings_from_mapping(
         typed: dotted key -> text of those values that the command line gave; shown as typed, without `file`.
 
     Raises:
-        SettingsError: one line for every key that is unknown, missing, or wrong, or that contradicts another.
+        SettingsError: one line for every key that is unknown, missing, wrong or out of bounds, or that contradicts another.
     """
     typed = typed or {}
     groups = setting_groups()
@@ -34,6 +35,6 @@ def settings_from_mapping(
         problems = explain(error.errors(), given, all_settings(), typed)
         lines = [f"{file}: {text}" if file and key and key not in typed else text for key, text in problems]
         raise SettingsError("\n".join(lines)) from None
-    if disagreements := contradictions(settings):
+    if disagreements := beyond_limits(settings) or contradictions(settings):
         raise SettingsError("\n".join(disagreements))
     return settings

@@ -42,6 +42,10 @@ class TooManyCorruptImagesError(DataError):
     """More images than `data.max_bad_fraction` could not be decoded."""
 
 
+class DataWorkerError(RuntimeError):
+    """A worker process of the data loader died; new ones can go on."""
+
+
 def system_reason(error: OSError) -> str | None:
     """Why the operating system did not give a file, with a remedy; None if the system gave it and its bytes are wrong."""
     if error.errno is None:

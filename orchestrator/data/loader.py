@@ -84,7 +84,7 @@ class TrainBatches:
     def batch(self, step: int, micro_step: int = 0) -> Batch:
         """Micro-batch `micro_step` of optimizer step `step` (from 0, over all epochs); sequential access is prefetched.
 
-        Raises TooManyCorruptImagesError if hardly any image can be decoded, RuntimeError if a worker process died.
+        Raises TooManyCorruptImagesError if hardly any image can be decoded, DataWorkerError if a worker process died.
         """
         if step < 0 or not 0 <= micro_step < phase_at(self.phases, step).grad_accum_steps:
             raise ValueError(f"step {step}, micro_step {micro_step} is outside of {self.phases}")

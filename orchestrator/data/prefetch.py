@@ -39,6 +39,7 @@ from typing import IO, Protocol
 
 import numpy as np
 
+from bim.orchestrator.data.errors import DataWorkerError
 from bim.orchestrator.signal_masks import blocked_in_children
 
 PREFETCH_BATCHES = 3  # slots of the ring: one being copied out, two being filled
@@ -95,10 +96,10 @@ class Prefetcher:
     def get(self, number: int) -> tuple[np.ndarray, BadItems]:
         """Batch `number`: items uint8 of the reader's batch_shape, owned by the caller, and its bad items.
 
-        Raises what the reader raised for it, RuntimeError if a worker died.
+        Raises what the reader raised for it, DataWorkerError if a worker died.
         """
         if self._failure:  # every request names the cause
-            raise RuntimeError(self._failure)
+            raise DataWorkerError(self._failure)
         if not self._finalizer.alive:
             raise RuntimeError("the data workers are closed; make a new loader to go on")
         while self._pending and self._pending[0][0] != number:
@@ -144,7 +145,7 @@ class Prefetcher:
             raise
         return slot, tuple(bad), error
 
-    def _worker_died(self, worker: _Worker) -> RuntimeError:
+    def _worker_died(self, worker: _Worker) -> DataWorkerError:
         """The error for a dead worker; ends the others."""
         try:
             status: int | None = worker.process.wait(JOIN_TIMEOUT_S)
@@ -161,7 +162,7 @@ class Prefetcher:
         self._failure = (
             f"data worker {number} of {len(self._workers)} (process {worker.process.pid}) {cause}; {advice}"
         )
-        return RuntimeError(self._failure)
+        return DataWorkerError(self._failure)
 
 
 def run_worker(pipe_fd: int, slots_fd: int, state_fd: int, start: int, stop: int) -> None:

@@ -87,7 +87,7 @@ def open_source(source: str, image_column: str | None = None, label_column: str 
     if scheme in SOURCES:
         opened = SOURCES[scheme](argument)
     else:
-        path = Path(source).expanduser()
+        path = Path(os.path.expanduser(source))
         kind = _kind(path, source)
         if kind == "nothing":
             raise DataError(

@@ -3,6 +3,7 @@ Nothing is downloaded and no transform applied."""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import inspect
 from pathlib import Path
@@ -17,11 +18,20 @@ from bim.orchestrator.data.errors import DataError, ImageDecodeError
 
 DEFAULT_ROOT = "data"
 
+NAMES = (
+    "CIFAR10", "CIFAR100", "CLEVRClassification", "Caltech101", "Caltech256", "Country211", "DTD", "EMNIST", "EuroSAT",
+    "FER2013", "FGVCAircraft", "FashionMNIST", "Flowers102", "Food101", "GTSRB", "INaturalist", "ImageNet", "Imagenette",
+    "KMNIST", "LFWPeople", "MNIST", "Omniglot", "OxfordIIITPet", "PCAM", "Places365", "QMNIST", "RenderedSST2", "SEMEION",
+    "STL10", "SUN397", "SVHN", "StanfordCars", "USPS",
+)  # fmt: skip
+"""Sets of single images of classes. Others hold videos, pairs or boxes, need further arguments, or unpickle a cache that
+nothing verifies (LSUN)."""
+
 
 class TorchvisionSource:
     """`torchvision.datasets.NAME` below ROOT: its training split followed by its test split, if it has both.
 
-    Labels are the integers of its `targets` or `labels`, if it has them.
+    Labels are the integers that it keeps beside its images, in each part by itself; a note says where it keeps none.
     Workers open the data set themselves.
     """
 
@@ -42,10 +52,22 @@ class TorchvisionSource:
                 "train": np.arange(self._starts[1], dtype=np.int64),
                 "test": np.arange(self._starts[1], self._starts[2], dtype=np.int64),
             }
-        labels = [values for part in parts if (values := _labels(part)) is not None]
-        self.labels: np.ndarray | None = np.concatenate(labels) if len(labels) == len(parts) else None
+        labels = [_labels(part) for part in parts]
+        self.labels: np.ndarray | None = None
+        if any(values is not None and (values >= 0).any() for values in labels):
+            self.labels = np.concatenate(
+                [
+                    np.full(len(part), -1, dtype=np.int64) if values is None else values
+                    for part, values in zip(parts, labels, strict=True)
+                ]
+            )
+        else:
+            self.notes = (
+                f"torchvision's {dataset} does not tell its labels without decoding every image; the images have none",
+            )
         classes = getattr(parts[0], "classes", None)
-        self.class_names = None if self.labels is None or classes is None else tuple(str(c) for c in classes)
+        is_list = isinstance(classes, list | tuple)
+        self.class_names = tuple(str(c) for c in classes) if is_list and self.labels is not None else None
 
     @classmethod
     def parse(cls, text: str) -> TorchvisionSource:
@@ -89,9 +111,16 @@ class TorchvisionSource:
 def _open_parts(name: str, root: Path) -> list[Any]:
     from torchvision import datasets  # slow: imports all of its data sets
 
-    if name not in datasets.__all__:
+    if name not in NAMES or name not in datasets.__all__:
+        near = difflib.get_close_matches(name[:100], NAMES, n=1)
+        hint = (
+            f"; did you mean 'torchvision:{near[0]}'?"
+            if near
+            else f": {', '.join(NAMES[:3])}, ..., {NAMES[-1]}"
+        )
+        what = "is no set of images of classes" if name in datasets.__all__ else "does not exist"
         raise DataError(
-            f"torchvision has no data set {name!r}; names are those of torchvision.datasets, such as 'torchvision:CIFAR10'"
+            f"torchvision's data set {name[:100]!r} {what}; data.source takes torchvision:NAME[:ROOT]{hint}"
         )
     dataset_class = getattr(datasets, name)
     parameters = inspect.signature(dataset_class).parameters
@@ -102,7 +131,7 @@ def _open_parts(name: str, root: Path) -> list[Any]:
         choices = [{"split": "train"}, {"split": "test"}]
     try:
         return [dataset_class(root=str(root), **choice) for choice in choices]
-    except (RuntimeError, OSError, ValueError, TypeError) as error:
+    except (RuntimeError, OSError, ValueError, TypeError, LookupError, ImportError) as error:
         raise DataError(
             f"torchvision's {name} cannot be opened below {root} ({' '.join(str(error).split())}); download it there "
             f"first, or give its folder: 'torchvision:{name}:ROOT'"
@@ -110,8 +139,18 @@ def _open_parts(name: str, root: Path) -> list[Any]:
 
 
 def _labels(part: Any) -> np.ndarray | None:
-    values = getattr(part, "targets", getattr(part, "labels", None))
-    if values is None:
-        return None
-    labels = np.asarray(values)
-    return labels.astype(np.int64) if labels.shape == (len(part),) and labels.dtype.kind in "iu" else None
+    """(n,) int64 class numbers of a part, -1 where it has none; None if it keeps none that can be read without images."""
+    candidates = [getattr(part, name, None) for name in ("targets", "labels", "_labels", "y")]
+    samples = getattr(part, "samples", getattr(part, "_samples", None))
+    if isinstance(samples, list) and all(isinstance(s, tuple) and len(s) == 2 for s in samples):
+        candidates.append([label for _, label in samples])
+    for values in candidates:
+        if values is None:
+            continue
+        try:
+            labels = np.asarray(values)
+        except ValueError:  # lists of unequal lengths
+            continue
+        if labels.shape == (len(part),) and labels.dtype.kind in "iu":
+            return np.maximum(labels.astype(np.int64), -1)
+    return None

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import psutil
+import ray
 
 from bim.orchestrator.data.loader import TrainBatches
 from bim.orchestrator.data.spec import DataSpec
@@ -10,29 +17,58 @@ from bim.orchestrator.training.stage import Stage
 from bim.orchestrator.training.storage import exists
 from bim.orchestrator.training.transport import Payload
 
+Result = TypeVar("Result")
 
-class StageActor(Stage):
+
+@dataclass(frozen=True)
+class ActorProcess:
+    """Where an actor lives.
+
+    Args:
+        start_time: of the process, seconds since the epoch; with the pid it names one process.
+        node_id: Ray's hexadecimal id of the node.
+        address: of the node, "10.0.0.3 (gpu-worker-2)".
+        log: the file on the node that has the standard error of the process; None if unknown.
+    """
+
+    pid: int
+    start_time: float
+    node_id: str
+    address: str
+    log: str | None
+
+
+class _Actor:
+    def ping(self) -> ActorProcess:
+        """Where this actor lives; returns once the process is up."""
+        ip, host = ray.util.get_node_ip_address(), socket.gethostname()
+        try:
+            log: str | None = os.readlink("/proc/self/fd/2")
+        except OSError:  # not on Linux
+            log = None
+        pid = os.getpid()
+        node_id = ray.get_runtime_context().get_node_id()
+        return ActorProcess(pid, psutil.Process(pid).create_time(), node_id, f"{ip} ({host})", log)
+
+    def call(self, function: Callable[[], Result]) -> Result:
+        """The result of `function()` in this process."""
+        return function()
+
+
+class StageActor(_Actor, Stage):
     """A stage in its own process."""
-
-    def ping(self) -> int:
-        """The process id; returns once the process is up."""
-        return os.getpid()
 
     def path_exists(self, path: str) -> bool:
         """Whether a file of the driver, by its path or URL, is visible on this node."""
         return exists(path)
 
 
-class LoaderActor:
+class LoaderActor(_Actor):
     """The training batches in their own process."""
 
     def __init__(self, data: DataSpec) -> None:
         self._data = data
         self._batches: TrainBatches | None = None
-
-    def ping(self) -> int:
-        """The process id; returns once the process is up."""
-        return os.getpid()
 
     def open(self) -> int:
         """Open the data, with new worker processes if it was open. Returns the steps per epoch."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -15,15 +14,17 @@ from ray.exceptions import RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from bim.orchestrator.distributed.cluster_watch import ClusterWatch, is_reachable
 from bim.orchestrator.distributed.local_ray import ClusterError, local_ray
 from bim.orchestrator.distributed.placement import ClusterResources, StageLayout
 from bim.orchestrator.signal_masks import kept_signal_handlers
+from bim.orchestrator.training.errors import ClusterLostError
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-CONNECT_TIMEOUT_S = 5.0
+_watch: ClusterWatch | None = None
 
 
 @contextmanager
@@ -45,10 +46,11 @@ def ray_cluster() -> Iterator[ClusterResources]:
     address = os.environ.get("RAY_ADDRESS")
     with _connected(address) if address else local_ray():
         resources = cluster_resources()
-        nodes = sum(node["Alive"] for node in ray.nodes())
+        nodes = len(alive_nodes())
         machines = "this machine" if nodes == 1 else f"{nodes} machines"
         log.info("Ray on %s: %g CPU, %g GPU", machines, resources.cpus, resources.gpus)
-        yield resources
+        with _watched():
+            yield resources
 
 
 @contextmanager
@@ -71,11 +73,38 @@ def _connected(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
+@contextmanager
+def _watched() -> Iterator[None]:
+    """Inside, `raise_if_cluster_lost` knows when the head or this node's part of Ray ended."""
+    global _watch
+    context = ray.get_runtime_context()
+    addresses = {"the head of the Ray cluster": str(context.gcs_address)}
+    for node in ray.nodes():
+        if node["NodeID"] == context.get_node_id():
+            addresses["Ray on this machine"] = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+    _watch = ClusterWatch(addresses)
+    _watch.start()
+    try:
+        yield
+    finally:
+        _watch.stop()
+        _watch = None
+
+
+def raise_if_cluster_lost() -> None:
+    """Raise ClusterLostError if the head of the cluster, or Ray on this machine, is gone. Costs nothing otherwise."""
+    if _watch is not None and _watch.lost is not None:
+        raise ClusterLostError(_watch.sentence)
+
+
 def run_on_worker(function: Callable[..., Result], layout: StageLayout, *args: object) -> Result:
-    """Run `function(*args)` on a GPU of the cluster if the stages had one, else in this process. Returns its result."""
-    if layout.gpus == 0:
+    """Run `function(*args)` where the stages ran: on a GPU if they had one, on any node with CPUs for stages if there are
+    several nodes, else in this process. Returns its result.
+    """
+    if layout.gpus == 0 and len(alive_nodes()) <= 1:
         return function(*args)
-    options = {"num_cpus": layout.cpus, "num_gpus": min(1.0, layout.gpus), "max_retries": 0}
+    # The head of a cluster that gives Ray no CPUs gets no tasks.
+    options = {"num_cpus": max(0.01, layout.cpus), "num_gpus": min(1.0, layout.gpus), "max_retries": 0}
     result: Result = result_of(ray.remote(function).options(**options).remote(*args))
     return result
 
@@ -95,6 +124,7 @@ def run_in_bundle(
     options = {"num_cpus": layout.cpus, "num_gpus": min(1.0, layout.gpus), "max_retries": 2}
     reference = ray.remote(function).options(scheduling_strategy=bundle, **options).remote(*args)
     while not ray.wait([reference], timeout=0.5, fetch_local=False)[0]:
+        raise_if_cluster_lost()
         if should_cancel():
             ray.cancel(reference, force=True)
             return None
@@ -105,6 +135,8 @@ def run_in_bundle(
 def result_of(reference: Any) -> Any:
     """The result of a remote call. Raises the original error of the call instead of Ray's wrapper."""
     try:
+        while not ray.wait([reference], timeout=1, fetch_local=False)[0]:
+            raise_if_cluster_lost()
         return ray.get(reference)
     except RayTaskError as error:
         if isinstance(error.cause, Exception):
@@ -117,18 +149,13 @@ def gcs_is_reachable() -> bool:
     return is_reachable(str(ray.get_runtime_context().gcs_address))
 
 
-def is_reachable(address: str) -> bool:
-    """Whether a process listens at HOST:PORT; waits at most `CONNECT_TIMEOUT_S`."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError:
-        return False
-    return True
-
-
 def cluster_resources() -> ClusterResources:
     """CPUs, GPUs and nodes of the connected cluster."""
     resources = ray.cluster_resources()
-    nodes = sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in ray.nodes())
+    nodes = sum(bool(node["Resources"].get("CPU")) for node in alive_nodes())
     return ClusterResources(float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0)), max(1, nodes))
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    """Ray's records of the nodes that are alive; empty without a connection."""
+    return [node for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []

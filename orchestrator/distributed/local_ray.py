@@ -25,6 +25,8 @@ from bim.orchestrator.signal_masks import blocked_in_children, kept_signal_handl
 OBJECT_STORE_FRACTION = 0.15  # of the free memory; the store holds the batches and activations in flight
 OBJECT_STORE_MIN, OBJECT_STORE_MAX = 256 << 20, 8 << 30
 
+START_ATTEMPTS = 2
+
 DISCONNECT_TIMEOUT_S = 2.0
 """How long Ray's own end may take, and after it the end of its processes, before they are killed or left to the system."""
 
@@ -134,22 +136,24 @@ def local_ray() -> Iterator[None]:
     with short_temp_dir() as temp_dir:
         options = {} if temp_dir is None else {"_temp_dir": temp_dir}
         try:
-            with kept_signal_handlers(), blocked_in_children():
-                ray.init(
-                    address="local",
-                    include_dashboard=False,
-                    object_store_memory=store_bytes,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    **options,
-                )
-        except Exception as error:
-            _end(driver, others)
-            raise ClusterError(start_error(error, store_bytes)) from error
-        except BaseException:
-            _end(driver, others)
-            raise
-        try:
+            for attempts_left in reversed(range(START_ATTEMPTS)):
+                try:
+                    with kept_signal_handlers(), blocked_in_children():
+                        ray.init(
+                            address="local",
+                            include_dashboard=False,
+                            object_store_memory=store_bytes,
+                            log_to_driver=False,
+                            logging_level=logging.ERROR,
+                            **options,
+                        )
+                    break
+                except Exception as error:
+                    # Ray gives its own daemons 30 seconds, which a busy machine or a cold file system exceeds.
+                    if not attempts_left or "timed out during startup" not in str(error):
+                        raise ClusterError(start_error(error, store_bytes)) from error
+                    log.info("Ray is slow to start on this machine; starting it again")
+                    _end(driver, others)
             yield
         finally:
             _end(driver, others)

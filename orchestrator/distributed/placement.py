@@ -29,8 +29,9 @@ class StageLayout:
         stage_blocks: the blocks of each stage, consecutive.
         gpus: GPUs per stage; a fraction shares one, 0 means CPU.
         cpus: CPUs per stage that Ray reserves.
-        loader_cpus: CPUs that Ray reserves for the data loader, on the node of stage 0.
+        loader_cpus: CPUs that Ray reserves for the data loader and its worker processes, on the node of stage 0.
         threads: torch CPU threads per stage.
+        shortage: a line for the user if the processes are more than the CPUs; empty otherwise.
     """
 
     stage_blocks: tuple[tuple[int, ...], ...]
@@ -38,6 +39,7 @@ class StageLayout:
     cpus: float
     loader_cpus: float
     threads: int
+    shortage: str = ""
 
     @property
     def bundles(self) -> list[dict[str, float]]:
@@ -63,9 +65,14 @@ def compute_layout(
     gpus_per_stage: float | None = None,
     cpus_per_stage: float | None = None,
     threads_per_stage: int | None = None,
+    loader_workers: int = 0,
 ) -> StageLayout:
     """Compute the stages. None leaves a number to the cluster: one block per GPU if there are enough, several consecutive
     blocks per stage if there are fewer, fractions of the CPUs if there are none.
+
+    Args:
+        loader_workers: processes that the loader starts; it requests a CPU for each. Where the cluster has not as many
+            beside the stages, loader and stages are scaled down alike.
 
     Raises:
         PlacementError: more stages than blocks, or more GPUs or CPUs than the cluster has.
@@ -89,18 +96,47 @@ def compute_layout(
             )
     else:
         count = blocks if stages is None else stages
-    # An actor never spans two nodes, so the loader and the stages are divided among the nodes first.
-    per_node = -(-(count + 1) // max(1, cluster.nodes))
-    default_cpus = math.floor(min(1.0, cluster.cpus / max(1, cluster.nodes) / per_node) * 100) / 100
-    cpus = default_cpus if cpus_per_stage is None else cpus_per_stage
+    loader_want = float(max(1, loader_workers))
+    scale = _cpu_scale(cluster, count, loader_want)
+    cpus = _floor(scale) if cpus_per_stage is None else cpus_per_stage
     if cpus * count > cluster.cpus + 1e-6:
         raise PlacementError(
             f"the settings ask for {count} stage{'s' * (count > 1)} of {cpus:g} CPU each, and the cluster has "
             f"{cluster.cpus:g} CPU; lower placement.cpus_per_stage or placement.stages"
         )
-    loader_cpus = math.floor(max(0.0, min(default_cpus, cluster.cpus - cpus * count)) * 100) / 100
+    if cpus_per_stage is None:
+        loader_cpus = _floor(scale * loader_want)
+    else:
+        room = min(cluster.cpus / max(1, cluster.nodes) - cpus, cluster.cpus - cpus * count)
+        loader_cpus = _floor(max(0.0, min(loader_want, room)))
+    shortage = ""
+    if loader_cpus < loader_want and loader_workers:
+        shortage = (
+            f"{count} stage{'s' * (count > 1)} and {loader_workers} data worker{'s' * (loader_workers > 1)} are more "
+            f"processes than the {cluster.cpus:g} CPUs hold side by side: they share them"
+        )
     threads = threads_per_stage or max(1, int(cluster.cpus // count) if gpus == 0 else int(cpus))
-    return StageLayout(consecutive(blocks, count), gpus, cpus, loader_cpus, threads)
+    return StageLayout(consecutive(blocks, count), gpus, cpus, loader_cpus, threads, shortage)
+
+
+def _cpu_scale(cluster: ClusterResources, stages: int, loader: float) -> float:
+    """The largest part of 1 CPU per stage and `loader` CPUs for the loader that fits, at most all of it.
+
+    An actor never spans two nodes, and the loader lives beside stage 0. The nodes count as equally large.
+    """
+    node_cpus = cluster.cpus / max(1, cluster.nodes)
+    for percent in range(100, 0, -1):
+        scale = percent / 100
+        beside_loader = (node_cpus - scale * (1 + loader)) / scale
+        elsewhere = (cluster.nodes - 1) * math.floor(node_cpus / scale + 1e-6)
+        if beside_loader >= -1e-6 and math.floor(beside_loader + 1e-6) + elsewhere >= stages - 1:
+            return scale
+    return max(0.0001, node_cpus / (stages + loader))
+
+
+def _floor(cpus: float) -> float:
+    """Ray counts CPUs in ten-thousandths; two digits are for people."""
+    return math.floor(cpus * 100 + 1e-6) / 100 or math.floor(cpus * 10000) / 10000
 
 
 @dataclass(frozen=True)

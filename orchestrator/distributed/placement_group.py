@@ -6,9 +6,18 @@ import time
 from collections.abc import Callable
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
-from bim.orchestrator.distributed.cluster import cluster_resources, gcs_is_reachable
+from bim.orchestrator.distributed.cluster import (
+    cluster_resources,
+    gcs_is_reachable,
+    raise_if_cluster_lost,
+)
 from bim.orchestrator.distributed.placement import PlacementError, StageLayout
 
 POLL_INTERVAL_S = 1  # Ray takes whole seconds
@@ -40,6 +49,7 @@ def create_placement_group(
     since = time.monotonic()
     try:
         while not group.wait(POLL_INTERVAL_S):
+            raise_if_cluster_lost()
             if should_cancel():
                 release_placement_group(group)
                 return None
@@ -56,3 +66,8 @@ def create_placement_group(
         release_placement_group(group)
         raise
     return group
+
+
+def has_lost_bundles(group: PlacementGroup) -> bool:
+    """Whether bundles of a placement group that was scheduled wait for a node again."""
+    return str(placement_group_table(group).get("state")) in ("PENDING", "PREPARED", "RESCHEDULING")

@@ -8,31 +8,43 @@ idempotent, so the loop rewinds the whole stage group instead.
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from bim.orchestrator.data.spec import DataSpec
+from bim.orchestrator.distributed.actor_failures import stage_failure
+from bim.orchestrator.distributed.actor_group import ActorGroup, wait_all
 from bim.orchestrator.distributed.actors import LoaderActor, StageActor
+from bim.orchestrator.distributed.cluster import raise_if_cluster_lost
 from bim.orchestrator.distributed.placement import PlacementError, StageLayout
-from bim.orchestrator.distributed.placement_group import create_placement_group, release_placement_group
 from bim.orchestrator.files import StorageError
-from bim.orchestrator.training.errors import StageFailure, StorageUnsupportedError
-from bim.orchestrator.training.manifest import FileRecord
-from bim.orchestrator.training.messages import StageReport, StepReport, StepRequest
+from bim.orchestrator.training.device_errors import breaks_device_context
+from bim.orchestrator.training.errors import (
+    CheckpointDamagedError,
+    Interrupted,
+    StageFailure,
+    StorageUnsupportedError,
+)
+from bim.orchestrator.training.messages import SavedBlocks, StageReport, StepReport, StepRequest
 from bim.orchestrator.training.spec import PretrainSpec
-from bim.orchestrator.training.stage_group import stage_label
+from bim.orchestrator.training.stage_group import ShouldGiveUp, component_label, stage_label
 from bim.orchestrator.training.storage import Location, is_url, remove_probe, write_probe
+from bim.orchestrator.training.watchdog import LOADER
 
-DRAIN_TIMEOUT_S = 600  # a stage that is still busy after this time counts as hung
+DRAIN_TIMEOUT_S = 600  # a component that is still busy this long after another one failed counts as hung
 
-ACTOR_START_TIMEOUT_S = 300  # importing torch and timm on a loaded machine takes tens of seconds
+RESTORE_TIMEOUT_S = 1800  # building the blocks and reading a checkpoint, or writing one
+
+FETCH_TIMEOUT_S = 60  # for a result that is there
+
+CLOSE_TIMEOUT_S = 3  # for the loader to end its data workers
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,11 @@ class Pending:
     request: StepRequest
     load_info: Any
     reports: tuple[Any, ...]
+
+    @property
+    def references(self) -> list[Any]:
+        """Of the loader and of every stage."""
+        return [self.load_info, *self.reports]
 
 
 class RayStages:
@@ -70,178 +87,185 @@ class RayStages:
     ) -> None:
         self.stage_blocks = layout.stage_blocks
         self._spec, self._data, self._layout, self._shared = spec, data, layout, shared
-        self._wait_s = wait_s
-        self._placement_group, self._borrowed_placement_group = group, group is not None
-        self._first_bundle = first_bundle
-        self._actors: list[Any] = [None] * len(layout.stage_blocks)
-        self._loader: Any = None
-        self._pids: list[int] = []
+        self._actors = ActorGroup(layout, self._actor_class, wait_s, group, first_bundle)
+        self._stop_requested: ShouldGiveUp = lambda: False
 
     def pids(self) -> list[int]:
         """Process ids of the loader and of every stage, from the last `start`."""
-        return list(self._pids)
+        return [self._actors.processes[component].pid for component in self._actors.components]
 
-    def start(self) -> None:
+    def start(self, should_give_up: ShouldGiveUp) -> None:
         """Create the placement group if there is none, and every actor that is not alive.
 
         Raises:
             PlacementError: no capacity within `wait_s`, or `shared` is not visible on every node.
             StageFailure: the constructor of an actor raised.
+            Interrupted: `should_give_up()`.
         """
-        if self._placement_group is None:
-            self._placement_group = create_placement_group(self._layout, self._wait_s)
-        if self._ensure_actors():
+        self._stop_requested = should_give_up
+        if self._actors.ensure(should_give_up):
             self._check_shared()
 
-    def restore(self, checkpoint: Location | None, step: int) -> None:
+    def _actor_class(self, component: int) -> tuple[type, tuple[Any, ...]]:
+        if component == LOADER:
+            return self.loader_class, (self._data,)
+        device = "cuda" if self._layout.gpus else "cpu"
+        return self.stage_class, (self._spec, self.stage_blocks[component], device, self._layout.threads)
+
+    def restore(self, checkpoint: Location | None, step: int, should_give_up: ShouldGiveUp) -> None:
+        """Also replaces, in the next `start`, every actor whose `restore` raises: what a process holds may be broken."""
         folder = None if checkpoint is None else str(checkpoint)
         context = "while starting" if checkpoint is None else f"while going back to step {step}"
-        restored = [actor.restore.remote(folder, step) for actor in self._actors]
-        self._get(context, self._loader.open.remote(), restored)
-
-    def _ensure_actors(self) -> bool:
-        """Create the missing actors and wait until all answer. Returns whether any was missing."""
-        self._loader = self._loader if self._alive(self._loader) else None
-        self._actors = [actor if self._alive(actor) else None for actor in self._actors]
-        is_complete = self._loader is not None and None not in self._actors
-        refs = self._create_missing_actors()
-        # A borrowed placement group cannot be created again here; Ray reschedules its bundles on a replacement node.
-        borrowed = self._borrowed_placement_group
-        timeout = max(ACTOR_START_TIMEOUT_S, self._wait_s) if borrowed else ACTOR_START_TIMEOUT_S
-        _, pending = ray.wait(refs, num_returns=len(refs), timeout=timeout, fetch_local=False)
-        if pending and borrowed:
-            raise PlacementError(
-                f"{len(pending)} of {len(refs)} stage actors did not start: bundle not rescheduled within {timeout:.0f} s; "
-                "raise placement.wait_s if replacing a lost node takes longer"
-            )
-        if pending:
-            # A node is lost. Ray waits for a replacement without a limit; a new placement group has one.
-            self._release()
-            self._placement_group = create_placement_group(self._layout, self._wait_s)
-            refs = self._create_missing_actors()
-        self._pids = self._get("while starting", refs[0], refs[1:])
-        return not is_complete
-
-    def _create_missing_actors(self) -> list[Any]:
-        """References to the process ids of the loader and of every stage."""
-        layout = self._layout
-        if self._loader is None:
-            self._loader = self._remote(self.loader_class, 0, layout.loader_cpus, 0.0).remote(self._data)
-        device = "cuda" if layout.gpus else "cpu"
-        for i, blocks in enumerate(self.stage_blocks):
-            if self._actors[i] is None:
-                stage = self._remote(self.stage_class, i, layout.cpus, layout.gpus)
-                self._actors[i] = stage.remote(self._spec, blocks, device, layout.threads)
-        return [actor.ping.remote() for actor in (self._loader, *self._actors)]
+        references = [self._actors.loader.open.remote()]
+        references += [actor.restore.remote(folder, step) for actor in self._actors.stages]
+        try:
+            self._finish(context, references, should_give_up)
+        except StageFailure as failure:
+            if not isinstance(failure.cause, CheckpointDamagedError):
+                self._actors.kill(self._component(failure))
+            raise
 
     def submit(self, request: StepRequest) -> Pending:
-        images, load_info = self._loader.batch.options(num_returns=2).remote(request.step, request.micro_step)
+        loader = self._actors.loader
+        images, load_info = loader.batch.options(num_returns=2).remote(request.step, request.micro_step)
         payload: Any = None
         reports = []
-        for actor in self._actors:
+        for actor in self._actors.stages:
             payload, report = actor.train_step.options(num_returns=2).remote(request, images, payload)
             reports.append(report)
         return Pending(request, load_info, tuple(reports))
 
-    def wait(self, pending: Pending) -> StepReport:
-        context = f"at step {pending.request.step}"
-        (bad, load_s), *reports = self._get(context, pending.load_info, pending.reports)
+    def wait(self, pending: Pending, timeout_s: float) -> StepReport | None:
+        raise_if_cluster_lost()
+        references = pending.references
+        try:
+            results = ray.get(references, timeout=timeout_s)
+        except RayError as error:
+            if isinstance(error, GetTimeoutError) and not isinstance(error, RayTaskError):
+                return None
+            step = pending.request.step
+            results = self._settle(f"at step {step}", references, step)
+        (bad, load_s), *reports = results
         stages: tuple[StageReport, ...] = tuple(reports)
         # Stages also wait for each other; only the time in which all of them are idle is a wait for data.
         data_wait_s = min(stage.idle_s - stage.mask_wait_s for stage in stages)
         return StepReport(pending.request, stages, bad, load_s, data_wait_s)
 
-    def cancel_pending(self, pending: Sequence[Pending]) -> None:
-        """Wait for every task in flight, also failed ones; kill all actors if one is busy after `DRAIN_TIMEOUT_S`."""
-        refs = [ref for p in pending for ref in (p.load_info, *p.reports)]
-        if not refs:
-            return
-        _, busy = ray.wait(refs, num_returns=len(refs), timeout=DRAIN_TIMEOUT_S, fetch_local=False)
-        if busy:
-            for actor in (self._loader, *self._actors):
-                ray.kill(actor)
-        for ref in refs:  # Ray logs every error that is never read
-            with contextlib.suppress(Exception):
-                ray.get(ref)
+    def awaited(self, pending: Pending) -> int:
+        references = pending.references
+        ready, _ = ray.wait(references, num_returns=len(references), timeout=0, fetch_local=False)
+        unfinished = (
+            c for c, ref in zip(self._actors.components, references, strict=True) if ref not in ready
+        )
+        return next(unfinished, self._actors.components[-1])
 
-    def save(self, checkpoint: Location) -> tuple[FileRecord, ...]:
-        saved = [actor.save.remote(str(checkpoint)) for actor in self._actors]
-        records = self._get("while saving", None, saved)
-        return tuple(record for stage in records for record in stage)
+    def kill(self, component: int) -> None:
+        self._actors.kill(component)
+
+    def cancel_pending(self, pending: Sequence[Pending], should_give_up: ShouldGiveUp) -> None:
+        """Wait for every task in flight, also failed ones; kill the actors that are busy after `DRAIN_TIMEOUT_S`."""
+        by_component = [
+            (component, ref)
+            for each in pending
+            for component, ref in zip(self._actors.components, each.references, strict=True)
+        ]
+        references = [ref for _, ref in by_component]
+        try:
+            busy = wait_all(references, DRAIN_TIMEOUT_S, should_give_up)
+        except Interrupted:
+            return
+        # A stage without input is not busy itself: the first busy one hangs, the later ones wait for it.
+        for component in {component for component, ref in by_component if ref in busy}:
+            self._actors.kill(component)
+        for ref in references:  # Ray logs every error that is never read
+            with contextlib.suppress(Exception):
+                ray.get(ref, timeout=FETCH_TIMEOUT_S)
+
+    def save(self, checkpoint: Location, should_give_up: ShouldGiveUp) -> None:
+        calls = [actor.save.remote(str(checkpoint)) for actor in self._actors.stages]
+        self._finish("while saving", calls, should_give_up)
+
+    def flush(self, should_give_up: ShouldGiveUp) -> tuple[tuple[SavedBlocks, ...], ...]:
+        calls = [actor.flush.remote() for actor in self._actors.stages]
+        return tuple(self._finish("while saving", calls, should_give_up))
+
+    def call(self, function: Callable[[], Result]) -> list[Result]:
+        """`function()` in the process of every stage, first stage first. Raises StageFailure."""
+        calls = [actor.call.remote(function) for actor in self._actors.stages]
+        return self._finish("while starting", calls, self._stop_requested)
 
     def weights(self) -> dict[int, Any]:
         """Weights of every block, for comparisons in tests."""
-        return {k: w for actor in self._actors for k, w in ray.get(actor.weights.remote()).items()}
+        return {k: w for actor in self._actors.stages for k, w in ray.get(actor.weights.remote()).items()}
 
     def close(self) -> None:
         """Kill the actors and remove the placement group, unless it is borrowed. Safe to call twice."""
-        if self._loader is not None:
-            with contextlib.suppress(RayError):  # `_release` kills the actor in any case
-                ray.get(self._loader.close.remote(), timeout=10)
-        self._release()
+        if self._actors.loader is not None:
+            with contextlib.suppress(RayError):  # `release` kills the actor in any case
+                ray.get(self._actors.loader.close.remote(), timeout=CLOSE_TIMEOUT_S)
+        self._actors.release()
 
-    def _release(self) -> None:
-        for actor in (self._loader, *self._actors):
-            if actor is not None:
-                ray.kill(actor)
-        self._loader, self._actors = None, [None] * len(self.stage_blocks)
-        if self._placement_group is not None and not self._borrowed_placement_group:
-            release_placement_group(self._placement_group)
-            self._placement_group = None
+    def _finish(self, context: str, references: list[Any], should_give_up: ShouldGiveUp) -> list[Any]:
+        """Results of one call of every component, or of every stage.
 
-    def _remote(self, cls: type, bundle: int, cpus: float, gpus: float) -> Any:
-        assert self._placement_group is not None
-        strategy = PlacementGroupSchedulingStrategy(
-            self._placement_group, placement_group_bundle_index=self._first_bundle + bundle
-        )
-        return ray.remote(cls).options(
-            num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, scheduling_strategy=strategy
-        )
+        Raises:
+            StageFailure: of the first component that failed.
+            Interrupted: `should_give_up()`.
+        """
+        if wait_all(references, RESTORE_TIMEOUT_S, should_give_up):
+            return self._settle(context, references, None, drain_s=0)
+        with contextlib.suppress(RayError):
+            return ray.get(references)
+        return self._settle(context, references, None)
 
-    def _alive(self, actor: Any) -> bool:
-        if actor is None:
-            return False
-        try:
-            ray.get(actor.ping.remote(), timeout=ACTOR_START_TIMEOUT_S)
-        except GetTimeoutError:
-            ray.kill(actor)
-            return False
-        except RayActorError:
-            return False
-        return True
+    def _settle(
+        self, context: str, references: list[Any], step: int | None, drain_s: float | None = None
+    ) -> list[Any]:
+        """Results after one could not be had: all of them if that was for the moment only.
 
-    def _get(self, context: str, loader_ref: Any, stage_refs: Sequence[Any]) -> list[Any]:
-        """Results of the loader (unless its reference is None) and of every stage.
+        No task may be running when the stage group is rewound, so all are waited for, and those that hang killed.
 
         Raises:
             StageFailure: the first failure in the order loader, stage 0, stage 1, ...
         """
-        refs = ([] if loader_ref is None else [loader_ref]) + list(stage_refs)
-        try:
-            return ray.get(refs)
-        except RayError:
-            # No task may be running when the stage group is rewound.
-            ray.wait(refs, num_returns=len(refs), timeout=DRAIN_TIMEOUT_S, fetch_local=False)
-        names = ([] if loader_ref is None else ["the data loader"]) + [
-            stage_label(i, b) for i, b in enumerate(self.stage_blocks)
-        ]
-        for name, ref in zip(names, refs, strict=True):
+        with contextlib.suppress(Interrupted):  # nothing can be saved any more
+            wait_all(references, DRAIN_TIMEOUT_S if drain_s is None else drain_s, self._stop_requested)
+        components = self._actors.components[-len(references) :]
+        results: list[Any] = []
+        failures: list[tuple[int, StageFailure]] = []
+        for component, ref in zip(components, references, strict=True):
             try:
-                ray.get(ref)
-            except RayTaskError as error:
-                process_lost = isinstance(error, RayActorError)
-                cause = error.cause if isinstance(error.cause, Exception) else error
-                raise StageFailure(name, context, cause, process_lost) from error
+                results.append(ray.get(ref, timeout=FETCH_TIMEOUT_S if not failures else 1))
             except RayError as error:
-                cause = RuntimeError(exit_reason(error))
-                raise StageFailure(name, context, cause, process_lost=True) from error
-        raise AssertionError("a reference failed and then did not")
+                failures.append((component, self._failure(component, context, error, step)))
+        if not failures:
+            return results
+        for component, failure in failures:
+            if isinstance(failure.cause, TimeoutError):
+                self._actors.kill(component)
+        component, failure = failures[0]  # the calls of later stages fail with the same error
+        if breaks_device_context(failure.cause):
+            self._actors.kill(component)
+        raise failure
+
+    def _failure(self, component: int, context: str, error: RayError, step: int | None) -> StageFailure:
+        label = component_label(component, self.stage_blocks)
+        if isinstance(error, GetTimeoutError) and not isinstance(error, RayTaskError):
+            cause = TimeoutError("no answer")
+            return StageFailure(label, context, cause, process_lost=True, step=step)
+        failure = stage_failure(label, context, error, step, self._actors.processes.get(component))
+        failure.__cause__ = error
+        return failure
+
+    def _component(self, failure: StageFailure) -> int:
+        labels = {component_label(c, self.stage_blocks): c for c in self._actors.components}
+        return labels[failure.component]
 
     def _check_shared(self) -> None:
         probe = write_probe(self._shared)
         try:
-            refs = [actor.path_exists.remote(str(probe)) for actor in self._actors]
-            visible = self._get("while starting", None, refs)
+            calls = [actor.path_exists.remote(str(probe)) for actor in self._actors.stages]
+            visible = self._finish("while starting", calls, self._stop_requested)
         except StageFailure as failure:
             if isinstance(failure.cause, StorageError | StorageUnsupportedError):
                 raise PlacementError(
@@ -259,13 +283,3 @@ class RayStages:
                 else f"--out {self._shared} is not visible on the node of {stages}; put it on storage that all nodes "
                 "share, or the checkpoints alone below a URL (checkpoint.storage)"
             )
-
-
-def exit_reason(error: RayError) -> str:
-    """Why a process ended, in one sentence: the first one of the last line of Ray's message, with the node."""
-    text = str(error).strip()
-    sentence = text.splitlines()[-1].split(". ")[0].rstrip(".") if text else type(error).__name__
-    node = re.search(r"^\s*ip: (\S+)", text, re.MULTILINE)
-    hints = [f"node {node[1]}"] if node else []
-    hints += ["possibly out of memory"] if "OOM" in text else []
-    return f"{sentence} ({', '.join(hints)})" if hints else sentence

@@ -147,7 +147,16 @@ def check_replaceable(out_dir: Path) -> None:
 
 def _save_tensors(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    atomic_write(path, save(tensors, {"format": "pt", **metadata}))
+    atomic_write(path, _in_one_order(save(tensors, {"format": "pt", **metadata})))
+
+
+def _in_one_order(content: bytes) -> bytes:
+    """The same safetensors file with its metadata sorted: safetensors writes several of them in random order."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 @torch.inference_mode()

@@ -43,6 +43,7 @@ RESERVED_NAMES = (
     "variants",
     "decoders",
     "search",
+    "uploads",
     "events.log",
     "metrics.jsonl",
     "baseline_mae",

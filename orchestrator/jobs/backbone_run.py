@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bim.orchestrator.data.errors import DataError
@@ -19,7 +19,7 @@ from bim.orchestrator.reporting.log import line_prefix
 from bim.orchestrator.runs.lease import Lease
 from bim.orchestrator.runs.output_dir import OutputError
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun
-from bim.orchestrator.runs.provenance import Provenance
+from bim.orchestrator.runs.provenance import Machine, Provenance
 from bim.orchestrator.text import redact
 from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.errors import TrainingError
@@ -86,6 +86,12 @@ class BackboneRun:
     def series_of(self, run: ResolvedRun) -> str:
         """The series of metrics and child runs that one of `prepared.runs` has."""
         return BASELINE_SERIES if run is self.prepared.baseline else ""
+
+    def record_machines(self, machines: Sequence[Machine]) -> None:
+        """Record the machines of the stages, which may be others than that of the driver."""
+        if not self.provenance.stages:
+            self.provenance = replace(self.provenance, stages=tuple(machines))
+            self.tracker.log_provenance(self.provenance)
 
     def lines(self) -> AbstractContextManager[None]:
         """Inside, the lines of this thread are those of this backbone."""

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 from bim.orchestrator.config.recipes import SAVED_SETTINGS
 from bim.orchestrator.config.transforms import settings_to_yaml, with_changes
@@ -34,6 +35,7 @@ from bim.orchestrator.runs.provenance import collect
 from bim.orchestrator.runs.signals import at_forced_exit
 from bim.orchestrator.text import redact
 from bim.orchestrator.tracking.descriptions import fenced
+from bim.orchestrator.tracking.store import TrackingError
 from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.storage import is_url
 
@@ -135,7 +137,7 @@ def record_comparison(
         tracker.log_picture(figure, "backbones")
     tracker.set_tags({f"backbone.{r.name}": "failed" if r.failed else "finished" for r in results})
     page = f"#/experiments/{tracker.experiment_id}/runs/"
-    run_ids = {result.name: Tracker.recorded_run(job.out / result.name) for result in results}
+    run_ids = {result.name: _recorded_run(job.out / result.name) for result in results}
     links = ", ".join(
         f"[{name}]({page}{run_id}?workflowType=machine_learning)"
         for name, run_id in run_ids.items()
@@ -144,6 +146,13 @@ def record_comparison(
     note = f"{len(results)} backbones side by side: {links}\n\n{fenced(table)}"
     tracker.describe(note, [] if figure is None else ["backbones"])
     return table, results
+
+
+def _recorded_run(out: Path) -> str | None:
+    try:
+        return Tracker.recorded_run(out)
+    except TrackingError:  # of a backbone that an earlier process finished; it has no link
+        return None
 
 
 def _result(prepared: PreparedBackbone, failed: str | None) -> MemberResult:

@@ -41,7 +41,7 @@ from bim.orchestrator.runs.signals import at_forced_exit, interrupted_by_signals
 from bim.orchestrator.runs.train import check_precision, resolve_precision
 from bim.orchestrator.search.record import finished_search
 from bim.orchestrator.text import short_path
-from bim.orchestrator.tracking.open_run import TrackingError
+from bim.orchestrator.tracking.store import TrackingError
 from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.errors import TrainingError
@@ -114,10 +114,12 @@ def _run(job: PreparedJob, stop: StopRequest) -> JobResult:
         if stop.reason is None:
             train_backbones(backbones, stop, record_progress)
         if stop.reason is not None and not all(backbone.closed for backbone in backbones):
-            for tracker in [backbone.tracker for backbone in backbones if not backbone.closed]:
+            trackers = [backbone.tracker for backbone in backbones if not backbone.closed]
+            trackers += [] if comparison is None else [comparison]
+            for tracker in trackers:
+                tracker.request_end("KILLED")
+            for tracker in trackers:
                 tracker.finish("KILLED")
-            if comparison is not None:
-                comparison.finish("KILLED")
             return JobResult(job.out, stop.reason)
         measure_pending_latencies(backbones)
         if comparison is None:

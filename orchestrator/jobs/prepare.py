@@ -145,11 +145,11 @@ def check_model_names(settings: Settings) -> None:
 def resolve_paths(settings: Settings) -> tuple[Settings, Path]:
     """The settings with absolute paths, which hold in the working directory of any actor; and the output directory."""
     out = settings.out or Path("runs") / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    paths = {"out": str(out.expanduser().absolute())}
+    paths = {"out": str(Path(os.path.expanduser(out)).absolute())}
     for key, value in {"data.source": settings.data.source, "init_from": settings.init_from}.items():
         # "local-dir:DIR" and "torchvision:NAME:ROOT" end in a path too.
         scheme, colon, path = (value or "").rpartition(":")
-        if path and Path(path).exists():
+        if path and os.path.exists(path):
             paths[key] = f"{scheme}{colon}{Path(path).absolute()}"
     return with_changes(settings, paths), Path(paths["out"])
 

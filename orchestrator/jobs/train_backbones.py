@@ -41,7 +41,7 @@ from bim.orchestrator.training.storage import is_url
 LOG_WAIT_AFTER_S = 5.0
 """How long a backbone waits for free resources without a line; Ray takes a moment for those that are there."""
 
-SHUTDOWN_TIMEOUT_S = 20.0
+SHUTDOWN_TIMEOUT_S = 10.0
 """How long the threads get to end after a second signal."""
 
 log = logging.getLogger(__name__)
@@ -174,7 +174,16 @@ def _train_and_evaluate(
             label = "  ".join(filter(None, (backbone.name, series)))
             progress = Progress(backbone.tracker, series, label, run.total_steps)
             with line_prefix(series), progress:
-                train(run, layout, backbone.precision, progress, stop, group, lease=backbone.lease)
+                train(
+                    run,
+                    layout,
+                    backbone.precision,
+                    progress,
+                    stop,
+                    group,
+                    lease=backbone.lease,
+                    on_machines=backbone.record_machines,
+                )
             if stop.reason is not None:
                 return
             if not series:

@@ -197,4 +197,5 @@ def _losses(losses: dict[int, float]) -> str:
 
 def _waits(report: EpochReport) -> list[str]:
     waits = [f"data wait {report.data_wait:.0%}"]
-    return waits + [f"mask wait {report.mask_wait:.0%}"] * (report.mask_wait >= MIN_REPORTED_WAIT)
+    waits += [f"mask wait {report.mask_wait:.0%}"] * (report.mask_wait >= MIN_REPORTED_WAIT)
+    return waits + [f"slow: {report.slow_stage}"] * (report.slow_stage is not None)

@@ -39,16 +39,18 @@ def configure_console(verbose: bool = False, quiet: bool = False) -> None:
     """
     for handler in [handler for handler in ROOT.handlers if isinstance(handler, _ConsoleHandler)]:
         ROOT.removeHandler(handler)
-    console = _ConsoleHandler(logging.WARNING if quiet else logging.DEBUG)
+    console = _ConsoleHandler(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
     console.addFilter(lambda record: not getattr(record, "in_live_display", False))
     console.setFormatter(_LineFormatter())
     ROOT.addHandler(console)
-    ROOT.setLevel(logging.DEBUG if verbose else logging.INFO)
+    ROOT.setLevel(logging.DEBUG)  # files of `log_to_file` get everything
 
 
 @contextmanager
 def log_to_file(path: Path, prefix: str = "") -> Iterator[None]:
-    """Inside, what is logged is appended to `path` with its time, and an error that ends the context; a file there grows.
+    """Inside, what is logged, of every level, is appended to `path` with its time, and an error that ends the context.
+
+    A file there grows.
 
     Args:
         prefix: only the lines below this `line_prefix`, which is left out of them.
@@ -58,7 +60,7 @@ def log_to_file(path: Path, prefix: str = "") -> Iterator[None]:
     handler.addFilter(lambda record: _prefix.get().startswith(below))
     handler.setFormatter(_LineFormatter(below, timestamps=True))
     if ROOT.level == logging.NOTSET:  # a job that is called from Python, with no console
-        ROOT.setLevel(logging.INFO)
+        ROOT.setLevel(logging.DEBUG)
     ROOT.addHandler(handler)
     try:
         yield
@@ -86,6 +88,10 @@ class _EventsHandler(logging.FileHandler):
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(OSError):  # of opening the file
             super().emit(record)
+
+    def close(self) -> None:
+        with suppress(OSError):  # of flushing
+            super().close()
 
     def handleError(self, record: logging.LogRecord) -> None: ...
 

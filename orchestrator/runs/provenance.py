@@ -37,7 +37,7 @@ class CodeState:
 
 @dataclass(frozen=True)
 class Hardware:
-    """The machine on which the driver runs (on a cluster, the stages may have other machines)."""
+    """CPUs, memory and GPUs of a machine."""
 
     cpu: str
     cpus: int
@@ -49,6 +49,18 @@ class Hardware:
     def __str__(self) -> str:
         memory = "" if self.memory_gib is None else f", {self.memory_gib:.0f} GiB"
         return f"{self.cpus} x {self.cpu}{memory}, {', '.join(self.gpus) or 'no GPU'}"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a process runs, and the versions there."""
+
+    host: str
+    hardware: Hardware
+    python: str
+    packages: dict[str, str]
+    cuda: str | None = None
+    """The version of CUDA that torch was built for; None without CUDA."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,20 @@ class Provenance:
     data: DataRecord | None = None
     extra: dict[str, str] = field(default_factory=dict)
     """Facts of the caller, e.g. the resources of the cluster."""
+    stages: tuple[Machine, ...] = ()
+    """The machine of every stage, once they are known; `hardware` is that of the driver."""
+
+    @property
+    def hardware_text(self) -> str:
+        """The hardware that trains, each kind of machine once: `4 machines of 8 x Xeon, 31 GiB, NVIDIA L4`."""
+        hosts: dict[str, set[str]] = {}
+        for stage in self.stages:
+            hosts.setdefault(str(stage.hardware), set()).add(stage.host)
+        if not hosts:
+            return str(self.hardware)
+        return "; ".join(
+            f"{len(names)} machines of {text}" if len(names) > 1 else text for text, names in hosts.items()
+        )
 
     def as_dict(self) -> dict[str, object]:
         return dataclasses.asdict(self)
@@ -118,6 +144,14 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def machine() -> Machine:
+    """The machine of this process; the stages call it. Does not import torch where it is not imported."""
+    torch = sys.modules.get("torch")
+    cuda = None if torch is None else torch.version.cuda
+    versions = package_versions(("torch", "torchvision", "timm", "ray", "numpy"))
+    return Machine(platform.node(), hardware(), platform.python_version(), versions, cuda)
 
 
 def hardware() -> Hardware:

@@ -23,6 +23,11 @@ from bim.orchestrator.training.spec import DecoderSpec, OptimSpec, Precision, Pr
 
 Check = Callable[[], object]
 
+MAX_BATCH_BYTES = 2**37
+MAX_TOKENS = 2**17
+MAX_PARAMS = 2 * 10**11
+"""Bounds that no machine reaches: bytes of the images of a micro-batch, tokens of an image, parameters of a run."""
+
 
 def resolve(
     settings: Settings, auto_precision: Precision = "fp32", reads_init_from: bool = True
@@ -129,12 +134,40 @@ def _checks(
         yield partial(visible_counts, rows * columns, ratios)
         yield partial(_check_thrown, backbone, decoders, rows * columns, ratios)
         yield partial(_check_cells, targets, size)
+    yield partial(_check_memory, settings, backbone, decoders)
     for decoder in decoders:
         yield partial(decoder_heads, decoder.dim, decoder.depth, decoder.num_heads)
     for info, target in zip(backbone.blocks, targets, strict=True):
         yield partial(TARGETS[target.name], info.stride, **target.args)
     if backbone.encode == "all":
         yield partial(_check_painted, decoders, ratios)
+
+
+def _check_memory(settings: Settings, backbone: Backbone, decoders: tuple[DecoderSpec, ...]) -> None:
+    """Raises ValueError for sizes that exceed the memory of any machine."""
+    for phase in resolution_phases(settings, backbone):
+        images = phase.batch_size * 3 * phase.size[0] * phase.size[1]
+        if images > MAX_BATCH_BYTES:
+            raise ValueError(
+                f"a batch of {phase.batch_size} images of {phase.size[0]} x {phase.size[1]} pixels has "
+                f"{images / 2**30:.0f} GiB; lower data.batch_size and raise data.accumulate, or lower the image size"
+            )
+        for info in backbone.blocks:
+            tokens = (phase.size[0] // info.stride) * (phase.size[1] // info.stride)
+            if tokens > MAX_TOKENS:
+                raise ValueError(
+                    f"images of {phase.size[0]} x {phase.size[1]} pixels are {tokens} tokens in block {info.index}; "
+                    f"at most {MAX_TOKENS} are possible: lower backbone.model_args.img_size or schedule.resolution"
+                )
+    widths = [(info.layers, info.width) for info in backbone.blocks] + [(d.depth, d.dim) for d in decoders]
+    params = sum(
+        12 * layers * width * width for layers, width in widths
+    )  # of a transformer layer, attention and MLP
+    if params > MAX_PARAMS:
+        raise ValueError(
+            f"blocks and decoders would have about {params / 1e9:.0f} thousand million parameters; "
+            "lower backbone.model_args or decoder.dim"
+        )
 
 
 def _check_thrown(

@@ -43,6 +43,8 @@ FORCED_EXIT_S = 0.6
 RESUME_ME = 75
 """Exit status after SIGUSR2: EX_TEMPFAIL, which job schedulers take as a request to run the job again."""
 
+SHOW_CURSOR = "\x1b[?25h"
+
 log = logging.getLogger(__name__)
 
 _forced_exit_callbacks: list[Callable[[], object]] = []
@@ -60,11 +62,15 @@ def leave(status: int) -> NoReturn:
     That end frees every module and object, for seconds on a busy machine; by then all files and connections are closed.
     """
     if status == RESUME_ME or status > 128:
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(Exception):
-                stream.flush()
-        os._exit(status)
+        _exit(status)
     sys.exit(status)
+
+
+def _exit(status: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(status)
 
 
 @contextmanager
@@ -174,7 +180,9 @@ def _handled_by(handle: Callable[[int, FrameType | None], None]) -> Iterator[Non
     if not _in_main_thread():
         yield
         return
-    before = {number: signal.signal(number, handle) for number in HANDLED_SIGNALS}
+    # `nohup` ignores SIGHUP, and a shell SIGINT and SIGQUIT of what it runs in the background; that stays.
+    heard = [number for number in HANDLED_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in heard}
     try:
         yield
     finally:
@@ -221,10 +229,10 @@ def _force_exit(signal_name: str) -> None:
         thread.start()
     for thread in threads:
         thread.join(max(0.0, end - time.monotonic()))
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):
-            stream.flush()
-    os._exit(exit_status(signal_name))
+    with suppress(Exception):
+        if sys.stdout.isatty():
+            sys.stdout.write(SHOW_CURSOR)  # a live display hides it
+    _exit(exit_status(signal_name))
 
 
 def _quietly(callback: Callable[[], object]) -> None:

@@ -6,6 +6,7 @@ Serves the backbones of a job, their baselines and the trials of a search; decid
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -30,6 +31,7 @@ from bim.orchestrator.runs.checkpoints import checkpoints_location
 from bim.orchestrator.runs.lease import Lease
 from bim.orchestrator.runs.output_dir import OutputError, open_store
 from bim.orchestrator.runs.prepare import ResolvedRun
+from bim.orchestrator.runs.provenance import Machine, machine
 from bim.orchestrator.runs.run_record import RunRecord
 from bim.orchestrator.runs.run_store import open_run_store, storage_failure
 from bim.orchestrator.runs.signals import stop_on_signals
@@ -64,12 +66,14 @@ def train(
     group: PlacementGroup | None = None,
     first_bundle: int = 0,
     lease: Lease | None = None,
+    on_machines: Callable[[list[Machine]], None] | None = None,
 ) -> PretrainResult:
     """Train a run from its last checkpoint to its end, on the stages of `layout`. In the main thread a signal sets `stop`.
 
     Args:
         group: a placement group with room for the stages from `first_bundle` on; None: one of their own.
         lease: of the output directory; the training ends where it is lost.
+        on_machines: called with the machine of every stage, once they are ready to train.
 
     Raises:
         OutputError: the checkpoint was trained in another precision, or all checkpoints of the run are unreadable or gone.
@@ -89,6 +93,10 @@ def train(
         return Manifest(step, steps, recorded_mapping(settings), facts, (), run_id)
 
     stages = make_stages(run, spec, layout, group, first_bundle)
+    if on_machines is not None:
+        callback = _MachineRecorder(callback, stages, on_machines)
+    if layout.shortage:
+        log.info(layout.shortage)
     policy = RestartPolicy(settings.failures.max_restarts)
     try:
         with stop_on_signals(stop, interrupts_idle=True):
@@ -122,16 +130,38 @@ class _LeaseWatch:
         self._callback.on_step(step, metrics)
 
 
+class _MachineRecorder:
+    """A callback that also collects the machines of the stages when they are ready for the first time."""
+
+    def __init__(
+        self, callback: ProgressCallback, stages: Stages, on_machines: Callable[[list[Machine]], None]
+    ) -> None:
+        self._callback, self._stages, self._on_machines = callback, stages, on_machines
+        self.started = False
+        self.on_step, self.on_epoch, self.on_checkpoint = (
+            callback.on_step,
+            callback.on_epoch,
+            callback.on_checkpoint,
+        )
+
+    def on_rewind(self, step: int) -> None:
+        self._callback.on_rewind(step)
+        if not self.started:
+            self._on_machines(self._stages.call(machine))
+        self.started = True
+
+
 def training_schedule(run: ResolvedRun, layout: StageLayout) -> TrainingSchedule:
     """How long and how fast the run is trained."""
     settings, first = run.settings, run.phases[0]
-    schedule = settings.schedule
+    schedule, every_minutes = settings.schedule, settings.checkpoint.every_minutes
     return TrainingSchedule(
         epochs=schedule.epochs,
         phases=run.phases,
         lr=CosineSchedule(settings.optim.blr, schedule.warmup_epochs, schedule.epochs, run.phases),
         window=settings.placement.window or default_window(settings, layout),
         checkpoint_epochs=settings.checkpoint.every_epochs,
+        checkpoint_s=None if every_minutes is None else 60 * every_minutes,
         max_bad_images=int(settings.data.max_bad_fraction * first.steps_per_epoch * first.images_per_step),
     )
 
@@ -177,14 +207,14 @@ def resolve_layout(settings: Settings, cluster: ClusterResources) -> StageLayout
     """Where the blocks of these settings live. Raises PlacementError."""
     placement = settings.placement
     if placement.backend == "ray":
-        cpus, gpus = placement.cpus_per_stage, placement.gpus_per_stage
-        if placement.wait_s > 0 and gpus:  # the cluster may still grow: it is waited for, not refused
-            stages = placement.stages or settings.num_blocks
-            cluster = ClusterResources(
-                max(cluster.cpus, (cpus or 1.0) * (stages + 1)), max(cluster.gpus, gpus * stages)
-            )
+        cpus, gpus, workers = placement.cpus_per_stage, placement.gpus_per_stage, settings.data.workers
+        stages = placement.stages or settings.num_blocks
+        if placement.wait_s > 0 and gpus and cluster.gpus < gpus * stages:
+            # The cluster may still grow: it is waited for, not refused, and nobody knows how large its nodes will be.
+            cluster = ClusterResources(max(cluster.cpus, (cpus or 1.0) * (stages + 1)), gpus * stages)
+            workers = min(workers, 1)
         return compute_layout(
-            settings.num_blocks, cluster, placement.stages, gpus, cpus, placement.threads_per_stage
+            settings.num_blocks, cluster, placement.stages, gpus, cpus, placement.threads_per_stage, workers
         )
     use_gpu = cluster.gpus > 0 and placement.gpus_per_stage != 0
     if placement.gpus_per_stage and not use_gpu:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 
 class MetricPoint(NamedTuple):
@@ -17,6 +17,20 @@ class MetricPoint(NamedTuple):
     value: float
     milliseconds: int
     """Unix time at which it was measured."""
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """What is known of a run in a store, without asking it.
+
+    Args:
+        start_time: Unix time in milliseconds.
+    """
+
+    run_id: str
+    experiment_id: str
+    name: str
+    start_time: int
 
 
 @dataclass(frozen=True)
@@ -50,3 +64,24 @@ class DepthRecord:
         """SHA-256 of the weights: equal weights are the same logged model, however often a run is finished."""
         with (self.folder / "model.safetensors").open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def to_plain(self, out: Path) -> dict[str, Any]:
+        """The record as values of JSON; files below `out` are named relative to it, so that it may be moved."""
+        return asdict(self) | {
+            "folder": relative_path(self.folder, out),
+            "metrics": dict(self.metrics),
+            "params": {key: str(value) for key, value in self.params.items()},
+            "curves": {name: list(curve) for name, curve in self.curves.items()},
+            "pictures": [relative_path(path, out) for path in self.pictures],
+        }
+
+    @classmethod
+    def from_plain(cls, record: Mapping[str, Any], out: Path) -> Self:
+        """The record of which `to_plain` gave these values."""
+        files = {"folder": out / record["folder"], "pictures": [out / path for path in record["pictures"]]}
+        return cls(**{**record, **files})
+
+
+def relative_path(path: Path, out: Path) -> str:
+    """The path relative to `out` if it lies below it, else as it is."""
+    return str(path.relative_to(out) if path.is_relative_to(out) else path.absolute())

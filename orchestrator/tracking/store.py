@@ -14,11 +14,13 @@ import re
 import socket
 import sqlite3
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from bim.orchestrator.text import redact
 
@@ -28,10 +30,17 @@ except ImportError:  # without it, runs must not be started at the same moment i
     fcntl = None  # type: ignore[assignment]
 
 CONNECT_TIMEOUT_S = 5.0
-"""Seconds that a store may take to answer at the start."""
+"""Seconds in which a store must be reachable at the start."""
+
+RESPONSE_TIMEOUT_S = 60
+"""Seconds that a server which is reachable may take for a request."""
 
 LOCK_TIMEOUT_S = 60.0
 """Seconds that a process waits for another one that opens the same SQLite store; MLflow makes its tables in about 5 s."""
+
+
+class TrackingError(ValueError):
+    """The MLflow store cannot be used; raised only when a run starts."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,12 @@ class StoreAddress:
         """The tracking URI that a reader in this folder must set; None for MLflow's default."""
         return None if self.is_default else str(self)
 
+    @property
+    def shareable_uri(self) -> str:
+        """The URI without its password, and with an absolute path if it is that of an SQLite store."""
+        file = self.sqlite_file
+        return str(self) if file is None else f"sqlite:///{quote(str(file))}"
+
     def artifact_folder(self, experiment: str) -> str | None:
         """Where a new experiment keeps its files; None leaves it to MLflow.
 
@@ -83,25 +98,33 @@ class StoreAddress:
         command = "mlflow ui" if self.is_default else f"mlflow ui --backend-store-uri '{self}'"
         return command, f"http://127.0.0.1:5000/{page}"
 
-    def probe(self) -> None:
-        """Connect to a database once, and write if it is SQLite. A server is tried by its first request instead.
+    def probe(self, create: bool = True) -> None:
+        """Connect to a store once, and write if it is SQLite.
+
+        Args:
+            create: whether an SQLite store that does not exist is created; MLflow itself would.
 
         Raises OSError, sqlite3.Error or an error of SQLAlchemy if it cannot be used.
         """
         file = self.sqlite_file
-        parts = urlsplit(self.uri)
         if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
+            if create:
+                file.parent.mkdir(parents=True, exist_ok=True)
+            elif not file.exists():
+                raise FileNotFoundError(f"{file} does not exist")
             with contextlib.closing(sqlite3.connect(file, timeout=CONNECT_TIMEOUT_S)) as database:
                 database.execute("BEGIN IMMEDIATE")
                 database.execute("ROLLBACK")
-        elif not self.is_http and parts.hostname:
+            return
+        parts = urlsplit(self.uri)
+        default_ports = {"postgresql": 5432, "mysql": 3306, "mssql": 1433, "http": 80, "https": 443}
+        port = parts.port or default_ports.get(parts.scheme.partition("+")[0])
+        is_behind_proxy = self.is_http and bool(getproxies()) and not proxy_bypass(parts.hostname or "")
+        if parts.hostname and port is not None and not is_behind_proxy:
+            socket.create_connection((parts.hostname, port), timeout=CONNECT_TIMEOUT_S).close()
+        if not self.is_http and parts.hostname:
             import sqlalchemy  # comes with mlflow; only databases on servers need it
 
-            ports = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
-            port = parts.port or ports.get(parts.scheme.partition("+")[0])
-            if port is not None:
-                socket.create_connection((parts.hostname, port), timeout=CONNECT_TIMEOUT_S).close()
             engine = sqlalchemy.create_engine(self.uri)
             try:
                 engine.connect().close()
@@ -137,25 +160,50 @@ def exclusive_lock(address: StoreAddress) -> Iterator[None]:
         os.close(lock)  # releases the lock
 
 
+class _HttpLimits:
+    """The environment variables by which MLflow's HTTP client is limited, while anybody in this process asks for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holders = 0
+        self._added: list[str] = []
+
+    def enter(self, variables: Mapping[str, str]) -> None:
+        with self._lock:
+            self._holders += 1
+            if self._holders == 1:
+                self._added = [name for name in variables if name not in os.environ]
+                os.environ.update({name: variables[name] for name in self._added})
+
+    def exit(self) -> None:
+        with self._lock:
+            self._holders -= 1
+            if self._holders == 0:
+                for name in self._added:
+                    os.environ.pop(name, None)
+
+
+_http_limits = _HttpLimits()
+
+
 @contextlib.contextmanager
 def http_timeouts(retries: int, seconds: int) -> Iterator[None]:
     """Limit retries and seconds of MLflow's HTTP client, which also prints no addresses within the block.
 
-    What the user has set in the environment stays. MLflow reads these variables at every request and has no other
-    interface for them.
+    What the user has set in the environment stays, and of blocks that overlap, in several threads too, the first decides.
+    MLflow reads these variables at every request and has no other interface for them.
     """
-    defaults = {
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds),
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    }
-    added = {name: value for name, value in defaults.items() if name not in os.environ}
-    os.environ.update(added)
+    _http_limits.enter(
+        {
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
+            "MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds),
+            "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        }
+    )
     try:
         yield
     finally:
-        for name in added:
-            os.environ.pop(name, None)
+        _http_limits.exit()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
-"""The record of a run in MLflow: a parent run, and a child run and a logged model per depth variant.
+"""The record of a run in MLflow: a parent run, and a child run and a logged model per depth variant and per trial.
 
-Only the driver uses it. A store that cannot be reached is an error at the start and never later: metrics wait in
-`metrics.jsonl`, files stay in the output directory, the training goes on.
+Only the driver uses it. A new run needs its store at the start; after that, and when it is resumed, a store that is slow,
+away, read-only or full costs nothing: metrics wait in `metrics.jsonl`, everything else in `uploads/`, and a background
+thread sends them. What is left at the end is sent by `bim sync`.
 """
 
 from __future__ import annotations
@@ -9,31 +10,35 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
 import logging
-import re
-import time
-from collections.abc import Mapping, Sequence
-from functools import partial
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
 import mlflow
-from mlflow import MlflowClient
-from mlflow.entities import Dataset, Metric, Param, Run, RunTag
-from mlflow.exceptions import MlflowException
 
 from bim.orchestrator.files import atomic_write
 from bim.orchestrator.runs.provenance import Provenance
-from bim.orchestrator.tracking.background_upload import BackgroundUploader, RetryQueue
-from bim.orchestrator.tracking.descriptions import pages, picture
+from bim.orchestrator.text import short_path
+from bim.orchestrator.tracking.background_upload import BackgroundUploader
+from bim.orchestrator.tracking.delivery import Delivery
+from bim.orchestrator.tracking.descriptions import (
+    depth_rows,
+    downsample,
+    loading_note,
+    pages,
+    picture,
+    results_table,
+)
 from bim.orchestrator.tracking.metric_log import MetricLog
-from bim.orchestrator.tracking.open_run import check_model_name, is_permanent_error, open_run
-from bim.orchestrator.tracking.records import DepthRecord, MetricPoint
-from bim.orchestrator.tracking.store import StoreAddress, http_timeouts, quiet_client_logs, summarize_error
-from bim.orchestrator.tracking.trial_runs import TrialRuns
-from bim.orchestrator.tracking.variant_runs import DESCRIPTION_TAG, DepthRuns
+from bim.orchestrator.tracking.open_run import OpenedRun, check_model_name, open_run
+from bim.orchestrator.tracking.records import DepthRecord, relative_path
+from bim.orchestrator.tracking.run_record import RunRecord, read_run_record, write_run_record
+from bim.orchestrator.tracking.run_writer import RunWriter, dataset_of, now_ms
+from bim.orchestrator.tracking.store import StoreAddress, http_timeouts, quiet_client_logs
+from bim.orchestrator.tracking.upload_queue import FOLDER, UploadQueue
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,40 +50,45 @@ TAGGED_PACKAGES = ("torch", "timm", "ray")
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
+FINISH_TIMEOUTS_S: dict[Status, float] = {"FINISHED": 600.0, "FAILED": 60.0, "KILLED": 12.0}
+"""How long the end of a run waits for its store; a process that a signal ends has little time."""
+
 log = logging.getLogger(__name__)
+
+
+END, REOPENING = "the end of the run", "the resumption of the run"
+"""Names of the uploads that end a run in the store and show it as running again."""
 
 
 class Tracker:
     """One run's record. A context manager: leaving it by an exception ends the run as FAILED or KILLED.
 
-    After `open` nothing raises because of the store. What could not be uploaded is one line in the log, stays in
-    `out`, and is tried again when the run ends.
+    After `open` nothing raises or waits because of the store, but for the end of the run.
     """
 
-    def __init__(
-        self,
-        client: MlflowClient,
-        address: StoreAddress,
-        run: Run,
-        out: Path,
-        model_name: str,
-        continued: bool,
-    ) -> None:
+    def __init__(self, opened: OpenedRun, out: Path, model_name: str, interval: float = 2.0) -> None:
+        run, address = opened.run, opened.address
         self.out = out
-        self.run_id: str = run.info.run_id
-        self.experiment_id: str = run.info.experiment_id
-        self._client, self._address = client, address
+        self.run_id, self.experiment_id = run.run_id, run.experiment_id
+        self._run, self._address, self._model_name = run, address, model_name
         self._resources = contextlib.ExitStack()
         self._resources.enter_context(http_timeouts(retries=1, seconds=60))
         self._resources.enter_context(quiet_client_logs())
-        self._uploader: BackgroundUploader | None = None
-        self._retries = RetryQueue(str(address), is_permanent_error, self._store_is_unavailable)
-        self._depths = DepthRuns(client, run, model_name, address.uri_to_set())
-        self._trials = TrialRuns(client, run)
-        self._trial_rows: dict[int, TrialRow] = {}
-        self._metrics = MetricLog(out / "metrics.jsonl", same_store=continued)
-        self._events = out / "events.log"
-        self._events_sent = 0
+        self._metrics = MetricLog(out / "metrics.jsonl", same_store=opened.is_resumed)
+        self._queue = UploadQueue(out / FOLDER)
+        if opened.is_resumed:
+            self._queue.discard(END)
+        else:  # what an earlier process left was meant for another run
+            self._queue.clear()
+        if opened.is_resumed and not opened.is_reopened:
+            self._queue.put(REOPENING, "reopen", {})
+        self._dataset: dict[str, str] | None = None
+        self._depths: dict[str, dict[str, DepthRecord]] = {}
+        self._running_trials: dict[int, tuple[TrialRow, str]] = {}
+        self._is_ending = self._is_finished = False
+        self._writer = RunWriter(opened.client, address, run, out)
+        delivery = Delivery(out, self._metrics, self._queue, self._writer)
+        self._uploader = BackgroundUploader(delivery, str(address), short_path(out), interval)
 
     @classmethod
     def open(
@@ -94,35 +104,33 @@ class Tracker:
     ) -> Tracker:
         """Start a run, or continue the one that `recorded_run(out)` gave.
 
-        Metrics in `out` belong to the run: those that its store has not received are sent.
+        What an earlier process recorded in `out`, and its store has not received, is sent.
 
         Args:
             uri: MLflow tracking URI; None is MLflow's own default (MLFLOW_TRACKING_URI, else ./mlflow.db).
             model_name: the registered model whose versions the depth variants become; None is the experiment's name.
             parent_run_id: the parent of a new run; a run of several backbones has a child run for each.
-            interval: seconds between two uploads of metrics.
+            interval: seconds between two uploads.
 
         Raises:
-            TrackingError: within seconds.
+            TrackingError: the store of a new run cannot be used, or does not have the run that is resumed.
         """
         model_name = check_model_name(model_name or experiment)
-        address = StoreAddress(uri or mlflow.get_tracking_uri())
-        client, run = open_run(address, experiment, run_name, resume_run_id, parent_run_id)
-        tracker = cls(client, address, run, out, model_name, continued=resume_run_id is not None)
-        record = {"run_id": tracker.run_id, "experiment_id": tracker.experiment_id, "uri": str(address)}
-        atomic_write(out / "tracking.json", json.dumps(record, indent=2) + "\n")
-        tracker._uploader = BackgroundUploader(
-            [tracker._upload_metrics, tracker._upload_events], str(address), str(out), interval
-        )
-        return tracker
+        recorded = None if resume_run_id is None else read_run_record(out)
+        address = StoreAddress(uri or _default_uri(recorded))
+        opened = open_run(address, experiment, run_name, resume_run_id, recorded, parent_run_id)
+        try:
+            write_run_record(out, RunRecord.of(opened.run, address))
+            return cls(opened, out, model_name, interval)
+        except BaseException:
+            opened.abandon()
+            raise
 
     @staticmethod
     def recorded_run(out: Path) -> str | None:
-        """The run id that an earlier process left in this output directory."""
-        try:
-            return str(json.loads((out / "tracking.json").read_text(encoding="utf-8"))["run_id"])
-        except (OSError, ValueError, KeyError):
-            return None
+        """The run id that an earlier process left in this output directory. Raises TrackingError if it cannot be read."""
+        record = read_run_record(out)
+        return None if record is None else record.run_id
 
     @property
     def uri_to_set(self) -> str | None:
@@ -147,65 +155,35 @@ class Tracker:
         """(step, value) of one metric so far, earlier processes included."""
         return self._metrics.history(name)
 
-    def log_event(self, text: str) -> None:
-        """Record an event (a restart, skipped images) with its time, in events.log."""
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        with contextlib.suppress(OSError), self._events.open("a", encoding="utf-8") as file:
-            file.write(f"{stamp}  {text}\n")
-
     # -- about the run ------------------------------------------------------------------------------------------
 
     def log_settings(self, flat: Mapping[str, object], yaml_text: str) -> None:
         """Settings as parameters (flat: mask.ratio -> 0.6) and whole, as settings.yaml."""
-
-        def job() -> None:
-            recorded = self._client.get_run(self.run_id).data.params
-            new = {key: str(value)[:6000] for key, value in flat.items()}
-            params = [Param(key, value) for key, value in new.items() if key not in recorded]
-            self._client.log_batch(self.run_id, params=params)
-            # MLflow never changes a parameter.
-            for key in sorted(key for key, value in recorded.items() if new.get(key, value) != value):
-                self.log_event(f"resumed with {key} = {new[key]} (started with {recorded[key]})")
-            self._client.log_text(self.run_id, yaml_text, "settings.yaml")
-
-        self._retries.submit("the settings", job)
+        params = {key: str(value)[:6000] for key, value in flat.items()}
+        self._queue.put("the settings", "settings", {"params": params, "text": yaml_text})
 
     def log_provenance(self, record: Provenance) -> None:
         """Code revision, versions, hardware and data as provenance.json; the main ones as tags and a dataset."""
-        tags = {"hardware": str(record.hardware), "python": record.python}
+        tags = {"hardware": record.hardware_text, "python": record.python}
         tags |= {name: version for name, version in record.packages.items() if name in TAGGED_PACKAGES}
         if record.code.commit is not None:
             tags["mlflow.source.git.commit"] = record.code.commit
             tags["git_dirty"] = str(record.code.dirty).lower()
         if (data := record.data) is not None:
-            self._depths.dataset = Dataset(
-                name=Path(data.source).name or data.source,
-                digest=data.fingerprint[:8],
-                source_type="local",
-                source=json.dumps({"uri": data.source}),
-                profile=json.dumps(dataclasses.asdict(data)),
-            )
-
-        def job() -> None:
-            self._client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
-            self._client.log_dict(self.run_id, record.as_dict(), "provenance.json")
-            self._depths.log_dataset(self.run_id)
-
-        self._retries.submit("the provenance", job)
+            name = Path(data.source).name or data.source
+            profile = dataclasses.asdict(data)
+            self._dataset = dataset_of(name, data.fingerprint[:8], data.source, profile)
+        arguments = {"record": record.as_dict(), "tags": tags, "dataset": self._dataset}
+        self._queue.put("the provenance", "provenance", arguments)
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
         """Tags of the parent run."""
-        pairs = [RunTag(key, str(value)) for key, value in tags.items()]
-        self._retries.submit("tags", lambda: self._client.log_batch(self.run_id, tags=pairs))
+        texts = {key: str(value) for key, value in tags.items()}
+        self._queue.put(f"the tags {', '.join(sorted(tags))}", "tags", {"tags": texts})
 
     def remove_tag(self, key: str) -> None:
         """Remove a tag of the parent run, if it exists."""
-
-        def job() -> None:
-            if key in self._client.get_run(self.run_id).data.tags:
-                self._client.delete_tag(self.run_id, key)
-
-        self._retries.submit("tags", job)
+        self._queue.put(f"the tags {key}", "remove_tag", {"key": key})
 
     def describe(self, markdown: str, pictures: Sequence[str] = ()) -> None:
         """The description at the top of the parent run's page, with links to related pages.
@@ -214,10 +192,7 @@ class Tracker:
         """
         parts = [markdown, pages(self.experiment_id)]
         parts += [picture(self.run_id, f"pictures/{name}.png") for name in pictures]
-        note = "\n\n".join(parts)
-        self._retries.submit(
-            "the description", lambda: self._client.set_tag(self.run_id, DESCRIPTION_TAG, note)
-        )
+        self._queue.put("the description", "description", {"text": "\n\n".join(parts)})
 
     def log_picture(self, figure: Path | Figure, name: str) -> Path:
         """A picture on the parent run, kept as out/pictures/NAME.png. Returns the file."""
@@ -234,53 +209,89 @@ class Tracker:
         return path
 
     def log_file(self, path: Path, folder: str | None = None) -> None:
-        """A file of the output directory on the parent run."""
-        self._retries.submit(path.name, lambda: self._client.log_artifact(self.run_id, str(path), folder))
+        """A file of the output directory on the parent run, as it is when it is sent."""
+        name = relative_path(path, self.out)
+        self._queue.put(name, "file", {"path": name, "folder": folder})
 
-    def log_depth(self, record: DepthRecord, model_name: str | None = None) -> str | None:
+    def log_depth(self, record: DepthRecord, model_name: str | None = None) -> None:
         """Child run and logged model of one variant; one of this run (not of a baseline) is also registered.
 
         Finishing a run twice uses the existing child run, and the existing model if its weights are equal.
-        model_name: the registered model of which it becomes a version; None is the experiment's name. Returns the
-        address that `mlflow.artifacts.download_artifacts` takes, None if the upload is pending.
+        model_name: the registered model of which it becomes a version; None is the experiment's name.
         """
-        return self._retries.submit(record.title, lambda: self._depths.send(record, model_name))
+        name = model_name or self._model_name
+        plain = record.to_plain(self.out)
+        plain["curves"] = {key: downsample(curve) for key, curve in record.curves.items()}
+        arguments = {"record": plain, "model_name": name, "dataset": self._dataset}
+        self._queue.put(record.title, "depth", arguments)
+        if record.series:
+            return
+        records = self._depths.setdefault(name, {})
+        records[record.alias] = record
+        table = results_table(depth_rows(list(records.values())))
+        note = f"The variants of {self._run.name}:\n\n{table}\n\nEach has its alias:\n\n"
+        text = note + loading_note(name, record.alias, self.uri_to_set)
+        self._queue.put(f"the description of the model {name}", "model_note", {"name": name, "text": text})
 
     def log_trial(self, row: TrialRow, metric: str) -> None:
         """A child run for one trial of a search in its present state. metric: the key of its scores."""
-        self._trial_rows[row.number] = row
-        name = f"trial {row.number}"
-        if name not in self._retries.pending:  # a pending trial is sent in the state that it has by then
-            self._retries.submit(name, lambda: self._trials.send(self._trial_rows[row.number], metric))
+        if row.status in ("waiting", "running"):
+            self._running_trials[row.number] = (row, metric)
+        else:
+            self._running_trials.pop(row.number, None)
+        self._put_trial(row, metric)
+
+    def _put_trial(self, row: TrialRow, metric: str, cut_off: bool = False) -> None:
+        arguments = {"row": dataclasses.asdict(row), "metric": metric, "cut_off": cut_off}
+        self._queue.put(f"trial {row.number}", "trial", arguments, first=cut_off)
 
     # -- the end ------------------------------------------------------------------------------------------------
 
-    def finish(self, status: Status = "FINISHED", timeout: float = 20.0) -> bool:
-        """Send what is left and end the run. Waits at most `timeout` seconds for metrics. True if all arrived."""
-        if self._uploader is None:
-            return not self._retries.pending
-        uploader, self._uploader = self._uploader, None
-        metrics_sent = uploader.close(timeout)
-        complete = False
-        if metrics_sent:
-            for row in [row for row in self._trial_rows.values() if row.status == "running"]:
-                self._retries.submit(
-                    f"the end of trial {row.number}", partial(self._trials.mark_cut_off, row)
-                )
-            self._retries.submit(
-                "the end of the run", lambda: self._client.set_terminated(self.run_id, status)
-            )
-            complete = self._retries.flush()
+    def request_end(self, status: Status) -> None:
+        """Begin to end the run, without waiting; `finish` waits. Of several runs all can end at the same time."""
+        if self._is_ending:
+            return
+        self._is_ending = True
+        self._queue.discard(REOPENING)
+        # Before everything else: a process that is told to stop may not have the time to send all.
+        self._queue.put(END, "end", {"status": status, "milliseconds": now_ms()}, first=True)
+        for row, metric in self._running_trials.values():
+            self._put_trial(row, metric, cut_off=True)
+        self._uploader.request_end()
+
+    def finish(
+        self, status: Status = "FINISHED", idle_timeout: float = 20.0, timeout: float | None = None
+    ) -> bool:
+        """End the run and send what is left. True if the store has taken everything.
+
+        Waits while the store takes something every `idle_timeout` seconds, at most `timeout` seconds: by default
+        `FINISH_TIMEOUTS_S`.
+        """
+        if self._is_finished:
+            return not self._queue.waiting()
+        self._is_finished = True
+        if timeout is None:
+            timeout = FINISH_TIMEOUTS_S[status]
+        self.request_end(status)
+        complete = self._uploader.close(idle_timeout, timeout)
         if not complete:
-            missing = ", ".join(["the last metrics"] * (not metrics_sent) + self._retries.pending)
-            log.warning("MLflow at %s: not uploaded: %s; kept in %s", self._address, missing, self.out)
+            names = _short_list(upload.name for upload in self._queue.waiting())
+            log.warning(
+                "MLflow at %s has not taken everything (%s); it is kept in %s, and sent by: bim sync %s",
+                self._address,
+                names or "metrics",
+                short_path(self.out),
+                short_path(self.out),
+            )
         self._resources.close()
         return complete
 
     def end_at_once(self) -> None:
         """Mark the run as KILLED and send nothing more: for an exit that cannot wait."""
-        if self._uploader is not None:
-            self._client.set_terminated(self.run_id, "KILLED")
+        if not self._is_ending:
+            milliseconds = now_ms()
+            self._queue.put(END, "end", {"status": "KILLED", "milliseconds": milliseconds}, first=True)
+            self._writer.end("KILLED", milliseconds)
 
     def __enter__(self) -> Self:
         return self
@@ -293,28 +304,17 @@ class Tracker:
         else:
             self.finish("FAILED" if issubclass(kind, Exception) else "KILLED")
 
-    # -- upload -------------------------------------------------------------------------------------------------
 
-    def _store_is_unavailable(self) -> bool:
-        return self._uploader is not None and self._uploader.is_unavailable
+def _default_uri(recorded: RunRecord | None) -> str:
+    """The store of a run that names none: where it is resumed, the one that it was started with."""
+    is_set = mlflow.is_tracking_uri_set() or "MLFLOW_TRACKING_URI" in os.environ
+    if recorded is None or is_set or not recorded.is_complete:
+        return mlflow.get_tracking_uri()
+    return recorded.uri
 
-    def _upload_metrics(self) -> None:
-        self._metrics.deliver(self._send_points)
 
-    def _send_points(self, points: Sequence[MetricPoint]) -> None:
-        # A character that MLflow refuses would make it refuse the whole batch, again and again.
-        metrics = [Metric(re.sub(r"[^\w./ -]", "_", p.name), p.value, p.milliseconds, p.step) for p in points]
-        try:
-            self._client.log_batch(self.run_id, metrics=metrics)
-        except MlflowException as error:
-            if not is_permanent_error(error):
-                raise
-            log.warning(
-                "MLflow refused %d metrics of run %s (%s)", len(points), self.run_id, summarize_error(error)
-            )
-
-    def _upload_events(self) -> None:
-        size = self._events.stat().st_size if self._events.exists() else 0
-        if size != self._events_sent:
-            self._client.log_artifact(self.run_id, str(self._events))
-            self._events_sent = size
+def _short_list(names: Iterable[str], limit: int = 5) -> str:
+    """`a, b and 3 more`."""
+    listed = list(names)
+    more = len(listed) - limit
+    return ", ".join(listed[:limit]) + (f" and {more} more" if more > 0 else "")

@@ -23,16 +23,14 @@ from mlflow.models import Model
 
 from bim.orchestrator.evaluation.metric_info import QUALITY
 from bim.orchestrator.tracking.descriptions import (
-    depth_rows,
     downsample,
     loading_note,
     picture,
-    results_table,
     rounded,
     summary_line,
 )
 from bim.orchestrator.tracking.metric_log import BATCH
-from bim.orchestrator.tracking.records import DepthRecord
+from bim.orchestrator.tracking.records import DepthRecord, StoredRun
 
 DESCRIPTION_TAG = "mlflow.note.content"
 """The tag that MLflow's pages show as a description."""
@@ -44,46 +42,39 @@ class DepthRuns:
     Args:
         client: of the store.
         parent: the run that trained them.
-        model_name: the registered model whose versions they become, unless `send` is given another.
         store: the tracking URI that a reader must set to open them; None for MLflow's default.
     """
 
-    def __init__(self, client: MlflowClient, parent: Run, model_name: str, store: str | None) -> None:
-        self.dataset: Dataset | None = None
-        """The images on which the variants were evaluated, if known."""
-        self._client, self._parent, self._model_name, self._store = client, parent, model_name, store
-        self._experiment_id: str = parent.info.experiment_id
-        self._records: dict[str, DepthRecord] = {}
+    def __init__(self, client: MlflowClient, parent: StoredRun, store: str | None) -> None:
+        self._client, self._parent, self._store = client, parent, store
+        self._experiment_id = parent.experiment_id
 
-    def send(self, record: DepthRecord, model_name: str | None = None) -> str:
-        """Write one variant; returns the address that `mlflow.artifacts.download_artifacts` takes."""
-        client, name = self._client, model_name or self._model_name
-        run = self._child_run(record)
+    def send(self, record: DepthRecord, model_name: str, dataset: Dataset | None) -> None:
+        """Write one variant. dataset: the images on which it was evaluated, if known."""
+        client = self._client
+        run = self._child_run(record, dataset)
         run_id: str = run.info.run_id
         self._send_curves(run, record)
-        model_id = self._logged_model(run, record, name)
+        model_id = self._logged_model(run, record, model_name, dataset)
         for path in record.pictures:
             client.log_artifact(run_id, str(path))
-        uri, note = f"models:/{model_id}", [summary_line(record)]
+        note = [summary_line(record)]
         if not record.series:
-            self._register(run_id, model_id, record, name)
-            uri = f"models:/{name}@{record.alias}"
-            note.append(loading_note(name, record.alias, self._store))
+            self._register(run_id, model_id, record, model_name)
+            note.append(loading_note(model_name, record.alias, self._store))
         client.set_logged_model_tags(model_id, {DESCRIPTION_TAG: "\n\n".join(note)})
         note += [picture(run_id, path.name) for path in record.pictures]
         known = run.data.params
         params = [Param(key, str(value)[:6000]) for key, value in record.params.items() if key not in known]
         client.log_batch(run_id, params=params, tags=[RunTag(DESCRIPTION_TAG, "\n\n".join(note))])
         client.set_terminated(run_id, "FINISHED")
-        return uri
 
-    def log_dataset(self, run_id: str) -> None:
-        """Record the images as an input of a run."""
-        if self.dataset is not None:
-            self._client.log_inputs(run_id, [DatasetInput(self.dataset)])
+    def describe_model(self, name: str, text: str) -> None:
+        """The description of a registered model."""
+        self._client.update_registered_model(name, text)
 
-    def _child_run(self, record: DepthRecord) -> Run:
-        client, parent = self._client, self._parent.info
+    def _child_run(self, record: DepthRecord, dataset: Dataset | None) -> Run:
+        client, parent = self._client, self._parent
         query = f"tags.mlflow.parentRunId = '{parent.run_id}' and tags.variant = '{record.alias}'"
         if runs := client.search_runs([self._experiment_id], query, max_results=1):
             return runs[0]
@@ -91,9 +82,9 @@ class DepthRuns:
         # Training a variant took as long as the run; the milliseconds make MLflow list the variants by depth.
         start = parent.start_time + record.depth
         # In flat lists, of models above all, "depth 6" alone does not name the run.
-        name = f"{record.title} of {parent.run_name}"
-        run = client.create_run(self._experiment_id, start, tags, name)
-        self.log_dataset(run.info.run_id)
+        run = client.create_run(self._experiment_id, start, tags, f"{record.title} of {parent.name}")
+        if dataset is not None:
+            client.log_inputs(run.info.run_id, [DatasetInput(dataset)])
         return run
 
     def _send_curves(self, run: Run, record: DepthRecord) -> None:
@@ -107,7 +98,7 @@ class DepthRuns:
         for start in range(0, len(metrics), BATCH):
             self._client.log_batch(run.info.run_id, metrics=metrics[start : start + BATCH])
 
-    def _logged_model(self, run: Run, record: DepthRecord, model_name: str) -> str:
+    def _logged_model(self, run: Run, record: DepthRecord, model_name: str, dataset: Dataset | None) -> str:
         """The id of the logged model with these weights, created and filled if there is none."""
         client, run_id, digest = self._client, run.info.run_id, record.digest()
         models = client.search_logged_models([self._experiment_id], f"tags.weights = '{digest}'")
@@ -119,11 +110,11 @@ class DepthRuns:
             model = client.create_logged_model(self._experiment_id, name, run_id, tags, params, "timm")
             client.log_outputs(run_id, [LoggedModelOutput(model.model_id, record.step)])
         if str(model.status) != "READY":
-            self._fill(run_id, str(model.model_id), record)
+            self._fill(run_id, str(model.model_id), record, dataset)
         return str(model.model_id)
 
-    def _fill(self, run_id: str, model_id: str, record: DepthRecord) -> None:
-        client, data, now = self._client, self.dataset, int(1000 * time.time())
+    def _fill(self, run_id: str, model_id: str, record: DepthRecord, data: Dataset | None) -> None:
+        client, now = self._client, int(1000 * time.time())
         name, digest = (None, None) if data is None else (data.name, data.digest)
         # Step 0: MLflow draws a metric that has no other step as a bar, which compares the variants. The
         # standard errors stay with the run: among the models they would push the sizes out of the page.
@@ -165,10 +156,6 @@ class DepthRuns:
         link = json.dumps([{"name": name, "version": int(version.version)}])
         client.set_logged_model_tags(model_id, {"mlflow.modelVersions": link})
         client.set_registered_model_alias(name, record.alias, version.version)
-        self._records[record.alias] = record
-        table = results_table(depth_rows(list(self._records.values())))
-        note = f"The variants of {self._parent.info.run_name}:\n\n{table}\n\nEach has its alias:\n\n"
-        client.update_registered_model(name, note + loading_note(name, record.alias, self._store))
 
 
 @contextlib.contextmanager

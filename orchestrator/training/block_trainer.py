@@ -117,17 +117,18 @@ class BlockTrainer:
         return torch.autocast(self._device.type, dtype=TRANSPORT_DTYPES[self._optim.precision])
 
     def weights(self) -> dict[str, Tensor]:
-        """The module's state on the CPU; keys `encoder.*` and `decoder.*`."""
-        return {name: value.detach().cpu().contiguous() for name, value in self.module.state_dict().items()}
+        """A copy of the module's state on the CPU; keys `encoder.*` and `decoder.*`."""
+        return {name: _copy_to_cpu(value) for name, value in self.module.state_dict().items()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Optimizer and scaler state as a flat dict of tensors (`exp_avg/<parameter>`, ...), writable without pickle."""
+        """A copy of the optimizer and scaler state as a flat dict of tensors (`exp_avg/<parameter>`, ...).
+
+        It can be written without pickle.
+        """
         flat: dict[str, Tensor] = {}
         for parameter, state in self._optimizer.state.items():
             for key, value in state.items():
-                flat[f"{key}/{self._names[id(parameter)]}"] = (
-                    torch.as_tensor(value).detach().cpu().contiguous()
-                )
+                flat[f"{key}/{self._names[id(parameter)]}"] = _copy_to_cpu(torch.as_tensor(value))
         if self._scaler.is_enabled():
             scaler = self._scaler.state_dict()
             flat["scaler/scale"] = torch.tensor(scaler["scale"], dtype=torch.float64)
@@ -154,3 +155,7 @@ class BlockTrainer:
             if kind != "scaler":
                 by_index.setdefault(index[name], {})[kind] = value
         self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": by_index})
+
+
+def _copy_to_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()

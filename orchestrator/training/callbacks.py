@@ -17,6 +17,7 @@ class EpochReport:
         data_wait: fraction of the time in which all stages waited for data.
         eta_s: estimated seconds to the end of the run.
         mask_wait: fraction of the time in which the slowest stage waited for mask plans.
+        slow_stage: a stage that is much slower than the others, and how many times: "stage 2 (block 2) 3.4 x".
     """
 
     epoch: int
@@ -26,6 +27,7 @@ class EpochReport:
     data_wait: float
     eta_s: float
     mask_wait: float = 0.0
+    slow_stage: str | None = None
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,20 @@ class CheckpointDamagedError(RuntimeError):
         return f"checkpoint {self.checkpoint}: {self.reason}"
 
 
+class DeviceMemoryError(TrainingError):
+    """The memory of a stage's device is full. One rewind in a new process is tried: another program may have held it."""
+
+
+class ClusterLostError(TrainingError):
+    """The head of the Ray cluster, or Ray on the machine of the driver, is gone."""
+
+
 class StepOrderError(RuntimeError):
     """A stage received a step that is not its next one; a training step is not idempotent."""
+
+
+class Interrupted(Exception):
+    """A wait was given up because a stop was requested."""
 
 
 class StageFailure(RuntimeError):
@@ -53,15 +65,31 @@ class StageFailure(RuntimeError):
         context: the activity: "at step 170", "while starting".
         cause: the error of the user's code, or why the process ended.
         process_lost: whether the process is gone and has to be created again.
+        step: the step that failed; None outside of a step.
+        details: everything that is known, of several lines, for the log file: tracebacks, the end of the process's log.
+        raised_by_code: whether the component's own code raised, so that the same may happen again at the same step.
     """
 
-    def __init__(self, component: str, context: str, cause: BaseException, process_lost: bool) -> None:
+    def __init__(
+        self,
+        component: str,
+        context: str,
+        cause: BaseException,
+        process_lost: bool,
+        step: int | None = None,
+        details: str = "",
+        raised_by_code: bool | None = None,
+    ) -> None:
         super().__init__(component, context, cause, process_lost)
         self.component, self.context, self.cause = component, context, cause
-        self.process_lost = process_lost
+        self.process_lost, self.step, self.details = process_lost, step, details
+        self.raised_by_code = not process_lost if raised_by_code is None else raised_by_code
 
     def __str__(self) -> str:
-        detail = next(iter(str(self.cause).strip().splitlines()), "").strip()[:160]
+        # A cause that the stage group worded is whole; of a foreign error one line.
+        detail = next(iter(str(self.cause).strip().splitlines()), "").strip()
         if self.process_lost:
             return f"{self.component} died {self.context}" + f": {detail}" * bool(detail)
-        return f"{self.component} failed {self.context} ({type(self.cause).__name__}: {detail})"
+        if not self.raised_by_code or isinstance(self.cause, TrainingError):
+            return f"{self.component} failed {self.context}: {detail}"
+        return f"{self.component} failed {self.context} ({type(self.cause).__name__}: {detail[:160]})"

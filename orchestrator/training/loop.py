@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bim.orchestrator.data.errors import TooManyCorruptImagesError
+from bim.orchestrator.data.errors import DataWorkerError, TooManyCorruptImagesError
 from bim.orchestrator.training.callbacks import Callback, PretrainResult, StopRequest
-from bim.orchestrator.training.errors import CheckpointDamagedError, StageFailure, TrainingError
-from bim.orchestrator.training.manifest import FileRecord, Manifest
-from bim.orchestrator.training.messages import StepReport, StepRequest
+from bim.orchestrator.training.checkpoint_marks import CheckpointMarks, CompleteCheckpoint
+from bim.orchestrator.training.errors import (
+    CheckpointDamagedError,
+    Interrupted,
+    StageFailure,
+    TrainingError,
+)
+from bim.orchestrator.training.manifest import Manifest
+from bim.orchestrator.training.messages import SavedBlocks, StepReport, StepRequest
 from bim.orchestrator.training.meter import Meter
-from bim.orchestrator.training.restart_policy import RestartPolicy
+from bim.orchestrator.training.restart_policy import RestartBudget, RestartPolicy, Verdict, is_disk_error
 from bim.orchestrator.training.schedule import TrainingSchedule
-from bim.orchestrator.training.stage_group import Stages
+from bim.orchestrator.training.stage_group import Stages, component_label, stage_label
 from bim.orchestrator.training.storage import Checkpoints
+from bim.orchestrator.training.watchdog import LOADER, Watchdog
+
+POLL_S = 1.0
+"""How long the loop waits for a report before it looks at stop requests and at the watchdog."""
+
+STOP_SAVE_S = 15.0
+"""How long a stop waits for the steps in flight and their checkpoint."""
+
+PATIENT_STOPS = ("SIGUSR2",)
+"""Reasons of a stop whose checkpoint is waited for."""
 
 log = logging.getLogger(__name__)
 
@@ -30,46 +47,86 @@ def pretrain(
     callback: Callback,
     policy: RestartPolicy,
     stop: StopRequest,
+    watchdog: Watchdog | None = None,
 ) -> PretrainResult:
     """Train from the newest valid checkpoint in `store` (from the seed if there is none) to the end of the schedule.
 
     Args:
         make_manifest: number of steps -> the manifest of that state, without files.
+        watchdog: decides when a stage is hung; None: one with the default limits.
 
     Raises:
-        TrainingError: a loss that is not finite, or a process lost once too often. The last checkpoint is kept.
+        TrainingError: a loss that is not finite, a process lost once too often, a full disk. The last checkpoint is kept.
         TooManyCorruptImagesError: more unreadable images than the schedule allows.
         StorageError: the file system of the checkpoints is full, read-only or gone. The last checkpoint is kept.
-        Exception: what a stage's code raised, when the restarts are used up.
+        Exception: what a stage's code raised, when a restart did not help.
     """
     store.make_root()
-    loop = _Loop(schedule, stages, store, make_manifest, callback, stop)
-    restarts = 0
+    budget = RestartBudget(policy)
+    loop = _Loop(
+        schedule, stages, store, make_manifest, callback, stop, budget.commit, watchdog or Watchdog()
+    )
     while True:
         try:
             if loop.step is None:
                 loop.rewind()
             stopped = loop.run()
             break
+        except Interrupted:
+            assert stop.reason is not None
+            log.warning("stopping without a new checkpoint; last checkpoint: %s", loop.last_checkpoint)
+            stopped = stop.reason
+            break
         except StageFailure as failure:
-            loop.cancel_pending()
+            log.debug("%s\n%s", failure, failure.details)
+            loop.forget_pending()
             if stop.reason is not None:
-                last = "none" if loop.committed_step is None else f"step {loop.committed_step}"
-                log.warning("%s; stopping; last checkpoint: %s", failure, last)
+                log.warning("%s; stopping; last checkpoint: %s", failure, loop.last_checkpoint)
                 stopped = stop.reason
                 break
-            if not policy.restarts(failure, restarts):
-                if failure.process_lost:
-                    raise TrainingError(
-                        f"{failure}, after {restarts} restart{'s' * (restarts != 1)} (failures.max_restarts); the last "
-                        "checkpoint is kept"
-                    ) from failure
-                raise failure.cause from failure
-            restarts += 1
-            log.warning("%s; rewinding all stages (restart %d of %d)", failure, restarts, policy.max_restarts)
+            verdict = budget.judge(failure, loop.completed_steps if failure.step is None else failure.step)
+            if verdict is not Verdict.RESTART:
+                raise _final_error(failure, verdict, budget, loop.last_checkpoint) from failure
+            delay = f" in {budget.delay_s:.0f} s" if budget.delay_s >= 1 else ""
+            attempt = f"restart {budget.used} of {policy.max_restarts}"
+            log.warning("%s; rewinding all stages%s (%s)", failure, delay, attempt)
+            loop.pause(budget.delay_s)
+        except OSError as error:
+            if not is_disk_error(error):
+                raise
+            raise TrainingError(_disk_sentence(error, loop.last_checkpoint)) from error
         finally:
             stop.can_save = False
-    return PretrainResult(loop.completed_steps, restarts, stopped, loop.bad_images, loop.meter.images_per_s())
+    return PretrainResult(
+        loop.completed_steps, budget.total, stopped, loop.bad_images, loop.meter.images_per_s()
+    )
+
+
+def _final_error(
+    failure: StageFailure, verdict: Verdict, budget: RestartBudget, last_checkpoint: str
+) -> BaseException:
+    """What ends a run after a failure: a sentence, or what foreign code raised."""
+    cause = failure.cause
+    if is_disk_error(cause):
+        return TrainingError(_disk_sentence(cause, last_checkpoint))
+    if verdict is Verdict.INCURABLE:
+        return cause
+    if verdict is Verdict.REPEATED and isinstance(cause, TrainingError):
+        return TrainingError(f"{failure}, twice; last checkpoint: {last_checkpoint}")
+    is_told = isinstance(cause, TrainingError | DataWorkerError) or not failure.raised_by_code
+    if verdict is Verdict.EXHAUSTED and is_told:
+        return TrainingError(
+            f"{failure}, after {budget.used} restart{'s' * (budget.used != 1)} without a new checkpoint "
+            f"(failures.max_restarts); last checkpoint: {last_checkpoint}"
+        )
+    return cause
+
+
+def _disk_sentence(error: BaseException, last_checkpoint: str) -> str:
+    path = getattr(error, "filename", None)
+    reason = getattr(error, "strerror", None) or str(error)
+    where = f"{path}: " if path else ""
+    return f"{where}{reason}; make room or repair it, then continue with --resume; last checkpoint: {last_checkpoint}"
 
 
 @dataclass
@@ -82,6 +139,8 @@ class _Loop:
     make_manifest: Callable[[int], Manifest]
     callback: Callback
     stop: StopRequest
+    on_commit: Callable[[int], None]
+    watchdog: Watchdog
     step: int | None = None
     """The next step to submit; None while the stages are not restored."""
     completed_steps: int = 0
@@ -93,12 +152,17 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.schedule)
-        self.saves_done = self.stop.saves_requested
-        self.requested_step: int | None = None
+        self.marks = CheckpointMarks(self.schedule, self.stop.saves_requested)
+        self.stop_deadline: float | None = None
+
+    @property
+    def last_checkpoint(self) -> str:
+        """For messages: "step 170", "none"."""
+        return "none" if self.committed_step is None else f"step {self.committed_step}"
 
     def rewind(self) -> None:
         """Restore all stages from the newest valid checkpoint, after replacing those whose process is gone."""
-        self.stages.start()
+        self.store.clear_uncommitted()
         manifest = self._restore()
         step = 0 if manifest is None else manifest.step
         if step == self.schedule.total_steps:
@@ -108,9 +172,10 @@ class _Loop:
         if manifest is not None:
             self.bad_images = manifest.facts.get("bad_images", {}) | self.bad_images
         self.callback.on_rewind(step)
-        self.committed_step = None if manifest is None else step
         self.step = self.completed_steps = step
         self.meter = Meter(self.schedule)
+        self.marks.rewind()
+        self.watchdog.reset()
         self.stop.can_save = True
 
     def _restore(self) -> Manifest | None:
@@ -125,8 +190,11 @@ class _Loop:
             if manifest is None and damaged is not None:
                 raise TrainingError(f"there is no checkpoint left to go on from: {damaged}") from damaged
             step = 0 if manifest is None else manifest.step
+            self.committed_step = None if manifest is None else step
+            self.stages.start(self._stop_requested)
+            checkpoint = None if manifest is None else self.store.directory(step)
             try:
-                self.stages.restore(None if manifest is None else self.store.directory(step), step)
+                self.stages.restore(checkpoint, step, self._stop_requested)
             except (StageFailure, CheckpointDamagedError) as error:
                 cause = error.cause if isinstance(error, StageFailure) else error
                 if not isinstance(cause, CheckpointDamagedError):
@@ -143,63 +211,96 @@ class _Loop:
         while self.step < total and self.stop.reason is None:
             if self.schedule.starts_phase(self.step):
                 self._collect(0)  # steps in flight have another image size
+                self.watchdog.reset()
             self._submit(self.step)
             self.step += 1
         self._collect(0)
+        self._flush()
         if self.stop.reason is not None:
             if self.committed_step != self.step:
-                self._commit(self.step, self.stages.save(self.store.directory(self.step)))
+                self.marks.add(self.step, str(self.store.directory(self.step)), self.bad_images)
+                self.stages.save(self.store.directory(self.step), self._gives_up)
+                self._flush()
             log.info("checkpoint saved after step %d of %d", self.step, total)
         return self.stop.reason if self.step < total else None
 
-    def cancel_pending(self) -> None:
+    def forget_pending(self) -> None:
         """Wait until nothing that was submitted is running, and forget it."""
-        self.stages.cancel_pending([pending for _, pending in self.in_flight])
+        self.stages.cancel_pending([pending for _, pending in self.in_flight], self._gives_up)
         self.in_flight.clear()
         self.step = None
+
+    def pause(self, seconds: float) -> None:
+        """Wait before a restart, until a stop is requested."""
+        end = time.monotonic() + seconds
+        while self.stop.reason is None and (left := end - time.monotonic()) > 0:
+            time.sleep(min(POLL_S, left))
 
     def _submit(self, step: int) -> None:
         micro_steps = self.schedule.phase(step).grad_accum_steps
         for micro_step in range(micro_steps):
-            is_saved = micro_step == micro_steps - 1 and self._saves(step)
+            is_saved = micro_step == micro_steps - 1 and self.marks.is_due(step, self.stop.saves_requested)
             checkpoint = str(self.store.directory(step + 1)) if is_saved else None
             request = StepRequest(step, self.schedule.lr(step), micro_step, micro_steps, checkpoint)
             self.in_flight.append((request, self.stages.submit(request)))
             self._collect(self.schedule.window)
 
-    def _saves(self, step: int) -> bool:
-        """Whether a checkpoint follows this step, by the schedule or because one was asked for."""
-        requested, self.saves_done = self.stop.saves_requested > self.saves_done, self.stop.saves_requested
-        if requested:
-            self.requested_step = step + 1
-        return requested or self.schedule.is_checkpoint_step(step)
-
     def _collect(self, max_in_flight: int) -> None:
         while len(self.in_flight) > max_in_flight:
             request, pending = self.in_flight[0]
-            report = self.stages.wait(pending)
+            report = self._wait(request, pending)
             self.in_flight.popleft()
             self._record(report)
             if request.is_last_micro_step:
                 self.completed_steps = request.step + 1
                 if request.checkpoint is not None:
-                    files = [record for stage in report.stages for record in stage.files]
-                    self._commit(self.completed_steps, files)
+                    self.marks.add(self.completed_steps, request.checkpoint, self.bad_images)
+                self._commit_complete([stage.saved for stage in report.stages])
                 self._emit(request)
 
-    def _commit(self, step: int, files: Iterable[FileRecord]) -> None:
-        manifest = self.make_manifest(step)
-        facts = manifest.facts | {"bad_images": self.bad_images}
-        # Sorted by name, the manifest is equal for every placement of the blocks.
-        by_name = tuple(sorted(files, key=lambda record: record.name))
-        self.store.commit(replace(manifest, facts=facts, files=by_name))
-        self.committed_step = step
-        if step == self.requested_step:
-            log.info("checkpoint saved after step %d of %d", step, self.schedule.total_steps)
-        self.callback.on_checkpoint(step)
+    def _wait(self, request: StepRequest, pending: Any) -> StepReport:
+        """Wait for a micro-batch. Raises StageFailure also when a component is hung."""
+        while (report := self.stages.wait(pending, POLL_S)) is None:
+            if self._gives_up():
+                raise Interrupted
+            component = self.stages.awaited(pending)
+            saves = request.checkpoint is not None
+            hung_for = self.watchdog.hung_for((request.step, request.micro_step), component, saves)
+            if hung_for is not None:
+                self.stages.kill(component)
+                raise self._hung(component, request.step, hung_for)
+        return report
+
+    def _hung(self, component: int, step: int, seconds: float) -> StageFailure:
+        usual_s = self.watchdog.usual_s(component)
+        usual = f"; it usually needs {usual_s:.2g} s" if usual_s is not None else ""
+        cause = TimeoutError(f"no answer for {seconds:.0f} s{usual}")
+        label = component_label(component, self.stages.stage_blocks)
+        return StageFailure(label, f"(hung) at step {step}", cause, process_lost=True, step=step)
+
+    def _flush(self) -> None:
+        """Commit every checkpoint that is still being written."""
+        self._commit_complete(self.stages.flush(self._gives_up))
+
+    def _commit_complete(self, saved: Sequence[tuple[SavedBlocks, ...]]) -> None:
+        for checkpoint in self.marks.complete(saved):
+            self._commit(checkpoint)
+
+    def _commit(self, checkpoint: CompleteCheckpoint) -> None:
+        manifest = self.make_manifest(checkpoint.step)
+        facts = manifest.facts | {"bad_images": checkpoint.bad_images}
+        self.store.commit(replace(manifest, facts=facts, files=checkpoint.files))
+        self.committed_step = checkpoint.step
+        self.on_commit(checkpoint.step)
+        if checkpoint.requested:
+            log.info("checkpoint saved after step %d of %d", checkpoint.step, self.schedule.total_steps)
+        self.callback.on_checkpoint(checkpoint.step)
 
     def _record(self, report: StepReport) -> None:
         self.meter.add(report)
+        self.watchdog.record(LOADER, report.load_s)
+        for number, stage in enumerate(report.stages):
+            self.watchdog.record(number, stage.busy_s + stage.mask_wait_s)
         for name, reason in report.bad_images:
             if name not in self.bad_images:
                 self.bad_images[name] = reason
@@ -218,4 +319,19 @@ class _Loop:
             self.callback.on_step(request.step + 1, metrics)
         report = self.meter.epoch_report(request.step)
         if report is not None:
-            self.callback.on_epoch(report)
+            self.callback.on_epoch(replace(report, slow_stage=self._slow_stage()))
+
+    def _slow_stage(self) -> str | None:
+        slow = self.watchdog.slow_stage(len(self.stages.stage_blocks))
+        return slow and f"{stage_label(slow[0], self.stages.stage_blocks[slow[0]])} {slow[1]:.1f} x"
+
+    def _stop_requested(self) -> bool:
+        return self.stop.reason is not None
+
+    def _gives_up(self) -> bool:
+        """Whether a stop was requested and its time for a checkpoint is over."""
+        if self.stop.reason is None or self.stop.reason in PATIENT_STOPS:
+            return False
+        if self.stop_deadline is None:
+            self.stop_deadline = time.monotonic() + STOP_SAVE_S
+        return time.monotonic() > self.stop_deadline

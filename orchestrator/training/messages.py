@@ -15,7 +15,7 @@ class StepRequest:
         step: optimizer step, counted from 0.
         lr: learning rate of the step.
         micro_step: micro-batch of that step, counted from 0, of `grad_accum_steps`.
-        checkpoint: folder to save into after this step's update; None: do not save.
+        checkpoint: folder to save into after this step's update; None: do not save. It is written in the background.
     """
 
     step: int
@@ -35,19 +35,31 @@ class StepRequest:
 
 
 @dataclass(frozen=True)
+class SavedBlocks:
+    """The part of a checkpoint that a stage has written, complete on the disk.
+
+    Args:
+        checkpoint: the folder, as it was requested.
+    """
+
+    checkpoint: str
+    files: tuple[FileRecord, ...]
+
+
+@dataclass(frozen=True)
 class StageReport:
     """A stage's report of one micro-batch.
 
     Args:
         blocks: block -> its metrics.
-        files: files of the checkpoint, if one was requested.
+        saved: what was written since the last report, of this or an earlier micro-batch's checkpoint.
         busy_s: seconds of work.
         idle_s: seconds of waiting for input and for mask plans.
         mask_wait_s: seconds of waiting for mask plans alone.
     """
 
     blocks: dict[int, dict[str, float]]
-    files: tuple[FileRecord, ...]
+    saved: tuple[SavedBlocks, ...]
     busy_s: float
     idle_s: float
     mask_wait_s: float = 0.0

@@ -1,26 +1,96 @@
-"""When a failed run is rewound to its last checkpoint."""
+"""When a failed run is rewound to its last checkpoint, and how long is waited before."""
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
+from enum import Enum
 
-from bim.orchestrator.data.errors import DataError
+from bim.orchestrator.data.errors import DataError, DataWorkerError
 from bim.orchestrator.files import StorageError
-from bim.orchestrator.training.errors import StageFailure, TrainingError
+from bim.orchestrator.training.errors import DeviceMemoryError, StageFailure, TrainingError
+
+FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors of a disk that the same write meets again."""
+
+
+class Verdict(Enum):
+    """What follows from a failure."""
+
+    RESTART = "restart"
+    INCURABLE = "incurable"
+    """A rewind cannot help: a loss that is not finite, missing data, a full disk."""
+    REPEATED = "repeated"
+    """The same code raised the same error at the same step again."""
+    EXHAUSTED = "exhausted"
+    """As many restarts as allowed, and no checkpoint beyond the failed step since."""
 
 
 @dataclass(frozen=True)
 class RestartPolicy:
-    """Rewind at most `max_restarts` times in one run.
+    """Rewind at most `max_restarts` times without progress.
 
-    Errors that a rewind cannot cure are raised at once: `TrainingError`, missing or changed data (`DataError`), and a
-    file system that refuses a checkpoint (`StorageError`).
+    Progress is a committed checkpoint beyond the step that failed. Before the first restart nothing is waited for,
+    then `backoff_s` seconds, and each time twice as long, at most `max_backoff_s`.
     """
 
     max_restarts: int
+    backoff_s: float = 1.0
+    max_backoff_s: float = 60.0
 
-    def restarts(self, error: StageFailure, done: int) -> bool:
-        """Whether to rewind after `error`, when the run was rewound `done` times already."""
-        return done < self.max_restarts and not isinstance(
-            error.cause, TrainingError | DataError | StorageError
-        )
+
+class RestartBudget:
+    """The restarts of one run against its policy."""
+
+    def __init__(self, policy: RestartPolicy) -> None:
+        self._policy = policy
+        self.total = 0
+        """Restarts of the whole run."""
+        self.used = 0
+        """Restarts since the last progress."""
+        self._failed_step = -1
+        self._last_error: tuple[int, str, str] | None = None
+
+    def commit(self, step: int) -> None:
+        """A checkpoint after `step` updates is committed."""
+        if step > self._failed_step:
+            self.used = 0
+
+    def judge(self, failure: StageFailure, at_step: int) -> Verdict:
+        """Decide about a failure; on `RESTART` one is counted.
+
+        Args:
+            at_step: the step that failed or, outside of a step, the first one that was not complete.
+        """
+        error = (at_step, failure.component, type(failure.cause).__name__)
+        if is_incurable(failure.cause):
+            return Verdict.INCURABLE
+        is_repeatable = failure.raised_by_code and not isinstance(failure.cause, DataWorkerError)
+        if is_repeatable and error == self._last_error:
+            return Verdict.REPEATED
+        if self.used >= self._policy.max_restarts:
+            return Verdict.EXHAUSTED
+        self._last_error = error if is_repeatable else None
+        self._failed_step = max(self._failed_step, at_step)
+        self.used += 1
+        self.total += 1
+        return Verdict.RESTART
+
+    @property
+    def delay_s(self) -> float:
+        """Seconds to wait before the restart that was counted last."""
+        if self.used < 2:
+            return 0.0
+        return min(self._policy.max_backoff_s, self._policy.backoff_s * 2.0 ** (self.used - 2))
+
+
+def is_incurable(error: BaseException) -> bool:
+    """Whether a rewind cannot help."""
+    if isinstance(error, TrainingError):
+        return not isinstance(error, DeviceMemoryError)
+    return isinstance(error, DataError | StorageError) or is_disk_error(error)
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Whether a disk is full or cannot be written."""
+    return isinstance(error, OSError) and error.errno in FULL_OR_READ_ONLY

@@ -18,6 +18,7 @@ class TrainingSchedule:
         window: micro-batches in flight. Twice the number of stages keeps every stage busy. The window is also the
             back-pressure: it bounds how far stage 0 runs ahead of the last stage.
         checkpoint_epochs: epochs, or a fraction of one, between checkpoints; the last step of a phase always has one.
+        checkpoint_s: seconds after which there is a checkpoint beside those; None: no such ones.
         max_bad_images: distinct unreadable images above which the run stops.
     """
 
@@ -27,6 +28,7 @@ class TrainingSchedule:
     window: int
     checkpoint_epochs: float
     max_bad_images: int
+    checkpoint_s: float | None = None
 
     @property
     def total_steps(self) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +18,11 @@ from bim.models.seeding import derive_seed
 from bim.models.tokens import normalize_images
 from bim.orchestrator.training.block_trainer import BlockTrainer
 from bim.orchestrator.training.build import build_local_mim, mask_plans, open_spec_backbone
-from bim.orchestrator.training.checkpoint import load_block_state, load_block_weights, save_block
+from bim.orchestrator.training.checkpoint import load_block_state, load_block_weights
+from bim.orchestrator.training.checkpoint_writer import BlockState, CheckpointWriter
+from bim.orchestrator.training.device_errors import device_memory_error
 from bim.orchestrator.training.errors import StepOrderError
-from bim.orchestrator.training.manifest import FileRecord
-from bim.orchestrator.training.messages import StageReport, StepRequest
+from bim.orchestrator.training.messages import SavedBlocks, StageReport, StepRequest
 from bim.orchestrator.training.spec import PretrainSpec
 from bim.orchestrator.training.transport import Payload, ReceiveBuffer, to_message
 
@@ -47,12 +49,14 @@ class Stage:
         self._trainers: list[BlockTrainer] = []
         self._target_owner = _target_sharing(spec, self._backbone, self._blocks)
         self._next = (0, 0)
+        self._writer = CheckpointWriter()
         self._plan_executor = ThreadPoolExecutor(1, thread_name_prefix="mask-plans")
         self._prefetched_plans: tuple[Any, Future[dict[int, MaskPlan]]] | None = None
         self._idle_since: float | None = None
 
     def restore(self, checkpoint: str | None, step: int) -> int:
         """Build the blocks and, if given, load them from a checkpoint folder. Returns the next step, `step`."""
+        self._writer.discard()
         # A checkpoint has all weights: those that the run began with may be gone by now.
         spec = self._spec if checkpoint is None else replace(self._spec, init_from=None)
         self._trainers = []  # freed before the new ones are built, because a GPU may not hold both
@@ -81,6 +85,8 @@ class Stage:
 
         Raises:
             StepOrderError: this is not the stage's next micro-batch; nothing was changed.
+            DeviceMemoryError: the memory of the device is full.
+            OSError: an earlier checkpoint could not be written.
         """
         if (request.step, request.micro_step) != self._next:
             raise StepOrderError(
@@ -93,6 +99,23 @@ class Stage:
         plan_wait_started = time.perf_counter()
         plans = self._mask_plans(pixels.shape, request)
         mask_wait = time.perf_counter() - plan_wait_started
+        with self._explained_memory(len(images.array)):
+            y, metrics = self._train_blocks(x, pixels, plans, request)
+        self._next = request.following
+        if request.checkpoint is not None:
+            self.save(request.checkpoint)
+        is_last_stage = self._blocks[-1] == len(self._spec.blocks) - 1
+        outgoing = None if is_last_stage else to_message(y)
+        ended = time.perf_counter()
+        self._idle_since = ended
+        return outgoing, StageReport(
+            metrics, self._writer.finished(), ended - started - mask_wait, idle + mask_wait, mask_wait
+        )
+
+    def _train_blocks(
+        self, x: Tensor, pixels: Tensor, plans: dict[int, MaskPlan], request: StepRequest
+    ) -> tuple[Tensor, dict[int, dict[str, float]]]:
+        """One micro-batch through every block. Returns the residual stream of the last one, and block -> metrics."""
         metrics: dict[int, dict[str, float]] = {}
         targets: dict[int, Tensor] = {}
         for k, trainer in zip(self._blocks, self._trainers, strict=True):
@@ -110,15 +133,23 @@ class Stage:
                 grad_accum_steps=request.grad_accum_steps,
             )
             x = y.float()
-        self._next = request.following
-        files = self.save(request.checkpoint) if request.checkpoint is not None else ()
-        is_last_stage = self._blocks[-1] == len(self._spec.blocks) - 1
-        outgoing = None if is_last_stage else to_message(y)
-        ended = time.perf_counter()
-        self._idle_since = ended
-        return outgoing, StageReport(
-            metrics, tuple(files), ended - started - mask_wait, idle + mask_wait, mask_wait
-        )
+        return y, metrics
+
+    @contextmanager
+    def _explained_memory(self, batch_size: int) -> Iterator[None]:
+        """Inside, a full device is told with what the stage needs and the batch that would fit."""
+        if self._device.type != "cuda":
+            yield
+            return
+        fixed = torch.cuda.memory_allocated(self._device)
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            peak = torch.cuda.max_memory_allocated(self._device)
+            free, total = torch.cuda.mem_get_info(self._device)
+            available = free + torch.cuda.memory_reserved(self._device)
+            label = blocks_label(self._blocks)
+            raise device_memory_error(label, error, batch_size, fixed, peak, available, total) from error
 
     def _mask_plans(self, shape: torch.Size, request: StepRequest) -> dict[int, MaskPlan]:
         """Plans of this micro-batch, prefetched during the previous one; starts those of the next one.
@@ -154,16 +185,29 @@ class Stage:
         noise = torch.randn(x.shape, generator=gen, device=x.device)
         return x + self._spec.boundary_noise * x.std() * noise
 
-    def save(self, checkpoint: str) -> tuple[FileRecord, ...]:
-        """Write every block of this stage into a checkpoint folder, uncommitted."""
-        records = []
-        for k, trainer in zip(self._blocks, self._trainers, strict=True):
-            records += save_block(checkpoint, k, trainer.weights(), trainer.state_dict())
-        return tuple(records)
+    def save(self, checkpoint: str) -> None:
+        """Copy the state of every block and write it to a checkpoint folder in the background.
+
+        `flush` or a later report returns the files.
+        """
+        self._writer.save(checkpoint, self._copy_blocks)
+
+    def flush(self) -> tuple[SavedBlocks, ...]:
+        """Wait until everything is written. Returns what no report contained. Raises OSError if a file could not be."""
+        self._writer.flush()
+        return self._writer.finished()
+
+    def _copy_blocks(self) -> dict[int, BlockState]:
+        return {k: (t.weights(), t.state_dict()) for k, t in zip(self._blocks, self._trainers, strict=True)}
 
     def weights(self) -> dict[int, dict[str, Tensor]]:
         """Weights of every block here, on the CPU."""
         return {k: t.weights() for k, t in zip(self._blocks, self._trainers, strict=True)}
+
+
+def blocks_label(blocks: Sequence[int]) -> str:
+    """ "block 2" or "blocks 4-5"."""
+    return f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]}-{blocks[-1]}"
 
 
 def _target_sharing(spec: PretrainSpec, backbone: Backbone, blocks: Sequence[int]) -> dict[int, int]:

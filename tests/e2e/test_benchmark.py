@@ -1,5 +1,6 @@
 """Tables of pipelines/benchmark.py, of a narrow Swin with one step: their form, and the figures that do not depend on the
-load of the machine."""
+load of the machine. And kills of a tiny job's processes, after which it must end equal to the unbroken one.
+"""
 
 from __future__ import annotations
 
@@ -57,3 +58,14 @@ def test_the_table_of_plans(benchmark: ModuleType, capsys: pytest.CaptureFixture
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("block 0, 32 x 32") for line in lines) == 2
     assert float(row(lines, "one mask per sample, full sweep").split()[-1]) > 0
+
+
+def test_ten_seeded_kills_change_nothing(benchmark: ModuleType, tmp_path: Path) -> None:
+    assert benchmark.main(["faults", "--kills", "10", "--seed", "1", "--work", str(tmp_path)]) == 0
+
+
+def test_an_unknown_kind_of_kill_is_bad_input(
+    benchmark: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert benchmark.main(["faults", "--kinds", "stage,lodaer"]) == 2
+    assert "no such kind: lodaer" in capsys.readouterr().err

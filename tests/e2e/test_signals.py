@@ -41,7 +41,8 @@ def signals_after(out: Path, text: str, numbers: Sequence[signal.Signals]) -> th
             if events.exists() and text in events.read_text(encoding="utf-8"):
                 for number in numbers:
                     os.kill(os.getpid(), number)
-                    time.sleep(0.3)
+                    while "checkpoint saved" not in events.read_text(encoding="utf-8"):
+                        time.sleep(0.01)
                 return
             time.sleep(0.01)
 

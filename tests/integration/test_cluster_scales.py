@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 import yaml
@@ -26,6 +22,7 @@ import yaml
 from bim.orchestrator.distributed.cluster import ray_cluster
 from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.distributed.ray_stage_group import RayStages
+from tests.integration.nodes import kill_all, two_free_ports, wait_until
 from tests.integration.tiny import data, differing, in_process, state, tiny_spec, train
 
 ROOT = Path(__file__).parents[2]
@@ -135,38 +132,3 @@ def test_a_job_makes_the_cluster_grow_trains_across_machines_and_lets_it_shrink(
 def machines() -> int:
     """Nodes of the cluster that are alive, the head among them."""
     return sum(node["Alive"] for node in ray.nodes())
-
-
-def wait_until(done: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline, f"not so within {seconds:.0f} s"
-        time.sleep(0.5)
-
-
-def two_free_ports() -> tuple[int, int]:
-    with closing(socket.socket()) as first, closing(socket.socket()) as second:
-        for taken in (first, second):
-            taken.bind(("127.0.0.1", 0))
-        return first.getsockname()[1], second.getsockname()[1]
-
-
-def kill_all(head: subprocess.Popen[bytes], folder: Path) -> None:
-    """Kill the head's processes and the imitated machines', which the autoscaler started and which outlive it."""
-    ours = set[psutil.Process]()
-    if head.poll() is None:
-        process = psutil.Process(head.pid)
-        ours = {process, *process.children(recursive=True)}
-    for process in psutil.process_iter():
-        try:
-            if str(folder) in " ".join(process.cmdline()):
-                ours |= {process, *process.children(recursive=True)}
-        except psutil.Error:
-            continue  # gone meanwhile
-    for process in ours:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(ours, timeout=10)
-    head.wait(10)

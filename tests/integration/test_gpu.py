@@ -53,7 +53,7 @@ def test_float32_losses_agree_with_the_cpu(case: Callable[[], tuple[PretrainSpec
     here = InProcessStages(spec, images.train_batches, ((0, 1, 2, 3),), threads=1)
     there = InProcessStages(spec, images.train_batches, ((0, 1), (2, 3)), device="cuda")
     for group in (here, there):
-        group.restore(None, 0)
+        group.restore(None, 0, lambda: False)
     for step in range(6):
         a, b = (g.wait(g.submit(StepRequest(step, 1e-3))) for g in (here, there))
         losses = [[s.blocks[k]["loss"] for s in r.stages for k in s.blocks] for r in (a, b)]
@@ -72,7 +72,7 @@ def test_half_precision_trains_a_swin_on_visible_tokens(precision: str) -> None:
     spec, images = shifted()
     spec = replace(spec, optim=replace(spec.optim, precision=precision))
     group = InProcessStages(spec, images.train_batches, ((0, 1, 2, 3),), device="cuda")
-    group.restore(None, 0)
-    reports = [group.wait(group.submit(StepRequest(step, 1e-3))) for step in range(10)]
+    group.restore(None, 0, lambda: False)
+    reports = [group.wait(group.submit(StepRequest(step, 1e-3)), 0) for step in range(10)]
     losses = [[s.blocks[k]["loss"] for s in report.stages for k in s.blocks] for report in reports]
     assert all(last < first for first, last in zip(losses[0], losses[-1], strict=True))

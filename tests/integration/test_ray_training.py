@@ -5,20 +5,26 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from bim.orchestrator.data.errors import DataError
+from bim.orchestrator.distributed.actors import StageActor
 from bim.orchestrator.distributed.placement import consecutive
 from bim.orchestrator.distributed.ray_stage_group import RayStages
 from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.errors import NonFiniteLossError, TrainingError
+from bim.orchestrator.training.messages import StepRequest
 from bim.orchestrator.training.stage_group import InProcessStages
+from bim.orchestrator.training.transport import Payload
+from bim.orchestrator.training.watchdog import Watchdog, WatchdogLimits
 from tests.integration.tiny import (
     AtStep,
     data,
@@ -185,7 +191,7 @@ def test_a_stage_that_keeps_dying_ends_the_run_with_one_sentence(tmp_path: Path)
                 os.kill(stages.pids()[2], signal.SIGKILL)
 
     try:
-        with pytest.raises(TrainingError, match=r"stage 1 \(block 1\) died .*, after 1 restart "):
+        with pytest.raises(TrainingError, match=r"stage 1 \(block 1\) died .*, after 1 restart without"):
             train(stages, tmp_path, callback=AtStep(at_step), max_restarts=1)
     finally:
         stages.close()
@@ -199,6 +205,97 @@ def test_what_a_step_raises_in_an_actor_is_what_the_user_sees(tmp_path: Path) ->
             train(stages, out, max_restarts=3)
     finally:
         stages.close()
+
+
+class StickyStage(StageActor):
+    """Block 1's device breaks once, at step 30; from then on every call of that process fails."""
+
+    broken = False
+    is_second_process = False
+
+    def train_step(self, request: StepRequest, images: Payload, incoming: Payload | None) -> Any:
+        if self._blocks == (1,) and request.step == 30 and not self.is_second_process:
+            self.broken = True
+        self._raise_if_broken()
+        return super().train_step(request, images, incoming)
+
+    def restore(self, checkpoint: str | None, step: int) -> int:
+        self._raise_if_broken()
+        self.is_second_process = checkpoint is not None
+        return super().restore(checkpoint, step)
+
+    def _raise_if_broken(self) -> None:
+        if self.broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+class StickyStages(RayStages):
+    stage_class = StickyStage
+
+
+def test_a_process_whose_device_is_broken_is_replaced_in_one_restart(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stages = StickyStages(tiny_spec(), data(), layout(), shared=tmp_path)
+    try:
+        result = train(stages, tmp_path, steps=50, every=25, max_restarts=1)
+    finally:
+        stages.close()
+    assert result.restarts == 1
+    assert any(
+        "stage 1 (block 1) failed at step 30 (RuntimeError: CUDA error" in text for text in caplog.messages
+    )
+    train(in_process(), tmp_path / "here", steps=50)
+    assert differing(state(tmp_path / "here", 50), state(tmp_path, 50)) == []
+
+
+@pytest.mark.slow
+def test_a_stopped_process_is_killed_by_the_watchdog_and_costs_one_restart(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stages, stopped = ray_stages(tmp_path), list[int]()
+
+    def at_step(step: int) -> None:
+        if step == 30 and not stopped:
+            stopped.append(stages.pids()[3])
+            os.kill(stopped[0], signal.SIGSTOP)
+
+    watchdog = Watchdog(WatchdogLimits(least_s=4, unknown_s=60))
+    try:
+        result = train(
+            stages, tmp_path, steps=50, every=25, callback=AtStep(at_step), max_restarts=1, watchdog=watchdog
+        )
+    finally:
+        stages.close()
+    assert result.restarts == 1
+    assert any("stage 2 (block 2) died (hung)" in text for text in caplog.messages)
+    assert not psutil.pid_exists(stopped[0])
+    train(in_process(), tmp_path / "here", steps=50)
+    assert differing(state(tmp_path / "here", 50), state(tmp_path, 50)) == []
+
+
+def test_a_killed_process_is_told_with_its_signal_its_node_and_its_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", logger="bim")
+    stages, killed = ray_stages(tmp_path, stages=2), list[int]()
+
+    def at_step(step: int) -> None:
+        if not killed:
+            killed.append(stages.pids()[1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    try:
+        assert train(stages, tmp_path, steps=10, callback=AtStep(at_step), max_restarts=1).restarts == 1
+    finally:
+        stages.close()
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert re.search(
+        r"stage 0 \(blocks 0-1\) died at step \d+: .* signal 9 .*\(node [\d.]+ \(.+\)\), its log: /", line
+    )
+    story = next(record.getMessage() for record in caplog.records if record.levelname == "DEBUG")
+    assert "Worker exit type: SYSTEM_ERROR" in story
+    assert f"process {killed[0]} on node" in story
 
 
 @pytest.mark.slow

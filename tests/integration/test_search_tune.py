@@ -7,6 +7,7 @@ import pickle
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ BASELINE = {"mask.ratio": 0.75}
 
 
 def reporting_trials(spec: TrialSpec) -> Callable[[dict[str, Any]], None]:
-    """In place of `make_trainable`: two epochs with scores, the better the lower the number; trial 1 dies once."""
+    """In place of `make_trainable`: four epochs with scores, the better the lower the number; trial 1 dies once."""
 
     def trial(config: dict[str, Any]) -> None:
         number, died = config["number"], Path(spec.folder).parent / "died"
@@ -78,12 +79,12 @@ class Bomb:
         return Path.touch, (Path(self.path),)
 
 
-def run(out: Path, callback: Callback) -> SearchResult:
+def run(out: Path, callback: Callback, trials: int = 2) -> SearchResult:
     layout = StageLayout(((0,),), 0.0, 0.5, 0.4, 1)
     trial = TrialSpec({}, layout, "fp32", str(out / FOLDER / "trials"), EvalConfig(), "")
-    changes = {"search.trials": 2, "search.grace_epochs": 2, "search.every_epochs": 1}
+    changes = {"search.trials": trials, "search.grace_epochs": 2, "search.every_epochs": 1}
     empty = SearchResult("knn_top1", 100, 4, BASELINE)
-    space = {"mask.ratio": Choice((0.75, 0.5))}
+    space = {"mask.ratio": Choice((0.75, 0.5, 0.6, 0.4)[:trials])}
     spec = SearchSpec(with_changes(load_settings([]), changes), space, trial, load_result(out) or empty)
     return tuner.search(spec, out, callback, callback.stop)
 
@@ -114,3 +115,30 @@ def test_a_search_is_continued_from_its_own_record_and_nothing_in_its_folder_is_
     assert not (tmp_path / "run by pickle").exists()
     assert not (tmp_path / FOLDER / ".tune-abc").exists()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)] == handlers
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        (
+            "Task was killed due to the node running low on memory.",
+            "killed because its machine ran low on memory",
+        ),
+        ("The actor died because its node has died. Node Id: abc", "its machine was lost"),
+        (
+            "Worker unexpectedly exits with a connection error code 2.",
+            "its process died, possibly out of memory",
+        ),
+        (None, "its process died, possibly out of memory"),
+    ],
+)
+def test_the_cause_of_a_lost_trial_is_what_ray_says_of_it(
+    tmp_path: Path, text: str | None, cause: str
+) -> None:
+    file = tmp_path / "error.txt"
+    if text is not None:
+        file.write_text(text)
+    assert tuner._cause_of_death(SimpleNamespace(error_file=str(file))).endswith(cause)
+    assert (
+        tuner._cause_of_death(SimpleNamespace(error_file=None)) == "its process died, possibly out of memory"
+    )

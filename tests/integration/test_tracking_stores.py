@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
-from bim.orchestrator.tracking.open_run import TrackingError
+from bim.orchestrator.tracking.store import TrackingError
+from bim.orchestrator.tracking.sync import sync_run
 from bim.orchestrator.tracking.tracker import Tracker
-from tests.integration.tracking import export, open_tracker, outage, record, steps
+from tests.integration.tracking import export, open_tracker, outage, record, steps, wait_for
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -39,17 +42,19 @@ def test_an_outage_costs_one_line_and_the_store_gets_everything_afterwards(
         with outage(home):
             for step in range(1, 50):
                 tracker.log_metrics(step, {"loss": float(step)})
-            wait_for(lambda: any("is unreachable" in message for message in caplog.messages))
+            wait_for(
+                lambda: any("does not take what the run records" in message for message in caplog.messages)
+            )
             (out / "results.csv").write_text("depth\n2\n")
             tracker.log_file(out / "results.csv")
-            assert tracker.log_depth(record(export(tmp_path / "depth2", 2))) is None
+            tracker.log_depth(record(export(tmp_path / "depth2", 2)))
     assert steps(client, tracker.run_id, "loss") == list(range(50))
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 50
     assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["results.csv"]
     assert int(client.get_model_version_by_alias("outage_vit", "depth2").version) == 1
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
     assert not any(message.count("\n") for message in caplog.messages)
-    assert sum("is unreachable" in message for message in caplog.messages) == 1
+    assert sum("does not take what the run records" in message for message in caplog.messages) == 1
 
 
 def test_a_store_that_never_comes_back_does_not_fail_the_run(
@@ -61,8 +66,8 @@ def test_a_store_that_never_comes_back_does_not_fail_the_run(
         tracker.log_metrics(1, {"loss": 1.0})
         tracker.set_tags({"a": 1})
         assert not tracker.finish()
-    assert "not uploaded: the last metrics" in caplog.messages[-1]
-    assert str(out) in caplog.messages[-1]
+    assert "has not taken everything (the end of the run, the tags a)" in caplog.messages[-1]
+    assert caplog.messages[-1].endswith(f"sent by: bim sync {out}")
     with open_tracker(out, resume=Tracker.recorded_run(out)) as again:
         pass
     assert steps(client, again.run_id, "loss") == [1]
@@ -94,13 +99,51 @@ def test_a_store_that_cannot_be_used_is_one_sentence_at_the_start(tmp_path: Path
     assert not (tmp_path / "tracking.json").exists()
 
 
+def test_a_store_that_is_away_does_not_keep_a_run_from_being_resumed_and_is_not_made_anew(
+    tmp_path: Path, home: Path, client: MlflowClient
+) -> None:
+    out = tmp_path / "out"
+    open_tracker(out).finish("KILLED")
+    with outage(home):
+        tracker = open_tracker(out, resume=Tracker.recorded_run(out))
+        tracker.log_metrics(1, {"loss": 1.0})
+        tracker.finish("KILLED", idle_timeout=2)
+        assert not (home / "mlflow.db").exists()
+    assert sync_run(out).status == "KILLED"
+    assert steps(client, tracker.run_id, "loss") == [1]
+
+
+@pytest.mark.parametrize("kind", ["read-only", "full"])
+def test_a_store_that_takes_nothing_more_gets_everything_by_sync(
+    tmp_path: Path, home: Path, client: MlflowClient, kind: str
+) -> None:
+    out = tmp_path / "out"
+    tracker = open_tracker(out)
+    refusing = {
+        "read-only": OperationalError("INSERT", {}, Exception("attempt to write a readonly database")),
+        "full": OperationalError("INSERT", {}, Exception("database or disk is full")),
+    }[kind]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "flush", lambda self, objects=None: raise_(refusing))
+        tracker.log_metrics(1, {"loss": 1.0})
+        tracker.set_tags({"a": 1})
+        assert not tracker.finish("KILLED")
+    assert sync_run(out).status == "KILLED"
+    assert client.get_run(tracker.run_id).data.tags["a"] == "1"
+    assert steps(client, tracker.run_id, "loss") == [1]
+
+
+def raise_(error: Exception) -> None:
+    raise error
+
+
 def test_a_run_that_is_not_in_the_store_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match=r"0123abcd .*is not in the MLflow store"):
         open_tracker(tmp_path / "out", resume="0123abcd")
 
 
 def test_a_model_name_that_the_registry_would_refuse_is_refused_at_the_start(tmp_path: Path) -> None:
-    with pytest.raises(TrackingError, match=r"'a/b' has a slash.*--tracking.model_name"):
+    with pytest.raises(TrackingError, match=r"'a/b' is empty or has a slash.*--tracking.model_name"):
         open_tracker(tmp_path / "out", model_name="a/b")
 
 
@@ -152,11 +195,3 @@ def test_a_deleted_experiment_says_how_to_bring_it_back(
     client.delete_experiment(client.create_experiment("gone"))
     with pytest.raises(TrackingError, match="mlflow experiments restore"):
         Tracker.open(None, "gone", "run", tmp_path)
-
-
-def wait_for(condition: object, seconds: float = 10.0) -> None:
-    assert callable(condition)
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "the condition was never met"
-        time.sleep(0.01)

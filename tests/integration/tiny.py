@@ -23,6 +23,7 @@ from bim.orchestrator.training.schedule import TrainingSchedule
 from bim.orchestrator.training.spec import DecoderSpec, OptimSpec, PretrainSpec, TargetSpec
 from bim.orchestrator.training.stage_group import InProcessStages, Stages
 from bim.orchestrator.training.storage import Checkpoints, Location
+from bim.orchestrator.training.watchdog import Watchdog
 
 STEPS_PER_EPOCH = 10
 
@@ -123,6 +124,7 @@ def train(
     keep: int = 2,
     phases: tuple[Phase, ...] = (),
     store: Checkpoints | None = None,
+    watchdog: Watchdog | None = None,
 ) -> PretrainResult:
     """Train to `steps` in epochs of ten steps, checkpoints every `every` steps in `store`; None: in `out`."""
     epochs = (
@@ -148,6 +150,7 @@ def train(
         callback or NullCallback(),
         RestartPolicy(max_restarts),
         stop or StopRequest(),
+        watchdog,
     )
 
 

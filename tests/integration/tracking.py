@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import timm
@@ -86,3 +87,10 @@ def outage(home: Path) -> Iterator[None]:
     finally:
         (home / "mlflow.db").unlink(missing_ok=True)
         (home / "elsewhere.db").rename(home / "mlflow.db")
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the condition was never met"
+        time.sleep(0.01)

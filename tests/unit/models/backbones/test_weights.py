@@ -236,3 +236,81 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read as weights"):
         weights.open_weights(str(tmp_path / "w.pth"))
     assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("prefix", ["module.", "teacher.", "module.backbone.", "model.encoder.vit."])
+def test_a_prefix_that_all_keys_share_is_stripped_and_told(
+    prefix: str,
+    tmp_path: Path,
+    tiny_args: dict[str, Any],
+    tiny_backbone: Build,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    state = {f"{prefix}{key}": value for key, value in timm_model(tiny_args).state_dict().items()}
+    state["head_of_another_task.weight"] = torch.zeros(2)
+    save_file(state, tmp_path / "w.safetensors")
+    torch.save(state, tmp_path / "w.pth")
+    for name in ("w.safetensors", "w.pth"):
+        file, backbone = str(tmp_path / name), tiny_backbone(2)
+        with caplog.at_level("INFO"):
+            backbone.check_init_from(file)
+        assert caplog.messages == [f"init_from: the weights of '{file}' are those under '{prefix}'"]
+        caplog.clear()
+        for index, key in ((0, "stem.cls_token"), (1, "layers.1.mlp.fc1.weight")):
+            block = backbone.build_block(index, 0, file).state_dict()
+            timm_key = {"stem.cls_token": "cls_token"}.get(key, "blocks.3.mlp.fc1.weight")
+            assert torch.equal(block[key], state[prefix + timm_key])
+
+
+def test_of_student_and_teacher_the_teacher_is_taken_and_two_others_are_refused(
+    tmp_path: Path, tiny_args: dict[str, Any], tiny_backbone: Build
+) -> None:
+    state = timm_model(tiny_args).state_dict()
+
+    def file(*prefixes: str) -> str:
+        both = {
+            f"{prefix}{key}": value + number
+            for number, prefix in enumerate(prefixes)
+            for key, value in state.items()
+        }
+        save_file(both, tmp_path / "w.safetensors")
+        return str(tmp_path / "w.safetensors")
+
+    block = tiny_backbone(2).build_block(0, 0, file("student.", "teacher.")).state_dict()
+    assert torch.equal(block["stem.cls_token"], state["cls_token"] + 1)
+    with pytest.raises(ValueError, match=r"holds several models, under 'a\.' and 'b\.'"):
+        tiny_backbone(2).check_init_from(file("a.", "b."))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"hello world", b"", b"seed: 0\n", b"{}", b"\x80\x02hello", b"\x80\x02K\x01.", b"PK\x03\x04 no archive",
+        b"(lp0\n.", b"\x89PNG\r\n", b"\x80\x02}q\x00.", bytes(range(256)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors", "w.txt"])
+def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(
+    content: bytes, name: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot be read as weights|holds (a|no) ") as caught:
+        weights.open_weights(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    ['{"model_args": {"img_size": "big"}}', '{"model_args": {"img_size": [8]}}', '{"model_args": {"img_size": {"a": 1}}}',
+     '{"pretrained_cfg": {"input_size": [null]}}', "[" * 100_000, '{"model_args": 3}'],
+)  # fmt: skip
+def test_a_config_of_any_content_is_refused(config: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match="is not a timm config"):
+        weights.config_image_size(tmp_path / "config.json")
+
+
+def test_a_config_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(ValueError, match="is not a timm config"):
+        weights.config_image_size(tmp_path / "config.json")

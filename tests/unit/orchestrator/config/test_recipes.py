@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
+from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.config.recipes import RecipeError, bundled_recipes, dump_yaml, parse_value, read_recipe
+from bim.orchestrator.config.schema import SettingsError, all_settings
+from bim.orchestrator.config.transforms import settings_to_yaml
 
 
 @pytest.mark.parametrize(
@@ -89,3 +95,56 @@ def test_every_bundled_recipe_begins_with_its_title_and_is_named_like_its_file()
     for name, title in bundled_recipes().items():
         assert title
         assert read_recipe(name)["name"] == name
+
+
+SMALL = st.sampled_from(list("ab0-:,[]{}&*!?|>#'\"% \n\t.~<")) | st.sampled_from(
+    [
+        "&a ",
+        "*a",
+        "<<: ",
+        "!!int ",
+        "!!map ",
+        "- ",
+        ": ",
+        "1e999",
+        "0x",
+        ".nan",
+        "\x00",
+        "\ud800",
+        "\ufeff",
+        "---\n",
+        "...",
+    ]
+)
+
+
+@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+@hypothesis.given(st.lists(SMALL, max_size=40).map("".join))
+def test_any_text_is_a_plain_value_or_one_sentence(text: str) -> None:
+    problem = ""
+    try:
+        json.dumps(parse_value(text))  # a plain value that does not contain itself
+    except RecipeError as error:
+        problem = str(error)
+    assert len(problem.splitlines()) <= 1
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+@hypothesis.given(
+    st.sampled_from(sorted(all_settings())), st.none() | VALUES.map(json.dumps) | st.text(max_size=12)
+)
+def test_any_value_of_any_setting_is_taken_or_refused_in_sentences(key: str, text: str | None) -> None:
+    argv = [f"--{key}"] if text is None else [f"--{key}={text}"]
+    problem = ""
+    try:
+        settings_to_yaml(load_settings(argv)).encode()
+    except SettingsError as error:
+        problem = str(error)
+    assert all(line and line.isprintable() for line in problem.splitlines())

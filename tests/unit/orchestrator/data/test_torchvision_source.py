@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bim.orchestrator.data.errors import DataError
-from bim.orchestrator.data.torchvision_source import TorchvisionSource
+from bim.orchestrator.data.torchvision_source import TorchvisionSource, _labels
 
 
 @pytest.fixture
@@ -44,7 +44,47 @@ def test_training_and_test_part_are_fixed_splits(mnist: Path):
 
 
 def test_unknown_name_and_missing_data_are_refused(tmp_path: Path):
-    with pytest.raises(DataError, match=r"no data set 'CIFAR11'"):
+    with pytest.raises(
+        DataError, match=r"data set 'CIFAR11' does not exist; .*did you mean 'torchvision:CIFAR10'"
+    ):
         TorchvisionSource.parse(f"CIFAR11:{tmp_path}")
     with pytest.raises(DataError, match=r"CIFAR10 cannot be opened below .*download it there first"):
         TorchvisionSource.parse(f"CIFAR10:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["FakeData", "LSUN", "VisionDataset", "wrap_dataset_for_transforms_v2", "CocoDetection", "", "__all__"],
+)
+def test_names_that_are_no_images_of_classes_are_refused_before_anything_is_opened(name: str, tmp_path: Path):
+    with pytest.raises(DataError, match=r"torchvision's data set '.*' (is no set of images|does not exist)"):
+        TorchvisionSource.parse(f"{name}:{tmp_path}")
+
+
+class Part:
+    """Stands for a data set that keeps its labels under one name."""
+
+    def __init__(self, **attributes: object) -> None:
+        self.__dict__ |= attributes
+
+    def __len__(self) -> int:
+        return 2
+
+
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ({"targets": [1, 0]}, [1, 0]),
+        ({"_labels": [1, 0]}, [1, 0]),
+        ({"y": [1, -1]}, [1, -1]),
+        ({"_samples": [("a.png", 1), ("b.png", 0)]}, [1, 0]),
+        ({"targets": [[1], [0, 1]]}, None),
+        ({"targets": [0.5, 1.5]}, None),
+        ({}, None),
+    ],
+)
+def test_labels_are_found_where_data_sets_keep_them(
+    attributes: dict[str, object], expected: list[int] | None
+):
+    labels = _labels(Part(**attributes))
+    assert (None if labels is None else labels.tolist()) == expected

@@ -76,3 +76,40 @@ def test_consecutive_covers_every_block_once(blocks: int, stages: int) -> None:
     assert [block for blocks_ in stage_blocks for block in blocks_] == list(range(blocks))
     sizes = [len(blocks_) for blocks_ in stage_blocks]
     assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_loader_gets_a_cpu_for_every_worker_where_the_cluster_has_them() -> None:
+    layout = compute_layout(4, ClusterResources(16, 1), loader_workers=8)
+    assert (layout.cpus, layout.loader_cpus, layout.shortage) == (1.0, 8.0, "")
+    several = compute_layout(4, ClusterResources(32, 4, nodes=4), loader_workers=6)
+    assert several.bundles[0] == {"CPU": 7.0, "GPU": 1.0}
+
+
+def test_loader_and_stages_are_scaled_down_alike_where_not() -> None:
+    layout = compute_layout(4, ClusterResources(4, 0), loader_workers=4)
+    assert (layout.cpus, layout.loader_cpus) == (0.5, 2.0)
+    assert layout.shortage == (
+        "4 stages and 4 data workers are more processes than the 4 CPUs hold side by side: they share them"
+    )
+    nodes = compute_layout(4, ClusterResources(32, 4, nodes=4), loader_workers=16)
+    assert nodes.cpus == 0.47
+    assert nodes.bundles[0]["CPU"] <= 8
+
+
+def test_cpus_that_are_set_for_a_stage_stay_and_the_loader_gets_the_rest() -> None:
+    layout = compute_layout(2, ClusterResources(8, 0), cpus_per_stage=3.0, loader_workers=4)
+    assert (layout.cpus, layout.loader_cpus) == (3.0, 2.0)
+    assert "2 stages and 4 data workers" in layout.shortage
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3, 5])
+@pytest.mark.parametrize("workers", [0, 1, 4, 16, 500])
+@pytest.mark.parametrize("cpus", [1, 2, 7, 64])
+def test_what_is_requested_always_fits(cpus: int, workers: int, nodes: int) -> None:
+    layout = compute_layout(4, ClusterResources(cpus, 0, nodes), loader_workers=workers)
+    node = cpus / nodes
+    first = layout.bundles[0]["CPU"]
+    assert 0 < first <= node + 1e-3
+    if layout.cpus > 0.001:
+        room = int((node - first) / layout.cpus + 1e-3) + (nodes - 1) * int(node / layout.cpus + 1e-3)
+        assert room >= 3

@@ -268,6 +268,12 @@ def test_exporting_moves_neither_the_global_generator_nor_the_mode_of_the_model(
     assert model.training
 
 
+def test_equal_decoders_are_equal_files(tmp_path: Path) -> None:
+    state = {"embed.weight": torch.arange(6.0).reshape(2, 3), "ü": torch.ones(1, 1, 2)}
+    paths = [export_decoder(state, tmp_path / f"block-{k}.safetensors") for k in range(20)]
+    assert len({path.read_bytes() for path in paths}) == 1
+
+
 def test_a_decoder_is_a_file_of_its_own(tmp_path: Path) -> None:
     state = {"embed.weight": torch.arange(6.0).reshape(2, 3).T, "mask_token": torch.ones(1, 1, 2)}
     path = export_decoder(state, tmp_path / "decoders" / "block-0.safetensors")

@@ -47,6 +47,16 @@ def test_lines_go_to_stdout_and_errors_to_stderr(
     assert capsys.readouterr() == (stdout, "error: one cause\nerror: another cause\n")
 
 
+def test_a_file_has_the_details_that_the_console_leaves_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_console()
+    with log_to_file(tmp_path / "events.log"):
+        log.debug("a detail")
+    assert capsys.readouterr().out == ""
+    assert (tmp_path / "events.log").read_text().endswith("  a detail\n")
+
+
 def test_a_console_that_is_configured_again_prints_every_line_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -102,3 +112,21 @@ def test_a_file_holds_the_error_that_ended_the_job(tmp_path: Path) -> None:
 def test_a_disk_that_takes_nothing_ends_no_job(tmp_path: Path) -> None:
     with log_to_file(tmp_path / "missing" / "events.log"):
         log.info("a line")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_ends_no_job(tmp_path: Path) -> None:
+    (tmp_path / "events.log").symlink_to("/dev/full")
+    with log_to_file(tmp_path / "events.log"):
+        for _ in range(1000):
+            log.info("a line that fills the buffer of the file")
+
+
+def test_passwords_and_names_that_are_not_utf8_are_escaped_in_every_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_console()
+    with log_to_file(tmp_path / "events.log"):
+        log.info("reading %s from %s", b"caf\xe9".decode("utf-8", "surrogateescape"), "http://a:hunter2@b")
+    for text in (capsys.readouterr().out, (tmp_path / "events.log").read_text()):
+        assert r"reading caf\xe9 from http://***@b" in text

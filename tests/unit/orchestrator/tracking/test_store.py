@@ -71,6 +71,9 @@ def test_timeouts_are_restored_and_those_of_the_user_are_kept(monkeypatch: pytes
     with http_timeouts(1, 5):
         assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
         assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
+        with http_timeouts(0, 60):  # of another run that begins
+            pass
+        assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
 

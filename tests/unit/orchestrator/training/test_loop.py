@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -14,12 +18,19 @@ from bim.orchestrator.data.phases import PhaseSpec, constant, phases_on
 from bim.orchestrator.files import atomic_write
 from bim.orchestrator.training.callbacks import EpochReport, NullCallback, PretrainResult, StopRequest
 from bim.orchestrator.training.checkpoint import CheckpointStore
-from bim.orchestrator.training.errors import NonFiniteLossError, StageFailure, TrainingError
+from bim.orchestrator.training.errors import (
+    DeviceMemoryError,
+    NonFiniteLossError,
+    StageFailure,
+    TrainingError,
+)
 from bim.orchestrator.training.loop import pretrain
 from bim.orchestrator.training.manifest import FileRecord, Manifest
-from bim.orchestrator.training.messages import StageReport, StepReport, StepRequest
+from bim.orchestrator.training.messages import SavedBlocks, StageReport, StepReport, StepRequest
 from bim.orchestrator.training.restart_policy import RestartPolicy
 from bim.orchestrator.training.schedule import TrainingSchedule
+from bim.orchestrator.training.stage_group import ShouldGiveUp
+from bim.orchestrator.training.watchdog import Watchdog
 
 
 class CountingStages:
@@ -34,11 +45,13 @@ class CountingStages:
         self.restores: list[int] = []
         self.max_in_flight = 0
         self._in_flight = 0
+        self._written: tuple[tuple[str, tuple[FileRecord, ...]], ...] = ()
         self.bad: dict[int, tuple[tuple[str, str], ...]] = {}
 
-    def start(self) -> None: ...
+    def start(self, should_give_up: ShouldGiveUp) -> None: ...
 
-    def restore(self, checkpoint: Path | None, step: int) -> None:
+    def restore(self, checkpoint: Path | None, step: int, should_give_up: ShouldGiveUp) -> None:
+        self._written = ()
         self.updates = 0 if checkpoint is None else int((checkpoint / "updates").read_text())
         self.restores.append(step)
 
@@ -51,29 +64,49 @@ class CountingStages:
                 f"at step {request.step}",
                 self.failures.pop(request.step),
                 process_lost=False,
+                step=request.step,
             )
         self.requests.append(request)
-        files: tuple[FileRecord, ...] = ()
         if request.is_last_micro_step:
             self.updates += 1
             if request.checkpoint:
-                files = self.save(Path(request.checkpoint))
-        report = StageReport({0: {"loss": 1.0 / (request.step + 1)}, 1: {"loss": 2.0}}, files, 0.01, 0.0)
-        return StepReport(request, (report,), self.bad.get(request.step, ()), 0.0, 0.0)
+                self.write(request.checkpoint)
+        losses = {0: {"loss": 1.0 / (request.step + 1)}, 1: {"loss": 2.0}}
+        saved = self.flush(lambda: False)
+        reports = tuple(StageReport({k: losses[k]}, saved[k], 0.01, 0.0) for k in losses)
+        return StepReport(request, reports, self.bad.get(request.step, ()), 0.0, 0.0)
 
-    def wait(self, pending: Any) -> StepReport:
+    def wait(self, pending: Any, timeout_s: float) -> StepReport | None:
         self._in_flight -= 1
         if isinstance(pending, BaseException):
             raise pending
         return pending
 
-    def cancel_pending(self, pending: Sequence[Any]) -> None:
+    def awaited(self, pending: Any) -> int:
+        return 0
+
+    def kill(self, component: int) -> None: ...
+
+    def cancel_pending(self, pending: Sequence[Any], should_give_up: ShouldGiveUp) -> None:
         self._in_flight = 0
 
-    def save(self, checkpoint: Path) -> tuple[FileRecord, ...]:
-        checkpoint.mkdir(parents=True, exist_ok=True)
-        atomic_write(checkpoint / "updates", str(self.updates))
-        return (FileRecord("updates", len(str(self.updates)), zlib.crc32(str(self.updates).encode())),)
+    def save(self, checkpoint: Path, should_give_up: ShouldGiveUp) -> None:
+        self.write(str(checkpoint))
+
+    def write(self, checkpoint: str) -> None:
+        folder, text = Path(checkpoint), str(self.updates)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = []
+        for name in ("updates", "copy"):
+            atomic_write(folder / name, text)
+            files.append(FileRecord(name, len(text), zlib.crc32(text.encode())))
+        self._written = (*self._written, (checkpoint, tuple(files)))
+
+    def flush(self, should_give_up: ShouldGiveUp) -> tuple[tuple[SavedBlocks, ...], ...]:
+        written, self._written = self._written, ()
+        return tuple(
+            tuple(SavedBlocks(folder, files[k : k + 1]) for folder, files in written) for k in (0, 1)
+        )
 
     def close(self) -> None: ...
 
@@ -117,15 +150,16 @@ def run(
     stop: StopRequest | None = None,
     **changes: Any,
 ) -> PretrainResult:
-    max_restarts = changes.pop("max_restarts", 3)
+    max_restarts, watchdog = changes.pop("max_restarts", 3), changes.pop("watchdog", None)
     return pretrain(
         schedule(**changes),
         stages,
         CheckpointStore(out),
         lambda step: Manifest(step, 5, {}, {}, ()),
         recorder or Recorder(),
-        RestartPolicy(max_restarts),
+        RestartPolicy(max_restarts, backoff_s=0.01),
         stop or StopRequest(),
+        watchdog,
     )
 
 
@@ -265,7 +299,7 @@ def test_a_process_that_is_lost_too_often_ends_the_run_with_its_cause(tmp_path: 
                 "stage 0 (block 0)", "at step 0", RuntimeError("out of memory"), process_lost=True
             )
 
-    message = r"stage 0 \(block 0\) died at step 0: out of memory, after 2 restarts \(failures.max_restarts\)"
+    message = r"stage 0 \(block 0\) died at step 0: out of memory, after 2 restarts without a new checkpoint "
     with pytest.raises(TrainingError, match=message):
         run(Lost(), tmp_path, max_restarts=2)
 
@@ -296,3 +330,222 @@ def test_a_checkpoint_is_reported_once_it_is_valid(tmp_path: Path) -> None:
     recorder = Looking()
     run(CountingStages(), tmp_path, recorder)
     assert recorder.checkpoints == [4, 8, 12, 15]
+
+
+def test_a_commit_beyond_the_failed_step_refills_the_restarts(tmp_path: Path) -> None:
+    failures = {step: RuntimeError(f"number {step}") for step in (2, 5, 9, 13)}
+    result = run(CountingStages(dict(failures)), tmp_path, max_restarts=1, window=0)
+    assert (result.step, result.restarts) == (15, 4)
+
+
+def test_failures_without_a_commit_between_them_use_the_restarts_up(tmp_path: Path) -> None:
+    stages = CountingStages({5: KeyError("first"), 6: KeyError("second"), 7: KeyError("third")})
+    with pytest.raises(KeyError, match="third"):
+        run(stages, tmp_path, max_restarts=2, window=0)
+    assert stages.restores == [0, 4, 4]
+
+
+class Repeating(CountingStages):
+    """Fails at step 6 every time, in the way that `failure` says."""
+
+    def __init__(self, cause: BaseException, process_lost: bool) -> None:
+        super().__init__()
+        self.cause, self.process_lost = cause, process_lost
+
+    def submit(self, request: StepRequest) -> Any:
+        if request.step == 6:
+            return StageFailure("stage 1 (block 1)", "at step 6", self.cause, self.process_lost, step=6)
+        return super().submit(request)
+
+
+def test_the_same_error_of_a_living_process_at_the_same_step_ends_the_run_at_once(tmp_path: Path) -> None:
+    stages = Repeating(KeyError("again"), process_lost=False)
+    with pytest.raises(KeyError, match="again"):
+        run(stages, tmp_path, max_restarts=40)
+    assert stages.restores == [0, 4]
+
+
+def test_a_process_that_is_lost_at_the_same_step_uses_every_restart(tmp_path: Path) -> None:
+    stages = Repeating(RuntimeError("killed"), process_lost=True)
+    with pytest.raises(
+        TrainingError, match=r"after 3 restarts without a new checkpoint .*; last checkpoint: step 4"
+    ):
+        run(stages, tmp_path, max_restarts=3)
+    assert stages.restores == [0, 4, 4, 4]
+
+
+def test_device_memory_that_is_full_twice_ends_with_its_sentence(tmp_path: Path) -> None:
+    stages = Repeating(DeviceMemoryError("the device memory of block 1 is full"), process_lost=False)
+    message = r"stage 1 \(block 1\) failed at step 6: the device memory of block 1 is full, twice; last checkpoint: step 4"
+    with pytest.raises(TrainingError, match=message):
+        run(stages, tmp_path)
+    assert stages.restores == [0, 4]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_full_disk_ends_the_run_at_once_with_the_path_and_the_last_checkpoint(
+    tmp_path: Path, number: int
+) -> None:
+    error = OSError(number, os.strerror(number), "/data/block-1.safetensors")
+    stages = CountingStages({6: error})
+    message = rf"^/data/block-1.safetensors: {os.strerror(number)}; .*; last checkpoint: step 4$"
+    with pytest.raises(TrainingError, match=message):
+        run(stages, tmp_path)
+    assert stages.restores == [0]
+
+
+def test_a_full_disk_met_by_the_commit_ends_the_run_with_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = CheckpointStore.commit
+
+    def full(store: CheckpointStore, manifest: Manifest) -> Path:
+        if manifest.step == 8:
+            raise OSError(errno.ENOSPC, "No space left on device", "manifest.json")
+        return commit(store, manifest)
+
+    monkeypatch.setattr(CheckpointStore, "commit", full)
+    stages = CountingStages()
+    with pytest.raises(TrainingError, match=r"manifest.json: No space left .*; last checkpoint: step 4"):
+        run(stages, tmp_path)
+    assert stages.restores == [0]
+
+
+def test_the_whole_story_of_a_failure_is_logged_for_debugging(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    stages = CountingStages()
+    failures = [
+        StageFailure(
+            "stage 0 (block 0)", "at step 3", RuntimeError("x"), True, 3, "line one\nthe worker's log"
+        )
+    ]
+
+    class Once(CountingStages):
+        def submit(self, request: StepRequest) -> Any:
+            return failures.pop() if request.step == 3 and failures else super().submit(request)
+
+    stages = Once()
+    run(stages, tmp_path)
+    (record,) = [record for record in caplog.records if record.levelname == "DEBUG"]
+    assert record.getMessage() == "stage 0 (block 0) died at step 3: x\nline one\nthe worker's log"
+
+
+class Hanging(CountingStages):
+    """Stage 1 does not answer at step 6 until it is killed."""
+
+    def __init__(self, forever: bool = False) -> None:
+        super().__init__()
+        self.hangs, self.forever, self.killed = True, forever, list[int]()
+
+    def wait(self, pending: Any, timeout_s: float) -> StepReport | None:
+        hung = isinstance(pending, StepReport) and pending.request.step == 6 and self.hangs
+        return None if hung else super().wait(pending, timeout_s)
+
+    def awaited(self, pending: Any) -> int:
+        return 1
+
+    def kill(self, component: int) -> None:
+        self.killed.append(component)
+        self.hangs = self.forever
+
+
+def ticking(seconds: float) -> Watchdog:
+    """A watchdog whose clock advances with every look."""
+    ticks = itertools.count()
+    return Watchdog(clock=lambda: next(ticks) * seconds)
+
+
+def test_a_hung_stage_is_killed_and_the_run_rewound(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stages = Hanging()
+    result = run(stages, tmp_path, watchdog=ticking(5))
+    assert stages.killed == [1]
+    assert (result.step, result.restarts, stages.updates) == (15, 1, 15)
+    assert stages.restores == [0, 4]
+    message = "stage 1 (block 1) died (hung) at step 6: no answer for 1805 s; it usually needs 0.01 s"
+    assert any(text.startswith(message) for text in caplog.messages)
+
+
+def test_a_stop_request_is_obeyed_while_a_stage_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("bim.orchestrator.training.loop.STOP_SAVE_S", 0.0)
+    stop, stages = StopRequest(), Hanging(forever=True)
+
+    class Stopping(Hanging):
+        def awaited(self, pending: Any) -> int:
+            stop.reason = "SIGTERM"
+            return 1
+
+    stages = Stopping(forever=True)
+    result = run(stages, tmp_path, stop=stop, watchdog=ticking(0.1))
+    assert result.stopped == "SIGTERM"
+    assert stages.killed == []
+    assert caplog.messages[-1] == "stopping without a new checkpoint; last checkpoint: step 4"
+
+
+class SlowDisk(CountingStages):
+    """What a step saves is on the disk, and reported, `lag` steps later, or when it is waited for."""
+
+    lag = 3
+
+    def submit(self, request: StepRequest) -> Any:
+        self.now = request.step
+        return super().submit(request)
+
+    def write(self, checkpoint: str) -> None:
+        super().write(checkpoint)
+        self.written_at = self.now + self.lag
+
+    def flush(self, should_give_up: ShouldGiveUp | None = None) -> tuple[tuple[SavedBlocks, ...], ...]:
+        in_step = should_give_up is not None and not isinstance(should_give_up, MethodType)
+        if in_step and self._written and self.now < self.written_at:
+            return ((), ())
+        return super().flush(should_give_up or (lambda: False))
+
+
+def test_a_checkpoint_is_committed_once_all_stages_have_written_it(tmp_path: Path) -> None:
+    stages, recorder = SlowDisk(), Recorder()
+    run(stages, tmp_path, recorder, window=1)
+    assert recorder.checkpoints == [4, 8, 12, 15]
+    assert stages.restores == [0]
+
+
+def test_a_failure_before_a_checkpoint_is_written_goes_back_to_the_one_before(tmp_path: Path) -> None:
+    stages = SlowDisk({9: RuntimeError("out of luck")})
+    result = run(stages, tmp_path, window=1)
+    assert stages.restores == [0, 4]
+    assert (result.step, stages.updates) == (15, 15)
+
+
+def test_unreadable_images_of_a_later_step_are_not_in_a_checkpoint(tmp_path: Path) -> None:
+    stages = SlowDisk()
+    stages.bad = {5: (("a.jpg", "truncated"),)}
+    facts: dict[int, Any] = {}
+
+    class Reading(Recorder):
+        def on_checkpoint(self, step: int) -> None:
+            manifest = CheckpointStore(tmp_path).latest()
+            assert manifest is not None
+            facts[step] = manifest.facts["bad_images"]
+
+    run(stages, tmp_path, Reading(), window=1)
+    assert facts == {4: {}, 8: {"a.jpg": "truncated"}, 12: {"a.jpg": "truncated"}, 15: {"a.jpg": "truncated"}}
+
+
+def test_a_requested_checkpoint_is_saved_and_training_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    stop, recorder = StopRequest(), Recorder()
+
+    class Asking(CountingStages):
+        def submit(self, request: StepRequest) -> Any:
+            stop.saves_requested += request.step == 5
+            return super().submit(request)
+
+    result = run(Asking(), tmp_path, recorder, stop)
+    assert result.step == 15
+    assert recorder.checkpoints == [4, 7, 8, 12, 15]
+    assert caplog.messages.count("checkpoint saved after step 7 of 15") == 1

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from bim.orchestrator.data.loader import Batch
+from bim.orchestrator.training import checkpoint_writer
 from bim.orchestrator.training.build import mask_plans, open_spec_backbone
-from bim.orchestrator.training.errors import NonFiniteLossError, StageFailure, StepOrderError
+from bim.orchestrator.training.checkpoint import load_block_weights, save_block
+from bim.orchestrator.training.errors import NonFiniteLossError, StageFailure, StepOrderError, TrainingError
+from bim.orchestrator.training.manifest import FileRecord
 from bim.orchestrator.training.messages import StepRequest
-from bim.orchestrator.training.restart_policy import RestartPolicy
 from bim.orchestrator.training.spec import DecoderSpec, PretrainSpec
 from bim.orchestrator.training.stage import Stage
 from bim.orchestrator.training.stage_group import InProcessStages
@@ -44,7 +48,7 @@ def stages(
     stage_blocks: tuple[tuple[int, ...], ...], loader: Loader | None = None, spec: PretrainSpec = SPEC
 ) -> InProcessStages:
     group = InProcessStages(spec, lambda: loader or Loader(), stage_blocks)
-    group.restore(None, 0)
+    group.restore(None, 0, lambda: False)
     return group
 
 
@@ -74,7 +78,7 @@ def test_the_placement_of_blocks_does_not_change_a_bit(
     apart, together = stages(((0,), (1,), (2,), (3,)), spec=spec), stages(stage_blocks, spec=spec)
     for group in (apart, together):
         for step in range(3):
-            group.wait(group.submit(StepRequest(step, 1e-3)))
+            group.wait(group.submit(StepRequest(step, 1e-3)), 0)
     a, b = apart.weights(), together.weights()
     assert all(torch.equal(a[k][name], b[k][name]) for k in a for name in a[k])
 
@@ -116,7 +120,7 @@ def test_a_swin_on_visible_tokens_is_the_same_wherever_its_blocks_live() -> None
     groups = [swin_stages(blocks) for blocks in (((0, 1, 2, 3, 4),), ((0,), (1, 2), (3, 4)))]
     for group in groups:
         for step in range(2):
-            report = group.wait(group.submit(StepRequest(step, 1e-3)))
+            report = group.wait(group.submit(StepRequest(step, 1e-3)), 0)
             blocks = {k: metrics for stage in report.stages for k, metrics in stage.blocks.items()}
             assert {"loss_thrown", "loss_newly_masked"} <= set(blocks[2])
     a, b = (group.weights() for group in groups)
@@ -143,24 +147,66 @@ def test_wait_raises_an_error_that_names_the_component() -> None:
     group = stages(((0, 1), (2, 3)), Loader(fails_at=0))
     pending = group.submit(StepRequest(0, 1e-3))
     with pytest.raises(StageFailure, match=r"the data loader failed at step 0 \(OSError: the disk is gone\)"):
-        group.wait(pending)
+        group.wait(pending, 0)
 
 
 def test_a_stage_is_named_by_its_blocks() -> None:
     group = stages(((0, 1), (2, 3)), spec=replace(SPEC, mean=(float("nan"),) * 3))
-    with pytest.raises(
-        StageFailure, match=r"stage 0 \(blocks 0-1\) failed at step 0 \(NonFiniteLossError"
-    ) as caught:
-        group.wait(group.submit(StepRequest(0, 1e-3)))
-    assert not RestartPolicy(3).restarts(caught.value, 0)
+    message = r"stage 0 \(blocks 0-1\) failed at step 0: the loss of block 0 is not finite"
+    with pytest.raises(StageFailure, match=message) as caught:
+        group.wait(group.submit(StepRequest(0, 1e-3)), 0)
     assert isinstance(caught.value.cause, NonFiniteLossError)
 
 
-def test_a_step_that_raised_is_worth_a_restart_until_they_are_used_up() -> None:
-    failure = StageFailure("stage 1 (block 1)", "at step 3", RuntimeError("flaky"), process_lost=False)
-    assert RestartPolicy(2).restarts(failure, 0)
-    assert RestartPolicy(2).restarts(failure, 1)
-    assert not RestartPolicy(2).restarts(failure, 2)
+def test_a_device_that_is_broken_ends_a_run_whose_stages_share_a_process() -> None:
+    group = stages(((0, 1), (2, 3)))
+
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    group._stages[1].train_step = broken  # type: ignore[assignment]
+    failure = group.submit(StepRequest(0, 1e-3))
+    assert isinstance(failure, StageFailure)
+    assert "in broken" in failure.details
+    with pytest.raises(
+        TrainingError, match=r"stage 1 \(blocks 2-3\) failed .* illegal memory access.*--resume"
+    ):
+        group.start(lambda: False)
+
+
+def test_training_waits_for_a_copy_of_the_state_and_not_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*arguments: object) -> list[FileRecord]:
+        time.sleep(2)
+        return save_block(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoint_writer, "save_block", slow)
+    wide = {"img_size": 16, "patch_size": 4, "embed_dim": 384, "depth": 4, "num_heads": 2}
+    stage = Stage(replace(SPEC, model_args=wide), (0,))
+    stage.restore(None, 0)
+    stage.train_step(StepRequest(0, 1e-3), Payload("uint8", IMAGES), None)  # the optimizer has a state
+    weights = stage.weights()
+
+    def cpu_s(function: Callable[[], object]) -> float:
+        started = time.thread_time()
+        function()
+        return time.thread_time() - started
+
+    copying_s = max(cpu_s(stage._copy_blocks) for _ in range(3))
+    started = time.perf_counter()
+    pause_s = cpu_s(lambda: stage.save(str(tmp_path / "step-1")))
+    assert time.perf_counter() - started < 1
+    assert pause_s < 1.5 * copying_s + 0.005
+    _, report = stage.train_step(StepRequest(1, 1e-3), Payload("uint8", IMAGES), None)
+    assert report.saved == ()
+    (saved,) = stage.flush()
+    assert saved.checkpoint == str(tmp_path / "step-1")
+    assert len(saved.files) == 2
+    # What is on the disk is the state at the mark, though the weights have moved on.
+    written = load_block_weights(tmp_path / "step-1", 0)
+    assert all(torch.equal(written[name], weights[0][name]) for name in weights[0])
+    assert not all(torch.equal(written[name], value) for name, value in stage.weights()[0].items())
 
 
 def test_a_plan_is_made_during_the_previous_step(monkeypatch: pytest.MonkeyPatch) -> None:
