@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -56,8 +56,8 @@ class _OutOfBoundsError(yaml.MarkedYAMLError):
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core schema: no other tags, no value that contains itself, and bounds on depth, size and numbers."""
 
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's own way of keeping the table per class)
-    yaml_constructors: dict = {}  # noqa: RUF012
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_constructors: ClassVar[dict[str, Any]] = {}
     _depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -105,7 +105,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
 
 def _int(text: str, node: yaml.ScalarNode) -> int:

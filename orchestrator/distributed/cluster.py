@@ -75,14 +75,17 @@ def _connected(address: str) -> Iterator[None]:
 
 @contextmanager
 def _watched() -> Iterator[None]:
-    """Inside, `raise_if_cluster_lost` knows when the head or this node's part of Ray ended."""
+    """Inside, `raise_if_cluster_lost` knows when the head or this node's part of Ray ended; not behind a Ray client."""
     global _watch
+    if os.environ.get("RAY_ADDRESS", "").startswith("ray://"):
+        yield  # a proxy on the head is the driver
+        return
     context = ray.get_runtime_context()
     addresses = {"the head of the Ray cluster": str(context.gcs_address)}
     for node in ray.nodes():
         if node["NodeID"] == context.get_node_id():
             addresses["Ray on this machine"] = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
-    _watch = ClusterWatch(addresses)
+    _watch = ClusterWatch({name: address for name, address in addresses.items() if is_reachable(address)})
     _watch.start()
     try:
         yield

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import re
@@ -38,7 +39,9 @@ SOCKET_BELOW_TEMP = len("/session_2026-01-01_00-00-00_000000_4194304/sockets/pla
 
 TOKEN_FILE = Path("~/.ray/auth_token")
 
-PRIVATE_TEMP_PREFIX = "bim-ray-"
+PRIVATE_TEMP_PREFIX, LOCK = "bim-ray-", "lock"
+
+SHORT_PARENTS = ("/tmp", "/var/tmp", "/dev/shm")
 
 log = logging.getLogger(__name__)
 
@@ -77,19 +80,28 @@ def short_temp_dir(environment: Mapping[str, str] = os.environ) -> Iterator[str 
     if fits and os.access(usual, os.W_OK | os.X_OK):
         yield None
         return
-    folder = None
-    for parent in ("/tmp", "/var/tmp", "/dev/shm"):
-        if os.access(parent, os.W_OK | os.X_OK):
-            folder = tempfile.mkdtemp(prefix=PRIVATE_TEMP_PREFIX, dir=parent)
-            break
-    if folder is None:
+    parent = next((one for one in SHORT_PARENTS if os.access(one, os.W_OK | os.X_OK)), None)
+    if parent is None:
         yield None  # Ray itself says what is wrong
         return
+    remove_stale_temp_dirs(Path(parent))
+    folder = tempfile.mkdtemp(prefix=PRIVATE_TEMP_PREFIX, dir=parent)
     log.debug("Ray's sockets and logs are in %s: %s is too long for them, or not writable", folder, usual)
     try:
-        yield folder
+        # Held as long as this process lives, and not inherited.
+        with open(Path(folder) / LOCK, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_stale_temp_dirs(parent: Path) -> None:
+    """Remove the directories of `short_temp_dir` whose process was killed."""
+    for lock_file in parent.glob(f"{PRIVATE_TEMP_PREFIX}*/{LOCK}"):
+        with suppress(OSError), open(lock_file, "r+") as lock:  # those of other users are not readable
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock_file.parent, ignore_errors=True)
 
 
 def start_error(error: BaseException, store_bytes: int) -> str:

@@ -91,8 +91,9 @@ class RayStages:
         self._stop_requested: ShouldGiveUp = lambda: False
 
     def pids(self) -> list[int]:
-        """Process ids of the loader and of every stage, from the last `start`."""
-        return [self._actors.processes[component].pid for component in self._actors.components]
+        """Process ids of the loader and of every stage, from the last `start`; empty before it."""
+        processes = self._actors.processes
+        return [processes[component].pid for component in self._actors.components if component in processes]
 
     def start(self, should_give_up: ShouldGiveUp) -> None:
         """Create the placement group if there is none, and every actor that is not alive.

@@ -30,7 +30,7 @@ class CheckpointWriter:
         Waits for an earlier checkpoint that is still being written, so that there is one copy at most.
 
         Raises:
-            OSError: the earlier one could not be written.
+            StorageError: the earlier one could not be written.
         """
         self.flush()
         self._pending = self._executor.submit(_write, checkpoint, copy_blocks())

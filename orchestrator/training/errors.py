@@ -22,6 +22,14 @@ class NonFiniteLossError(TrainingError):
         )
 
 
+class DeviceMemoryError(TrainingError):
+    """The memory of a stage's device is full. One rewind in a new process is tried: another program may have held it."""
+
+
+class ClusterLostError(TrainingError):
+    """The head of the Ray cluster, or Ray on the machine of the driver, is gone."""
+
+
 class StorageUnsupportedError(TrainingError):
     """This installation cannot open the URL of a storage; the message says what to install."""
 
@@ -39,14 +47,6 @@ class CheckpointDamagedError(RuntimeError):
 
     def __str__(self) -> str:
         return f"checkpoint {self.checkpoint}: {self.reason}"
-
-
-class DeviceMemoryError(TrainingError):
-    """The memory of a stage's device is full. One rewind in a new process is tried: another program may have held it."""
-
-
-class ClusterLostError(TrainingError):
-    """The head of the Ray cluster, or Ray on the machine of the driver, is gone."""
 
 
 class StepOrderError(RuntimeError):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bim.orchestrator.data.errors import DataWorkerError, TooManyCorruptImagesError
+from bim.orchestrator.data.errors import TooManyCorruptImagesError
 from bim.orchestrator.training.callbacks import Callback, PretrainResult, StopRequest
 from bim.orchestrator.training.checkpoint_marks import CheckpointMarks, CompleteCheckpoint
 from bim.orchestrator.training.errors import (
@@ -21,7 +21,14 @@ from bim.orchestrator.training.errors import (
 from bim.orchestrator.training.manifest import Manifest
 from bim.orchestrator.training.messages import SavedBlocks, StepReport, StepRequest
 from bim.orchestrator.training.meter import Meter
-from bim.orchestrator.training.restart_policy import RestartBudget, RestartPolicy, Verdict, is_disk_error
+from bim.orchestrator.training.restart_policy import (
+    RestartBudget,
+    RestartPolicy,
+    Verdict,
+    disk_sentence,
+    final_error,
+    is_disk_error,
+)
 from bim.orchestrator.training.schedule import TrainingSchedule
 from bim.orchestrator.training.stage_group import Stages, component_label, stage_label
 from bim.orchestrator.training.storage import Checkpoints
@@ -86,7 +93,7 @@ def pretrain(
                 break
             verdict = budget.judge(failure, loop.completed_steps if failure.step is None else failure.step)
             if verdict is not Verdict.RESTART:
-                raise _final_error(failure, verdict, budget, loop.last_checkpoint) from failure
+                raise final_error(failure, verdict, budget.used, loop.last_checkpoint) from failure
             delay = f" in {budget.delay_s:.0f} s" if budget.delay_s >= 1 else ""
             attempt = f"restart {budget.used} of {policy.max_restarts}"
             log.warning("%s; rewinding all stages%s (%s)", failure, delay, attempt)
@@ -94,39 +101,12 @@ def pretrain(
         except OSError as error:
             if not is_disk_error(error):
                 raise
-            raise TrainingError(_disk_sentence(error, loop.last_checkpoint)) from error
+            raise TrainingError(disk_sentence(error, loop.last_checkpoint)) from error
         finally:
             stop.can_save = False
     return PretrainResult(
         loop.completed_steps, budget.total, stopped, loop.bad_images, loop.meter.images_per_s()
     )
-
-
-def _final_error(
-    failure: StageFailure, verdict: Verdict, budget: RestartBudget, last_checkpoint: str
-) -> BaseException:
-    """What ends a run after a failure: a sentence, or what foreign code raised."""
-    cause = failure.cause
-    if is_disk_error(cause):
-        return TrainingError(_disk_sentence(cause, last_checkpoint))
-    if verdict is Verdict.INCURABLE:
-        return cause
-    if verdict is Verdict.REPEATED and isinstance(cause, TrainingError):
-        return TrainingError(f"{failure}, twice; last checkpoint: {last_checkpoint}")
-    is_told = isinstance(cause, TrainingError | DataWorkerError) or not failure.raised_by_code
-    if verdict is Verdict.EXHAUSTED and is_told:
-        return TrainingError(
-            f"{failure}, after {budget.used} restart{'s' * (budget.used != 1)} without a new checkpoint "
-            f"(failures.max_restarts); last checkpoint: {last_checkpoint}"
-        )
-    return cause
-
-
-def _disk_sentence(error: BaseException, last_checkpoint: str) -> str:
-    path = getattr(error, "filename", None)
-    reason = getattr(error, "strerror", None) or str(error)
-    where = f"{path}: " if path else ""
-    return f"{where}{reason}; make room or repair it, then continue with --resume; last checkpoint: {last_checkpoint}"
 
 
 @dataclass
@@ -158,6 +138,9 @@ class _Loop:
     @property
     def last_checkpoint(self) -> str:
         """For messages: "step 170", "none"."""
+        if self.committed_step is None and self.step is None:  # nothing was restored yet
+            manifest = self.store.latest()
+            self.committed_step = None if manifest is None else manifest.step
         return "none" if self.committed_step is None else f"step {self.committed_step}"
 
     def rewind(self) -> None:

@@ -92,5 +92,35 @@ def is_incurable(error: BaseException) -> bool:
 
 
 def is_disk_error(error: BaseException) -> bool:
-    """Whether a disk is full or cannot be written."""
-    return isinstance(error, OSError) and error.errno in FULL_OR_READ_ONLY
+    """Whether a disk or a storage refuses: full, read-only or gone."""
+    return isinstance(error, StorageError) or (
+        isinstance(error, OSError) and error.errno in FULL_OR_READ_ONLY
+    )
+
+
+def final_error(failure: StageFailure, verdict: Verdict, used: int, last_checkpoint: str) -> BaseException:
+    """What ends a run after a failure and `used` restarts: a sentence, or what foreign code raised."""
+    cause = failure.cause
+    if is_disk_error(cause):
+        return TrainingError(disk_sentence(cause, last_checkpoint))
+    if verdict is Verdict.INCURABLE:
+        return cause
+    if verdict is Verdict.REPEATED and isinstance(cause, TrainingError):
+        return TrainingError(f"{failure}, twice; last checkpoint: {last_checkpoint}")
+    is_told = isinstance(cause, TrainingError | DataWorkerError) or not failure.raised_by_code
+    if verdict is Verdict.EXHAUSTED and is_told:
+        return TrainingError(
+            f"{failure}, after {used} restart{'s' * (used != 1)} without a new checkpoint "
+            f"(failures.max_restarts); last checkpoint: {last_checkpoint}"
+        )
+    return cause
+
+
+def disk_sentence(error: BaseException, last_checkpoint: str) -> str:
+    """The end of a run by a disk or a storage that refuses, for the user."""
+    reason = str(error)
+    if isinstance(error, OSError) and not isinstance(error, StorageError):
+        reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or reason
+    return (
+        f"{reason}; make room or repair it, then continue with --resume; last checkpoint: {last_checkpoint}"
+    )

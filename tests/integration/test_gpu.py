@@ -55,7 +55,7 @@ def test_float32_losses_agree_with_the_cpu(case: Callable[[], tuple[PretrainSpec
     for group in (here, there):
         group.restore(None, 0, lambda: False)
     for step in range(6):
-        a, b = (g.wait(g.submit(StepRequest(step, 1e-3))) for g in (here, there))
+        a, b = (g.wait(g.submit(StepRequest(step, 1e-3)), 0) for g in (here, there))
         losses = [[s.blocks[k]["loss"] for s in r.stages for k in s.blocks] for r in (a, b)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 

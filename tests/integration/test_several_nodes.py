@@ -16,6 +16,7 @@ import pytest
 
 from bim.orchestrator.distributed.placement import PlacementError, StageLayout
 from bim.orchestrator.distributed.ray_stage_group import RayStages
+from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.checkpoint import CheckpointStore
 from bim.orchestrator.training.errors import TrainingError
 from tests.integration.nodes import (
@@ -135,6 +136,34 @@ def test_without_a_spare_the_run_ends_and_continues_when_a_node_has_joined(
     finally:
         stages.close()
     assert differing(state(unbroken, STEPS, 2), state(out, STEPS, 2)) == []
+
+
+def test_the_wait_for_another_node_is_told_and_obeys_a_stop(
+    nodes: Nodes, caplog: pytest.LogCaptureFixture
+) -> None:
+    stages, out = group(nodes, "stopped", wait_s=120.0)
+    stop, stopped_at = StopRequest(), list[float]()
+
+    def is_told() -> bool:
+        return any("waiting up to 120 s for a node" in text for text in caplog.messages)
+
+    def request_stop() -> None:
+        wait_until(is_told, 60)
+        stopped_at.append(time.monotonic())
+        stop.reason = "SIGTERM"
+
+    def lose_a_node() -> None:
+        node_of(nodes, stages.pids()[2]).kill()
+        threading.Thread(target=request_stop).start()
+
+    try:
+        result = train(stages, out, steps=STEPS, callback=once_at(30, lose_a_node), stop=stop, max_restarts=1)
+        assert time.monotonic() - stopped_at[0] < 10
+    finally:
+        stages.close()
+    assert result.stopped == "SIGTERM"
+    assert any("is lost, with it" in text and "stage 1 (block 1)" in text for text in caplog.messages)
+    assert caplog.messages[-1] == "stopping without a new checkpoint; last checkpoint: step 20"
 
 
 def test_a_node_that_joins_while_the_run_waits_is_used(nodes: Nodes, unbroken: Path) -> None:

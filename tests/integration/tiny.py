@@ -123,8 +123,8 @@ def train(
     grad_accum_steps: int = 1,
     keep: int = 2,
     phases: tuple[Phase, ...] = (),
-    store: Checkpoints | None = None,
     watchdog: Watchdog | None = None,
+    store: Checkpoints | None = None,
 ) -> PretrainResult:
     """Train to `steps` in epochs of ten steps, checkpoints every `every` steps in `store`; None: in `out`."""
     epochs = (

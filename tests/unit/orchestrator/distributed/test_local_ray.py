@@ -70,6 +70,22 @@ def test_a_directory_too_long_for_sockets_is_replaced_for_the_time_of_the_run(
     assert not Path(folder).exists()
 
 
+def test_the_directory_of_a_run_that_was_killed_is_removed_by_the_next_and_that_of_a_living_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_ray, "SHORT_PARENTS", (str(tmp_path),))
+    killed = tmp_path / f"{local_ray.PRIVATE_TEMP_PREFIX}killed"
+    (killed / "session").mkdir(parents=True)
+    (killed / local_ray.LOCK).touch()
+    long = {"TMPDIR": "/tmp/" + "slurm-job-" * 9}
+    with short_temp_dir(long) as living:
+        assert living is not None
+        assert not killed.exists()
+        local_ray.remove_stale_temp_dirs(tmp_path)
+        assert Path(living).exists()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [

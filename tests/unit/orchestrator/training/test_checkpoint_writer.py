@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,12 +21,12 @@ class Disk:
         self.ready, self.error = threading.Event(), None
         self.written: list[tuple[str, float]] = []
 
-    def save_block(self, folder: Path, index: int, weights: dict, state: dict) -> list[FileRecord]:
+    def save_block(self, folder: str, index: int, weights: dict, state: dict) -> list[FileRecord]:
         assert self.ready.wait(10)
         if self.error is not None:
             raise self.error
-        self.written.append((folder.name, float(weights["w"])))
-        return [FileRecord(f"{folder.name}-{index}", 1, 1)]
+        self.written.append((folder, float(weights["w"])))
+        return [FileRecord(f"{folder}-{index}", 1, 1)]
 
 
 @pytest.fixture
