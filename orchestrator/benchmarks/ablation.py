@@ -29,12 +29,13 @@ from bim.orchestrator.distributed.placement import ClusterResources
 from bim.orchestrator.evaluation.evaluate import evaluate_variants, raw_pixels
 from bim.orchestrator.evaluation.records import DepthReport, Scores
 from bim.orchestrator.files import atomic_write
+from bim.orchestrator.runs.checkpoints import committed_folder
 from bim.orchestrator.runs.prepare import ResolvedRun, resolve_run
 from bim.orchestrator.runs.resolve import eval_config
 from bim.orchestrator.runs.train import resolve_layout, train
 from bim.orchestrator.search.objective import SCORED_BY
 from bim.orchestrator.training.callbacks import NullCallback, StopRequest
-from bim.orchestrator.training.checkpoint import CheckpointStore, load_weights
+from bim.orchestrator.training.checkpoint import load_weights
 from bim.orchestrator.training.depth_variants import encoder_weights, random_variants, trained_variant
 
 TRUNCATED_MAE = "mae"
@@ -191,7 +192,7 @@ def run_case(
 def _trained_weights(run: ResolvedRun, settings: Settings) -> list[dict[str, Tensor]]:
     """Weights of every block at the end of the run."""
     train(run, resolve_layout(settings, ClusterResources(1.0, 0.0)), "fp32", NullCallback(), StopRequest())
-    return load_weights(CheckpointStore(run.out).directory(run.total_steps), run.spec)
+    return load_weights(committed_folder(run.out, run.total_steps), run.spec)
 
 
 def _scores(

@@ -161,5 +161,5 @@ def _is_taken(name: str, names: Iterable[str]) -> bool:
     # Some file systems do not tell capitals from small letters.
     taken = {other.casefold() for other in (*RESERVED_NAMES, *names)}
     return name.casefold() in taken or name.casefold().startswith(
-        ("settings.", "summary.", "tracking.", "run.", "lease.", "checkpoints.")
+        ("settings.", "summary.", "tracking.", "run.", "lease.", "checkpoints.", "storage.")
     )

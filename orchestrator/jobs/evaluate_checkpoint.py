@@ -28,12 +28,13 @@ from bim.orchestrator.export.model_card import CardFacts
 from bim.orchestrator.export.timm_folder import export_decoder, export_variant, folder_name, rewrite_card
 from bim.orchestrator.files import make_folder, storage_errors
 from bim.orchestrator.jobs.reconstructions import save_all_reconstructions
+from bim.orchestrator.runs.checkpoints import committed_folder
 from bim.orchestrator.runs.prepare import ResolvedRun
 from bim.orchestrator.runs.provenance import Provenance
 from bim.orchestrator.runs.resolve import eval_config
 from bim.orchestrator.text import redact
 from bim.orchestrator.training.build import open_spec_backbone
-from bim.orchestrator.training.checkpoint import CheckpointStore, load_weights
+from bim.orchestrator.training.checkpoint import load_weights
 from bim.orchestrator.training.depth_variants import random_variants, trained_variant
 from bim.orchestrator.training.errors import TrainingError
 from bim.orchestrator.training.spec import PretrainSpec
@@ -77,7 +78,7 @@ def evaluation_task(
         spec=run.spec,
         data=run.data,
         evaluation=eval_config(settings),
-        checkpoint=str(CheckpointStore(run.out).directory(run.total_steps)),
+        checkpoint=str(committed_folder(run.out, run.total_steps)),
         out=str(run.out),
         depths=depths,
         card=CardFacts(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.files import StorageError
 from bim.orchestrator.jobs.backbone_entries import ErrorCollector, backbone_entries
 from bim.orchestrator.jobs.search_job import check_search
+from bim.orchestrator.runs.checkpoints import check_checkpoint_storage
 from bim.orchestrator.runs.output_dir import (
     NEW_RUN_HINT,
     OutputError,
@@ -33,6 +35,7 @@ from bim.orchestrator.search.record import finished_search
 from bim.orchestrator.search.results import with_best
 from bim.orchestrator.text import short_path
 from bim.orchestrator.tracking.open_run import TrackingError, check_model_name
+from bim.orchestrator.training.errors import StorageUnsupportedError
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ def _prepare(settings: Settings) -> PreparedJob:
         with errors.of(name):
             changes = {"resume": begun, "from_scratch": begun and settings.from_scratch}
             backbone = prepare_backbone(with_changes(entry, changes), opened, remedy)
-            finished = begun and _is_finished(backbone.run)
+            with _storage_refusals():
+                finished = begun and _is_finished(backbone.run)
             backbones.append(replace(backbone, name=name, finished=finished))
     errors.raise_if_any()
     return PreparedJob(settings, out, tuple(backbones))
@@ -102,10 +106,30 @@ def prepare_backbone(
     Raises:
         SettingsError, DataError, OutputError: one clear sentence.
     """
+    with _storage_refusals():
+        return _prepare_backbone(settings, opened, remedy)
+
+
+@contextmanager
+def _storage_refusals() -> Iterator[None]:
+    """Inside, a storage that refuses or cannot be reached is wrong input, as nothing has been started yet."""
+    try:
+        yield
+    except StorageUnsupportedError as error:
+        raise SettingsError(f"checkpoint.storage {error}") from error
+    except StorageError as error:
+        what = "checkpoint.storage " if "://" in str(error.filename) else ""
+        raise OutputError(f"{what}{error}") from error
+
+
+def _prepare_backbone(
+    settings: Settings, opened: tuple[Source, Splits] | None, remedy: str
+) -> PreparedBackbone:
     settings, out = resolve_paths(settings)
     if settings.resume or settings.search.resume:
         settings = with_best(with_changes(settings, {"resume": True}), finished_search(out))
     backbone = resolve_backbone(settings, out, opened)
+    check_checkpoint_storage(out, settings)
     check_output(
         out, settings, backbone.run.fingerprint, remedy, lambda saved: with_best(saved, finished_search(out))
     )

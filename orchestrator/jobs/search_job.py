@@ -13,6 +13,7 @@ from bim.orchestrator.config.transforms import settings_to_mapping, with_changes
 from bim.orchestrator.distributed.placement import ClusterResources
 from bim.orchestrator.evaluation.evaluate import RANKME_IMAGES
 from bim.orchestrator.reporting.search_console import SearchProgress, closing, opening
+from bim.orchestrator.runs.checkpoints import checkpoints_location, record_storage
 from bim.orchestrator.runs.output_dir import OutputError, open_store
 from bim.orchestrator.runs.prepare import PreparedBackbone, resolve_backbone, resolve_run
 from bim.orchestrator.runs.resolve import eval_config
@@ -31,6 +32,7 @@ from bim.orchestrator.text import short_path
 from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.spec import Precision
+from bim.orchestrator.training.storage import below
 
 MAY_CHANGE = ("resume", "trial_stages")
 """Settings of a search that may be others when it is continued; its record depends on the rest."""
@@ -100,12 +102,13 @@ def run_search(
     run, settings = backbone.run, backbone.run.settings
     space = space_of(settings, run.backbone)
     layout, concurrent = trial_placement(settings, cluster)
+    record_storage(run.out, settings)
     trial = TrialSpec(
         # Trials have no record of their own in MLflow, and Tune writes what they are made from to the disk.
         settings=settings_to_mapping(with_changes(settings, {"tracking.uri": None})),
         layout=layout,
         precision=precision,
-        folder=str(run.out / FOLDER / "trials"),
+        folder=str(below(checkpoints_location(run.out), f"{FOLDER}/trials")),
         evaluation=eval_config(settings),
         fingerprint=run.fingerprint,
         device="cuda" if layout.gpus else "cpu",

@@ -181,8 +181,8 @@ def _train_and_evaluate(
                     progress,
                     stop,
                     group,
-                    on_machines=backbone.record_machines,
                     lease=backbone.lease,
+                    on_machines=backbone.record_machines,
                 )
             if stop.reason is not None:
                 return

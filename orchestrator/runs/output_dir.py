@@ -13,6 +13,7 @@ from bim.orchestrator.config.recipes import SAVED_SETTINGS, read_recipe
 from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.config.transforms import differing_keys, flat
 from bim.orchestrator.config.validate import settings_from_mapping
+from bim.orchestrator.runs.checkpoints import RunCheckpoints, checkpoint_store
 from bim.orchestrator.runs.lease import LEASE, Lease, LeaseHeldError, System, acquire, holder
 from bim.orchestrator.runs.run_record import (
     RUN_RECORD,
@@ -22,7 +23,6 @@ from bim.orchestrator.runs.run_record import (
     read_record,
     write_record,
 )
-from bim.orchestrator.training.checkpoint import CheckpointStore
 from bim.orchestrator.training.manifest import MANIFEST
 
 NEW_RUN_HINT = "start a new run with another --out"
@@ -67,7 +67,7 @@ def check_output(
     _check_same(out, settings, fingerprint, remedy, apply_search)
 
 
-def check_resumable(store: CheckpointStore, record: RunRecord, from_scratch: bool) -> None:
+def check_resumable(store: RunCheckpoints, record: RunRecord, from_scratch: bool) -> None:
     """Refuse to begin again at step 0 where there were checkpoints, unless that is asked for.
 
     Raises:
@@ -80,7 +80,7 @@ def check_resumable(store: CheckpointStore, record: RunRecord, from_scratch: boo
         listed = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
         raise OutputError(
             f"no checkpoint in {store.root} can be resumed from ({listed}); repair them, or begin again at step 0 with "
-            f"--resume --from-scratch, which moves them to {store.root.name}.unreadable-TIME"
+            f"--resume --from-scratch, which moves them to {store.aside_name}"
         )
     if record.has_checkpoint:
         raise OutputError(
@@ -98,7 +98,7 @@ def resumed_record(out: Path) -> RunRecord:
     record = read_record(out)
     if record is not None:
         return record
-    store = CheckpointStore(out)
+    store = checkpoint_store(out)
     ids = store.run_ids()
     record = new_record(adopted=not ids or "" in ids, has_checkpoint=(out / "summary.json").exists())
     ids.discard("")
@@ -110,10 +110,10 @@ def resumed_record(out: Path) -> RunRecord:
     return replace(record, run_id=ids.pop(), has_checkpoint=True) if ids else record
 
 
-def open_store(out: Path, record: RunRecord | None = None, keep: int = 2) -> CheckpointStore:
-    """The checkpoints in an output directory that are of the run in it, or of `record`."""
+def open_store(out: Path, record: RunRecord | None = None) -> RunCheckpoints:
+    """The checkpoints of an output directory that are of the run in it, or of `record`. Raises StorageError."""
     record = record or read_record(out)
-    return CheckpointStore(out, keep) if record is None else CheckpointStore(out, keep, record.objection)
+    return checkpoint_store(out) if record is None else checkpoint_store(out, objection=record.objection)
 
 
 class Claim:
@@ -264,7 +264,7 @@ def _check_same(
             f"give the same ones, or {remedy}"
         )
     if recorded and fingerprint and recorded != fingerprint:
-        where = f"{store.directory(latest.step).name}/{MANIFEST}" if latest is not None else RUN_RECORD
+        where = f"{Path(store.directory(latest.step)).name}/{MANIFEST}" if latest is not None else RUN_RECORD
         raise OutputError(
             f"the images behind data.source have changed since the last checkpoint in {out} ({where}); {remedy}"
         )

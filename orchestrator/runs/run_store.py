@@ -10,18 +10,24 @@ from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.config.transforms import differing_keys
 from bim.orchestrator.config.validate import settings_from_mapping
 from bim.orchestrator.files import StorageError, make_folder
+from bim.orchestrator.runs.checkpoints import (
+    RunCheckpoints,
+    checkpoint_store,
+    read_storage_record,
+    record_storage,
+)
 from bim.orchestrator.runs.lease import Lease
 from bim.orchestrator.runs.output_dir import check_resumable, open_store
 from bim.orchestrator.runs.prepare import ResolvedRun
 from bim.orchestrator.runs.run_record import OutputError, RunRecord, read_record, write_record
-from bim.orchestrator.training.checkpoint import CheckpointStore
 from bim.orchestrator.training.manifest import Manifest
+from bim.orchestrator.training.remote_checkpoints import RemoteCheckpointStore
 from bim.orchestrator.training.restart_policy import disk_sentence
 
 log = logging.getLogger(__name__)
 
 
-def open_run_store(run: ResolvedRun, lease: Lease | None = None) -> CheckpointStore:
+def open_run_store(run: ResolvedRun, lease: Lease | None = None) -> RunCheckpoints:
     """The checkpoints that a training goes on from and adds to; no stage may be running.
 
     What an interrupted process left uncommitted is removed. Checkpoints that cannot be read are moved aside: beside others
@@ -40,6 +46,7 @@ def open_run_store(run: ResolvedRun, lease: Lease | None = None) -> CheckpointSt
     if run.record is None:
         make_folder(out.parent)  # of the trials of a search
     make_folder(out)
+    record_storage(out, settings)
     record = None if run.record is None else read_record(out) or replace(run.record, has_checkpoint=False)
     marked = record is None or record.has_checkpoint
 
@@ -56,10 +63,10 @@ def open_run_store(run: ResolvedRun, lease: Lease | None = None) -> CheckpointSt
             else:
                 marked = True
 
-    store = CheckpointStore(
+    store = checkpoint_store(
         out,
         settings.checkpoint.keep,
-        objection,
+        objection=objection,
         before_commit=(lambda: None) if lease is None else lease.check,
         after_commit=mark,
     )
@@ -69,7 +76,9 @@ def open_run_store(run: ResolvedRun, lease: Lease | None = None) -> CheckpointSt
         unreadable = store.problems(uncommitted=not is_readable and record.has_checkpoint)
         aside = store.set_aside(unreadable)
         if aside is not None:
-            log.warning("%s moved to %s", ", ".join(f"{k} ({v})" for k, v in unreadable.items()), aside.name)
+            log.warning(
+                "%s moved to %s", ", ".join(f"{k} ({v})" for k, v in unreadable.items()), Path(aside).name
+            )
         if record.has_checkpoint and not is_readable:
             record = replace(record, has_checkpoint=False)
             marked = False
@@ -78,8 +87,19 @@ def open_run_store(run: ResolvedRun, lease: Lease | None = None) -> CheckpointSt
     return store
 
 
-def storage_failure(error: StorageError, out: Path, record: RunRecord | None = None) -> str:
-    """The sentence with which a run ends whose file system refuses, with the checkpoint that stays."""
+def storage_failure(
+    error: StorageError, out: Path, record: RunRecord | None = None, store: RunCheckpoints | None = None
+) -> str:
+    """The sentence with which a run ends whose file system or storage refuses, with the checkpoint that stays.
+
+    Args:
+        store: the checkpoints of the run, if they were opened; one that is away is not asked.
+    """
+    if isinstance(store, RemoteCheckpointStore):
+        step = store.committed_step
+        return disk_sentence(error, "none" if step is None else f"step {step}")
+    if store is None and read_storage_record(out) is not None:
+        return disk_sentence(error, "unknown")
     try:
         latest = open_store(out, record).latest()
     except (OutputError, StorageError):

@@ -27,6 +27,7 @@ from bim.orchestrator.distributed.placement import (
 from bim.orchestrator.distributed.placement_group import PlacementGroup
 from bim.orchestrator.distributed.ray_stage_group import RayStages
 from bim.orchestrator.files import StorageError
+from bim.orchestrator.runs.checkpoints import checkpoints_location
 from bim.orchestrator.runs.lease import Lease
 from bim.orchestrator.runs.output_dir import OutputError, open_store
 from bim.orchestrator.runs.prepare import ResolvedRun
@@ -101,7 +102,7 @@ def train(
         with stop_on_signals(stop, interrupts_idle=True):
             return pretrain(schedule, stages, store, manifest, _watching(callback, lease), policy, stop)
     except StorageError as error:
-        raise TrainingError(storage_failure(error, run.out, run.record)) from error
+        raise TrainingError(storage_failure(error, run.out, run.record, store)) from error
     except (PlacementError, DataError) as error:
         if not callback.started:
             raise
@@ -191,7 +192,8 @@ def make_stages(
     """The group of stages that the settings ask for, not yet started."""
     if run.settings.placement.backend == "ray":
         wait_s = placement_timeout_s(run.settings)
-        return RayStages(spec, run.data, layout, run.out, wait_s, group, first_bundle)
+        shared = checkpoints_location(run.out)
+        return RayStages(spec, run.data, layout, shared, wait_s, group, first_bundle)
     device = "cuda" if layout.gpus else "cpu"
     return InProcessStages(spec, run.data.train_batches, layout.stage_blocks, device, layout.threads)
 

@@ -8,7 +8,6 @@ the record as if nothing had happened.
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from bim.orchestrator.search.proposals import Proposer
 from bim.orchestrator.search.record import FOLDER, RECORD, save_result
 from bim.orchestrator.search.results import SearchResult, TrialRow, TrialScore
 from bim.orchestrator.search.space import Space
-from bim.orchestrator.search.trial import TrialSpec
+from bim.orchestrator.search.trial import TrialSpec, remove_trial_checkpoints
 from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.errors import TrainingError
 
@@ -91,7 +90,7 @@ class SearchController:
         self._start_time, self._any_started = time.monotonic(), False
         for row in self.result.rows:
             if row.is_complete:
-                shutil.rmtree(self._folder(row), ignore_errors=True)
+                remove_trial_checkpoints(self._spec.trial, str(row.number))
 
     def next_trial(self) -> TrialRow | None:
         """The trial to start next: first those that an earlier process did not complete. None if there are no more."""
@@ -199,10 +198,7 @@ class SearchController:
 
     def _end(self, row: TrialRow) -> None:
         self._callback.on_end(self.result, self._save(row))
-        shutil.rmtree(self._folder(row), ignore_errors=True)
-
-    def _folder(self, row: TrialRow) -> Path:
-        return Path(self._spec.trial.folder) / str(row.number)
+        remove_trial_checkpoints(self._spec.trial, str(row.number))
 
     def _save(self, row: TrialRow) -> TrialRow:
         self.result = self.result.with_row(row)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from bim.orchestrator.training.build import open_spec_backbone
 from bim.orchestrator.training.checkpoint import load_weights
 from bim.orchestrator.training.depth_variants import trained_variant
 from bim.orchestrator.training.spec import PretrainSpec
+from bim.orchestrator.training.storage import Location
 
 SCORED_BY = ("knn_k", "knn_temperature")
 """Settings of the evaluation that a score depends on; scores under other values cannot be compared."""
@@ -66,7 +66,7 @@ def score_checkpoint(
     spec: PretrainSpec,
     images: tuple[Source, Splits],
     config: EvalConfig,
-    checkpoint: Path,
+    checkpoint: Location,
     device: str = "cpu",
 ) -> Score:
     """Score every depth variant of a committed checkpoint at the backbone's own image size, all tokens visible.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -23,6 +22,7 @@ from bim.orchestrator.search.objective import Score, score_checkpoint
 from bim.orchestrator.search.trial import InfeasibleSettings, Scorer, TrialSpec, run_trial
 from bim.orchestrator.training.errors import TrainingError
 from bim.orchestrator.training.spec import PretrainSpec
+from bim.orchestrator.training.storage import Location
 
 MIN_SCORING_BATCH = 8
 """Images that are embedded at a time when GPU memory is short; a smaller batch saves little."""
@@ -66,7 +66,7 @@ class _ScoreActor:
     def __init__(self, data: DataSpec) -> None:
         self._images = data.open()
 
-    def score(self, spec: PretrainSpec, checkpoint: Path, config: EvalConfig, device: str) -> Score:
+    def score(self, spec: PretrainSpec, checkpoint: Location, config: EvalConfig, device: str) -> Score:
         """Score a checkpoint, with smaller batches where the stage leaves too little memory."""
         try:
             return score_checkpoint(spec, self._images, config, checkpoint, device)

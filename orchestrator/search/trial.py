@@ -6,11 +6,14 @@ functions that `tuner` passes.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from bim.orchestrator.config.schema import Settings
@@ -23,18 +26,28 @@ from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.distributed.placement import ClusterResources, StageLayout, gpu_capacity
 from bim.orchestrator.distributed.placement_group import PlacementGroup
 from bim.orchestrator.evaluation.records import EvalConfig
+from bim.orchestrator.files import StorageError
+from bim.orchestrator.runs.checkpoints import (
+    StorageRecord,
+    checkpoint_store,
+    committed_folder,
+    write_storage_record,
+)
 from bim.orchestrator.runs.prepare import ResolvedRun, resolve_run
 from bim.orchestrator.runs.resolve import data_spec, resolve
 from bim.orchestrator.runs.train import resolve_layout, train
 from bim.orchestrator.search.objective import Score, training_gflops
 from bim.orchestrator.training.callbacks import EpochReport, NullCallback, StopRequest
-from bim.orchestrator.training.checkpoint import CheckpointStore
+from bim.orchestrator.training.errors import StorageUnsupportedError
 from bim.orchestrator.training.spec import Precision, PretrainSpec
+from bim.orchestrator.training.storage import Location, below, is_url, remove_below
+
+log = logging.getLogger(__name__)
 
 DRIVER_CPUS = 0.05
 """CPUs that the driver of a trial requests beside its stages, for which it waits most of the time."""
 
-Scorer = Callable[[PretrainSpec, Path], Score]
+Scorer = Callable[[PretrainSpec, Location], Score]
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -45,7 +58,7 @@ class TrialSpec:
     Args:
         settings: the recipe, as nested plain values.
         layout: of the stages of one trial.
-        folder: of the checkpoints of trials that run.
+        folder: of the checkpoints of trials that run, or its URL.
         evaluation: how checkpoints are scored.
         fingerprint: of the images.
         device: where checkpoints are scored.
@@ -147,19 +160,56 @@ def run_trial(
         DataError: the images cannot be read, or have changed since the search began.
         Exception: the error that ended the training.
     """
+    with _trial_output(trial, name) as out:
+        _run_trial(trial, changes, name, out, scorer, report, group, first_bundle)
+
+
+@contextmanager
+def _trial_output(trial: TrialSpec, name: str) -> Iterator[Path]:
+    """The output directory of a trial, which holds nothing but its checkpoints, or the record that they are below a URL."""
+    if not is_url(trial.folder):
+        yield Path(trial.folder) / name
+        return
+    with TemporaryDirectory(prefix="bim-trial-") as out:
+        write_storage_record(Path(out), StorageRecord(trial.folder, name))
+        yield Path(out)
+
+
+def remove_trial_checkpoints(trial: TrialSpec, name: str | None = None) -> None:
+    """Remove the checkpoints of a trial, or of all trials, as far as the storage lets one; never raises."""
+    if not is_url(trial.folder):
+        shutil.rmtree(Path(trial.folder) / (name or ""), ignore_errors=True)
+        return
+    try:
+        remove_below(str(trial.folder if name is None else below(trial.folder, name)))
+    except (StorageError, StorageUnsupportedError) as error:
+        log.debug("checkpoints of trials stay: %s", error)
+
+
+def _run_trial(
+    trial: TrialSpec,
+    changes: Mapping[str, Any],
+    name: str,
+    out: Path,
+    scorer: Callable[[ResolvedRun, tuple[Source, Splits]], Scorer],
+    report: Report,
+    group: PlacementGroup | None,
+    first_bundle: int,
+) -> None:
     recipe = settings_from_mapping(trial.settings)
-    out = Path(trial.folder) / name
     images = data_spec(recipe, resolve(recipe)[1]).open()  # the same for all trials
     try:
         settings = trial_settings(recipe, changes)
+        if is_url(trial.folder):
+            settings = with_changes(settings, {"checkpoint.storage": trial.folder})
         run, source, splits = resolve_run(settings, out, images)
     except ValueError as error:  # SettingsError among them, and too few images for one step
         raise InfeasibleSettings(str(error).splitlines()[0]) from error
     if run.fingerprint != trial.fingerprint:
         raise DataError("the images behind data.source have changed since the search began")
-    checkpoint = CheckpointStore(out).latest()
+    checkpoint = checkpoint_store(out).latest()
     if checkpoint is not None and differing_keys(settings_from_mapping(checkpoint.settings), settings):
-        shutil.rmtree(out)
+        remove_trial_checkpoints(trial, name)
         checkpoint = None
     callback = _ScoringCallback(run, recipe.search.every_epochs, scorer(run, (source, splits)), report)
     if checkpoint is not None:
@@ -173,7 +223,6 @@ class _ScoringCallback(NullCallback):
     def __init__(self, run: ResolvedRun, every_epochs: int, score: Scorer, report: Report) -> None:
         self.started = False
         self._run, self._every_epochs, self._score, self._report = run, every_epochs, score, report
-        self._store = CheckpointStore(run.out)
         self._gflops = training_gflops(run.spec, run.phases, run.settings.schedule.epochs)
         self._scoring_s = self._trained_s = 0.0
         self._images = 0
@@ -191,7 +240,7 @@ class _ScoringCallback(NullCallback):
         if epoch is None or (epoch % self._every_epochs and step != self._run.total_steps):
             return
         start = time.perf_counter()
-        score = self._score(self._run.spec, self._store.directory(step))
+        score = self._score(self._run.spec, committed_folder(self._run.out, step))
         self._scoring_s += time.perf_counter() - start
         result: dict[str, Any] = {
             "epoch": epoch,

@@ -25,10 +25,10 @@ from bim.orchestrator.config.transforms import settings_to_yaml, with_changes
 from bim.orchestrator.files import make_folder
 from bim.orchestrator.search.controller import SearchCallback, SearchController, SearchSpec
 from bim.orchestrator.search.proposals import proposer
-from bim.orchestrator.search.record import save_result
+from bim.orchestrator.search.record import FOLDER, save_result
 from bim.orchestrator.search.results import SearchResult, with_best
 from bim.orchestrator.search.trainable import make_trainable
-from bim.orchestrator.search.trial import DRIVER_CPUS
+from bim.orchestrator.search.trial import DRIVER_CPUS, remove_trial_checkpoints
 from bim.orchestrator.training.callbacks import StopRequest
 
 RETRIES = 1
@@ -61,7 +61,7 @@ def search(spec: SearchSpec, out: Path, callback: SearchCallback, stop: StopRequ
     )
     controller = SearchController(spec, propose, out, callback, stop)
     bundles = [{"CPU": DRIVER_CPUS}, *trial.layout.bundles]
-    folder = Path(trial.folder).parent
+    folder = out / FOLDER
     make_folder(folder)
     for stale in folder.glob(f"{TUNE_FOLDER}*"):
         shutil.rmtree(stale, ignore_errors=True)
@@ -94,7 +94,7 @@ def search(spec: SearchSpec, out: Path, callback: SearchCallback, stop: StopRequ
         best = with_changes(with_best(spec.settings, result), changes)
         head = f"# The best of the {len(result.rows)} trials of a search: trial {result.best.number}\n"
         save_result(out, result, head + settings_to_yaml(best))
-        shutil.rmtree(trial.folder, ignore_errors=True)
+        remove_trial_checkpoints(trial)
     return result
 
 

@@ -121,6 +121,11 @@ class CheckpointStore:
         """The folder of all checkpoints."""
         return self._root
 
+    @property
+    def aside_name(self) -> str:
+        """Where `set_aside` moves checkpoints, for messages."""
+        return f"{self._root.name}.unreadable-TIME"
+
     def make_root(self) -> None:
         """Make the folder of all checkpoints, once, when a run begins: one that goes later on is not made again.
 

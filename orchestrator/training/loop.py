@@ -65,7 +65,7 @@ def pretrain(
     Raises:
         TrainingError: a loss that is not finite, a process lost once too often, a full disk. The last checkpoint is kept.
         TooManyCorruptImagesError: more unreadable images than the schedule allows.
-        StorageError: the folder of the checkpoints cannot be made.
+        StorageError: the file system of the checkpoints is full, read-only or gone. The last checkpoint is kept.
         Exception: what a stage's code raised, when a restart did not help.
     """
     store.make_root()

@@ -33,14 +33,17 @@ class ObjectStore:
 
     Keys, regions and endpoints come from the environment, as the package of the protocol reads it.
 
+    Args:
+        retry_for_s: how long a request that fails is repeated; None: `RETRY_FOR_S`.
+
     Raises:
         StorageUnsupportedError: by the constructor.
         StorageError: by every method.
     """
 
-    def __init__(self, url: str, retry_for_s: float = RETRY_FOR_S) -> None:
+    def __init__(self, url: str, retry_for_s: float | None = None) -> None:
         self.url = url.rstrip("/")
-        self.retry_for_s = retry_for_s
+        self.retry_for_s = RETRY_FOR_S if retry_for_s is None else retry_for_s
         self._protocol = url.partition("://")[0]
         self._fs, self._root = _open(self.url)
 

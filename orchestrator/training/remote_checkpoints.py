@@ -14,6 +14,7 @@ import secrets
 import time
 import zlib
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache
 
@@ -22,8 +23,8 @@ from torch import Tensor
 
 from bim.orchestrator.files import StorageError
 from bim.orchestrator.training.errors import CheckpointDamagedError
-from bim.orchestrator.training.manifest import MANIFEST, FileRecord, Manifest, parse_manifest
-from bim.orchestrator.training.object_store import RETRY_FOR_S, ObjectStore
+from bim.orchestrator.training.manifest import MANIFEST, CheckpointError, FileRecord, Manifest, parse_manifest
+from bim.orchestrator.training.object_store import ObjectStore
 
 DAMAGED = "damaged.txt"
 """Marks a checkpoint of which a file was read that is not as it was written; says which."""
@@ -58,7 +59,7 @@ class RemoteFolder:
         if self._records is None:
             try:
                 manifest = parse_manifest(self._objects.read(MANIFEST) or b"")
-            except (ValueError, KeyError, TypeError) as error:
+            except CheckpointError as error:
                 raise self._damage(f"unreadable manifest ({error})") from error
             self._records = {record.name: record for record in manifest.files}
         if name not in self._records:
@@ -80,7 +81,7 @@ class RemoteCheckpointStore:
 
     Args:
         keep: number of committed checkpoints to keep; a commit removes older ones.
-        retry_for_s: how long a request that fails is repeated.
+        retry_for_s: how long a request that fails is repeated; None: as long as in training.
         objection: why a checkpoint is not one of this run; None if it is.
         before_commit: called before every commit; what it raises ends the run without the commit.
         after_commit: called after every commit.
@@ -92,7 +93,7 @@ class RemoteCheckpointStore:
         self,
         url: str,
         keep: int = 2,
-        retry_for_s: float = RETRY_FOR_S,
+        retry_for_s: float | None = None,
         objection: Callable[[Manifest], str | None] = lambda manifest: None,
         before_commit: Callable[[], None] = lambda: None,
         after_commit: Callable[[], None] = lambda: None,
@@ -104,8 +105,29 @@ class RemoteCheckpointStore:
         self._before_commit, self._after_commit = before_commit, after_commit
         self._folders: dict[int, str] = {}
         """Step -> name of the folder, of checkpoints that are written to or were returned by `latest`."""
+        self.committed_step: int | None = None
+        """The step of the checkpoint that the run would go on from, as this process knows it."""
         self._rejected: dict[str, str] = {}
         """Name of a committed folder -> why the run cannot go on from it."""
+
+    @property
+    def root(self) -> str:
+        """The URL."""
+        return self.url
+
+    @property
+    def aside_name(self) -> str:
+        """Where `set_aside` moves checkpoints, for messages."""
+        return "unreadable-TIME below it"
+
+    def run_ids(self) -> set[str]:
+        """The run ids in all manifests that can be read; an empty one stands for those without."""
+        ids = set()
+        for name, files in self._list().items():
+            if MANIFEST in files:
+                with suppress(CheckpointError):
+                    ids.add(parse_manifest(self._objects.read(f"{name}/{MANIFEST}") or b"").run_id)
+        return ids
 
     def make_root(self) -> None:
         """An object store needs no folders."""
@@ -130,6 +152,7 @@ class RemoteCheckpointStore:
         name = url.rpartition("/")[2]
         self._check_sole_writer(manifest.step)
         self._objects.write(f"{name}/{MANIFEST}", json.dumps(asdict(manifest), indent=1).encode())
+        self.committed_step = manifest.step
         try:
             self._remove_obsolete(name)
         except StorageError as error:  # this one is committed; the next one removes them
@@ -146,14 +169,16 @@ class RemoteCheckpointStore:
         for name, files in self._list().items():
             try:
                 manifest = self._valid_manifest(name, files)
-            except ValueError as error:
+            except CheckpointError as error:
                 if MANIFEST in files:
                     self._rejected[name] = str(error)
                 if warn:
                     log.warning("checkpoint %s skipped: %s", name, error)
             else:
                 self._folders[manifest.step] = name
+                self.committed_step = manifest.step
                 return manifest
+        self.committed_step = None
         return None
 
     def problems(self, uncommitted: bool = False) -> dict[str, str]:
@@ -166,7 +191,7 @@ class RemoteCheckpointStore:
             if uncommitted or MANIFEST in files:
                 try:
                     self._valid_manifest(name, files)
-                except ValueError as error:
+                except CheckpointError as error:
                     problems[name] = str(error)
         return problems
 
@@ -193,26 +218,26 @@ class RemoteCheckpointStore:
         self._remove(self._list())
 
     def _valid_manifest(self, name: str, files: dict[str, int]) -> Manifest:
-        """The manifest of a folder. Raises ValueError with the first reason why the run cannot go on from it."""
+        """The manifest of a folder. Raises CheckpointError with the first reason why the run cannot go on from it."""
         if MANIFEST not in files:
-            raise ValueError("no manifest (incomplete write)")
+            raise CheckpointError("no manifest (incomplete write)")
         if name in self._rejected:
-            raise ValueError(self._rejected[name])
+            raise CheckpointError(self._rejected[name])
         if DAMAGED in files:
-            raise ValueError((self._objects.read(f"{name}/{DAMAGED}") or b"").decode(errors="replace"))
+            raise CheckpointError((self._objects.read(f"{name}/{DAMAGED}") or b"").decode(errors="replace"))
         try:
             manifest = parse_manifest(self._objects.read(f"{name}/{MANIFEST}") or b"")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"unreadable manifest ({error})") from error
+        except CheckpointError as error:
+            raise CheckpointError(f"unreadable manifest ({error})") from error
         if manifest.step != _step_of(name):
-            raise ValueError(f"its manifest is that of step {manifest.step}")
+            raise CheckpointError(f"its manifest is that of step {manifest.step}")
         for record in manifest.files:
             if record.name not in files:
-                raise ValueError(f"{record.name} is missing")
+                raise CheckpointError(f"{record.name} is missing")
             if files[record.name] != record.size:
-                raise ValueError(f"{record.name} has {files[record.name]} of {record.size} bytes")
+                raise CheckpointError(f"{record.name} has {files[record.name]} of {record.size} bytes")
         if (objection := self._objection(manifest)) is not None:
-            raise ValueError(objection)
+            raise CheckpointError(objection)
         return manifest
 
     def _check_sole_writer(self, step: int) -> None:

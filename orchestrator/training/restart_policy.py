@@ -88,7 +88,7 @@ def is_incurable(error: BaseException) -> bool:
     """Whether a rewind cannot help."""
     if isinstance(error, TrainingError):
         return not isinstance(error, DeviceMemoryError)
-    return isinstance(error, DataError) or is_disk_error(error)
+    return isinstance(error, DataError | StorageError) or is_disk_error(error)
 
 
 def is_disk_error(error: BaseException) -> bool:

@@ -92,6 +92,14 @@ def remove_probe(probe: Location) -> None:
         Path(probe).unlink()
 
 
+def remove_below(url: str) -> None:
+    """Remove every object below a URL."""
+    objects, name = _object(url)
+    names = [path for path in objects.sizes() if path.startswith(f"{name}/")]
+    if names:
+        objects.remove(names)
+
+
 def _object(url: str) -> tuple[ObjectStore, str]:
     """The objects of a folder, and the name of one of them."""
     from bim.orchestrator.training.object_store import ObjectStore

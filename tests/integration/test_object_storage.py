@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from bim.orchestrator.distributed.placement import PlacementError
+from bim.orchestrator.distributed.ray_stage_group import RayStages
+from bim.orchestrator.files import StorageError
+from bim.orchestrator.training import object_store
 from bim.orchestrator.training.callbacks import NullCallback
 from bim.orchestrator.training.object_store import ObjectStore
 from bim.orchestrator.training.remote_checkpoints import RemoteCheckpointStore, open_remote_folder
@@ -102,3 +106,59 @@ def test_a_damaged_part_is_found_by_its_stage_and_the_run_goes_on_from_the_check
     assert "block-1.safetensors has a wrong checksum" in caplog.text
     assert store.latest() is not None
     assert differing_from(unbroken, store) == []
+
+
+@pytest.mark.slow
+def test_a_storage_that_stays_away_ends_the_run_with_the_checkpoint_that_stays(
+    s3: int, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_store, "RETRY_FOR_S", 0.5)
+
+    def goes_away() -> None:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        forget_connections()
+
+    store = RemoteCheckpointStore(URL, retry_for_s=0.5)
+    with pytest.raises(StorageError, match=r"first-1a2b/step-00000020-\w+ cannot be written to \(Endpoint"):
+        tiny.train(
+            tiny.in_process(tiny.tiny_spec(2), 2), tmp_path, 20, 10, Breaks(10, goes_away), store=store
+        )
+    assert store.committed_step == 10
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{s3}")
+    forget_connections()
+    store = RemoteCheckpointStore(URL)
+    assert tiny.train(tiny.in_process(tiny.tiny_spec(2), 2), tmp_path, 20, 10, store=store).step == 20
+    assert differing_from(unbroken, store) == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_stages_of_ray_write_and_read_their_parts_below_a_url(unbroken: Path, tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/checkpoints/first-1a2b"
+
+    def die() -> None:
+        raise KeyboardInterrupt
+
+    def train(callback: NullCallback) -> None:
+        stages = RayStages(tiny.tiny_spec(2), tiny.data(), tiny.layout(2, 2), url)
+        try:
+            tiny.train(stages, tmp_path, 20, 10, callback, store=RemoteCheckpointStore(url))
+        finally:
+            stages.close()
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Breaks(10, die))
+    train(NullCallback())
+    assert differing_from(unbroken, RemoteCheckpointStore(url)) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_url_that_means_something_else_on_the_nodes_is_refused(tmp_path: Path) -> None:
+    stages = RayStages(tiny.tiny_spec(2), tiny.data(), tiny.layout(2, 2), "memory://bucket/first-1a2b")
+    try:
+        with pytest.raises(PlacementError, match="has other content on the node of stage 0"):
+            stages.start()
+    finally:
+        stages.close()

@@ -364,6 +364,7 @@ def test_folders_on_a_disk_never_import_fsspec(tmp_path: Path, monkeypatch: pyte
     for name in ("fsspec", "fsspec.core", "fsspec.registry"):
         monkeypatch.setitem(sys.modules, name, None)
     store = CheckpointStore(tmp_path)
+    store.make_root()
     store.clear_uncommitted()
     records = save_block(store.directory(2), 0, {"encoder.w": torch.zeros(3)}, {})
     store.commit(Manifest(2, 10, {}, {}, tuple(records)))
