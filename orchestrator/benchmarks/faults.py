@@ -15,6 +15,7 @@ from itertools import cycle
 from pathlib import Path
 
 from bim.orchestrator.benchmarks.fault_job import COMMITS, Outcome, read_outcome
+from bim.orchestrator.benchmarks.fault_processes import END_TIMEOUT_S, KILLED_TIMEOUT_S
 from bim.orchestrator.benchmarks.fault_run import KINDS, FaultRun, Kill
 from bim.orchestrator.benchmarks.mlflow_server import MlflowServer
 from bim.orchestrator.config.recipes import SAVED_SETTINGS
@@ -209,7 +210,9 @@ def _drive(run: FaultRun, report: Report, deadline: float) -> None:
             report.error = "hangs"
             return
         report.statuses.append(status)
-        report.left_behind += run.remains.wait_for_processes()
+        report.left_behind += run.remains.wait_for_processes(
+            KILLED_TIMEOUT_S if status < 0 else END_TIMEOUT_S
+        )
         if status == 0:
             report.synced = run.sync_if_asked()
             return
