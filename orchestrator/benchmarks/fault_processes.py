@@ -23,8 +23,8 @@ RAYLET = "raylet"
 SHARED_MEMORY = Path("/dev/shm")
 
 END_TIMEOUT_S, KILLED_TIMEOUT_S = 5.0, 20.0
-"""Seconds after the end of a driver in which all its processes go away; if it was killed itself, Ray's agents of its node,
-which look for their raylet every two seconds, are the last."""
+"""Seconds after the end of a driver in which all its processes go away; after its own kill, those of its Ray have to notice
+the loss one after the other, which takes longer on a loaded machine."""
 
 POLL_INTERVAL_S = 0.2
 
