@@ -22,8 +22,9 @@ RAYLET = "raylet"
 
 SHARED_MEMORY = Path("/dev/shm")
 
-END_TIMEOUT_S = 5.0
-"""Seconds after the end of a run in which everything of it goes away."""
+END_TIMEOUT_S, KILLED_TIMEOUT_S = 5.0, 20.0
+"""Seconds after the end of a driver in which all its processes go away; after its own kill, those of its Ray have to notice
+the loss one after the other, which takes longer on a loaded machine."""
 
 POLL_INTERVAL_S = 0.2
 
@@ -105,7 +106,7 @@ class Remains:
             except psutil.Error:
                 continue
 
-    def wait_for_processes(self, timeout_s: float = END_TIMEOUT_S) -> list[str]:
+    def wait_for_processes(self, timeout_s: float) -> list[str]:
         """Titles of the processes that outlive the driver by `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while (alive := self._alive()) and time.monotonic() < deadline:

@@ -7,7 +7,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +60,7 @@ class FaultRun:
     Args:
         cluster: that the run joins; None: its driver starts Ray.
         lifetimes: seconds that a victim of each kind lives in an unbroken run at this place.
-        measures: whether this is the unbroken run that fills `lifetimes`.
+        watches_all: whether the processes of all kinds are looked for, as in the unbroken run.
     """
 
     def __init__(
@@ -68,12 +68,14 @@ class FaultRun:
         server: MlflowServer,
         cluster: NodesOnOneMachine | None,
         folder: Path,
-        lifetimes: dict[str, float],
-        measures: bool,
+        lifetimes: Mapping[str, float],
+        watches_all: bool,
     ) -> None:
         self.out, self._output = folder / "run", folder / "output.txt"
         self._server, self._cluster, self._folder = server, cluster, folder
-        self._lifetimes, self._measures = lifetimes, measures
+        self._lifetimes, self._watches_all = lifetimes, watches_all
+        self.lived: dict[str, float] = {}
+        """Seconds for which processes of a kind were seen."""
         token = secrets.token_hex(8)
         self.remains = Remains(token, self.out, self._raylets)
         self._environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
@@ -105,7 +107,7 @@ class FaultRun:
 
     def _watch(self, driver: subprocess.Popen[bytes], kill: Kill | None, deadline: float) -> str:
         """Look at the processes until the driver or the time has ended, and strike once. Returns the victim."""
-        kinds = KINDS if self._measures else () if kill is None else (kill.kind,)
+        kinds = KINDS if self._watches_all else () if kill is None else (kill.kind,)
         first_seen: dict[str, float] = {}
         candidates: list[psutil.Process] = []
         victim, next_look = "", 0.0
@@ -119,9 +121,7 @@ class FaultRun:
                 for kind in kinds:
                     candidates = self._candidates(kind, tree, driver.pid)
                     if candidates:
-                        first_seen.setdefault(kind, now)
-                        if self._measures:
-                            self._lifetimes[kind] = now - first_seen[kind]
+                        self.lived[kind] = now - first_seen.setdefault(kind, now)
             if kill is None or victim:
                 time.sleep(POLL_INTERVAL_S)
                 continue

@@ -15,6 +15,7 @@ from itertools import cycle
 from pathlib import Path
 
 from bim.orchestrator.benchmarks.fault_job import COMMITS, Outcome, read_outcome
+from bim.orchestrator.benchmarks.fault_processes import END_TIMEOUT_S, KILLED_TIMEOUT_S
 from bim.orchestrator.benchmarks.fault_run import KINDS, FaultRun, Kill
 from bim.orchestrator.benchmarks.mlflow_server import MlflowServer
 from bim.orchestrator.config.recipes import SAVED_SETTINGS
@@ -29,8 +30,8 @@ MAX_RESUMES = 3
 LIMIT_FACTOR, LEAST_LIMIT_S, UNBROKEN_LIMIT_S = 10.0, 300.0, 1800.0
 """A run that takes this many times as long as the unbroken one, and at least so many seconds, hangs."""
 
-MISSES = 4
-"""A run that ends before the kill is repeated so often, with an earlier moment."""
+MISSES, MISS_FACTOR = 4, 0.9
+"""A run that ends before the kill is repeated so often, with an earlier moment each time."""
 
 
 @dataclass
@@ -135,13 +136,15 @@ class FaultBench:
         Raises:
             RuntimeError: the unbroken run failed.
         """
-        unbroken, unbroken_s = self._reference(kill.on_cluster)
         for _ in range(MISSES):
+            unbroken, unbroken_s = self._reference(kill.on_cluster)
             report = self._run(kill, kill.on_cluster, max(LEAST_LIMIT_S, LIMIT_FACTOR * unbroken_s), unbroken)
-            if report.victim or report.error:
+            if report.victim or not report.is_equal or report.left_behind:
                 break
+            # It was an unbroken run, and a faster one than the last: the next one goes by its times.
+            self._unbroken[kill.on_cluster] = unbroken, report.lost_s
             part = kill.commit / COMMITS if kill.fraction is None else kill.fraction
-            kill = replace(kill, fraction=0.7 * part)
+            kill = replace(kill, fraction=MISS_FACTOR * part)
         report.lost_s -= unbroken_s
         return report
 
@@ -181,6 +184,8 @@ class FaultBench:
         finally:
             run.remains.kill_processes()
         run.ensure_server()
+        if not report.victim:
+            self._lifetimes[on_cluster].update(run.lived)
         report.left_behind += run.remains.files()
         if cluster is not None:
             report.left_behind += cluster.placement_groups()
@@ -205,7 +210,9 @@ def _drive(run: FaultRun, report: Report, deadline: float) -> None:
             report.error = "hangs"
             return
         report.statuses.append(status)
-        report.left_behind += run.remains.wait_for_processes()
+        report.left_behind += run.remains.wait_for_processes(
+            KILLED_TIMEOUT_S if status < 0 else END_TIMEOUT_S
+        )
         if status == 0:
             report.synced = run.sync_if_asked()
             return

@@ -21,7 +21,6 @@ class NodesOnOneMachine:
         self.address = str(self._cluster.address)
         self._nodes: list[Any] = []
         self.complete()
-        ray.init(self.address, log_to_driver=False, logging_level="ERROR")
 
     def complete(self) -> None:
         """Replace the nodes whose raylet was killed."""
@@ -37,14 +36,18 @@ class NodesOnOneMachine:
 
     def placement_groups(self) -> list[str]:
         """The placement groups that exist."""
-        table = placement_group_table().values()
+        # Not connected for longer: Ray prints pages for every raylet that dies.
+        ray.init(self.address, log_to_driver=False, logging_level="ERROR")
+        try:
+            table = placement_group_table().values()
+        finally:
+            ray.shutdown()
         return [
             f"placement group {group['placement_group_id']}" for group in table if group["state"] != "REMOVED"
         ]
 
     def close(self) -> None:
         """End all of it."""
-        ray.shutdown()
         self._cluster.shutdown()
 
 
