@@ -22,6 +22,8 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# By default Ray's workers yield to every other process, such as the unit tests on the other core.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 TESTS = Path(__file__).parent
 

@@ -55,6 +55,7 @@ class Scene:
 
     def start(self) -> SearchController:
         """The controller of a process that starts the search, or continues it from its record."""
+        self.out.mkdir(exist_ok=True)
         layout = StageLayout(((0,),), 0.0, 0.5, 0.4, 1)
         trial = TrialSpec({}, layout, "fp32", str(self.out / "search" / "trials"), EvalConfig(), "")
         initial = load_result(self.out) or SearchResult("knn_top1", 100, 4, BASELINE)
