@@ -22,7 +22,7 @@ RAYLET = "raylet"
 
 SHARED_MEMORY = Path("/dev/shm")
 
-END_TIMEOUT_S, KILLED_TIMEOUT_S = 5.0, 20.0
+END_TIMEOUT_S, KILLED_TIMEOUT_S = 5.0, 90.0
 """Seconds after the end of a driver in which all its processes go away; after its own kill, those of its Ray have to notice
 the loss one after the other, which takes longer on a loaded machine."""
 

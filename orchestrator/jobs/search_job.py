@@ -120,7 +120,7 @@ def run_search(
         log.info(line)
     for row in initial.rows:  # an earlier process may have ended before it recorded them
         tracker.log_trial(row, initial.metric)
-    with stop_on_signals(stop, meanwhile="ending the trials; the search can be continued"):
+    with stop_on_signals(stop, meanwhile="ending the trials of the search, which can be continued"):
         progress = SearchProgress(tracker, trials, concurrent)
         result = search(SearchSpec(settings, space, trial, initial), run.out, progress, stop)
     if not result.finished:

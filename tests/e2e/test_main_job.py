@@ -268,11 +268,11 @@ def test_weights_of_another_shape_are_refused(
 def test_a_loss_that_is_not_finite_names_block_step_and_learning_rate(
     tmp_path: Path, unlabeled: Path, store: str
 ) -> None:
-    done = main_job(tmp_path / "run", unlabeled, store, optim__blr="1e30")
+    done = main_job(tmp_path / "run", unlabeled, store, optim__blr="1e6")
     assert done.status == 1
     (told,) = done.stderr.splitlines()
     assert re.match(
-        r"error: the (loss|gradient norm) of block \d is not finite at step \d+ \(learning rate \S+e\+28\); try",
+        r"error: the (loss|gradient norm) of block \d is not finite at step \d+ \(learning rate \S+e\+04\); try",
         told,
     )
     assert not (done.out / "variants").exists()

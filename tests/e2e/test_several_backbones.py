@@ -171,7 +171,7 @@ def test_mlflow_has_both_families_below_one_run_that_compares_them(finished: Fin
 def test_a_loss_that_is_not_finite_fails_one_and_the_other_finishes(
     tmp_path: Path, labeled: Path, store: str
 ) -> None:
-    wild = both({}, {"settings": {"optim.blr": 1e30}})
+    wild = both({}, {"settings": {"optim.blr": 1e6}})
     where = {"data.source": str(labeled), "out": str(tmp_path / "run"), "tracking.uri": store}
     done = call(arguments(SMALL, HERE, wild, where), tmp_path / "run")
     assert done.status == 1
@@ -240,9 +240,7 @@ def test_ctrl_c_stops_both_with_a_checkpoint(interrupted: tuple[Finished, Finish
     first, _, _ = interrupted
     assert first.status == 128 + signal.SIGINT, first.stdout + first.stderr
     assert first.stderr == ""
-    assert (
-        first.stdout.count("SIGINT: finishing the steps under way, then saving; once more stops at once") == 1
-    )
+    assert first.stdout.count("SIGINT: saving a checkpoint (at most 15 s); once more stops at once") == 1
     assert (
         len(
             re.findall(r"^(?:vit |swin)  checkpoint saved after step \d+ of 420$", first.stdout, re.MULTILINE)
@@ -374,7 +372,7 @@ def test_a_backbone_that_failed_for_its_settings_is_trained_with_others_beside_t
 ) -> None:
     out = tmp_path / "run"
     where = {"data.source": str(labeled), "out": str(out), "tracking.uri": store}
-    wild = both({}, {"settings": {"optim.blr": 1e30}})
+    wild = both({}, {"settings": {"optim.blr": 1e6}})
     assert call(arguments(SMALL, HERE, wild, where), out).status == 1
     weights = (out / "vit" / "variants" / "depth04" / "model.safetensors").read_bytes()
     shutil.rmtree(out / "swin")

@@ -108,7 +108,7 @@ class Searched:
 def searched(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Searched:
     """One search, ended by a signal at the second score of trial 0, and continued."""
     out = tmp_path_factory.mktemp("search")
-    settings = recipe(out, "{optim.blr: [1.0, 1.0e30], decoder.throw_ratio: [0.9]}", seed=SEED)
+    settings = recipe(out, "{optim.blr: [1.0, 1.0e6], decoder.throw_ratio: [0.9]}", seed=SEED)
     first = Callback(stop_at=(0, 2))
     before = run(settings, out, first)
     cleared = nothing_runs()
@@ -146,7 +146,7 @@ def test_an_infeasible_combination_counts_as_such_and_names_the_setting(searched
 
 
 def test_a_trial_that_fails_is_told_with_its_cause_and_does_not_end_the_search(searched: Searched) -> None:
-    failed = row(searched, optim__blr=1e30)
+    failed = row(searched, optim__blr=1e6)
     assert failed.status == "failed"
     assert "is not finite at step" in failed.status_reason
     again = [line for line in searched.happened if line.startswith(f"{failed.number} is tried again")]
@@ -195,7 +195,7 @@ def test_the_best_setting_is_a_recipe_and_nothing_else_is_left_of_the_trials(sea
 def test_a_recipe_that_cannot_be_trained_ends_the_search_with_the_cause(
     tmp_path: Path, ray_cluster: None
 ) -> None:
-    settings = recipe(tmp_path, "{mask.ratio: [0.5]}", optim__blr=1e30, search__trials=1)
+    settings = recipe(tmp_path, "{mask.ratio: [0.5]}", optim__blr=1e6, search__trials=1)
     with pytest.raises(
         TrainingError,
         match=r"no trial .* was trained to its end; trial 0, the baseline config: failed, the loss of",
@@ -222,7 +222,7 @@ def test_optuna_draws_settings_and_goes_on_with_what_it_has_learnt(ray_cluster: 
 
 def test_optuna_goes_on_after_infeasible_and_failed_trials(ray_cluster: None, tmp_path: Path) -> None:
     pytest.importorskip("optuna", reason="the extra 'optuna' is not installed")
-    space = "{decoder.throw_ratio: [0.9], optim.blr: [1.0e30]}"
+    space = "{decoder.throw_ratio: [0.9], optim.blr: [1.0e6]}"
     changes = {"search__searcher": "optuna", "search__trials": 4, "search__grace_epochs": 1}
     result = run(recipe(tmp_path, space, **changes), tmp_path, Callback())
     assert result.finished
