@@ -18,9 +18,6 @@ SWIN = {"img_size": 128, "depths": [1, 1, 2, 1], "embed_dim": 8, "num_heads": [1
 FEW = ["--backbone", "swin_tiny_patch4_window7_224", "--batch", "2", "--steps", "1"]
 
 
-pytestmark = pytest.mark.slow
-
-
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, with `SWIN` in every spec."""
@@ -40,6 +37,7 @@ def row(lines: list[str], name: str) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_the_table_of_hierarchical_backbones(
     benchmark: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,6 +51,7 @@ def test_the_table_of_hierarchical_backbones(
     assert float(row(lines, "one mask per batch  ").split()[-2]) > 0
 
 
+@pytest.mark.slow
 def test_the_table_of_plans(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["plans", *FEW]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -60,10 +59,12 @@ def test_the_table_of_plans(benchmark: ModuleType, capsys: pytest.CaptureFixture
     assert float(row(lines, "one mask per sample, full sweep").split()[-1]) > 0
 
 
+@pytest.mark.nightly
 def test_ten_seeded_kills_change_nothing(benchmark: ModuleType, tmp_path: Path) -> None:
     assert benchmark.main(["faults", "--kills", "10", "--seed", "1", "--work", str(tmp_path)]) == 0
 
 
+@pytest.mark.slow
 def test_an_unknown_kind_of_kill_is_bad_input(
     benchmark: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:

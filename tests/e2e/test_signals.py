@@ -125,7 +125,7 @@ CASES = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("phase", "name"), CASES)
 def test_a_signal_to_the_whole_group_ends_any_phase_in_order_and_leaves_nothing(
     tmp_path: Path, unlabeled: Path, phase: str, name: str
@@ -151,7 +151,7 @@ def test_a_signal_to_the_whole_group_ends_any_phase_in_order_and_leaves_nothing(
     assert not left_over(tmp_path / "run")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("phase", ["on Ray, starting", "on Ray, training", "on Ray, measuring"])
 def test_a_second_signal_ends_the_command_within_three_seconds(
     tmp_path: Path, unlabeled: Path, phase: str

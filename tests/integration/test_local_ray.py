@@ -28,7 +28,7 @@ print("left", left, flush=True)
 STRANGER = "import ray; ray.init(address={address!r})"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_stranger_cannot_join_and_nothing_is_left(tmp_path: Path) -> None:
     """Another user of the machine has no token; another machine finds nothing that listens. Its TMPDIR is a long one."""
     long = tmp_path / ("slurm-job-" * 6)

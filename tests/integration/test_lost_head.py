@@ -12,7 +12,7 @@ import ray
 from tests.integration.nodes import NEEDS_MOUNTS, several_nodes, started_job, wait_until
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @NEEDS_MOUNTS
 def test_a_lost_head_ends_the_run_with_the_command_that_resumes_it_elsewhere() -> None:
     """The GCS holds the state of the cluster in its memory; a new one knows none of the actors."""

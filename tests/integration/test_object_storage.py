@@ -108,7 +108,7 @@ def test_a_damaged_part_is_found_by_its_stage_and_the_run_goes_on_from_the_check
     assert differing_from(unbroken, store) == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_storage_that_stays_away_ends_the_run_with_the_checkpoint_that_stays(
     s3: int, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +131,7 @@ def test_a_storage_that_stays_away_ends_the_run_with_the_checkpoint_that_stays(
     assert differing_from(unbroken, store) == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("ray_cluster")
 def test_stages_of_ray_write_and_read_their_parts_below_a_url(unbroken: Path, tmp_path: Path) -> None:
     url = f"file://{tmp_path}/checkpoints/first-1a2b"
@@ -153,7 +153,7 @@ def test_stages_of_ray_write_and_read_their_parts_below_a_url(unbroken: Path, tm
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_url_that_means_something_else_on_the_nodes_is_refused(tmp_path: Path) -> None:
     stages = RayStages(tiny.tiny_spec(2), tiny.data(), tiny.layout(2, 2), "memory://bucket/first-1a2b")

@@ -17,7 +17,7 @@ from bim.orchestrator.files import atomic_write
 from bim.orchestrator.search.record import FOLDER, load_result
 from bim.orchestrator.search.trial import TrialSpec
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 PROGRAM = """
 import sys

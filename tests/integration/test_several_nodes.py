@@ -38,7 +38,7 @@ TWO_NODES = StageLayout(((0,), (1,)), gpus=0.0, cpus=0.6, loader_cpus=0.4, threa
 
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.nightly,
     NEEDS_MOUNTS,
 ]
 
