@@ -207,9 +207,9 @@ def _info_of(key: str) -> SettingInfo | None:
 
 def _not_a_setting(key: str) -> str:
     infos = all_settings()
-    inner = [name for name, info in infos.items() if info.group == key]
+    inner = [name for name, info in infos.items() if info.section == key]
     if inner:
-        return f"'{key}' is a group of settings, not one: {', '.join(inner)}"
+        return f"'{key}' is a section of settings, not one: {', '.join(inner)}"
     return unknown(key, [*infos, "recipe", *(flag.lstrip("-") for flag in FLAGS)])
 
 

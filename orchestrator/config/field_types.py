@@ -90,7 +90,7 @@ SearchSpace = Annotated[dict[str, SearchValues], BeforeValidator(_search_space)]
 
 
 class Section(BaseModel):
-    """A frozen group of settings that refuses unknown keys."""
+    """A frozen section of settings that refuses unknown keys."""
 
     # Strict: "4" in a file is text, True is no number. Lists become tuples, text a path, where declared.
     model_config = ConfigDict(

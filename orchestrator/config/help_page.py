@@ -8,7 +8,7 @@ from typing import Any
 
 from bim.orchestrator.config.messages import SettingInfo, format_value
 from bim.orchestrator.config.recipes import DEFAULT_RECIPE, bundled_recipes, read_recipe
-from bim.orchestrator.config.schema import all_settings, setting_groups
+from bim.orchestrator.config.schema import all_settings, setting_sections
 from bim.orchestrator.config.transforms import settings_to_mapping
 from bim.orchestrator.config.validate import settings_from_mapping
 
@@ -65,7 +65,7 @@ a copy of pipelines/recipes/digits_demo.yaml and run it with --recipe my.yaml.""
 def help_text(recipe: str = DEFAULT_RECIPE, every_setting: bool = False) -> str:
     """Settings with type, description and their value in `recipe`, in 100 columns.
 
-    every_setting: all of them by group; otherwise those of `COMMON`.
+    every_setting: all of them by section; otherwise those of `COMMON`.
 
     Raises:
         RecipeError, SettingsError: the recipe cannot be read, or is wrong.
@@ -73,10 +73,12 @@ def help_text(recipe: str = DEFAULT_RECIPE, every_setting: bool = False) -> str:
     values = settings_to_mapping(settings_from_mapping(read_recipe(recipe)))
     infos = all_settings()
     if every_setting:
-        titles = {"": "Run"} | {group: f"{group}: {title}" for group, title in setting_groups().items()}
+        titles = {"": "Run"} | {
+            section: f"{section}: {title}" for section, title in setting_sections().items()
+        }
         topics = {
-            title: [key for key, info in infos.items() if info.group == group]
-            for group, title in titles.items()
+            title: [key for key, info in infos.items() if info.section == section]
+            for section, title in titles.items()
         }
     else:
         topics = {title: list(keys) for title, keys in COMMON.items()}

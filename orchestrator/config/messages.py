@@ -17,7 +17,7 @@ class SettingInfo:
     """One setting, as `--help` and error messages show it.
 
     Args:
-        key: dotted name, `mask.ratio`; `group` is what stands before the last dot, "" at the top level.
+        key: dotted name, `mask.ratio`; `section` is what stands before the last dot, "" at the top level.
         kind: short word for the type, `NUMBER`, `INT|LIST`, `auto|fp32|bf16|fp16`.
         allowed: what a value may be, to be read after "must be".
         description: what it does, with its unit.
@@ -29,7 +29,7 @@ class SettingInfo:
     """
 
     key: str
-    group: str
+    section: str
     kind: str
     allowed: str
     description: str
@@ -41,24 +41,24 @@ class SettingInfo:
 
 
 def setting_infos(schema: Mapping[str, Any]) -> dict[str, SettingInfo]:
-    """Every setting of a JSON schema with one level of groups (`$ref`s), by dotted key, in field order."""
+    """Every setting of a JSON schema with one level of sections (`$ref`s), by dotted key, in field order."""
     infos = {}
 
-    def visit(properties: Mapping[str, Any], required: Iterable[str], group: str) -> None:
+    def visit(properties: Mapping[str, Any], required: Iterable[str], section: str) -> None:
         for name, entry in properties.items():
             if reference := _reference(entry):
                 inner = schema["$defs"][reference.rsplit("/", 1)[1]]
                 visit(inner["properties"], inner.get("required", ()), name)
             else:
-                key = f"{group}.{name}" if group else name
-                infos[key] = _info(key, group, entry, name in required)
+                key = f"{section}.{name}" if section else name
+                infos[key] = _info(key, section, entry, name in required)
 
     visit(schema["properties"], schema.get("required", ()), "")
     return infos
 
 
-def group_titles(schema: Mapping[str, Any]) -> dict[str, str]:
-    """Group name -> what the group is about."""
+def section_titles(schema: Mapping[str, Any]) -> dict[str, str]:
+    """Section -> what it is about."""
     return {
         name: entry.get("description", "")
         for name, entry in schema["properties"].items()
@@ -67,16 +67,16 @@ def group_titles(schema: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _reference(entry: Mapping[str, Any]) -> str:
-    """What a group's entry points to; pydantic before 2.9 wraps it."""
+    """What a section's entry points to; pydantic before 2.9 wraps it."""
     pointer = entry.get("allOf", [entry])[0].get("$ref", "")
     return str(pointer)
 
 
-def _info(key: str, group: str, entry: Mapping[str, Any], required: bool) -> SettingInfo:
+def _info(key: str, section: str, entry: Mapping[str, Any], required: bool) -> SettingInfo:
     kinds = [part.get("type") for part in _alternatives(entry)]
     return SettingInfo(
         key=key,
-        group=group,
+        section=section,
         kind=_kind(entry),
         allowed=_allowed(entry),
         description=entry.get("description", ""),
@@ -221,10 +221,10 @@ def explain(
     """
     typed = typed or {}
     sentences: dict[str, str] = {}
-    groups: dict[str, list[str]] = {}
+    sections: dict[str, list[str]] = {}
     for info in infos.values():
-        if info.group:
-            groups.setdefault(info.group, []).append(info.key)
+        if info.section:
+            sections.setdefault(info.section, []).append(info.key)
     for error in errors:
         loc = [str(part) for part in error["loc"]]
         key = next((".".join(loc[:n]) for n in (2, 1) if ".".join(loc[:n]) in infos), ".".join(loc))
@@ -232,14 +232,16 @@ def explain(
             sentences.setdefault(key, str(error.get("ctx", {}).get("error", error.get("msg"))))
         elif error["type"] == "extra_forbidden":
             sentences.setdefault(key, _misplaced(key, infos, _look_up(given, loc)))
-        elif error["type"] == "missing" and key in groups:
-            for inner in groups[key]:
+        elif error["type"] == "missing" and key in sections:
+            for inner in sections[key]:
                 if infos[inner].required:
                     sentences.setdefault(inner, _missing(infos[inner]))
         elif error["type"] == "missing" and len(loc) <= 2:
             sentences.setdefault(key, _missing(infos[key]))
-        elif key in groups:
-            sentences.setdefault(key, f"'{key}' is a group of settings, not one: {', '.join(groups[key])}")
+        elif key in sections:
+            sentences.setdefault(
+                key, f"'{key}' is a section of settings, not one: {', '.join(sections[key])}"
+            )
         elif key in infos:
             if infos[key].is_open and len(loc) > 2:
                 key = ".".join(loc[:3])
@@ -268,10 +270,10 @@ def _missing(info: SettingInfo) -> str:
 
 def _misplaced(key: str, infos: Mapping[str, SettingInfo], value: Any) -> str:
     if key in infos and "." in key:
-        group, name = key.split(".", 1)
-        return f"'{key}' in a file is written nested, '{group}: {{{name}: {format_value(value)}}}'"
-    if isinstance(value, Mapping):  # a group whose name is wrong
-        return unknown(key, list(dict.fromkeys(info.group or info.key for info in infos.values())))
+        section, name = key.split(".", 1)
+        return f"'{key}' in a file is written nested, '{section}: {{{name}: {format_value(value)}}}'"
+    if isinstance(value, Mapping):  # a section whose name is wrong
+        return unknown(key, list(dict.fromkeys(info.section or info.key for info in infos.values())))
     return unknown(key, list(infos))
 
 

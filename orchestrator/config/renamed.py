@@ -16,7 +16,7 @@ RENAMED = {  # both old keys work until 0.3
     "mask.score_newly_dropped": "mask.loss_on_newly_masked",
     "backbones.called": "backbones.alias",
 }
-"""Old dotted key -> new dotted key in the same group."""
+"""Old dotted key -> new dotted key in the same section."""
 
 
 def new_key(key: str) -> str:
@@ -27,13 +27,13 @@ def new_key(key: str) -> str:
     return RENAMED[key]
 
 
-def with_new_keys(values: Mapping[str, Any], group: str = "") -> dict[str, Any]:
+def with_new_keys(values: Mapping[str, Any], section: str = "") -> dict[str, Any]:
     """Nested plain values with old keys replaced; a value under the new key wins over one under the old key."""
     renamed: dict[str, Any] = {}
     for name, value in values.items():
-        key = new_key(f"{group}.{name}").removeprefix(f"{group}.") if group else name
+        key = new_key(f"{section}.{name}").removeprefix(f"{section}.") if section else name
         if key == name or key not in values:
-            inside = isinstance(value, Mapping) and not group
+            inside = isinstance(value, Mapping) and not section
             renamed[key] = with_new_keys(value, name) if inside else value
     return renamed
 

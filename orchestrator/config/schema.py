@@ -38,7 +38,7 @@ from bim.orchestrator.config.field_types import (
     TargetNames,
     Text,
 )
-from bim.orchestrator.config.messages import SettingInfo, group_titles, setting_infos
+from bim.orchestrator.config.messages import SettingInfo, section_titles, setting_infos
 
 
 class SettingsError(ValueError):
@@ -332,8 +332,8 @@ class Settings(Section):
 
     def per_block(self, key: str) -> tuple[Any, ...]:
         """The value of `mask.ratio` (see `ratios_by_block`) or of another setting for every block; one holds for all."""
-        group, name = key.split(".")
-        value = getattr(getattr(self, group), name)
+        section, name = key.split(".")
+        value = getattr(getattr(self, section), name)
         if key == "mask.ratio":
             return ratios_by_block(value, self.num_blocks)
         return value if isinstance(value, tuple) else (value,) * self.num_blocks
@@ -362,9 +362,9 @@ def all_settings() -> dict[str, SettingInfo]:
 
 
 @cache
-def setting_groups() -> dict[str, str]:
+def setting_sections() -> dict[str, str]:
     """Group name -> title, in the order of `--help-all`."""
-    return group_titles(Settings.model_json_schema())
+    return section_titles(Settings.model_json_schema())
 
 
 def ratios_by_block(ratio: float | Sequence[float], blocks: int) -> tuple[float, ...]:

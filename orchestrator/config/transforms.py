@@ -31,7 +31,7 @@ CHANGE_NO_WEIGHT = (
     "placement.",  # the same updates in the same order; only the hardware's rounding may differ
     "tracking.",
 )
-"""Keys, and groups (with a dot), that change no trained weight."""
+"""Keys, and sections (with a dot), that change no trained weight."""
 
 MAY_DIFFER_ON_RESUME = (*CHANGE_NO_WEIGHT, "data.source")
 """What a run may be resumed with others of. Images may have moved: their fingerprint says whether they are the same.
@@ -88,7 +88,7 @@ def end_to_end(settings: Settings) -> Settings:
 
 
 def overlaid(values: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
-    """A copy of nested values with one of them replaced or added; missing groups are added."""
+    """A copy of nested values with one of them replaced or added; missing sections are added."""
     copy = deepcopy(dict(values))
     inner = copy
     for part in path[:-1]:

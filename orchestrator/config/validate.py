@@ -11,13 +11,13 @@ from bim.orchestrator.config.checks import contradictions
 from bim.orchestrator.config.limits import beyond_limits
 from bim.orchestrator.config.messages import explain
 from bim.orchestrator.config.renamed import with_new_keys
-from bim.orchestrator.config.schema import Settings, SettingsError, all_settings, setting_groups
+from bim.orchestrator.config.schema import Settings, SettingsError, all_settings, setting_sections
 
 
 def settings_from_mapping(
     values: Mapping[str, Any], file: str | None = None, typed: Mapping[str, str] | None = None
 ) -> Settings:
-    """Validate nested plain values, as a YAML recipe holds them. A group that is null counts as not given.
+    """Validate nested plain values, as a YAML recipe holds them. A section that is null counts as not given.
 
     Args:
         file: where the values come from; put before each message about one of them.
@@ -27,8 +27,8 @@ def settings_from_mapping(
         SettingsError: one line for every key that is unknown, missing, wrong or out of bounds, or that contradicts another.
     """
     typed = typed or {}
-    groups = setting_groups()
-    given = {k: v for k, v in with_new_keys(values).items() if not (v is None and k in groups)}
+    sections = setting_sections()
+    given = {k: v for k, v in with_new_keys(values).items() if not (v is None and k in sections)}
     try:
         settings = Settings.model_validate(given)
     except ValidationError as error:

@@ -49,7 +49,7 @@ class ActorGroup:
 
     Args:
         wait_s: how long to wait for capacity (an autoscaling cluster grows in this time).
-        group: a placement group that the caller removes, whose bundles from `first_bundle` on are `layout.bundles`; None:
+        placement_group: one that the caller removes, whose bundles from `first_bundle` on are `layout.bundles`; None:
             create one.
     """
 
@@ -58,11 +58,11 @@ class ActorGroup:
         layout: StageLayout,
         make_actor: MakeActor,
         wait_s: float,
-        group: PlacementGroup | None = None,
+        placement_group: PlacementGroup | None = None,
         first_bundle: int = 0,
     ) -> None:
         self._layout, self._make_actor, self._wait_s = layout, make_actor, wait_s
-        self._placement_group, self._is_borrowed = group, group is not None
+        self._placement_group, self._is_borrowed = placement_group, placement_group is not None
         self._first_bundle = first_bundle
         self.components = (LOADER, *range(len(layout.stage_blocks)))
         self._actors: dict[int, Any] = {}

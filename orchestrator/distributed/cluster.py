@@ -114,7 +114,7 @@ def run_on_worker(function: Callable[..., Result], layout: StageLayout, *args: o
 
 def run_in_bundle(
     function: Callable[..., Result],
-    group: PlacementGroup,
+    placement_group: PlacementGroup,
     layout: StageLayout,
     should_cancel: Callable[[], bool],
     *args: object,
@@ -123,7 +123,7 @@ def run_in_bundle(
 
     Returns its result; None once `should_cancel()`. Ray retries a process that dies, so the function must be repeatable.
     """
-    bundle = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
+    bundle = PlacementGroupSchedulingStrategy(placement_group, placement_group_bundle_index=0)
     options = {"num_cpus": layout.cpus, "num_gpus": min(1.0, layout.gpus), "max_retries": 2}
     reference = ray.remote(function).options(scheduling_strategy=bundle, **options).remote(*args)
     while not ray.wait([reference], timeout=0.5, fetch_local=False)[0]:

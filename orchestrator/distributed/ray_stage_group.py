@@ -68,7 +68,7 @@ class RayStages:
         layout: the blocks and the resources of each stage.
         shared: where checkpoints are; must be visible on every node.
         wait_s: how long to wait for capacity (an autoscaling cluster grows in this time).
-        group: a placement group that the caller removes, whose bundles from `first_bundle` on are `layout.bundles`; None:
+        placement_group: one that the caller removes, whose bundles from `first_bundle` on are `layout.bundles`; None:
             create one.
     """
 
@@ -82,12 +82,12 @@ class RayStages:
         layout: StageLayout,
         shared: Location,
         wait_s: float = 120.0,
-        group: PlacementGroup | None = None,
+        placement_group: PlacementGroup | None = None,
         first_bundle: int = 0,
     ) -> None:
         self.stage_blocks = layout.stage_blocks
         self._spec, self._data, self._layout, self._shared = spec, data, layout, shared
-        self._actors = ActorGroup(layout, self._actor_class, wait_s, group, first_bundle)
+        self._actors = ActorGroup(layout, self._actor_class, wait_s, placement_group, first_bundle)
         self._stop_requested: ShouldGiveUp = lambda: False
 
     def pids(self) -> list[int]:

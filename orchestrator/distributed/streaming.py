@@ -20,7 +20,7 @@ ITEMS_AHEAD = 2
 
 def stream_from_bundle(
     function: Callable[..., Iterator[Item]],
-    group: PlacementGroup,
+    placement_group: PlacementGroup,
     layout: StageLayout,
     should_cancel: Callable[[], bool],
     *args: object,
@@ -30,7 +30,7 @@ def stream_from_bundle(
     Yields its items; ends early once `should_cancel()`. Ray repeats a generator whose process dies, and the items that
     were taken are not yielded again; so the function must be repeatable.
     """
-    bundle = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
+    bundle = PlacementGroupSchedulingStrategy(placement_group, placement_group_bundle_index=0)
     items = (
         ray.remote(function)
         .options(

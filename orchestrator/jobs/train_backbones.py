@@ -85,26 +85,26 @@ class PlacementGroupPool:
             return bool(holders)
 
         timeout_s = placement_timeout_s(run.settings)
-        group = create_placement_group(
+        placement_group = create_placement_group(
             layout, timeout_s, held_by_others, lambda: self._stop.reason is not None
         )
-        if group is None:
+        if placement_group is None:
             raise RunCancelled
         with self._lock:
-            self._held[name] = group
+            self._held[name] = placement_group
         try:
-            yield group
+            yield placement_group
         finally:
             with self._lock:
                 del self._held[name]
-            release_placement_group(group)
+            release_placement_group(placement_group)
 
     def release_all(self) -> None:
         """End everything that lives in any of the placement groups."""
         with self._lock:
             groups = list(self._held.values())
-        for group in groups:
-            release_placement_group(group)
+        for placement_group in groups:
+            release_placement_group(placement_group)
 
 
 def train_backbones(backbones: Sequence[BackboneRun], stop: StopRequest, record: Record) -> None:
@@ -166,7 +166,7 @@ def _train_and_evaluate(
     depths = backbone.prepared.run.depths
     for run, layout in backbone.placements:
         series = backbone.series_of(run)
-        with pool.acquire(backbone.name, run, layout) as group:
+        with pool.acquire(backbone.name, run, layout) as placement_group:
             if stop.reason is not None:
                 return
             if series:
@@ -180,7 +180,7 @@ def _train_and_evaluate(
                     backbone.precision,
                     progress,
                     stop,
-                    group,
+                    placement_group,
                     lease=backbone.lease,
                     on_machines=backbone.record_machines,
                 )
@@ -191,7 +191,7 @@ def _train_and_evaluate(
                     f"measuring and exporting depth{'s' * (len(depths) > 1)} {', '.join(map(str, depths))}"
                 )
             task = evaluation_task(run, layout, backbone.provenance, depths, with_baselines=not series)
-            evaluation = _evaluate(backbone, task, layout, group, stop, alone)
+            evaluation = _evaluate(backbone, task, layout, placement_group, stop, alone)
             if evaluation is None:
                 return
         backbone.tasks.append(task)
@@ -203,7 +203,7 @@ def _evaluate(
     backbone: BackboneRun,
     task: EvaluationTask,
     layout: StageLayout,
-    group: PlacementGroup | None,
+    placement_group: PlacementGroup | None,
     stop: StopRequest,
     alone: bool,
 ) -> EvaluationResult | None:
@@ -216,7 +216,7 @@ def _evaluate(
         if stop.reason is not None:
             raise RunCancelled
 
-    if group is None:
+    if placement_group is None:
         with reported_to(MeasuringLines(check)):
             return evaluate_checkpoint(task)
     if not layout.gpus:
@@ -229,7 +229,9 @@ def _evaluate(
         task = replace(task, evaluation=replace(task.evaluation, latency=False))
     if is_url(task.checkpoint):
         # The node of the stages need not see the output directory.
-        items = stream_from_bundle(evaluate_and_send, group, layout, lambda: stop.reason is not None, task)
+        items = stream_from_bundle(
+            evaluate_and_send, placement_group, layout, lambda: stop.reason is not None, task
+        )
         return receive(items, Path(task.out))
     lines, file = MeasuringLines(), ProgressFile(Path(task.out))
 
@@ -238,6 +240,6 @@ def _evaluate(
         return stop.reason is not None
 
     try:
-        return run_in_bundle(evaluate_with_progress, group, layout, should_cancel, task)
+        return run_in_bundle(evaluate_with_progress, placement_group, layout, should_cancel, task)
     finally:
         file.remove()

@@ -63,7 +63,7 @@ def train(
     precision: Precision,
     callback: ProgressCallback,
     stop: StopRequest,
-    group: PlacementGroup | None = None,
+    placement_group: PlacementGroup | None = None,
     first_bundle: int = 0,
     on_machines: Callable[[list[Machine]], None] | None = None,
     lease: Lease | None = None,
@@ -71,7 +71,7 @@ def train(
     """Train a run from its last checkpoint to its end, on the stages of `layout`. In the main thread a signal sets `stop`.
 
     Args:
-        group: a placement group with room for the stages from `first_bundle` on; None: one of their own.
+        placement_group: one with room for the stages from `first_bundle` on; None: one of their own.
         on_machines: called with the machine of every stage, once they are ready to train.
         lease: of the output directory; the training ends where it is lost.
 
@@ -92,7 +92,7 @@ def train(
         steps = run.phases[0].steps_per_epoch
         return Manifest(step, steps, recorded_mapping(settings), facts, (), run_id)
 
-    stages = make_stages(run, spec, layout, group, first_bundle)
+    stages = make_stages(run, spec, layout, placement_group, first_bundle)
     if on_machines is not None:
         callback = _MachineRecorder(callback, stages, on_machines)
     if layout.shortage:
@@ -186,14 +186,14 @@ def make_stages(
     run: ResolvedRun,
     spec: PretrainSpec,
     layout: StageLayout,
-    group: PlacementGroup | None = None,
+    placement_group: PlacementGroup | None = None,
     first_bundle: int = 0,
 ) -> Stages:
     """The group of stages that the settings ask for, not yet started."""
     if run.settings.placement.backend == "ray":
         wait_s = placement_timeout_s(run.settings)
         shared = checkpoints_location(run.out)
-        return RayStages(spec, run.data, layout, shared, wait_s, group, first_bundle)
+        return RayStages(spec, run.data, layout, shared, wait_s, placement_group, first_bundle)
     device = "cuda" if layout.gpus else "cpu"
     return InProcessStages(spec, run.data.train_batches, layout.stage_blocks, device, layout.threads)
 

@@ -35,14 +35,14 @@ def make_trainable(spec: TrialSpec) -> Callable[[dict[str, Any]], None]:
     """The function trainable of every trial; its configuration has the trial's number and its changes of the recipe."""
 
     def trial(config: dict[str, Any]) -> None:
-        group = ray.util.get_current_placement_group()
+        placement_group = ray.util.get_current_placement_group()
         layout = spec.layout
         if layout.gpus:  # the first stage leaves a fraction of its GPU to the scoring actor
             layout = replace(layout, gpus=round(layout.gpus * (1 - SCORING_GPU_FRACTION), 4))
 
         def scorer(run: ResolvedRun, images: tuple[Source, Splits]) -> Scorer:
             if spec.layout.gpus:
-                return _scorer_beside_first_stage(run.data, spec, group)
+                return _scorer_beside_first_stage(run.data, spec, placement_group)
             torch.set_num_threads(layout.threads)
             return lambda pretrain_spec, checkpoint: score_checkpoint(
                 pretrain_spec, images, spec.evaluation, checkpoint, spec.device
@@ -50,7 +50,7 @@ def make_trainable(spec: TrialSpec) -> Callable[[dict[str, Any]], None]:
 
         try:
             trial_spec, name = replace(spec, layout=layout), str(config["number"])
-            run_trial(trial_spec, config["changes"], name, scorer, tune.report, group, 1)
+            run_trial(trial_spec, config["changes"], name, scorer, tune.report, placement_group, 1)
         except InfeasibleSettings as error:
             tune.report({"infeasible": str(error)})
         except Exception as error:
@@ -77,8 +77,8 @@ class _ScoreActor:
         return self.score(spec, checkpoint, replace(config, batch_size=config.batch_size // 4), device)
 
 
-def _scorer_beside_first_stage(data: DataSpec, spec: TrialSpec, group: PlacementGroup) -> Scorer:
-    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=1)
+def _scorer_beside_first_stage(data: DataSpec, spec: TrialSpec, placement_group: PlacementGroup) -> Scorer:
+    strategy = PlacementGroupSchedulingStrategy(placement_group, placement_group_bundle_index=1)
     gpus = round(spec.layout.gpus * SCORING_GPU_FRACTION, 4)
     actor = (
         ray.remote(_ScoreActor)

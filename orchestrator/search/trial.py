@@ -146,7 +146,7 @@ def run_trial(
     name: str,
     scorer: Callable[[ResolvedRun, tuple[Source, Splits]], Scorer],
     report: Report,
-    group: PlacementGroup | None = None,
+    placement_group: PlacementGroup | None = None,
     first_bundle: int = 0,
 ) -> None:
     """Train one trial to its end, from its last checkpoint, reporting its score every `search.every_epochs`.
@@ -161,7 +161,7 @@ def run_trial(
         Exception: the error that ended the training.
     """
     with _trial_output(trial, name) as out:
-        _run_trial(trial, changes, name, out, scorer, report, group, first_bundle)
+        _run_trial(trial, changes, name, out, scorer, report, placement_group, first_bundle)
 
 
 @contextmanager
@@ -193,7 +193,7 @@ def _run_trial(
     out: Path,
     scorer: Callable[[ResolvedRun, tuple[Source, Splits]], Scorer],
     report: Report,
-    group: PlacementGroup | None,
+    placement_group: PlacementGroup | None,
     first_bundle: int,
 ) -> None:
     recipe = settings_from_mapping(trial.settings)
@@ -214,7 +214,7 @@ def _run_trial(
     callback = _ScoringCallback(run, recipe.search.every_epochs, scorer(run, (source, splits)), report)
     if checkpoint is not None:
         callback.on_checkpoint(checkpoint.step)  # the process may have died before it reported this score
-    train(run, trial.layout, trial.precision, callback, StopRequest(), group, first_bundle)
+    train(run, trial.layout, trial.precision, callback, StopRequest(), placement_group, first_bundle)
 
 
 class _ScoringCallback(NullCallback):

@@ -111,7 +111,7 @@ def test_another_backbone_does_not_inherit_the_arguments_of_the_recipe_s() -> No
         (["--rec", "x"], "unknown setting 'rec'; --help lists all settings"),
         (
             ["--mask", "0.6"],
-            "'mask' is a group of settings, not one: mask.ratio, mask.encode, mask.per_batch, mask.sweep_groups, "
+            "'mask' is a section of settings, not one: mask.ratio, mask.encode, mask.per_batch, mask.sweep_groups, "
             "mask.loss_on_newly_masked",
         ),
         (["--schedule.epochs", "1e2"], "schedule.epochs must be a whole number of at least 1, not 1e2"),

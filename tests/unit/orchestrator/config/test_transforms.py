@@ -112,7 +112,7 @@ def test_a_group_whose_lines_are_all_commented_out_counts_as_not_given() -> None
         ),
         (
             {"mask": 0.6},
-            "'mask' is a group of settings, not one: mask.ratio, mask.encode, mask.per_batch, mask.sweep_groups, "
+            "'mask' is a section of settings, not one: mask.ratio, mask.encode, mask.per_batch, mask.sweep_groups, "
             "mask.loss_on_newly_masked",
         ),
     ],
