@@ -74,7 +74,9 @@ class Delivery:
         for upload in self._queue.waiting():
             if upload.first and upload.number not in self._ends:
                 end = self._ends[upload.number] = Future[None]()
-                threading.Thread(target=self._send_end, args=(upload, end), daemon=True).start()
+                threading.Thread(
+                    target=self._send_end, args=(upload, end), name=f"mlflow-end-{upload.number}", daemon=True
+                ).start()
 
     def _send_end(self, upload: Upload, end: Future[None]) -> None:
         try:

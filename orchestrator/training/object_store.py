@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import logging
 import re
 import time
@@ -135,7 +134,8 @@ class ObjectStore:
 
 def file_system_class(protocol: str) -> Any:
     """fsspec's class for a protocol. Raises StorageUnsupportedError, which says what to install."""
-    fsspec = importlib.import_module("fsspec")
+    import fsspec
+
     try:
         return fsspec.get_filesystem_class(protocol)
     except ImportError as error:
@@ -153,9 +153,11 @@ def file_system_class(protocol: str) -> Any:
 
 def _open(url: str) -> tuple[Any, str]:
     """The file system of a URL and the path in it."""
+    from fsspec.core import url_to_fs
+
     file_system_class(url.partition("://")[0])
     try:
-        file_system, path = importlib.import_module("fsspec.core").url_to_fs(url)
+        file_system, path = url_to_fs(url)
     except Exception as error:
         raise _storage_error(url, "opened", error) from error
     return file_system, path.rstrip("/")

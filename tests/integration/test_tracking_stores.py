@@ -143,7 +143,7 @@ def test_a_run_that_is_not_in_the_store_cannot_be_resumed(tmp_path: Path) -> Non
 
 
 def test_a_model_name_that_the_registry_would_refuse_is_refused_at_the_start(tmp_path: Path) -> None:
-    with pytest.raises(TrackingError, match=r"'a/b' is empty or has a slash.*--tracking.model_name"):
+    with pytest.raises(TrackingError, match=r"the model name 'a/b' has a slash.*--tracking.model_name"):
         open_tracker(tmp_path / "out", model_name="a/b")
 
 
