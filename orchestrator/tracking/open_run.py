@@ -141,12 +141,15 @@ class _LateClient:
         return getattr(self._client, name)
 
 
+DUPLICATE_ROW = ("UNIQUE constraint failed", "duplicate key value", "Duplicate entry")
+"""What SQLite, PostgreSQL and MySQL say when two writers insert the same row at once; the next attempt finds the row."""
+
+
 def is_refusal(error: Exception) -> bool:
     """Whether the store does not take an upload because of its content, so that repeating it does not help."""
-    return isinstance(error, MlflowException) and error.error_code in (
-        "INVALID_PARAMETER_VALUE",
-        "BAD_REQUEST",
-    )
+    if not isinstance(error, MlflowException) or any(text in str(error) for text in DUPLICATE_ROW):
+        return False
+    return error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
 def is_missing(error: Exception) -> bool:
