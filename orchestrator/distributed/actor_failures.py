@@ -77,7 +77,7 @@ def exit_reason(error: RayError, process: ActorProcess | None = None, log: str =
     elif crash is not None:
         reason = f"the process crashed with signal {signal.Signals[crash].value} ({crash})"
     elif "connection error code 2" in text:
-        reason = "the process ended without a word, as after signal 9 (SIGKILL): possibly the system was out of memory"
+        reason = "the process ended without a message, as after signal 9 (SIGKILL): possibly the system was out of memory"
     elif exit_code is not None and "unexpectedly" in text:
         reason = f"the process ended with exit status {exit_code[1]}"
     else:

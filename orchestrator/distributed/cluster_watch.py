@@ -1,7 +1,7 @@
 """A thread that notices when the head of the Ray cluster, or Ray on this machine, is gone.
 
-Ray itself ends the process of the driver without a word 60 seconds after it lost the head. The watch is faster: the loop
-sees `lost` and ends with a sentence; where nobody looks, the watch logs the sentence and ends the process.
+Ray itself ends the driver's process without a message 60 seconds after it lost the head. The watch is faster: the loop
+sees `lost` and ends with a sentence; where no loop runs, the watch logs the sentence and ends the process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How far an evaluation is, told while it computes, to whoever surrounds it."""
+"""The progress of an evaluation, reported to a listener while it computes."""
 
 from __future__ import annotations
 

@@ -207,7 +207,7 @@ def acquire(out: Path, run_id: str, system: System | None = None) -> Iterator[Le
 def holder(out: Path, system: System | None = None) -> Holder | None:
     """The process that holds the lease of a directory, without waiting.
 
-    None: nobody, or a process of this machine that is dead. A process on another machine is returned, dead or not.
+    None: no process, or one of this machine that is dead. A process on another machine is returned, dead or not.
 
     Raises:
         OSError: the lease cannot be read.
@@ -278,7 +278,7 @@ def process_start(pid: int) -> str | None:
 
 @dataclass(frozen=True)
 class _Sighting:
-    """The lease file at one moment. Equal sightings: nobody has changed it in between."""
+    """The lease file at one moment. Equal sightings: it was not changed in between."""
 
     content: bytes
     inode: int

@@ -210,7 +210,7 @@ def resolve_layout(settings: Settings, cluster: ClusterResources) -> StageLayout
         cpus, gpus, workers = placement.cpus_per_stage, placement.gpus_per_stage, settings.data.workers
         stages = placement.stages or settings.num_blocks
         if placement.wait_s > 0 and gpus and cluster.gpus < gpus * stages:
-            # The cluster may still grow: it is waited for, not refused, and nobody knows how large its nodes will be.
+            # The cluster may still grow: it is waited for, not refused, and the size of its nodes is unknown.
             cluster = ClusterResources(max(cluster.cpus, (cpus or 1.0) * (stages + 1)), gpus * stages)
             workers = min(workers, 1)
         return compute_layout(

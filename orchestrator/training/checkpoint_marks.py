@@ -19,7 +19,7 @@ class CompleteCheckpoint:
         step: updates that are in it.
         files: of all stages, by name: the manifest is equal for every placement of the blocks.
         bad_images: the unreadable images up to that step, name -> reason.
-        requested: whether somebody asked for it.
+        requested: whether a signal asked for it.
     """
 
     step: int

@@ -2,7 +2,7 @@
 
 An object store cannot rename. So the folder of a checkpoint is `step-00000500-RANDOM/`: what a process of an earlier
 attempt still writes lands in another folder, and the PUT of one object, the manifest, commits all the others. It tells
-their sizes and checksums: sizes are compared with the listing, the checksum of a file by whoever reads it.
+their sizes and checksums: sizes are compared with the listing, the checksum of a file when it is read.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ Location = Path | str
 """A folder on a disk, or a URL. A URL is a `str`: a `Path` would lose one of its slashes."""
 
 RETRY_AT_START_S = 5.0
-"""How long a request is repeated while somebody waits whether the run starts."""
+"""How long a request is repeated before the first step."""
 
 
 class Checkpoints(Protocol):

@@ -47,7 +47,7 @@ Memory on the node (IP: 10.0.0.3, ID: ab) where the lease was running was 15.2GB
     [
         (
             RayActorError(error_msg=KILLED),
-            "the process ended without a word, as after signal 9 (SIGKILL): possibly the system was out of memory (node "
+            "the process ended without a message, as after signal 9 (SIGKILL): possibly the system was out of memory (node "
             "10.0.0.3)",
         ),
         (RayActorError(error_msg=EXITED), "the process ended with exit status 4 (node 10.0.0.3)"),
