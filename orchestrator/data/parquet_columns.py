@@ -65,7 +65,7 @@ def image_leaf(schema: pa.Schema, column: str) -> str:
 
 
 def class_names_of(schema: pa.Schema, label: str | None) -> tuple[str, ...] | None:
-    """The class names that Hugging Face's metadata tells of a label column."""
+    """The class names of a label column in Hugging Face's metadata."""
     if label is None:
         return None
     names = _huggingface_features(schema).get(label, {}).get("names")

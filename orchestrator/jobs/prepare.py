@@ -20,6 +20,7 @@ from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.files import StorageError
 from bim.orchestrator.jobs.backbone_entries import ErrorCollector, backbone_entries
 from bim.orchestrator.jobs.search_job import check_search
+from bim.orchestrator.reporting.comparison import read_rows
 from bim.orchestrator.runs.checkpoints import check_checkpoint_storage
 from bim.orchestrator.runs.output_dir import (
     NEW_RUN_HINT,
@@ -178,9 +179,16 @@ def _check_none_left_out(out: Path, names: Collection[str]) -> None:
 
 
 def _is_finished(run: ResolvedRun) -> bool:
-    """Whether an earlier process trained the run to its end and evaluated it as it would be evaluated now."""
+    """Whether an earlier process trained the run to its end and evaluated it as it would be evaluated now.
+
+    With a table of results that cannot be read it is not: the last checkpoint is evaluated again.
+    """
     latest = open_store(run.out).latest()
-    if latest is None or latest.step < run.total_steps or not (run.out / "summary.json").exists():
+    if latest is None or latest.step < run.total_steps:
+        return False
+    try:
+        read_rows(run.out)
+    except (OSError, ValueError):
         return False
     saved = settings_from_mapping(read_recipe(str(run.out / SAVED_SETTINGS)))
     return (saved.evaluation, saved.baseline) == (run.settings.evaluation, run.settings.baseline)

@@ -53,8 +53,30 @@ class MemberResult:
 
 
 def read_rows(out: Path) -> tuple[Row, ...]:
-    """The rows that a finished run left in its output directory."""
-    return tuple(json.loads((out / "summary.json").read_text(encoding="utf-8")))
+    """The rows that a finished run left in its output directory.
+
+    Raises:
+        OSError, ValueError: there is no `summary.json`, or it holds something else.
+    """
+    path = out / "summary.json"
+    try:
+        rows = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply") from error
+    if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
+        raise ValueError(f"{path} does not hold the rows of a table of results")
+    return tuple(rows)
+
+
+def _is_row(row: object) -> bool:
+    return (
+        isinstance(row, dict)
+        and {"depth", "latency_b1_ms"} <= row.keys()
+        and isinstance(row.get("weights"), str)
+        and all(
+            value is None or isinstance(value, int | float) for key, value in row.items() if key != "weights"
+        )
+    )
 
 
 def cost_key(results: Sequence[MemberResult]) -> str:

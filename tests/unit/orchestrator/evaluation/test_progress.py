@@ -1,4 +1,4 @@
-"""Progress of an evaluation goes to whoever surrounds it, and nowhere else."""
+"""Progress of an evaluation goes to the listener of the surrounding context alone."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from bim.orchestrator.evaluation.progress import part, report, reported_to
 
 def test_reports_name_their_part_and_end_with_the_block() -> None:
     told: list[str] = []
-    report("nobody listens")
+    report("no listener yet")
     with reported_to(told.append):
         report("costs")
         with part("trained models"), part("the test split"):
             report("64 of 359 images")
-    report("nobody listens any more")
+    report("no listener left")
     assert told == ["costs", "trained models, the test split: 64 of 359 images"]
 
 

@@ -161,6 +161,20 @@ def test_the_rows_of_one_backbone_are_read_from_its_own_summary(tmp_path: Path) 
     assert read_rows(tmp_path) == VIT.rows
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"null", b"3", b"{}", b"[1]", b"[{}]", b'[{"weights": "trained"}]', b"\xff\xfe", b"[" * 100_000,
+     b'[{"weights": "trained", "depth": 2, "latency_b1_ms": "fast"}]', None],
+)  # fmt: skip
+def test_a_summary_of_other_content_is_one_kind_of_error(content: bytes | None, tmp_path: Path) -> None:
+    if content is None:
+        (tmp_path / "summary.json").mkdir()
+    else:
+        (tmp_path / "summary.json").write_bytes(content)
+    with pytest.raises((OSError, ValueError)):
+        read_rows(tmp_path)
+
+
 def test_the_picture_has_a_series_for_every_backbone_that_finished_and_the_front() -> None:
     figure = comparison_figure([VIT, BROKEN, SWIN], "CPU, 2 threads")
     assert figure is not None

@@ -403,7 +403,7 @@ def test_a_zombie_does_not_run() -> None:
     assert process_start(os.getpid()) == process_start(os.getpid()) is not None
     child = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
     assert child.stdout is not None
-    child.stdout.read()  # it has ended, and nobody has waited for it
+    child.stdout.read()  # a zombie: it has ended and was not waited for
     for _ in range(500):
         if process_start(child.pid) is None:
             break

@@ -252,8 +252,10 @@ def test_from_scratch_sets_aside_what_cannot_be_read(
         manifest.write_text("{")
     with pytest.raises(OutputError, match=r"no checkpoint in .* can be resumed from"):
         trained(run)
-    anew = replace(run, settings=run.settings.model_copy(update={"resume": True, "from_scratch": True}))
-    assert trained(anew).step == run.total_steps
+    from_scratch = replace(
+        run, settings=run.settings.model_copy(update={"resume": True, "from_scratch": True})
+    )
+    assert trained(from_scratch).step == run.total_steps
     (aside,) = run.out.glob("checkpoints.unreadable-*")
     assert [manifest.read_text() for manifest in aside.glob("*/manifest.json")] == ["{"]
     assert f"moved to {aside.name}" in caplog.text

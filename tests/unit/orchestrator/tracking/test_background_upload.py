@@ -26,7 +26,7 @@ class Sender:
         self.finals.append(final)
         try:
             if self.is_down:
-                raise ConnectionError("nobody home\nand a long story")
+                raise ConnectionError("connection refused\nand a long story")
         finally:
             self.rounds.release()
 
@@ -49,7 +49,7 @@ def test_an_outage_is_one_line_in_the_log_and_its_end_another(caplog: pytest.Log
         assert sender.rounds.acquire(timeout=5)
     assert uploader.close(idle_timeout=5, timeout=5)
     outage, end = (record.getMessage() for record in caplog.records)
-    assert "http://store does not take what the run records (nobody home); the run goes on" in outage
+    assert "http://store does not take what the run records (connection refused); the run goes on" in outage
     assert "is reachable again" in end
 
 

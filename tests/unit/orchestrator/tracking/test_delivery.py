@@ -18,7 +18,7 @@ from bim.orchestrator.tracking.records import MetricPoint
 from bim.orchestrator.tracking.run_writer import UnknownUpload
 from bim.orchestrator.tracking.upload_queue import UploadQueue
 
-DOWN = ConnectionError("nobody home")
+DOWN = ConnectionError("connection refused")
 READ_ONLY = MlflowException("(sqlite3.OperationalError) attempt to write a readonly database", 1)
 FULL = MlflowException("(sqlite3.OperationalError) database or disk is full", 1)
 SERVER_ERROR = MlflowException("API request failed with error code 500", 1)

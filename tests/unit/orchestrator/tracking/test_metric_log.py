@@ -26,7 +26,7 @@ class Store:
     def __call__(self, points: Sequence[MetricPoint]) -> None:
         self.calls += 1
         if self.unavailable:
-            raise ConnectionError("nobody home\nand a long story")
+            raise ConnectionError("connection refused\nand a long story")
         assert len(points) <= BATCH
         self.points += points
 

@@ -21,7 +21,7 @@ from bim.pipelines import sync_tracking
 from tests.unit.orchestrator.tracking.fake_mlflow import FakeStore
 
 URI = "http://store:5000"
-DOWN = ConnectionError("nobody home")
+DOWN = ConnectionError("connection refused")
 READ_ONLY = MlflowException("(sqlite3.OperationalError) attempt to write a readonly database", 1)
 ROW = TrialRow(3, {"mask.ratio": 0.6}, "running", gflops=0.5)
 
@@ -166,7 +166,7 @@ def test_a_run_is_resumed_without_its_store_and_delivers_what_both_processes_rec
     tracker.log_trial(ROW, "knn_top1")
     tracker.finish("KILLED")
     tracker = opened(out, resume=True)
-    assert f"MLflow at {URI} cannot be used (nobody home); the run goes on" in caplog.text
+    assert f"MLflow at {URI} cannot be used (connection refused); the run goes on" in caplog.text
     assert (tracker.run_id, tracker.experiment_id) == ("run0", "1")
     record_everything(tracker)
     store.error = None
@@ -204,7 +204,7 @@ def test_a_new_run_needs_its_store_and_a_resumed_one_the_store_that_has_it(
     tmp_path: Path, store: FakeStore
 ) -> None:
     store.error = DOWN
-    with pytest.raises(TrackingError, match="cannot be used: nobody home"):
+    with pytest.raises(TrackingError, match="cannot be used: connection refused"):
         opened(tmp_path / "a")
     assert not (tmp_path / "a" / "tracking.json").exists()
     store.error = None
@@ -291,7 +291,7 @@ def test_sync_takes_the_backbones_below_a_comparison(
     assert [folder.name for folder in recorded_folders(tmp_path / "out")] == ["out", "swin", "vit"]
     store.error = DOWN
     assert sync_tracking.main([str(tmp_path / "out")]) == 1
-    assert capsys.readouterr().err.count("has not taken everything (nobody home)") == 3
+    assert capsys.readouterr().err.count("has not taken everything (connection refused)") == 3
     store.error = None
     assert sync_tracking.main([str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.count("nothing was left; the run is FINISHED") == 3
