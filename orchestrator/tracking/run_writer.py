@@ -24,6 +24,9 @@ from bim.orchestrator.tracking.store import StoreAddress, summarize_error
 from bim.orchestrator.tracking.trial_runs import TrialRuns
 from bim.orchestrator.tracking.variant_runs import DESCRIPTION_TAG, DepthRuns
 
+RESUME_KEYS = {"resume", "from_scratch", "search.resume"}
+"""Settings that every resumed run changes."""
+
 log = logging.getLogger(__name__)
 
 
@@ -86,7 +89,8 @@ class RunWriter:
         new = [Param(key, value) for key, value in params.items() if key not in recorded]
         self._client.log_batch(self._run.run_id, params=new)
         # MLflow never changes a parameter.
-        for key in sorted(key for key, value in recorded.items() if params.get(key, value) != value):
+        changed = {key for key, value in recorded.items() if params.get(key, value) != value}
+        for key in sorted(changed - RESUME_KEYS):
             log.info("resumed with %s = %s (MLflow shows %s)", key, params[key], recorded[key])
         self._client.log_text(self._run.run_id, text, "settings.yaml")
 

@@ -55,7 +55,7 @@ def test_a_resumed_run_is_the_same_run_and_nothing_is_doubled(
     out = tmp_path / "out"
     folder = export(tmp_path / "depth2", 2)
     with open_tracker(out, model_name="resumed_vit") as first:
-        first.log_settings({"a": 1, "resume": False}, "a: 1\n")
+        first.log_settings({"a": 1, "data.workers": 4, "resume": False}, "a: 1\n")
         for step in range(6):
             first.log_metrics(step, {"loss": float(step)})
         first.log_depth(record(folder))
@@ -63,14 +63,15 @@ def test_a_resumed_run_is_the_same_run_and_nothing_is_doubled(
     with open_tracker(out, resume=Tracker.recorded_run(out), model_name="resumed_vit") as second:
         second.rewind(3)
         assert client.get_run(first.run_id).info.status == "RUNNING"
-        second.log_settings({"a": 1, "resume": True}, "a: 1\n")
+        second.log_settings({"a": 1, "data.workers": 2, "resume": True}, "a: 1\n")
         for step in range(4, 8):
             second.log_metrics(step, {"loss": float(step)})
         assert second.history("loss") == [(step, float(step)) for step in range(8)]
         second.log_depth(record(folder))
     assert second.run_id == first.run_id
     assert steps(client, first.run_id, "loss") == list(range(8))
-    assert "resumed with resume = True (MLflow shows False)" in caplog.messages
+    told = [message for message in caplog.messages if message.startswith("resumed with")]
+    assert told == ["resumed with data.workers = 2 (MLflow shows 4)"]
     (child,) = client.search_runs([first.experiment_id], f"tags.mlflow.parentRunId = '{first.run_id}'")
     assert len(steps(client, child.info.run_id, "loss")) == 500
     assert len(steps(client, child.info.run_id, "knn_top1")) == 1
