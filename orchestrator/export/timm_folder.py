@@ -63,7 +63,7 @@ def export_variant(
     check_replaceable(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     size = image_size or backbone.image_size
-    with TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as scratch:
+    with TemporaryDirectory(prefix=f".{out_dir.name}-", suffix=".tmp", dir=out_dir.parent) as scratch:
         fresh = Path(scratch) / "new"
         fresh.mkdir()
         _save_tensors(model.state_dict(), fresh / "model.safetensors", {})

@@ -122,7 +122,8 @@ def record_failure(backbone: BackboneRun, error: Exception) -> None:
 
 def clear_failure(backbone: BackboneRun) -> None:
     """Remove what an earlier process left of a failure that this one has got over; `events.log` keeps its line."""
-    _traceback_file(backbone).unlink(missing_ok=True)
+    with suppress(OSError):
+        _traceback_file(backbone).unlink(missing_ok=True)
     backbone.tracker.remove_tag("failed")
 
 

@@ -19,7 +19,7 @@ from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.distributed.cluster import ClusterError, ray_cluster
 from bim.orchestrator.distributed.placement import ClusterResources, PlacementError
-from bim.orchestrator.files import StorageError, remove_temporary_files
+from bim.orchestrator.files import is_of_folder, remove_temporary_files
 from bim.orchestrator.jobs.backbone_run import BackboneRun
 from bim.orchestrator.jobs.comparison import measure_pending_latencies, open_comparison, record_comparison
 from bim.orchestrator.jobs.layouts import shared_layouts, single_layouts
@@ -45,6 +45,7 @@ from bim.orchestrator.tracking.store import TrackingError
 from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.errors import TrainingError
+from bim.orchestrator.training.restart_policy import is_disk_error
 
 BAD_INPUT = (SettingsError, DataError, OutputError, PlacementError, TrackingError, ClusterError)
 
@@ -85,7 +86,9 @@ def run_job(job: PreparedJob, stop: StopRequest | None = None) -> JobResult:
         if stop.reason is not None:  # an import can swallow the KeyboardInterrupt
             raise KeyboardInterrupt
         return _run(job, stop)
-    except StorageError as error:
+    except OSError as error:
+        if not is_disk_error(error) and not is_of_folder(error, job.out):
+            raise
         raise TrainingError(storage_failure(error, job.out)) from error
     except KeyboardInterrupt:
         return JobResult(job.out, stop.reason or "SIGINT")

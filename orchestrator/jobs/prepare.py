@@ -17,7 +17,7 @@ from bim.orchestrator.config.validate import settings_from_mapping
 from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import Splits
-from bim.orchestrator.files import StorageError
+from bim.orchestrator.files import StorageError, os_error_text
 from bim.orchestrator.jobs.backbone_entries import ErrorCollector, backbone_entries
 from bim.orchestrator.jobs.search_job import check_search
 from bim.orchestrator.reporting.comparison import read_rows
@@ -65,8 +65,8 @@ def prepare(settings: Settings) -> PreparedJob:
     """
     try:
         return _prepare(settings)
-    except StorageError as error:
-        raise OutputError(f"the output directory cannot be used: {error}") from error
+    except OSError as error:  # no permission, a network share that fails
+        raise OutputError(f"the output directory cannot be used: {os_error_text(error)}") from error
 
 
 def _prepare(settings: Settings) -> PreparedJob:

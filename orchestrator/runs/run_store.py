@@ -88,7 +88,7 @@ def open_run_store(run: ResolvedRun, lease: Lease | None = None) -> RunCheckpoin
 
 
 def storage_failure(
-    error: StorageError, out: Path, record: RunRecord | None = None, store: RunCheckpoints | None = None
+    error: OSError, out: Path, record: RunRecord | None = None, store: RunCheckpoints | None = None
 ) -> str:
     """The sentence with which a run ends whose file system or storage refuses, with the checkpoint that stays.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from bim.orchestrator.data.errors import DataError, DataWorkerError
-from bim.orchestrator.files import StorageError
+from bim.orchestrator.files import StorageError, os_error_text
 from bim.orchestrator.training.errors import DeviceMemoryError, StageFailure, TrainingError
 
 FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -118,9 +118,7 @@ def final_error(failure: StageFailure, verdict: Verdict, used: int, last_checkpo
 
 def disk_sentence(error: BaseException, last_checkpoint: str) -> str:
     """The end of a run by a disk or a storage that refuses, for the user."""
-    reason = str(error)
-    if isinstance(error, OSError) and not isinstance(error, StorageError):
-        reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or reason
+    reason = os_error_text(error) if isinstance(error, OSError) else str(error)
     return (
         f"{reason}; make room or repair it, then continue with --resume; last checkpoint: {last_checkpoint}"
     )
