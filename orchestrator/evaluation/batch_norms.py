@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bim.models.seeding import generator
 from bim.models.tokens import normalize_images
-from bim.orchestrator.data.loader import eval_images
+from bim.orchestrator.data.errors import DataError
+from bim.orchestrator.data.loader import BadImages, eval_images
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.evaluation.records import EvalConfig
 
@@ -32,20 +33,30 @@ def gather_statistics(
     std: tuple[float, ...],
     device: torch.device,
     config: EvalConfig,
-) -> None:
+) -> dict[str, str]:
     """Replace the running statistics of every batch norm by those of whole training images, all images weighing the same.
 
     variants: models that take (B, 3, H, W); they are left on `device` in evaluation mode. train: indices of the images of
-    the training split. size: (height, width).
+    the training split. size: (height, width). Returns the unreadable images, by sample id, with the reason.
+
+    Raises:
+        TooManyCorruptImagesError: they are more than `config.max_bad_fraction`.
+        DataError: no image can be read.
     """
     norms = {depth: _norms(model) for depth, model in variants.items() if _norms(model)}
     if not norms:
-        return
+        return {}
     gen = generator(config.seed, "batch norms")
     sample = np.sort(
         train[torch.randperm(len(train), generator=gen)[:IMAGES].numpy()]
     )  # files are read in order
-    pixels = np.concatenate([batch for _, batch in eval_images(source, sample, size, config.batch_size)])
+    met = BadImages(config.max_bad_fraction)
+    batches = [batch for _, batch in eval_images(source, sample, size, config.batch_size, met)]
+    if not batches:
+        raise DataError(
+            f"no training image of {source.name} could be read, so batch norms have no statistics"
+        )
+    pixels = np.concatenate(batches)
     images = torch.from_numpy(pixels)[
         torch.randperm(len(pixels), generator=gen)
     ]  # so that a batch is not one class
@@ -64,6 +75,7 @@ def gather_statistics(
     for norm, momentum in momenta.items():
         norm.momentum = momentum
         norm.eval()
+    return met.reasons
 
 
 def _norms(model: nn.Module) -> list[_BatchNorm]:

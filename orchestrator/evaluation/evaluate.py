@@ -57,10 +57,12 @@ def evaluate_variants(
     variants: depth -> model whose `forward_features` and `forward_head` give the embedding. They are left on
     `device` in evaluation mode, batch norms with statistics of whole training images (`batch_norms`). size: (height, width).
     Without labels RankMe is measured in place of the accuracies. bad: takes the unreadable images, by sample id.
-    Raises TooManyCorruptImagesError above `config.max_bad_fraction`, ValueError if a split has no readable image, or
-    embeddings are not finite.
+    Raises TooManyCorruptImagesError above `config.max_bad_fraction`, DataError if a split has no readable image,
+    UnscorableError if embeddings are not finite.
     """
-    gather_statistics(variants, source, splits.train, size, mean, std, device, config)
+    unreadable = gather_statistics(variants, source, splits.train, size, mean, std, device, config)
+    if bad is not None:
+        bad.update(unreadable)
     embedders = build_embedders(variants, mean, std, device)
     metrics: dict[int, dict[str, Any]]
     if can_score(source, splits):
@@ -122,7 +124,7 @@ def rankme_by_depth(
 ) -> tuple[dict[int, float], int]:
     """RankMe of every embedding by name, and the number of images, at most `RANKME_IMAGES` of `train`, it is computed on.
 
-    Raises ValueError if none of them can be read, or an embedding is not finite.
+    Raises DataError if none of them can be read, UnscorableError if an embedding is not finite.
     """
     features, indices = extract_features(embedders, source, train, size, config, RANKME_IMAGES, bad)
     return {name: rankme(x.to(device)) for name, x in features.items()}, len(indices)
