@@ -35,7 +35,7 @@ from bim.orchestrator.jobs.search_job import run_search, search_due
 from bim.orchestrator.jobs.train_backbones import train_backbones
 from bim.orchestrator.reporting.closing import closing_lines, several_closing_lines
 from bim.orchestrator.reporting.startup import data_notes, opening_lines
-from bim.orchestrator.runs.output_dir import Claim, OutputError, claim
+from bim.orchestrator.runs.output_dir import Claim, OutputError, claim, remove_unfinished_files
 from bim.orchestrator.runs.run_store import storage_failure
 from bim.orchestrator.runs.signals import at_forced_exit, interrupted_by_signals
 from bim.orchestrator.runs.train import check_precision, resolve_precision
@@ -99,13 +99,15 @@ def _run(job: PreparedJob, stop: StopRequest) -> JobResult:
         stack.enter_context(interrupted_by_signals(stop))
         claims = _claim_outputs(job, stack)
 
+        leases = [held.lease for held in claims.values()]
+
         def release() -> None:
-            remove_temporary_files(job.out)
-            for held in claims.values():
-                held.lease.release()
+            remove_unfinished_files(job.out, leases)
+            for lease in leases:
+                lease.release()
 
         # Called when Ray's processes have ended, which may have been killed in the middle of a write.
-        stack.callback(remove_temporary_files, job.out)
+        stack.callback(remove_unfinished_files, job.out, leases)
         stack.enter_context(at_forced_exit(release))
         cluster = stack.enter_context(connect(job.settings))
         remove_temporary_files(job.out)  # of a driver that was killed
@@ -128,6 +130,7 @@ def _run(job: PreparedJob, stop: StopRequest) -> JobResult:
             (backbone,) = backbones
             closing = closing_lines(job.out, backbone.prepared.run.depths, backbone.tracker.ui_hint())
             return JobResult(job.out, None, backbone.table, tuple(closing))
+        claims[job.out].lease.check()
         table, results = record_comparison(job, backbones, comparison)
         failed = tuple(f"{result.name} failed: {result.failed}" for result in results if result.failed)
         closing = several_closing_lines(job.out, results, comparison.ui_hint())
@@ -221,7 +224,9 @@ def _search(backbone: BackboneRun, cluster: ClusterResources, stop: StopRequest)
     """The search that comes before the training, if one is due; the backbone goes on with the best settings."""
     run = backbone.prepared.run
     if search_due(run.settings, run.out):
-        best = run_search(backbone.prepared, cluster, backbone.precision, backbone.tracker, stop)
+        best = run_search(
+            backbone.prepared, cluster, backbone.precision, backbone.tracker, stop, backbone.lease
+        )
         if best is None:
             return
         backbone.prepared = best if run.record is None else best.recorded_as(run.record)

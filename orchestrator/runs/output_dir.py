@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +13,9 @@ from bim.orchestrator.config.recipes import SAVED_SETTINGS, read_recipe
 from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.config.transforms import differing_keys, flat
 from bim.orchestrator.config.validate import settings_from_mapping
+from bim.orchestrator.files import remove_temporary_files
 from bim.orchestrator.runs.checkpoints import RunCheckpoints, checkpoint_store
-from bim.orchestrator.runs.lease import LEASE, Lease, LeaseHeldError, System, acquire, holder
+from bim.orchestrator.runs.lease import LEASE, Lease, LeaseHeldError, LeaseLostError, System, acquire, holder
 from bim.orchestrator.runs.run_record import (
     RUN_RECORD,
     OutputError,
@@ -169,6 +170,14 @@ def claim(out: Path, settings: Settings, fingerprint: str = "") -> Iterator[Clai
             with suppress(OSError):  # another process may use it, or a folder above it
                 for folder in new:
                     folder.rmdir()
+
+
+def remove_unfinished_files(out: Path, leases: Iterable[Lease]) -> None:
+    """Remove what killed processes left of their writes, unless another process has taken a lease over: it may be writing."""
+    with suppress(LeaseLostError):
+        for lease in leases:
+            lease.check()
+        remove_temporary_files(out)
 
 
 def _make_and_hold(out: Path, run_id: str, new: list[Path], stack: ExitStack) -> Lease:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from mlflow.exceptions import MlflowException
 
-from bim.orchestrator.runs.lease import acquire
+from bim.orchestrator.runs.lease import LeaseLostError, acquire
 from bim.orchestrator.search.results import TrialRow, TrialScore
 from bim.orchestrator.tracking import open_run as open_run_module
 from bim.orchestrator.tracking.store import StoreAddress, TrackingError
@@ -326,3 +326,14 @@ def test_the_state_of_a_trial_that_ended_is_the_status_of_its_run(tmp_path: Path
     assert [store.child(trial=str(number)).info.status for number in range(4)] == [
         "FINISHED", "KILLED", "KILLED", "FAILED",
     ]  # fmt: skip
+
+
+def test_a_run_that_another_process_has_taken_over_is_left_to_it(tmp_path: Path, store: FakeStore) -> None:
+    tracker = opened(tmp_path / "out", interval=60)
+    tracker.log_metrics(1, {"loss": 0.5})
+    at_the_loss = len(store.requests)
+    tracker.__exit__(LeaseLostError, LeaseLostError("taken over"), None)
+    tracker._uploader._thread.join(5)
+    assert len(store.requests) == at_the_loss
+    assert store.runs["run0"].info.status == "RUNNING"
+    assert not (tmp_path / "out" / "uploads").exists()
