@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bim.orchestrator.config.credentials import with_credentials
-from bim.orchestrator.config.recipes import SAVED_SETTINGS, read_recipe
+from bim.orchestrator.config.recipes import SAVED_SETTINGS
 from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.config.transforms import with_changes
 from bim.orchestrator.config.validate import settings_from_mapping
@@ -29,6 +29,7 @@ from bim.orchestrator.runs.output_dir import (
     check_resumable,
     open_store,
     resumed_record,
+    saved_settings,
 )
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun, resolve_backbone
 from bim.orchestrator.runs.run_record import read_record
@@ -168,7 +169,7 @@ def _check_none_left_out(out: Path, names: Collection[str]) -> None:
     Raises:
         OutputError: naming those that are left out.
     """
-    saved = settings_from_mapping(read_recipe(str(out / SAVED_SETTINGS)))
+    saved = settings_from_mapping(saved_settings(out))
     begun = [name for name in backbone_entries(saved) if (out / name / SAVED_SETTINGS).exists()]
     missing = ", ".join(name for name in begun if name not in names)
     if missing:
@@ -190,5 +191,5 @@ def _is_finished(run: ResolvedRun) -> bool:
         read_rows(run.out)
     except (OSError, ValueError):
         return False
-    saved = settings_from_mapping(read_recipe(str(run.out / SAVED_SETTINGS)))
+    saved = settings_from_mapping(saved_settings(run.out))
     return (saved.evaluation, saved.baseline) == (run.settings.evaluation, run.settings.baseline)

@@ -332,3 +332,24 @@ def test_unfinished_files_of_another_process_that_took_the_directory_over_stay(t
     with acquire(tmp_path, "run") as lease:
         remove_unfinished_files(tmp_path, [lease])
     assert not (tmp_path / ".settings.yaml.7.tmp").exists()
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"a: [", b"3", b"[" * 5000], ids=repr)
+def test_saved_settings_that_are_no_recipe_are_told(tmp_path: Path, content: bytes) -> None:
+    run_in(tmp_path, replace(RECORD, has_checkpoint=False))
+    (tmp_path / "settings.yaml").write_bytes(content)
+    with pytest.raises(OutputError, match=r"settings\.yaml .*; put the settings of the run back"):
+        check_output(tmp_path, resumed(tmp_path), "images")
+
+
+def test_a_manifest_whose_settings_are_nested_without_end_is_told(tmp_path: Path) -> None:
+    run_in(tmp_path)
+    committed(tmp_path, 5)
+    (manifest,) = tmp_path.rglob(MANIFEST)
+    nested = "[" * 900 + "]" * 900
+    content = json.dumps(json.loads(manifest.read_text()) | {"settings": {"name": "HERE"}})
+    manifest.write_text(content.replace('"HERE"', nested))
+    with pytest.raises(
+        OutputError, match="settings that this version does not know: settings are nested too deeply"
+    ):
+        check_output(tmp_path, resumed(tmp_path), "images")

@@ -238,7 +238,11 @@ def test_a_run_that_cannot_write_its_record_does_not_go_on_running_in_the_store(
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "null", "[]", '{"run_id": 3}', '{"run_id": "", "uri": ""}', b"\xff", None]
+    "content",
+    [
+        *["", "{", "null", "[]", '{"run_id": 3}', '{"run_id": "", "uri": ""}', b"\xff", None],
+        '{"run_id": "a", "experiment_id": "1", "uri": "b", "start_time": Infinity}',
+    ],
 )
 def test_a_record_of_any_content_is_a_sentence(tmp_path: Path, content: str | bytes | None) -> None:
     path = tmp_path / "tracking.json"
