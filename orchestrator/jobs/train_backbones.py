@@ -235,7 +235,7 @@ def _evaluate(
     if is_url(task.checkpoint):
         # The node of the stages need not see the output directory.
         items = stream_from_bundle(evaluate_and_send, placement_group, layout, is_stopped, task)
-        return receive(items, Path(task.out))
+        return receive(items, Path(task.out), MeasuringLines())
     lines, file = MeasuringLines(), ProgressFile(Path(task.out))
 
     def should_cancel() -> bool:

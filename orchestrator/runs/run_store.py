@@ -104,7 +104,8 @@ def storage_failure(
         latest = open_store(out, record).latest()
     except (OutputError, StorageError):
         return disk_sentence(error, "unknown")
-    return disk_sentence(error, "none" if latest is None else f"step {latest.step}")
+    none = "none" if out.is_dir() else "unknown"
+    return disk_sentence(error, none if latest is None else f"step {latest.step}")
 
 
 def _other_settings(manifest: Manifest, settings: Settings) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 
 from bim.orchestrator.config.cli import load_settings
+from bim.orchestrator.files import StorageError
 from bim.orchestrator.jobs import job as job_module
 from bim.orchestrator.jobs import prepare as prepare_module
 from bim.orchestrator.jobs.job import run_job
@@ -35,6 +36,7 @@ def test_what_the_system_refuses_in_the_output_directory_ends_the_run_with_a_sen
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     path = str(tmp_path / "run" / "search" / ".tune-x")
+    (tmp_path / "run").mkdir()
     monkeypatch.setattr(job_module, "_run", refusing(OSError(number, os.strerror(number), path)))
     with pytest.raises(TrainingError, match=rf"{path}: {os.strerror(number)}; .*last checkpoint: none"):
         run_job(job_in(tmp_path / "run"))
@@ -69,3 +71,12 @@ def test_a_directory_that_the_system_does_not_let_one_look_at_is_refused_before_
     monkeypatch.setattr(Path, "stat", stat)
     with pytest.raises(OutputError, match=r"cannot be used: .*/run: Stale file handle"):
         prepare(settings)
+
+
+def test_the_last_checkpoint_of_a_directory_that_is_gone_is_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    monkeypatch.setattr(job_module, "_run", refusing(StorageError(errno.ENOENT, "cannot be read", str(out))))
+    with pytest.raises(TrainingError, match="last checkpoint: unknown"):
+        run_job(job_in(out))
