@@ -27,7 +27,7 @@ from bim.orchestrator.evaluation.model_cost import gflops
 from bim.orchestrator.export import timm_folder
 from bim.orchestrator.export.model_card import CardFacts
 from bim.orchestrator.export.timm_folder import export_decoder, export_variant, folder_name
-from bim.orchestrator.files import remove_temporary_files
+from bim.orchestrator.files import StorageError, remove_temporary_files
 
 ARGS: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 4}
 CARD = CardFacts(run="demo", seed=0)
@@ -301,3 +301,13 @@ def test_what_a_killed_export_leaves_is_removed_by_the_next_start(
     assert list((tmp_path / "killed").rglob("model.safetensors"))
     remove_temporary_files(tmp_path / "killed")
     assert list((tmp_path / "killed" / "variants").iterdir()) == []
+
+
+def test_an_output_directory_that_is_gone_is_not_made_again(
+    backbone: Backbone, model: nn.Module, tmp_path: Path
+) -> None:
+    with pytest.raises(StorageError, match="was its folder renamed, removed or unmounted"):
+        export_variant(backbone, 2, model, tmp_path / "gone" / "variants" / folder_name(2), CARD)
+    with pytest.raises(StorageError, match="was its folder renamed, removed or unmounted"):
+        export_decoder({"a": torch.zeros(2)}, tmp_path / "gone" / "decoders" / "block-0.safetensors")
+    assert list(tmp_path.iterdir()) == []
