@@ -11,7 +11,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from bim.orchestrator.distributed.cluster import raise_if_cluster_lost, result_of
+from bim.orchestrator.distributed.cluster import died, raise_if_cluster_lost, task_result
 from bim.orchestrator.distributed.placement import StageLayout
 
 Item = TypeVar("Item")
@@ -36,14 +36,20 @@ def stream_from_bundle(
 
     Yields its items; ends early once `should_cancel()`. A generator whose process dies is started again, and all of its
     items come again. (Ray's own retry leaves out as many items as were taken, which need not be the same ones.)
+
+    Raises:
+        Exception: what the generator raises.
+        TrainingError: its process died once too often.
     """
     for retries_left in reversed(range(RETRIES + 1)):
         try:
             yield from _stream(function, placement_group, layout, should_cancel, *args)
             return
         except RayError as error:
-            if isinstance(error, RayTaskError) or not retries_left:
+            if isinstance(error, RayTaskError):
                 raise
+            if not retries_left:
+                raise died(error) from error
             log.debug("a process that sends results died and is started again: %s", error)
 
 
@@ -77,4 +83,4 @@ def _stream(
             reference = next(items)
         except StopIteration:
             return
-        yield result_of(reference)
+        yield task_result(reference)

@@ -123,7 +123,11 @@ def run_search(
         log.info(line)
     for row in initial.rows:  # an earlier process may have ended before it recorded them
         tracker.log_trial(row, initial.metric)
-    with stop_on_signals(stop, meanwhile="ending the trials of the search, which can be continued"):
+    with stop_on_signals(
+        stop,
+        meanwhile="ending the trials of the search, which can be continued",
+        on_save="trials save a checkpoint after every epoch; the search goes on",
+    ):
         progress = SearchProgress(tracker, trials, concurrent)
         result = search(SearchSpec(settings, space, trial, initial), run.out, progress, stop, lease)
     if not result.finished:

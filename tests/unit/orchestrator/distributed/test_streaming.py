@@ -11,7 +11,7 @@ from ray.exceptions import RayTaskError, WorkerCrashedError
 from bim.orchestrator.distributed import streaming
 from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.distributed.streaming import RETRIES, stream_from_bundle
-from bim.orchestrator.training.errors import ClusterLostError
+from bim.orchestrator.training.errors import ClusterLostError, TrainingError
 
 LAYOUT = StageLayout(((0,),), gpus=0.0, cpus=0.1, loader_cpus=0.1, threads=1)
 
@@ -45,5 +45,5 @@ def test_what_its_code_raises_and_a_lost_cluster_are_not_tried_again(
 
 
 def test_a_process_that_dies_each_time_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(WorkerCrashedError):
+    with pytest.raises(TrainingError, match="a process that measures died: "):
         streamed(monkeypatch, *[[WorkerCrashedError()]] * (RETRIES + 1))

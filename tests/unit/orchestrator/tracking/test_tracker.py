@@ -341,3 +341,24 @@ def test_a_run_that_another_process_has_taken_over_is_left_to_it(tmp_path: Path,
     assert len(store.requests) == at_the_loss
     assert store.runs["run0"].info.status == "RUNNING"
     assert not (tmp_path / "out" / "uploads").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "record"),
+    [
+        ("trial", {"row": {"status": "dancing"}, "metric": "rankme"}),
+        ("trial", {"row": None, "metric": "rankme"}),
+        ("depth", {"record": {"folder": "x", "pictures": 3}, "model_name": "m", "dataset": None}),
+        ("depth", {"record": [], "model_name": "m", "dataset": None}),
+    ],
+)
+def test_an_upload_of_another_form_is_dropped_and_keeps_no_other_waiting(
+    tmp_path: Path, store: FakeStore, kind: str, record: dict[str, object]
+) -> None:
+    with opened(tmp_path / "out", interval=60) as tracker:
+        for number in range(3):
+            tracker._queue.put(f"damaged {number}", kind, record)
+        tracker.log_metrics(1, {"loss": 0.5})
+        tracker.set_tags({"b": 2})
+        assert tracker.finish()
+    assert store.runs["run0"].data.tags["b"] == "2"
