@@ -14,7 +14,8 @@ TOKEN_STD = 0.02
 _INITIALIZERS = frozenset(
     getattr(Tensor, name)
     for name in ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_")
-)
+) | {nn.init.uniform_, nn.init.normal_, nn.init.constant_, nn.init.kaiming_uniform_}
+"""What reaches a mode of torch functions when timm and torch initialize a parameter; other functions call these."""
 
 
 class NoInitialization(TorchFunctionMode):
@@ -25,9 +26,12 @@ class NoInitialization(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _INITIALIZERS and (args[0].is_meta or isinstance(args[0], nn.Parameter)):
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in _INITIALIZERS:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta or isinstance(tensor, nn.Parameter):
+                return tensor
+        return func(*args, **kwargs)
 
 
 def scale_head_init_(head: nn.Linear, gain: float, bias: float) -> None:
