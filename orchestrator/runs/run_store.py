@@ -98,9 +98,9 @@ def storage_failure(
     if isinstance(store, RemoteCheckpointStore):
         step = store.committed_step
         return disk_sentence(error, "none" if step is None else f"step {step}")
-    if store is None and read_storage_record(out) is not None:
-        return disk_sentence(error, "unknown")
     try:
+        if store is None and read_storage_record(out) is not None:
+            return disk_sentence(error, "unknown")
         latest = open_store(out, record).latest()
     except (OutputError, StorageError):
         return disk_sentence(error, "unknown")

@@ -80,3 +80,15 @@ def test_the_last_checkpoint_of_a_directory_that_is_gone_is_not_known(
     monkeypatch.setattr(job_module, "_run", refusing(StorageError(errno.ENOENT, "cannot be read", str(out))))
     with pytest.raises(TrainingError, match="last checkpoint: unknown"):
         run_job(job_in(out))
+
+
+def test_where_nothing_can_be_read_any_more_the_first_refusal_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "storage.json").mkdir()
+    path = str(tmp_path / "summary.txt")
+    monkeypatch.setattr(job_module, "_run", refusing(StorageError(errno.EIO, "cannot be written (x)", path)))
+    with pytest.raises(
+        TrainingError, match=r"summary.txt cannot be written \(x\); .*last checkpoint: unknown"
+    ):
+        run_job(job_in(tmp_path))
