@@ -19,7 +19,7 @@ from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.distributed.cluster import ClusterError, ray_cluster
 from bim.orchestrator.distributed.placement import ClusterResources, PlacementError
-from bim.orchestrator.files import is_of_folder, remove_temporary_files
+from bim.orchestrator.files import is_of_folder, os_error_text, remove_temporary_files
 from bim.orchestrator.jobs.backbone_run import BackboneRun
 from bim.orchestrator.jobs.comparison import measure_pending_latencies, open_comparison, record_comparison
 from bim.orchestrator.jobs.layouts import shared_layouts, single_layouts
@@ -87,7 +87,7 @@ def run_job(job: PreparedJob, stop: StopRequest | None = None) -> JobResult:
             raise KeyboardInterrupt
         return _run(job, stop)
     except OSError as error:
-        if not is_disk_error(error) and not is_of_folder(error, job.out):
+        if not _refused(error, job):
             raise
         raise TrainingError(storage_failure(error, job.out)) from error
     except KeyboardInterrupt:
@@ -111,7 +111,14 @@ def _run(job: PreparedJob, stop: StopRequest) -> JobResult:
         stack.enter_context(at_forced_exit(release))
         cluster = stack.enter_context(connect(job.settings))
         remove_temporary_files(job.out)  # of a driver that was killed
-        backbones, comparison = _open(job, cluster, claims, stack)
+        try:
+            backbones, comparison = _open(job, cluster, claims, stack)
+        except OSError as error:
+            if job.settings.resume or any(held.begun for held in claims.values()) or not _refused(error, job):
+                raise
+            raise TrainingError(
+                f"{os_error_text(error)}; make room or repair it; the run has not begun"
+            ) from error
         _log_opening(job, backbones)
         if not job.compares:
             _search(backbones[0], cluster, stop)
@@ -136,6 +143,11 @@ def _run(job: PreparedJob, stop: StopRequest) -> JobResult:
         closing = several_closing_lines(job.out, results, comparison.ui_hint())
         comparison.finish("FAILED" if failed else "FINISHED")
         return JobResult(job.out, None, table, tuple(closing), failed)
+
+
+def _refused(error: OSError, job: PreparedJob) -> bool:
+    """Whether an error of the system is a disk that is full or read-only, or of the output directory."""
+    return is_disk_error(error) or is_of_folder(error, job.out)
 
 
 def connect(settings: Settings) -> AbstractContextManager[ClusterResources]:
