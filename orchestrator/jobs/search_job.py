@@ -116,6 +116,7 @@ def run_search(
         fingerprint=run.fingerprint,
         device="cuda" if layout.gpus else "cpu",
         max_concurrent_trials=concurrent,
+        run_id=run.run_id,
     )
     initial = load_result(run.out) or _empty_result(backbone, space)
     trials = int(min(settings.search.trials, combinations(space)))

@@ -87,11 +87,10 @@ def train(
     check_precision(run.out, precision, run.record)
     schedule = training_schedule(run, layout)
     facts = {"data": run.fingerprint, "precision": precision}
-    run_id = "" if run.record is None else run.record.run_id
 
     def manifest(step: int) -> Manifest:
         steps = run.phases[0].steps_per_epoch
-        return Manifest(step, steps, recorded_mapping(settings), facts, (), run_id)
+        return Manifest(step, steps, recorded_mapping(settings), facts, (), run.run_id)
 
     stages = make_stages(run, spec, layout, placement_group, first_bundle)
     if on_machines is not None:

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -63,6 +63,7 @@ class TrialSpec:
         fingerprint: of the images.
         device: where checkpoints are scored.
         max_concurrent_trials: trials that run at the same time.
+        run_id: of the run that searches, which the checkpoints of its trials carry.
     """
 
     settings: dict[str, Any]
@@ -73,6 +74,7 @@ class TrialSpec:
     fingerprint: str
     device: str = "cpu"
     max_concurrent_trials: int = 1
+    run_id: str = ""
 
 
 class InfeasibleSettings(ValueError):
@@ -205,10 +207,14 @@ def _run_trial(
         run, source, splits = resolve_run(settings, out, images)
     except ValueError as error:  # SettingsError among them, and too few images for one step
         raise InfeasibleSettings(str(error).splitlines()[0]) from error
+    run = replace(run, search_run_id=trial.run_id)
     if run.fingerprint != trial.fingerprint:
         raise DataError("the images behind data.source have changed since the search began")
     checkpoint = checkpoint_store(out).latest()
-    if checkpoint is not None and differing_keys(settings_from_mapping(checkpoint.settings), settings):
+    if checkpoint is not None and (
+        checkpoint.run_id not in ("", trial.run_id)  # earlier versions wrote none
+        or differing_keys(settings_from_mapping(checkpoint.settings), settings)
+    ):
         remove_trial_checkpoints(trial, name)
         checkpoint = None
     callback = _ScoringCallback(run, recipe.search.every_epochs, scorer(run, (source, splits)), report)
