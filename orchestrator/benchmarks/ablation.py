@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from bim.orchestrator.config.schema import Settings
 from bim.orchestrator.config.transforms import Scalar, changes_weights, end_to_end, flat, with_changes
 from bim.orchestrator.config.validate import settings_from_mapping
-from bim.orchestrator.data.source import Source
-from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.distributed.placement import ClusterResources
 from bim.orchestrator.evaluation.evaluate import evaluate_variants, raw_pixels
+from bim.orchestrator.evaluation.inputs import EvalInputs
 from bim.orchestrator.evaluation.records import DepthReport, Scores
 from bim.orchestrator.files import atomic_write
 from bim.orchestrator.runs.checkpoints import committed_folder
@@ -159,22 +158,30 @@ def run_case(
     train_s = 0.0
     with tempfile.TemporaryDirectory(prefix="ablation-") as folder:
         run, source, splits = resolve_run(settings, Path(folder))
+        inputs = EvalInputs(
+            source,
+            splits,
+            size=run.backbone.image_size,
+            mean=run.spec.mean,
+            std=run.spec.std,
+            device=torch.device("cpu"),
+            config=replace(eval_config(settings), latency=False),
+        )
         if case == RAW_PIXELS:
-            scores = raw_pixels(source, splits, run.backbone.image_size, eval_config(settings))
-            measured[case] = dict.fromkeys(depths, scores)
+            measured[case] = dict.fromkeys(depths, raw_pixels(inputs))
         elif case == RANDOM:
             variants = random_variants(run.spec, run.backbone, depths)
-            measured[case] = _scores(run, settings, source, splits, variants)
+            measured[case] = _scores(variants, inputs)
         else:
             started = time.perf_counter()
             weights = _trained_weights(run, settings)
             train_s = time.perf_counter() - started
             variants = {depth: trained_variant(run.backbone, weights, depth) for depth in depths}
-            measured[case] = _scores(run, settings, source, splits, variants)
+            measured[case] = _scores(variants, inputs)
             if case == TRUNCATED_MAE:
                 encoders = [encoder_weights(block) for block in weights]
                 variants = {depth: run.backbone.variant(depth, encoders, None) for depth in depths}
-                measured[FRESH_NORM] = _scores(run, settings, source, splits, variants)
+                measured[FRESH_NORM] = _scores(variants, inputs)
     return [
         CaseResult(
             name,
@@ -195,21 +202,9 @@ def _trained_weights(run: ResolvedRun, settings: Settings) -> list[dict[str, Ten
     return load_weights(committed_folder(run.out, run.total_steps), run.spec)
 
 
-def _scores(
-    run: ResolvedRun, settings: Settings, source: Source, splits: Splits, variants: Mapping[int, nn.Module]
-) -> Mapping[int, Scores | DepthReport]:
+def _scores(variants: Mapping[int, nn.Module], inputs: EvalInputs) -> Mapping[int, Scores | DepthReport]:
     """Test accuracies by depth."""
-    reports = evaluate_variants(
-        variants,
-        source,
-        splits,
-        run.backbone.image_size,
-        mean=run.spec.mean,
-        std=run.spec.std,
-        device=torch.device("cpu"),
-        config=replace(eval_config(settings), latency=False),
-    )
-    return {report.depth: report for report in reports}
+    return {report.depth: report for report in evaluate_variants(variants, inputs)}
 
 
 def read_results(file: Path) -> list[CaseResult]:

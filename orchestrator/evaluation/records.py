@@ -27,16 +27,16 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Measurements per depth and where the files are. `random` and `raw` are empty without baselines.
+    """Measurements per depth, and where the files of each depth are. `random` and `raw` are empty without baselines.
 
     bad_images: sample id -> reason, of the images that could not be read and are in no score.
     """
 
-    reports: tuple[DepthReport, ...]
-    random: tuple[DepthReport, ...]
-    raw: dict[str, float]
-    folders: dict[int, str]
-    pictures: dict[int, str]
+    reports: tuple[DepthReport, ...] = ()
+    random: tuple[DepthReport, ...] = ()
+    raw: dict[str, float] = field(default_factory=dict)
+    folders: dict[int, str] = field(default_factory=dict)
+    pictures: dict[int, str] = field(default_factory=dict)
     bad_images: dict[str, str] = field(default_factory=dict)
 
 

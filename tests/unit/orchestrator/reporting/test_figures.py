@@ -21,6 +21,7 @@ from bim.orchestrator.reporting.figures.reconstruction import (
     GAP_PX,
     GRAY,
     MIN_IMAGE_PX,
+    Reconstructions,
     reconstruction_figure,
 )
 from bim.orchestrator.reporting.figures.style import write_png
@@ -61,7 +62,8 @@ def depth_labels(axes: Axes) -> list[str]:
 
 def test_masked_units_are_gray_and_the_others_untouched() -> None:
     images = np.random.default_rng(0).random((2, 4, 6, 3))
-    figure = reconstruction_figure(images, np.ones_like(images), np.array([[0, 5], [1, 2]]), (2, 3))
+    masked = np.array([[0, 5], [1, 2]])
+    figure = reconstruction_figure(Reconstructions(images, np.ones_like(images), masked, (2, 3)))
     canvas = np.asarray(figure.axes[0].images[0].get_array())
     scale = -(-MIN_IMAGE_PX // 6)
     second_row, second_column = 4 * scale + GAP_PX, 6 * scale + GAP_PX
@@ -94,8 +96,8 @@ def test_the_picture_shows_masked_reconstructed_and_original_side_by_side(
     original[..., 0] = 1.0  # red
     predicted[..., 2] = 7.0  # blue, far out of range
     path = tmp_path / "new" / "r.png"
-    figure = reconstruction_figure(original, predicted, np.array([[0]]), (2, 2), "a title", thrown=thrown)
-    write_png(figure, path)
+    images = Reconstructions(original, predicted, np.array([[0]]), (2, 2), thrown=thrown)
+    write_png(reconstruction_figure(images, "a title"), path)
     assert [file.name for file in path.parent.iterdir()] == ["r.png"]
     red, blue, gray = color_counts(path)
     assert blue**0.5 % 1 == 0  # one square unit of whole pixels is predicted, in the second of three columns
@@ -105,7 +107,8 @@ def test_the_picture_shows_masked_reconstructed_and_original_side_by_side(
 
 def test_a_target_that_is_not_pixels_has_a_column_of_its_own() -> None:
     images = np.zeros((1, 8, 8, 3))
-    figure = reconstruction_figure(images, images, np.array([[0]]), (2, 2), "title", np.ones((1, 8, 8, 3)))
+    hog = Reconstructions(images, images, np.array([[0]]), (2, 2), target=np.ones((1, 8, 8, 3)))
+    figure = reconstruction_figure(hog, "title")
     assert {text.get_text() for text in figure.texts} == {
         "masked",
         "predicted",
