@@ -194,7 +194,7 @@ def _how_measured(reports: Sequence[DepthReport]) -> str:
     num_ranked = max((report.n_ranked for report in reports), default=0)
     text = "GFLOPs are 2 x multiply-accumulates of one image"
     text += f" of {size[0]} x {size[1]} pixels." if size else "."
-    if any(report.latency_ms_b1 is not None for report in reports):
+    if any(report.latency_b1_ms is not None for report in reports):
         device = next((report.device for report in reports if report.device), "")
         text += " Milliseconds are the median of a batch of 1 and of 64" + (
             f" on {device}." if device else "."

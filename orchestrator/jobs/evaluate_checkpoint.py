@@ -167,8 +167,8 @@ def add_latency(task: EvaluationTask, result: EvaluationResult) -> EvaluationRes
     reports = tuple(
         replace(
             report,
-            latency_ms_b1=batch_1[report.depth],
-            latency_ms_b64=batch_64[report.depth],
+            latency_b1_ms=batch_1[report.depth],
+            latency_b64_ms=batch_64[report.depth],
             device=device_name(device),
         )
         for report in result.reports

@@ -124,8 +124,8 @@ def test_every_depth_is_measured_and_each_image_decoded_once() -> None:
     assert two.gflops > one.gflops > 0
     assert one.n_test == 30
     assert one.knn_top1 is not None
-    assert one.probe_top1 is not None
-    assert one.probe_top1 > 0.9  # red or blue is easy
+    assert one.linear_top1 is not None
+    assert one.linear_top1 > 0.9  # red or blue is easy
     assert set(one.metrics()) == {
         "knn_top1",
         "knn_top1_se",
@@ -143,7 +143,7 @@ def test_without_labels_the_costs_and_the_rank_of_the_training_images_are_measur
     monkeypatch.setattr("bim.orchestrator.evaluation.model_cost.WARM_UP_S", 0.0)
     source, variants = Blobs(labeled=False, bad=(3,)), {1: vit(1), 2: vit(2)}
     one, two = evaluate_variants(variants, inputs(source, EvalConfig(batch_size=32)))
-    assert (one.knn_top1, one.probe_top1, one.knn_se, one.probe_se) == (None, None, None, None)
+    assert (one.knn_top1, one.linear_top1, one.knn_top1_se, one.linear_top1_se) == (None, None, None, None)
     assert source.loads == len(SPLITS.train)  # each once for all depths
     assert set(one.metrics()) == {"rankme", "params", "gflops", "latency_b1_ms", "latency_b64_ms"}
     assert "thread" in one.device
@@ -183,15 +183,15 @@ def test_the_score_comes_from_the_test_split_alone() -> None:
         name: evaluate_variants({1: vit(1)}, inputs(WrongOutsideTest(), splits=split))[0]
         for name, split in splits.items()
     }
-    assert (accuracy["right"].probe_top1 or 0) > 0.9
-    assert (accuracy["wrong"].probe_top1 or 0) < 0.1
+    assert (accuracy["right"].linear_top1 or 0) > 0.9
+    assert (accuracy["wrong"].linear_top1 or 0) < 0.1
 
 
 def test_unreadable_images_are_left_out_with_their_labels() -> None:
     source = Blobs(bad=(0, 1, 2, 95))
     (report,) = evaluate_variants({1: vit(1)}, inputs(source))
     assert report.n_test == 29
-    assert (report.probe_top1 or 0) > 0.9
+    assert (report.linear_top1 or 0) > 0.9
 
 
 def test_a_split_without_a_readable_image_is_an_error_that_names_the_source() -> None:
@@ -202,7 +202,7 @@ def test_a_split_without_a_readable_image_is_an_error_that_names_the_source() ->
 def test_raw_pixels_are_scored_at_the_evaluation_size() -> None:
     scores = raw_pixels(inputs(Blobs(), EvalConfig(knn_k=5)))
     assert scores.n_test == 30
-    assert scores.probe_top1 == 1.0
+    assert scores.linear_top1 == 1.0
     assert raw_pixels(inputs(Blobs(), EvalConfig(knn_k=5))) == scores
 
 
