@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bim.orchestrator.runs.signals import leave
+from bim.orchestrator.tables import Key, render
 from bim.pipelines.process import run_command
 
 if TYPE_CHECKING:
     import torch
 
     from bim.orchestrator.training.spec import PretrainSpec
+
+Row = dict[Key, str]
+"""Cells of a table by column."""
 
 MEMORY_CASES = (  # decoder layers, decoder width
     (8, 512),
@@ -38,7 +42,7 @@ def memory(arguments: argparse.Namespace) -> None:
     print(
         f"{name}, batch {batch}, mask ratio {arguments.mask_ratio}, float32, saved tensors counted in one process"
     )
-    print(f"{'decoder':>8}  {'K=1':>10}  {'block by block, MiB':>{8 * k}}  {'peak':>9}  {'peak / K=1':>10}")
+    rows: list[Row] = []
     for depth, dim in MEMORY_CASES:
         saved = []
         for blocks in (1, k):
@@ -52,11 +56,10 @@ def memory(arguments: argparse.Namespace) -> None:
             )
             saved.append(saved_activations(spec, batch))
         (whole,), parts = saved
-        columns = " ".join(f"{part / 2**20:8.1f}" for part in parts)
-        print(
-            f"{f'{depth}x{dim}':>8}  {whole / 2**20:7.1f} MiB  {columns:>{8 * k}}  {max(parts) / 2**20:5.1f} MiB  "
-            f"{max(parts) / whole:10.2f}"
-        )
+        row: Row = {"decoder": f"{depth}x{dim}", "K=1, MiB": f"{whole / 2**20:.1f}"}
+        row |= {("MiB of block", str(block)): f"{part / 2**20:.1f}" for block, part in enumerate(parts)}
+        rows.append(row | {"peak / K=1": f"{max(parts) / whole:.2f}"})
+    print(render(rows))
 
 
 def methods(arguments: argparse.Namespace) -> None:
@@ -72,20 +75,25 @@ def methods(arguments: argparse.Namespace) -> None:
         f"act: activations held for the backward pass ({precision}, largest block), fused | explicit attention; "
         "tensors that do not grow with the batch are left out"
     )
-    head = f"{'method':<40}  {'GMACs':>6}  {'ratio':>5}  {'step':>5}  {'act, fused':>10}  {'explicit':>8}"
-    print(head + ("  allocated" if device.type == "cuda" else "") + "  published")
+    rows: list[Row] = []
     mae = None
     for method in method_costs.methods(arguments.backbone, layers):
+        announce(method.name)
         cost = method_costs.cost(method.spec, arguments.batch, device, precision, arguments.steps)
         mae = mae or cost  # the first method
-        line = (
-            f"{method.name:<40}  {cost.gmacs:6.2f}  {cost.gmacs / mae.gmacs:5.2f}  {cost.step_s / mae.step_s:5.2f}  "
-            f"{cost.fused / mae.fused:10.2f}  {cost.explicit / mae.explicit:8.2f}"
-        )
+        row: Row = {
+            "method": method.name,
+            "GMACs": f"{cost.gmacs:.2f}",
+            "ratio": f"{cost.gmacs / mae.gmacs:.2f}",
+            "step": f"{cost.step_s / mae.step_s:.2f}",
+            "act, fused": f"{cost.fused / mae.fused:.2f}",
+            "explicit": f"{cost.explicit / mae.explicit:.2f}",
+        }
         if cost.peak is not None and mae.peak is not None:
-            line += f"  {cost.peak / mae.peak:9.2f}"
-        print(f"{line}  {method.published}", flush=True)
+            row["allocated"] = f"{cost.peak / mae.peak:.2f}"
+        rows.append(row | {"published": method.published})
     assert mae is not None
+    print(render(rows, align="label"))
     print(f"MAE: {1000 * mae.step_s:.0f} ms a step, {mae.fused / 2**20:.0f} | {mae.explicit / 2**20:.0f} MiB")
 
 
@@ -122,12 +130,17 @@ def family(arguments: argparse.Namespace) -> None:
     )
     seconds, gmacs = total([uniform_spec(name, layers, SMALL_DECODER)])
     print(f"one BIM run: {1000 * seconds:.0f} ms a step, {gmacs:.2f} GMACs an image")
-    print(f"{'against':<45}  {'time':>5}  {'by MACs':>7}  {'gap':>5}")
+    rows: list[Row] = []
     for description, specs in separate.items():
+        label = f"{len(specs)} {description}"
+        announce(label)
         other_s, other_gmacs = total(specs)
         time_ratio, bound = seconds / other_s, gmacs / other_gmacs
-        label = f"{len(specs)} {description}"
-        print(f"{label:<45}  {time_ratio:5.2f}  {bound:7.2f}  {time_ratio / bound:5.2f}", flush=True)
+        gap = time_ratio / bound
+        rows.append(
+            {"against": label, "time": f"{time_ratio:.2f}", "by MACs": f"{bound:.2f}", "gap": f"{gap:.2f}"}
+        )
+    print(render(rows, align="label"))
 
 
 def green(arguments: argparse.Namespace) -> None:
@@ -151,24 +164,27 @@ def green(arguments: argparse.Namespace) -> None:
         f"{name}, 75 % masked, 1x512 decoder on the last level, batch {arguments.batch}, {describe(device)}, {precision}"
     )
     print("published (GreenMIM, abstract): 2.7 times faster, 70 % less GPU memory")
-    rows: dict[str, list[tuple[float, int, int | None]]] = {"encoder alone": [], "whole step": []}
+    costs: dict[str, list[tuple[float, int, int | None]]] = {"encoder alone": [], "whole step": []}
     for encode in encodes:
+        announce(f"{encode} tokens")
         spec = method_costs.uniform_spec(name, layers, decoder, encode=encode)
         measured = (spec, arguments.batch, device, precision, arguments.steps)
-        rows["encoder alone"].append(method_costs.encoder_cost(*measured))
+        costs["encoder alone"].append(method_costs.encoder_cost(*measured))
         cost = method_costs.cost(*measured)
-        rows["whole step"].append((cost.step_s, cost.fused, cost.peak))
-    head = f"{'':<14}  {'visible, ms':>11}  {'all, ms':>9}  {'faster':>6}  {'activations held':>16}"
-    print(head + ("  allocated" if device.type == "cuda" else ""))
-    for description, (visible, *full) in rows.items():
-        line = f"{description:<14}  {1000 * visible[0]:11.0f}"
+        costs["whole step"].append((cost.step_s, cost.fused, cost.peak))
+    rows: list[Row] = []
+    for description, (visible, *full) in costs.items():
+        row: Row = {"": description, "visible, ms": f"{1000 * visible[0]:.0f}"}
         for other in full:
-            line += f"  {1000 * other[0]:9.0f}  {other[0] / visible[0]:5.2f}x  {visible[1] / other[1]:16.2f}"
+            row["all, ms"] = f"{1000 * other[0]:.0f}"
+            row["faster"] = f"{other[0] / visible[0]:.2f}x"
+            row["activations held"] = f"{visible[1] / other[1]:.2f}"
             if visible[2] is not None and other[2] is not None:
-                line += f"  {visible[2] / other[2]:9.2f}"
-        print(line, flush=True)
+                row["allocated"] = f"{visible[2] / other[2]:.2f}"
+        rows.append(row)
+    print(render(rows, align="label"))
     single = method_costs.uniform_spec(name, layers, decoder, encode="visible")
-    step_s = rows["whole step"][0][0]
+    step_s = costs["whole step"][0][0]
     print_block_counts(arguments, device, single, step_s)
     print_plans(single, arguments.batch, arguments.steps, step_s)
 
@@ -191,17 +207,26 @@ def print_block_counts(
     layers = block_layers(arguments.backbone, arguments.blocks)
     equal = uniform_spec(arguments.backbone, layers, DecoderSpec(1, 256), encode="visible")
     k = f"{len(layers)} blocks"
-    print(f"{'one step of':<40}  {'of one block':>12}  GMACs of encoders, decoders")
+    rows: list[Row] = []
     for description, spec in (
         ("1 block, one mask per sample", replace(single, mask_per_batch=False)),
         (f"{k}, 1x256 decoders", equal),
         (f"{k}, lighter ones on finer grids", light_decoders(equal)),
     ):
+        announce(description)
         seconds, _ = step_seconds(spec, arguments.batch, device, arguments.precision, arguments.steps)
         backbone = open_spec_backbone(spec)
         parts = zip(*block_gflops(spec, backbone, backbone.image_size), strict=True)
         encoders, decoders = (sum(part) / 2 for part in parts)
-        print(f"{description:<40}  {seconds / step_s:11.2f}x  {encoders:17.2f}, {decoders:8.2f}", flush=True)
+        rows.append(
+            {
+                "one step of": description,
+                "of one block": f"{seconds / step_s:.2f}x",
+                "GMACs of encoders": f"{encoders:.2f}",
+                "of decoders": f"{decoders:.2f}",
+            }
+        )
+    print(render(rows, align="label"))
 
 
 def plans(arguments: argparse.Namespace) -> None:
@@ -219,11 +244,12 @@ def plans(arguments: argparse.Namespace) -> None:
     print_plans(spec, batch, steps)
     print(f"tokens of a partial decoder that throws {arguments.throw_ratio:g} of all, ms a batch")
     for description, per_batch in (("one mask per batch", True), ("one mask per sample", False)):
-        print(f"{description:<20}" + "".join(f"  {sampler:>21}" for sampler in SAMPLERS))
-        masked = replace(spec, mask_per_batch=per_batch)
+        announce(description)
+        masked, rows = replace(spec, mask_per_batch=per_batch), list[Row]()
         for block, (grid, times) in enumerate(sampler_seconds(masked, batch, steps, arguments.throw_ratio)):
-            columns = "".join(f"  {1000 * times[sampler]:21.2f}" for sampler in SAMPLERS)
-            print(f"{f'block {block}, {grid[0]} x {grid[1]}':<20}{columns}", flush=True)
+            row: Row = {description: f"block {block}, {grid[0]} x {grid[1]}"}
+            rows.append(row | {sampler: f"{1000 * times[sampler]:.2f}" for sampler in SAMPLERS})
+        print(render(rows, align="label"))
 
 
 def print_plans(spec: PretrainSpec, batch: int, steps: int, step_s: float | None = None) -> None:
@@ -235,12 +261,15 @@ def print_plans(spec: PretrainSpec, batch: int, steps: int, step_s: float | None
     print(
         "mask plans of a batch, on the CPU; a run prefetches them on another thread during the previous step"
     )
-    print(f"{'':<33}  {'ms':>8}" + ("  of the step on visible tokens" if step_s else ""))
+    rows: list[Row] = []
     for description, per_batch in (("one mask per batch", True), ("one mask per sample", False)):
         for sweep in (False, True):
             seconds = plan_seconds(replace(spec, mask_per_batch=per_batch, sweep_groups=sweep), batch, steps)
-            fraction = f"  {seconds / step_s:29.4f}" if step_s else ""
-            print(f"{description + sweep * ', full sweep':<33}  {1000 * seconds:8.1f}{fraction}", flush=True)
+            row: Row = {"": description + sweep * ", full sweep", "ms": f"{1000 * seconds:.1f}"}
+            rows.append(
+                row | ({"of the step on visible tokens": f"{seconds / step_s:.4f}"} if step_s else {})
+            )
+    print(render(rows, align="label"))
 
 
 def block_layers(name: str, blocks: int) -> tuple[int, ...]:
@@ -248,6 +277,11 @@ def block_layers(name: str, blocks: int) -> tuple[int, ...]:
     from bim.models.backbones import open_backbone
 
     return tuple(info.layers for info in open_backbone(name, blocks).blocks)
+
+
+def announce(part: str) -> None:
+    """Say on standard error what is measured now: a table is printed when all of it is."""
+    print(f"measuring {part}", file=sys.stderr, flush=True)
 
 
 def describe(device: torch.device) -> str:
@@ -273,7 +307,7 @@ def pipeline(arguments: argparse.Namespace) -> None:
         print(
             f"{arguments.stages} stages that sleep {arguments.work_ms:g} ms, {arguments.steps} steps, on Ray"
         )
-        print("per hop  fraction of one stage      steps/s  driver's CPU time per step and stage")
+        rows: list[Row] = []
         for megabytes in (0.0, 10.0):
             speed = pipeline_speed(
                 arguments.stages,
@@ -282,9 +316,15 @@ def pipeline(arguments: argparse.Namespace) -> None:
                 arguments.steps,
                 cluster.cpus,
             )
-            print(
-                f"{megabytes:4.0f} MB  {speed.efficiency:24.3f}  {speed.steps_per_s:8.1f}  {speed.driver_ms:33.3f} ms"
+            rows.append(
+                {
+                    "per hop": f"{megabytes:.0f} MB",
+                    "fraction of one stage": f"{speed.efficiency:.3f}",
+                    "steps/s": f"{speed.steps_per_s:.1f}",
+                    "driver's CPU ms per step and stage": f"{speed.driver_ms:.3f}",
+                }
             )
+        print(render(rows))
 
 
 def seeds(arguments: argparse.Namespace) -> None:
@@ -293,12 +333,18 @@ def seeds(arguments: argparse.Namespace) -> None:
 
     runs = [json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in arguments.runs]
     print(f"{len(runs)} runs; percentage points; standard error of one run, trained and random combined")
-    print("score        depth  mean lead  standard error  lead / error  least lead")
-    for lead in improvements_over_random(runs):
-        print(
-            f"{lead.metric:<11}  {lead.depth:5d}  {100 * lead.mean:9.1f}  {100 * lead.error:14.1f}  "
-            f"{lead.mean / lead.error:12.1f}  {100 * lead.min_difference:10.1f}"
-        )
+    rows: list[Row] = [
+        {
+            "metric": lead.metric,
+            "depth": str(lead.depth),
+            "mean lead": f"{100 * lead.mean:.1f}",
+            "standard error": f"{100 * lead.error:.1f}",
+            "lead / error": f"{lead.mean / lead.error:.1f}",
+            "least lead": f"{100 * lead.min_difference:.1f}",
+        }
+        for lead in improvements_over_random(runs)
+    ]
+    print(render(rows, align="label"))
 
 
 def faults(arguments: argparse.Namespace) -> int:

@@ -33,6 +33,7 @@ from bim.orchestrator.runs.prepare import ResolvedRun, resolve_run
 from bim.orchestrator.runs.resolve import eval_config
 from bim.orchestrator.runs.train import resolve_layout, train
 from bim.orchestrator.search.objective import SCORED_BY
+from bim.orchestrator.tables import render
 from bim.orchestrator.training.callbacks import NullCallback, StopRequest
 from bim.orchestrator.training.checkpoint import load_weights
 from bim.orchestrator.training.depth_variants import encoder_weights, random_variants, trained_variant
@@ -242,28 +243,22 @@ def table(results: Sequence[CaseResult], cases: Mapping[str, str]) -> Iterator[s
         if not rows:
             continue
         depths = sorted(next(iter(rows[0].values())))
-        yield (
-            f"| {score.replace('_', ' ')}, % | "
-            + " | ".join(f"depth {d}" for d in depths)
-            + " | mean | ahead of MAE |"
-        )
-        yield "|---|" + "---|" * (len(depths) + 2)
+        lines: list[dict[str, str]] = []
         mae = {seed: statistics.mean(by.values()) for seed, by in _of(results, TRUNCATED_MAE, score).items()}
         for name, description in cases.items():
             by_seed = _of(results, name, score)
             if not by_seed:
                 continue
-            cells = [_mean_and_error([by[d] for by in by_seed.values()]) for d in depths]
+            line = {f"{score.replace('_', ' ')}, %": description}
+            line |= {f"depth {d}": _mean_and_error([by[d] for by in by_seed.values()]) for d in depths}
             means = {seed: statistics.mean(by.values()) for seed, by in by_seed.items()}
             shared = sorted(means.keys() & mae.keys())
-            difference = (
-                ""
-                if name == TRUNCATED_MAE or not shared
-                else _mean_and_error([means[seed] - mae[seed] for seed in shared], signed=True)
-            )
-            mean = _mean_and_error(list(means.values()))
-            yield f"| {description} | " + " | ".join([*cells, mean, difference]) + " |"
-        yield ""
+            line["mean"] = _mean_and_error(list(means.values()))
+            if name != TRUNCATED_MAE and shared:
+                differences = [means[seed] - mae[seed] for seed in shared]
+                line["ahead of MAE"] = _mean_and_error(differences, signed=True)
+            lines.append(line)
+        yield from (*render(lines, "markdown").splitlines(), "")
 
 
 def _of(results: Sequence[CaseResult], case: str, score: str) -> dict[int, dict[int, float]]:
