@@ -68,14 +68,14 @@ class Weights:
         fit, that of a teacher or an average of weights is taken; `prefix` tells which one was. Raises ValueError if two
         others fit equally.
         """
-        wanted = list(names)
-        if not wanted or any(name in self.shapes for name in wanted):
+        names = list(names)
+        if not names or any(name in self.shapes for name in names):
             return self
         fitting = Counter(
-            key[: -len(name)] for name in wanted for key in self.shapes if key.endswith(f".{name}")
+            key[: -len(name)] for name in names for key in self.shapes if key.endswith(f".{name}")
         )
         most = max(fitting.values(), default=0)
-        if 2 * most < len(wanted):
+        if 2 * most < len(names):
             return self
         prefixes = [prefix for prefix, count in fitting.items() if count == most]
         averaged = [prefix for prefix in prefixes if any(word in prefix.lower() for word in AVERAGED)]

@@ -181,8 +181,8 @@ def _split(argv: Sequence[str]) -> _Arguments:
 def _resumed_recipe(arguments: _Arguments) -> None:
     """`--out DIR --resume` alone goes on with the settings that the run in DIR wrote down."""
     out = arguments.overrides.get("out")
-    asked = {arguments.overrides.get(key, "false") for key in ("resume", "search.resume")}
-    if arguments.recipe is None and out and asked & {None, "true"}:
+    resume_values = {arguments.overrides.get(key, "false") for key in ("resume", "search.resume")}
+    if arguments.recipe is None and out and resume_values & {None, "true"}:
         with suppress(OSError, ValueError, RuntimeError):  # a path that cannot be, which is told later
             saved = Path(out).expanduser() / SAVED_SETTINGS
             if saved.is_file():

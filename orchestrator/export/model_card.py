@@ -111,13 +111,13 @@ def _what_it_is(backbone: Backbone, depth: int, facts: CardFacts) -> str:
         text += f"by masked image modeling end to end ({method})"
         cut = depth < blocks[0].depth
         return text + (f" at {blocks[0].depth} layers, and cut to {depth} afterwards." if cut else ".")
-    share = (
+    blocks_used = (
         f"the first {len(used)} of {len(blocks)} blocks"
         if len(used) > 1
         else f"the first of {len(blocks)} blocks"
     )
     if len(used) == len(blocks):
-        share = f"all {len(blocks)} blocks"
+        blocks_used = f"all {len(blocks)} blocks"
     norm = (
         "; its final norm is that of the decoder of the last one"
         if backbone.usage(depth).trained_norm
@@ -126,7 +126,7 @@ def _what_it_is(backbone: Backbone, depth: int, facts: CardFacts) -> str:
     return text + (
         "by block-wise masked image modeling (BIM): the layers are cut into blocks of "
         f"{_join_and([str(info.layers) for info in blocks])}, each with its own decoder and reconstruction loss "
-        f"and no gradient between them. This model is {share}{norm}."
+        f"and no gradient between them. This model is {blocks_used}{norm}."
     )
 
 
