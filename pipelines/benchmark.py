@@ -25,11 +25,8 @@ if TYPE_CHECKING:
 Row = dict[Key, str]
 """Cells of a table by column."""
 
-MEMORY_CASES = (  # decoder layers, decoder width
-    (8, 512),
-    (2, 512),
-    (1, 256),
-)
+MEMORY_CASES = ((8, 512), (2, 512), (1, 256))
+"""Decoder layers, decoder width."""
 
 
 def memory(arguments: argparse.Namespace) -> None:

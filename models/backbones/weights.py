@@ -28,10 +28,8 @@ AVERAGED = ("teacher", "ema", "target_encoder", "momentum")
 # Files of a timm folder, in order of preference.
 FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
-_ZIP, _PICKLE = (
-    b"PK\x03\x04",
-    b"\x80",
-)  # how files of torch.save begin, those of today and those before torch 1.6
+# How files of torch.save begin: those of today, and those before torch 1.6.
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 
 
 class Weights:

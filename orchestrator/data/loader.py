@@ -22,9 +22,7 @@ from bim.orchestrator.data.sampler import epoch_permutation
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import Splits
 
-_MAX_CANDIDATES = (
-    32  # images tried for one position; if none can be decoded, the data is bad and not an image
-)
+_MAX_CANDIDATES = 32  # images tried for one position; if none is readable, the data is bad and not an image
 _PROBED_IMAGES = 16  # of a split, tried before anything starts
 
 

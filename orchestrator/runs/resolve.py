@@ -160,9 +160,8 @@ def _check_memory(settings: Settings, backbone: Backbone, decoders: tuple[Decode
                     f"at most {MAX_TOKENS} are possible: lower backbone.model_args.img_size or schedule.resolution"
                 )
     widths = [(info.layers, info.width) for info in backbone.blocks] + [(d.depth, d.dim) for d in decoders]
-    params = sum(
-        12 * layers * width * width for layers, width in widths
-    )  # of a transformer layer, attention and MLP
+    # A transformer layer, attention and MLP, has about 12 width^2 parameters.
+    params = sum(12 * layers * width * width for layers, width in widths)
     if params > MAX_PARAMS:
         raise ValueError(
             f"blocks and decoders would have about {params / 1e9:.0f} thousand million parameters; "

@@ -127,9 +127,8 @@ def trial_placement(settings: Settings, cluster: ClusterResources) -> tuple[Stag
     if cpus is not None:
         cpu_capacity = int(cluster.cpus / (stages * cpus + DRIVER_CPUS))
         concurrent = min(concurrent, cpu_capacity)
-        if (
-            cpu_capacity == 0
-        ):  # the CPUs of the driver are lacking; the stages get slightly less than requested
+        if cpu_capacity == 0:
+            # The CPUs of the driver are lacking; the stages get slightly less than requested.
             changes["placement.cpus_per_stage"] = None
     concurrent = max(1, concurrent)
     part = ClusterResources(

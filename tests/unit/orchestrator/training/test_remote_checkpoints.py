@@ -114,9 +114,8 @@ def test_an_attempt_after_a_rewind_writes_elsewhere_and_its_commit_removes_the_f
     second = commit(store, 6)
     assert first != second
     assert not exists(f"{first}/block-0.safetensors")
-    save_block(
-        first, 0, {"encoder.w": torch.zeros(3)}, {}
-    )  # by a process of the first attempt that still runs
+    # By a process of the first attempt that still runs.
+    save_block(first, 0, {"encoder.w": torch.zeros(3)}, {})
     assert torch.equal(load_block_weights(second, 0)["encoder.w"], torch.full((3,), 6.0))
     assert step_of(RemoteCheckpointStore(URL)) == 6
 
