@@ -159,7 +159,7 @@ def open_weights(init_from: str) -> Weights:
 
 
 def pretrained_weights(name: str) -> Weights:
-    """timm's pretrained weights, from its cache or the network."""
+    """timm's pretrained weights, from its cache or the network. Raises ValueError if they cannot be loaded."""
     try:
         with forked_rng("pretrained"):
             model = timm.create_model(name, pretrained=True)
@@ -178,7 +178,7 @@ def pretrained_weights(name: str) -> Weights:
 
 
 def folder_weights(folder: Path) -> Weights:
-    """A timm folder: weights and a config.json with the image size."""
+    """A timm folder: weights and a config.json with the image size. Raises ValueError if it holds none that can be read."""
     file = next((folder / name for name in FOLDER_WEIGHTS if (folder / name).is_file()), None)
     if file is None:
         raise ValueError(f"init_from: the folder '{folder}' holds neither {' nor '.join(FOLDER_WEIGHTS)}")
@@ -203,7 +203,10 @@ def config_image_size(config: Path) -> tuple[int, int] | None:
 
 
 def file_weights(file: Path, image_size: tuple[int, int] | None = None) -> Weights:
-    """One file of weights: .safetensors, or what torch reads with weights_only=True (also nested under "model")."""
+    """One file of weights: .safetensors, or what torch reads with weights_only=True (also nested under "model").
+
+    Raises ValueError if it is no such file.
+    """
     try:
         if file.suffix == ".safetensors":
             return Weights(f"'{file}'", file=file, image_size=image_size)

@@ -87,7 +87,7 @@ def extract_features(
 
 
 def subsample(indices: np.ndarray, limit: int, seed: int) -> np.ndarray:
-    """At most `limit` of the indices, a sample that depends on the seed alone; sorted."""
+    """(n,) -> (min(n, limit),): at most `limit` of the indices, a sample that depends on the seed alone; sorted."""
     if len(indices) <= limit:
         return indices
     permutation = torch.randperm(len(indices), generator=generator(seed, "evaluation"))
