@@ -318,7 +318,7 @@ def test_neither_passwords_nor_signatures_get_into_a_message(monkeypatch: pytest
     Failing(monkeypatch, "pipe_file", 1, PermissionError(secret))
     with pytest.raises(StorageError) as error:
         check_storage(URL)
-    assert "https://minio:9000/bucket of 'x'" in str(error.value)
+    assert "https://***@minio:9000/bucket?X-Amz-Signature=*** of 'x'" in str(error.value)
     assert "hunter2" not in str(error.value)
     assert "abc" not in str(error.value)
 
