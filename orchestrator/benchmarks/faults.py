@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -200,6 +201,7 @@ class FaultBench:
 def _drive(run: FaultRun, report: Report, deadline: float) -> None:
     """Run the job, kill, and resume until it has ended well, or cannot."""
     kill = report.kill
+    leave_s, killed_at = END_TIMEOUT_S, 0.0
     while True:
         was_begun = (run.out / SAVED_SETTINGS).exists()
         started = time.monotonic()
@@ -210,9 +212,11 @@ def _drive(run: FaultRun, report: Report, deadline: float) -> None:
             report.error = "hangs"
             return
         report.statuses.append(status)
-        report.left_behind += run.remains.wait_for_processes(
-            KILLED_TIMEOUT_S if status < 0 else END_TIMEOUT_S
-        )
+        if status == -signal.SIGKILL:  # the next driver starts while Ray's processes notice the end of this one
+            leave_s, killed_at = KILLED_TIMEOUT_S, time.monotonic()
+        else:
+            left_s = leave_s - (time.monotonic() - killed_at)
+            report.left_behind += run.remains.wait_for_processes(max(END_TIMEOUT_S, left_s))
         if status == 0:
             report.synced = run.sync_if_asked()
             return

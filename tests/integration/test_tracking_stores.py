@@ -104,7 +104,7 @@ def test_a_store_that_is_away_does_not_keep_a_run_from_being_resumed_and_is_not_
 ) -> None:
     out = tmp_path / "out"
     open_tracker(out).finish("KILLED")
-    with outage(home):
+    with outage(home, leaves_nothing=True):
         tracker = open_tracker(out, resume=Tracker.recorded_run(out))
         tracker.log_metrics(1, {"loss": 1.0})
         tracker.finish("KILLED", idle_timeout=2)

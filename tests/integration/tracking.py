@@ -79,14 +79,25 @@ def steps(client: MlflowClient, run_id: str, name: str) -> list[int]:
 
 
 @contextlib.contextmanager
-def outage(home: Path) -> Iterator[None]:
-    """Within the block the store of a working directory does not exist."""
-    (home / "mlflow.db").rename(home / "elsewhere.db")
+def outage(home: Path, leaves_nothing: bool = False) -> Iterator[None]:
+    """Within the block the store of a working directory cannot be opened.
+
+    A folder stands in its place. Where nothing stands there, SQLite creates an empty database at the next connection,
+    and this process keeps that connection after the outage.
+
+    Args:
+        leaves_nothing: whether nothing stands in its place; for tests in which no connection is open.
+    """
+    store, elsewhere = home / "mlflow.db", home / "elsewhere.db"
+    store.rename(elsewhere)
+    if not leaves_nothing:
+        store.mkdir()
     try:
         yield
     finally:
-        (home / "mlflow.db").unlink(missing_ok=True)
-        (home / "elsewhere.db").rename(home / "mlflow.db")
+        if not leaves_nothing:
+            store.rmdir()
+        elsewhere.rename(store)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
