@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bim.orchestrator.config.help_page import help_text
-from bim.orchestrator.config.messages import SettingInfo, format_value, shortened, unknown
+from bim.orchestrator.config.messages import SettingInfo, format_value, is_section, shortened, unknown
 from bim.orchestrator.config.recipes import (
     DEFAULT_RECIPE,
     SAVED_SETTINGS,
@@ -209,7 +209,7 @@ def _not_a_setting(key: str) -> str:
     infos = all_settings()
     inner = [name for name, info in infos.items() if info.section == key]
     if inner:
-        return f"'{key}' is a section of settings, not one: {', '.join(inner)}"
+        return is_section(key, inner)
     return unknown(key, [*infos, "recipe", *(flag.lstrip("-") for flag in FLAGS)])
 
 

@@ -21,6 +21,9 @@ from bim.orchestrator.config.messages import format_value, printable
 
 DEFAULT_RECIPE = "digits_demo"
 
+SAVED_SETTINGS = "settings.yaml"
+"""Written into every output directory, and read again by --resume."""
+
 # YAML 1.2 core schema: tag, pattern, first characters.
 _SCALARS = (
     ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
@@ -256,6 +259,3 @@ def _reason(error: yaml.YAMLError) -> str:
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
     return f"{where}{problem or str(error).splitlines()[0]}"
-
-
-SAVED_SETTINGS = "settings.yaml"  # written into every output directory, and read again by --resume

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from bim.orchestrator.files import StorageError
-from bim.orchestrator.text import redact
+from bim.orchestrator.text import first_line, redact
 from bim.orchestrator.training.errors import StorageUnsupportedError
 
 RETRY_FOR_S = 120.0
@@ -169,5 +169,5 @@ def _storage_error(url: str, participle: str, error: BaseException) -> StorageEr
 
 def _cause(error: BaseException) -> str:
     """The type of an error and its first line, without passwords and signatures."""
-    line = redact(next(iter(str(error).strip().splitlines()), ""))
+    line = redact(first_line(error))
     return f"{type(error).__name__}: {line}"[:200] if line else type(error).__name__
