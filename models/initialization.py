@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 # MAE's standard deviation for the class, register and mask tokens.
 TOKEN_STD = 0.02
+
+_INITIALIZERS = frozenset(
+    getattr(Tensor, name)
+    for name in ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_")
+) | {nn.init.uniform_, nn.init.normal_, nn.init.constant_, nn.init.kaiming_uniform_}
+"""What reaches a mode of torch functions when timm and torch initialize a parameter; other functions call these."""
+
+
+class NoInitialization(TorchFunctionMode):
+    """Inside, modules are built without values: nothing that initializes parameters changes them.
+
+    On the meta device this saves most of the time, since each of these operations runs in Python there. Elsewhere
+    parameters hold whatever the memory held, which is good enough to count what a model costs.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _INITIALIZERS:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta or isinstance(tensor, nn.Parameter):
+                return tensor
+        return func(*args, **kwargs)
 
 
 def scale_head_init_(head: nn.Linear, gain: float, bias: float) -> None:

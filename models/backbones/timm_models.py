@@ -16,6 +16,7 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import nn
 
+from bim.models.initialization import NoInitialization
 from bim.models.seeding import forked_rng
 
 # Keywords that users cannot set, and why: the project needs a fixed value or has a setting of its own.
@@ -82,7 +83,7 @@ def build_on_meta(name: str, overrides: Mapping[str, Any], **fixed: Any) -> Any:
     """
     try:
         # Nothing is drawn on the meta device, but some constructors draw a constant on the CPU.
-        with forked_rng("meta"), torch.device("meta"):
+        with forked_rng("meta"), torch.device("meta"), NoInitialization():
             return timm.create_model(name, pretrained=False, **overrides, **fixed)
     except (
         TypeError,

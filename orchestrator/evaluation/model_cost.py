@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bim.models.backbones.backbone import Backbone
+from bim.models.initialization import NoInitialization
 from bim.orchestrator.training.build import build_local_mim, mask_plans
 from bim.orchestrator.training.spec import PretrainSpec
 
@@ -116,7 +117,8 @@ def block_gflops(spec: PretrainSpec, backbone: Backbone, size: tuple[int, int]) 
     costs = []
     with torch.no_grad():
         for k in range(len(spec.blocks)):
-            module = build_local_mim(spec, k, backbone).eval()
+            with NoInitialization():
+                module = build_local_mim(spec, k, backbone).eval()
             with counting_flops() as encoder:
                 x = module.encoder(x, plans[k])
             with counting_flops() as decoder:

@@ -55,6 +55,7 @@ def left_over(out: Path) -> list[Path]:
     return [path for path in out.rglob("*") if path.name.endswith(".tmp")]
 
 
+@pytest.mark.slow
 def test_sigusr1_saves_and_goes_on_and_sigusr2_saves_and_asks_to_be_resumed(
     tmp_path: Path, unbroken: Finished, unlabeled: Path, store: str
 ) -> None:

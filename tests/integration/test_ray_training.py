@@ -169,6 +169,7 @@ def test_a_killed_data_worker_costs_one_rewind(
     assert differing(state(unbroken, 200), state(tmp_path, 200)) == []
 
 
+@pytest.mark.slow
 def test_data_that_cannot_be_opened_ends_the_run_before_any_step_and_without_a_restart(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -198,6 +199,7 @@ def test_a_stage_that_keeps_dying_ends_the_run_with_one_sentence(tmp_path: Path)
         stages.close()
 
 
+@pytest.mark.slow
 def test_what_a_step_raises_in_an_actor_is_what_the_user_sees(tmp_path: Path) -> None:
     out = tmp_path
     stages = RayStages(tiny_spec(mean=(float("nan"),) * 3), data(), layout(), shared=out)
@@ -234,6 +236,7 @@ class StickyStages(RayStages):
     stage_class = StickyStage
 
 
+@pytest.mark.slow
 def test_a_process_whose_device_is_broken_is_replaced_in_one_restart(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

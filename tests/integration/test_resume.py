@@ -33,7 +33,13 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "step", [7, 20, 21, 47], ids=["before the first checkpoint", "on a mark", "one after", "last epoch"]
+    "step",
+    [
+        pytest.param(7, id="before the first checkpoint", marks=pytest.mark.slow),
+        pytest.param(20, id="on a mark"),
+        pytest.param(21, id="one after", marks=pytest.mark.slow),
+        pytest.param(47, id="last epoch", marks=pytest.mark.slow),
+    ],
 )
 def test_cut_off_at_a_step_and_resumed(tmp_path: Path, unbroken: Path, step: int) -> None:
     def at_step(done: int) -> None:
@@ -46,6 +52,7 @@ def test_cut_off_at_a_step_and_resumed(tmp_path: Path, unbroken: Path, step: int
     assert differing(state(unbroken, 50), state(tmp_path, 50)) == []
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_resume_too(tmp_path: Path) -> None:
     def stages() -> InProcessStages:
         two_micro_batches = data(phases=(PhaseSpec(0, (16, 16), 16, grad_accum_steps=2),))
@@ -84,6 +91,7 @@ def test_a_run_of_growing_resolution_resumes_inside_any_phase(tmp_path: Path) ->
         assert differing(state(tmp_path / "whole", 21), state(out, 21)) == []
 
 
+@pytest.mark.slow
 def test_a_hierarchy_of_growing_resolution_resumes_in_its_second_phase(tmp_path: Path) -> None:
     spec, images, phases = hierarchy()
     assert [(p.first_step, p.size) for p in phases] == [(0, (64, 64)), (4, (96, 96))]

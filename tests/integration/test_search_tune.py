@@ -90,6 +90,7 @@ def run(out: Path, callback: Callback, trials: int = 2) -> SearchResult:
     return tuner.search(spec, out, callback, callback.stop)
 
 
+@pytest.mark.slow
 def test_a_search_is_continued_from_its_own_record_and_nothing_in_its_folder_is_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,8 @@ from bim.orchestrator.search.trial import (
 )
 
 TINY = """--backbone.model_args {img_size:\\ 16,patch_size:\\ 4,embed_dim:\\ 32,depth:\\ 4,num_heads:\\ 2} --decoder.dim 32
---decoder.num_heads 1 --data.workers 0 --data.batch_size 256 --schedule.warmup_epochs 0 --search.trials 0"""
+--decoder.num_heads 1 --data.workers 0 --data.batch_size 64 --data.val_fraction 0.1
+--data.test_fraction 0.8 --schedule.warmup_epochs 0 --search.trials 0"""
 
 
 def settings(*argv: str) -> Settings:
