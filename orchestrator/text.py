@@ -1,4 +1,4 @@
-"""Numbers, durations and paths as text, for tables, messages and figures. A leaf."""
+"""Numbers, durations, paths and errors as text, for tables, messages and figures. A leaf."""
 
 from __future__ import annotations
 
@@ -40,6 +40,11 @@ def wrapped(text: str) -> list[str]:
         unbroken, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
     )
     return [line.replace(_NO_BREAK, " ") for line in lines]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; "" if it has none."""
+    return next(iter(str(error).strip().splitlines()), "").strip()
 
 
 def printable(text: str) -> str:

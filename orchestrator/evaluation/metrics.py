@@ -41,7 +41,7 @@ class UnscorableError(ValueError):
 
 
 def score(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, config: EvalConfig) -> Scores:
-    """Both accuracies of one set of embeddings; shapes as in `weighted_knn`."""
+    """Both accuracies of one set of embeddings; shapes and errors as in `weighted_knn` and `linear_probe`."""
     n = len(test_y)
     knn = weighted_knn(train_x, train_y, test_x, test_y, config.knn_k, config.knn_temperature)
     probe = linear_probe(train_x, train_y, test_x, test_y, config.seed).accuracy
@@ -64,7 +64,8 @@ def weighted_knn(
     """Top-1 accuracy of the k nearest training embeddings by cosine, each voting exp(similarity / temperature).
 
     train_x: (n, D), test_x: (m, D) float; train_y: (n,), test_y: (m,) int64 in 0..C-1, on one device. With
-    fewer than `k` training embeddings all of them vote. Equal votes go to the lowest class.
+    fewer than `k` training embeddings all of them vote. Equal votes go to the lowest class. Raises ValueError if a part
+    is empty or its embeddings are not finite.
     """
     _check(train_x, train_y, test_x, test_y)
     classes = int(max(train_y.max(), test_y.max())) + 1
@@ -87,7 +88,7 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
     Shapes as in `weighted_knn`. Features are standardized with mean and standard deviation of the training part. A fifth
     of the training part, drawn from `seed`, chooses the L2 penalty by its accuracy (among equals the smaller loss); the
     probe is then fitted again on all of it. Full-batch L-BFGS has no learning rate, and gives the same answer at every
-    call.
+    call. Raises ValueError as `weighted_knn` does, and for fewer than 2 training images.
     """
     _check(train_x, train_y, test_x, test_y)
     if len(train_x) < 2:

@@ -120,8 +120,8 @@ def _storage_refusals() -> Iterator[None]:
     except StorageUnsupportedError as error:
         raise SettingsError(f"checkpoint.storage {error}") from error
     except StorageError as error:
-        what = "checkpoint.storage " if "://" in str(error.filename) else ""
-        raise OutputError(f"{what}{error}") from error
+        setting = "checkpoint.storage " if "://" in str(error.filename) else ""
+        raise OutputError(f"{setting}{error}") from error
 
 
 def _prepare_backbone(

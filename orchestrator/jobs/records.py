@@ -234,12 +234,12 @@ def _record_summary(backbone: BackboneRun) -> str:
     evaluation, *baselines = backbone.evaluations
     baseline = baselines[0].reports if baselines else ()
     reports, random = evaluation.reports, evaluation.random
-    table = render_table(reports, random, evaluation.raw, baseline)
+    table = render_table(evaluation, baseline)
     atomic_write(run.out / "summary.txt", table + "\n")
-    for path in write_summary(summary_rows(reports, random, evaluation.raw, baseline), run.out):
+    for path in write_summary(summary_rows(evaluation, baseline), run.out):
         tracker.log_file(path)
     pictures = []
-    figure = accuracy_latency_figure(reports, random, evaluation.raw, baseline)
+    figure = accuracy_latency_figure(evaluation, baseline)
     if figure is not None:
         metric = "accuracy" if reports[0].knn_top1 is not None else "rankme"
         pictures.append(f"{metric}_against_latency")

@@ -225,9 +225,9 @@ def _evaluate(
         with reported_to(MeasuringLines(check)):
             return evaluate_checkpoint(task)
     if not layout.gpus:
-        # Alone it computes with as many threads as this process would, else with its share of the CPUs.
-        share = max(1, int(layout.cpus * len(layout.stage_blocks) + layout.loader_cpus))
-        task = replace(task, threads=torch.get_num_threads() if alone else share)
+        # Alone it computes with as many threads as this process would, else with the CPUs of its stages.
+        cpus = max(1, int(layout.cpus * len(layout.stage_blocks) + layout.loader_cpus))
+        task = replace(task, threads=torch.get_num_threads() if alone else cpus)
     if task.evaluation.latency and layout.gpus < 1 and not alone:
         # Others compute on the same device.
         backbone.latency_pending = True

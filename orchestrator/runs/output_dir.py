@@ -54,8 +54,10 @@ def check_output(
         raise OutputError(f"out is {out}, which is a file; give --out a directory that is new or empty")
     nearest = next(folder for folder in (out, *out.parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        what = "may not be written to" if nearest.is_dir() else "is a file"
-        raise OutputError(f"out cannot be {out}: {nearest} {what}; give --out a directory that can be made")
+        problem = "may not be written to" if nearest.is_dir() else "is a file"
+        raise OutputError(
+            f"out cannot be {out}: {nearest} {problem}; give --out a directory that can be made"
+        )
     _check_not_held(out)
     if not settings.resume:
         _check_unused(out)

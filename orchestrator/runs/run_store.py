@@ -20,6 +20,7 @@ from bim.orchestrator.runs.lease import Lease
 from bim.orchestrator.runs.output_dir import check_resumable, open_store
 from bim.orchestrator.runs.prepare import ResolvedRun
 from bim.orchestrator.runs.run_record import OutputError, RunRecord, read_record, write_record
+from bim.orchestrator.text import first_line
 from bim.orchestrator.training.manifest import Manifest
 from bim.orchestrator.training.remote_checkpoints import RemoteCheckpointStore
 from bim.orchestrator.training.restart_policy import disk_sentence
@@ -112,5 +113,5 @@ def _other_settings(manifest: Manifest, settings: Settings) -> str | None:
     try:
         keys = differing_keys(settings_from_mapping(manifest.settings), settings)
     except SettingsError as error:
-        return f"this version does not know its settings: {str(error).splitlines()[0]}"
+        return f"this version does not know its settings: {first_line(error)}"
     return f"it was trained with other values of {', '.join(keys)}" if keys else None

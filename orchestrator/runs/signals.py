@@ -26,13 +26,10 @@ from types import FrameType
 from typing import NoReturn
 
 from bim.orchestrator.signal_masks import HANDLED_SIGNALS, STOP_SIGNALS
-from bim.orchestrator.training.callbacks import StopRequest
-
-SAVE_TIMEOUT_S = 15.0
-"""How long a stop waits for the checkpoint."""
+from bim.orchestrator.training.callbacks import SAVE_TIMEOUT_S, StopRequest
 
 CLOSE_TIMEOUT_S = 15.0
-"""How long after that files, actors and MLflow may take to be closed."""
+"""How long after the checkpoint files, actors and MLflow may take to be closed."""
 
 SECOND_SIGNAL_TIMEOUT_S = 1.8
 """The same after a second signal; with the forced exit it is less than 3 seconds."""

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -197,9 +198,7 @@ class MetricLog:
 
 def _json_values(values: Mapping[str, float]) -> dict[str, float | str]:
     numbers = {name: float(value) for name, value in values.items()}
-    return {
-        name: x if x - x == 0 else str(x) for name, x in numbers.items()
-    }  # inf - inf and nan - nan are nan
+    return {name: x if math.isfinite(x) else str(x) for name, x in numbers.items()}
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

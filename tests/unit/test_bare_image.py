@@ -28,7 +28,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     ("arguments", "expected"),
     [
         (["--help"], "memory|methods|family|green|plans|pipeline|seeds"),
-        (["memory", "--backbone", "vit_tiny_patch16_224", "--batch", "1", "--blocks", "2"], "peak / K=1"),
+        pytest.param(
+            ["memory", "--backbone", "vit_tiny_patch16_224", "--batch", "1", "--blocks", "2"],
+            "peak / K=1",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["help", "memory"],
 )

@@ -99,7 +99,7 @@ def evaluated(
 
 
 def with_latencies(task: EvaluationTask, result: EvaluationResult) -> EvaluationResult:
-    reports = [replace(r, latency_ms_b1=1.0, latency_ms_b64=2.0, device="a device") for r in result.reports]
+    reports = [replace(r, latency_b1_ms=1.0, latency_b64_ms=2.0, device="a device") for r in result.reports]
     return replace(result, reports=tuple(reports))
 
 
@@ -179,7 +179,7 @@ def test_without_labels_ranks_are_told_averaged_and_pictured(tmp_path: Path) -> 
     unranked = backbone.evaluations[0].reports
     assert scores_line(unranked) == "measured and exported 2 depths"
     reports = tuple(
-        replace(report, rankme=10.0 * report.depth, n_ranked=42, latency_ms_b1=1.0, latency_ms_b64=2.0)
+        replace(report, rankme=10.0 * report.depth, n_ranked=42, latency_b1_ms=1.0, latency_b64_ms=2.0)
         for report in unranked
     )
     assert scores_line(reports) == "RankMe by depth 20.0, 40.0"

@@ -14,7 +14,9 @@ from bim.models.backbones import open_backbone
 from bim.orchestrator.data.digits import DigitsSource
 from bim.orchestrator.data.errors import DataError, ImageDecodeError, TooManyCorruptImagesError
 from bim.orchestrator.data.splits import Splits
+from bim.orchestrator.evaluation.inputs import EvalInputs
 from bim.orchestrator.evaluation.metrics import UnscorableError
+from bim.orchestrator.evaluation.records import EvalConfig
 from bim.orchestrator.jobs import evaluate_checkpoint as module
 from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, evaluate_checkpoint
 from bim.orchestrator.jobs.reconstructions import save_all_reconstructions
@@ -53,9 +55,8 @@ def test_unreadable_images_of_the_reconstructions_are_named(tmp_path: Path) -> N
     splits = Splits(np.arange(3), np.arange(0), np.array([7, 8]))
     bad: dict[str, str] = {}
     source: Any = Damaged()
-    spec = cast(PretrainSpec, None)
-    pictures = save_all_reconstructions(
-        spec, backbone, [], source, splits, tmp_path, torch.device("cpu"), bad
-    )
+    spec, cpu = cast(PretrainSpec, None), torch.device("cpu")
+    inputs = EvalInputs(source, splits, (16, 16), (0.5,) * 3, (0.5,) * 3, cpu, EvalConfig())
+    pictures = save_all_reconstructions(spec, backbone, [], inputs, tmp_path, bad)
     assert pictures == {}
     assert bad == {"digit 7": "made so", "digit 8": "made so"}

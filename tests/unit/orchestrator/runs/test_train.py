@@ -7,7 +7,7 @@ import logging
 import os
 import pickle
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from bim.orchestrator.training.checkpoint import load_block_weights, save_block
 from bim.orchestrator.training.errors import StageFailure, TrainingError
 from bim.orchestrator.training.messages import SavedBlocks, StageReport, StepReport, StepRequest
 from bim.orchestrator.training.stage_group import ShouldGiveUp
+from tests.unit.orchestrator.training.stub_stages import StubStages
 
 SETTINGS = """--placement.backend in_process --search.trials 0 --blocks 2 --data.workers 0 --data.batch_size 256
 --backbone.model_args {img_size:\\ 16,patch_size:\\ 4,embed_dim:\\ 32,depth:\\ 2,num_heads:\\ 2} --decoder.dim 32
@@ -40,15 +41,11 @@ SETTINGS = """--placement.backend in_process --search.trials 0 --blocks 2 --data
 LAYOUT = StageLayout(((0,), (1,)), gpus=0.0, cpus=1.0, loader_cpus=0.0, threads=1)
 
 
-class FileStages:
+class FileStages(StubStages):
     """Two stages of which only the checkpoints are real; their weights are the number of updates."""
-
-    stage_blocks = ((0,), (1,))
 
     def __init__(self) -> None:
         self.updates, self.restores = 0, 0
-
-    def start(self, should_give_up: ShouldGiveUp) -> None: ...
 
     def restore(self, checkpoint: Path | None, step: int, should_give_up: ShouldGiveUp) -> None:
         self.restores += 1
@@ -64,18 +61,6 @@ class FileStages:
         reports = tuple(StageReport({k: {"loss": 1.0}}, saved[k], 0.01, 0.0) for k in (0, 1))
         return StepReport(request, reports, (), 0.0, 0.0)
 
-    def wait(self, pending: Any, timeout_s: float) -> StepReport:
-        if isinstance(pending, BaseException):
-            raise pending
-        return pending
-
-    def awaited(self, pending: Any) -> int:
-        return 0
-
-    def kill(self, component: int) -> None: ...
-
-    def cancel_pending(self, pending: Sequence[Any], should_give_up: ShouldGiveUp) -> None: ...
-
     def write(self, checkpoint: str) -> tuple[tuple[SavedBlocks, ...], ...]:
         weights = {"encoder.w": torch.tensor(float(self.updates))}
         return tuple(
@@ -85,8 +70,6 @@ class FileStages:
 
     def flush(self, should_give_up: ShouldGiveUp) -> tuple[tuple[SavedBlocks, ...], ...]:
         return ((), ())
-
-    def close(self) -> None: ...
 
 
 @pytest.fixture(scope="module")

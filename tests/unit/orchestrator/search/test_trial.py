@@ -142,11 +142,8 @@ def test_a_trial_that_was_cut_off_goes_on_from_its_last_checkpoint_with_the_same
     with pytest.raises(KeyboardInterrupt):
         run_trial(plan(tmp_path), {"mask.ratio": 0.5}, "cut", scorer, first)
     run_trial(plan(tmp_path), {"mask.ratio": 0.5}, "cut", scorer, second)
-    assert [report["epoch"] for report in second.reports] == [
-        3,
-        4,
-        5,
-    ]  # the last one once more: it may be unheard
+    # The last report of the first process comes once more: it may not have arrived.
+    assert [report["epoch"] for report in second.reports] == [3, 4, 5]
     assert [r["score"] for r in whole.reports[2:]] == [r["score"] for r in second.reports]
 
 
