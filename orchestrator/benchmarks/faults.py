@@ -212,9 +212,8 @@ def _drive(run: FaultRun, report: Report, deadline: float) -> None:
             report.error = "hangs"
             return
         report.statuses.append(status)
-        if (
-            status == -signal.SIGKILL
-        ):  # the next driver starts while Ray's processes notice the end of this one
+        # After a kill the next driver starts while Ray's processes notice the end of this one.
+        if status == -signal.SIGKILL:
             leave_s, killed_at = KILLED_TIMEOUT_S, time.monotonic()
         else:
             left_s = leave_s - (time.monotonic() - killed_at)

@@ -157,9 +157,8 @@ def test_a_stop_request_ends_at_once_what_waits_for_resources_and_the_first_with
     def on_line(name: str, text: str) -> None:
         if text.startswith(WAITS):
             times["wait"] = time.monotonic()
-        elif (
-            "wait" in times and "stop" not in times and text.startswith("epoch")
-        ):  # of the first, which has trained now
+        # A line of the first one, which has trained by then and so has something to save.
+        elif "wait" in times and "stop" not in times and text.startswith("epoch"):
             times["stop"] = time.monotonic()
             scene.stop.reason = "SIGINT"
 
