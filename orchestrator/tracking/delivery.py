@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from bim.orchestrator.tracking.metric_log import MetricLog
-from bim.orchestrator.tracking.open_run import is_refusal
+from bim.orchestrator.tracking.open_run import is_duplicate_row, is_refusal
 from bim.orchestrator.tracking.run_writer import RunWriter, UnknownUpload
 from bim.orchestrator.tracking.store import summarize_error
 from bim.orchestrator.tracking.upload_queue import Upload, UploadQueue
@@ -117,7 +117,7 @@ class Delivery:
 
     def _send_upload(self, upload: Upload) -> None:
         try:
-            self._writer.send(upload.kind, upload.arguments)
+            self._write(upload)
         except Exception as error:
             if not is_refusal(error) and not isinstance(error, UnknownUpload):
                 raise
@@ -126,6 +126,14 @@ class Delivery:
         else:
             self._queue.remove(upload)
             self._took(1)
+
+    def _write(self, upload: Upload) -> None:
+        try:
+            self._writer.send(upload.kind, upload.arguments)
+        except Exception as error:
+            if not is_duplicate_row(error):
+                raise
+            self._writer.send(upload.kind, upload.arguments)
 
     def _send_events(self) -> None:
         size = self._events.stat().st_size if self._events.exists() else 0

@@ -145,9 +145,17 @@ DUPLICATE_ROW = ("UNIQUE constraint failed", "duplicate key value", "Duplicate e
 """What SQLite, PostgreSQL and MySQL say when two writers insert the same row at once; the next attempt finds the row."""
 
 
+def is_duplicate_row(error: Exception) -> bool:
+    """Whether another writer inserted the same row at the same time, so that repeating the upload helps at once.
+
+    Backbones that start side by side record the same data set, for which MLflow looks before it inserts.
+    """
+    return isinstance(error, MlflowException) and any(text in str(error) for text in DUPLICATE_ROW)
+
+
 def is_refusal(error: Exception) -> bool:
     """Whether the store does not take an upload because of its content, so that repeating it does not help."""
-    if not isinstance(error, MlflowException) or any(text in str(error) for text in DUPLICATE_ROW):
+    if not isinstance(error, MlflowException) or is_duplicate_row(error):
         return False
     return error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 

@@ -77,15 +77,20 @@ class DepthRuns:
         client, parent = self._client, self._parent
         query = f"tags.mlflow.parentRunId = '{parent.run_id}' and tags.variant = '{record.alias}'"
         if runs := client.search_runs([self._experiment_id], query, max_results=1):
-            return runs[0]
+            run = runs[0]
+        else:
+            run = self._new_child_run(record)
+        if dataset is not None and not run.inputs.dataset_inputs:
+            client.log_inputs(run.info.run_id, [DatasetInput(dataset)])
+        return run
+
+    def _new_child_run(self, record: DepthRecord) -> Run:
+        parent = self._parent
         tags = {"mlflow.parentRunId": parent.run_id, "variant": record.alias, **source_tags()}
         # Training a variant took as long as the run; the milliseconds make MLflow list the variants by depth.
         start = parent.start_time + record.depth
         # In flat lists, of models above all, "depth 6" alone does not name the run.
-        run = client.create_run(self._experiment_id, start, tags, f"{record.title} of {parent.name}")
-        if dataset is not None:
-            client.log_inputs(run.info.run_id, [DatasetInput(dataset)])
-        return run
+        return self._client.create_run(self._experiment_id, start, tags, f"{record.title} of {parent.name}")
 
     def _send_curves(self, run: Run, record: DepthRecord) -> None:
         sent_steps, now = last_steps(self._client, run), int(1000 * time.time())

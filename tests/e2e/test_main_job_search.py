@@ -52,16 +52,13 @@ def test_a_signal_ends_the_search_in_order_and_the_last_line_says_how_to_go_on(
     assert first.stdout.splitlines()[-1].endswith("--out runs/a --resume")
 
 
-def test_the_space_of_the_search_is_told_before_it_and_its_time_after_the_first_trial(
+def test_the_space_of_the_search_is_told_before_it(
     searched: tuple[Finished, Finished],
 ) -> None:
     text = " ".join(searched[0].stdout.split())
     assert "search: 2 trials of 2 epochs, 2 at a time, ranked by kNN top-1 of 180 validation images" in text
     assert "mask.ratio: 0.75 (baseline), 0.5" in text
     assert "--search.trials 0 trains without a search" in text
-    # A trial that ends while the search is being stopped leaves one, of which no time is told.
-    ended_before = "epoch 2/2" in searched[0].stdout
-    assert ended_before or "trials left, at most about" in searched[1].stdout
 
 
 def test_the_search_is_continued_and_the_family_trained_with_its_best_setting(

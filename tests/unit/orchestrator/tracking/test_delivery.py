@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST
+from mlflow.protos.databricks_pb2 import BAD_REQUEST, INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST
 
 from bim.orchestrator.tracking.delivery import Delivery
 from bim.orchestrator.tracking.metric_log import MetricLog
@@ -122,6 +122,18 @@ def test_one_upload_that_fails_does_not_hold_up_the_others(scene: Scene) -> None
     scene.store.errors.clear()
     scene.delivery.send()
     assert scene.store.taken[-1] == "a"
+
+
+def test_a_row_that_another_run_inserted_at_the_same_time_is_no_outage(tmp_path: Path) -> None:
+    def insert(name: str) -> None:
+        if name == "b" and scene.store.requests == 3:  # metrics, a, b
+            raise MlflowException(
+                "(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.name", BAD_REQUEST
+            )
+
+    scene = Scene(tmp_path, Store(insert))
+    scene.delivery.send()
+    assert scene.store.taken == ["1 metrics", "a", "b", "c"]
 
 
 @pytest.mark.parametrize(
