@@ -19,11 +19,12 @@ GAP = "  "
 def render(
     rows: Sequence[Mapping[AnyKey, str]],
     style: Literal["plain", "markdown"] = "plain",
-    align: Literal["left", "right"] = "right",
+    align: Literal["left", "right", "label"] = "right",
 ) -> str:
     """Rows by column; the columns are the keys in order of appearance, without those in which nothing was measured.
 
     plain: aligned columns; a long cell of the first column runs over empty cells to its right.
+    align: of plain columns; label: the first one left, the others right.
     markdown: a right-aligned table with pipes; groups are left out.
     """
     keys = list(dict.fromkeys(key for row in rows for key in row))
@@ -51,8 +52,8 @@ def _piped(cells: Sequence[str]) -> str:
 
 def _aligned(cells: Sequence[str], widths: Sequence[int], align: str) -> str:
     padded = [
-        cell.ljust(width) if align == "left" else cell.rjust(width)
-        for cell, width in zip(cells, widths, strict=True)
+        cell.ljust(width) if align == "left" or (align == "label" and column == 0) else cell.rjust(width)
+        for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
     ]
     overflow = len(padded[0]) - widths[0]
     return (padded[0] + GAP.join(["", *padded[1:]])[overflow:]).rstrip()

@@ -1,4 +1,4 @@
-"""Numbers, durations and paths as text, for tables, messages and figures. A leaf."""
+"""Numbers, durations, paths and errors as text, for tables, messages and figures. A leaf."""
 
 from __future__ import annotations
 
@@ -42,6 +42,11 @@ def wrapped(text: str) -> list[str]:
     return [line.replace(_NO_BREAK, " ") for line in lines]
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; "" if it has none."""
+    return next(iter(str(error).strip().splitlines()), "").strip()
+
+
 def printable(text: str) -> str:
     r"""The text as valid Unicode. Bytes of a file name that are not UTF-8, which Python holds as lone surrogates: `\xff`."""
     try:
@@ -59,7 +64,7 @@ _HTTP_USER = re.compile(r"(https?://)[^\s/?#@'\"<>]+@", re.IGNORECASE)
 # Text up to the last @: databases take a password with an unescaped @ or slash. A port and a path are no password.
 _PASSWORD = re.compile(r"(://[^\s:/?#@'\"<>]*:)(?!\d{1,5}(?:[/?#\s'\"]|$))(?:[^\s?'\"<>]*@|[^\s'\"<>]*@)")
 _SECRET_PARAMETER = re.compile(
-    r"([?&;][^\s=&?#'\"<>]*(?:pass|pwd|token|secret|key|sig|cred|auth|sas|connect)[^\s=&?#'\"<>]*=)[^\s&#'\"<>]*",
+    r"([?&;#][^\s=&?#'\"<>]*(?:pass|pwd|token|secret|key|sig|cred|auth|sas|connect)[^\s=&?#'\"<>]*=)[^\s&#'\"<>]*",
     re.IGNORECASE,
 )
 
@@ -79,7 +84,7 @@ def redact(text: str) -> str:
 
 def is_redacted(text: str) -> bool:
     """Whether `redact` took something out of the text."""
-    return f"{REDACTED}@" in text or bool(re.search(rf"[?&;][^\s=]+={re.escape(REDACTED)}", text))
+    return f"{REDACTED}@" in text or bool(re.search(rf"[?&;#][^\s=]+={re.escape(REDACTED)}", text))
 
 
 def _only_bytes(text: str) -> bool:

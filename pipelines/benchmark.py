@@ -14,247 +14,65 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bim.orchestrator.runs.signals import leave
+from bim.orchestrator.tables import Key, render
 from bim.pipelines.process import run_command
 
 if TYPE_CHECKING:
-    import torch
+    from bim.orchestrator.benchmarks.method_tables import Workload
 
-    from bim.orchestrator.training.spec import PretrainSpec
-
-MEMORY_CASES = (  # decoder layers, decoder width
-    (8, 512),
-    (2, 512),
-    (1, 256),
-)
+Row = dict[Key, str]
+"""Cells of a table by column."""
 
 
 def memory(arguments: argparse.Namespace) -> None:
     """Peak activation memory of a block-wise training step against end-to-end K = 1: same model, decoder, batch."""
-    from bim.models.backbones import open_backbone
-    from bim.orchestrator.benchmarks.activation_memory import saved_activations
-    from bim.orchestrator.training.spec import DecoderSpec, PretrainSpec
+    from bim.orchestrator.benchmarks.method_tables import print_memory
 
-    name, batch, k = arguments.backbone, arguments.batch, arguments.blocks
-    print(
-        f"{name}, batch {batch}, mask ratio {arguments.mask_ratio}, float32, saved tensors counted in one process"
-    )
-    print(f"{'decoder':>8}  {'K=1':>10}  {'block by block, MiB':>{8 * k}}  {'peak':>9}  {'peak / K=1':>10}")
-    for depth, dim in MEMORY_CASES:
-        saved = []
-        for blocks in (1, k):
-            sizes = tuple(info.layers for info in open_backbone(name, blocks).blocks)
-            spec = PretrainSpec(
-                backbone=name,
-                model_args={},
-                blocks=sizes,
-                mask_ratios=(arguments.mask_ratio,) * blocks,
-                decoders=(DecoderSpec(depth, dim),) * blocks,
-            )
-            saved.append(saved_activations(spec, batch))
-        (whole,), parts = saved
-        columns = " ".join(f"{part / 2**20:8.1f}" for part in parts)
-        print(
-            f"{f'{depth}x{dim}':>8}  {whole / 2**20:7.1f} MiB  {columns:>{8 * k}}  {max(parts) / 2**20:5.1f} MiB  "
-            f"{max(parts) / whole:10.2f}"
-        )
+    print_memory(arguments.backbone, arguments.blocks, arguments.batch, arguments.mask_ratio)
 
 
 def methods(arguments: argparse.Namespace) -> None:
     """GMACs, step time and peak activation memory of each method, as ratios to MAE in the same process."""
-    import torch
+    from bim.orchestrator.benchmarks.method_tables import print_methods
 
-    from bim.orchestrator.benchmarks import method_costs
-
-    device, precision = torch.device(arguments.device), arguments.precision
-    layers = block_layers(arguments.backbone, arguments.blocks)
-    print(f"{arguments.backbone}, batch {arguments.batch}, {describe(device)}, {precision}; MAE = 1")
-    print(
-        f"act: activations held for the backward pass ({precision}, largest block), fused | explicit attention; "
-        "tensors that do not grow with the batch are left out"
-    )
-    head = f"{'method':<40}  {'GMACs':>6}  {'ratio':>5}  {'step':>5}  {'act, fused':>10}  {'explicit':>8}"
-    print(head + ("  allocated" if device.type == "cuda" else "") + "  published")
-    mae = None
-    for method in method_costs.methods(arguments.backbone, layers):
-        cost = method_costs.cost(method.spec, arguments.batch, device, precision, arguments.steps)
-        mae = mae or cost  # the first method
-        line = (
-            f"{method.name:<40}  {cost.gmacs:6.2f}  {cost.gmacs / mae.gmacs:5.2f}  {cost.step_s / mae.step_s:5.2f}  "
-            f"{cost.fused / mae.fused:10.2f}  {cost.explicit / mae.explicit:8.2f}"
-        )
-        if cost.peak is not None and mae.peak is not None:
-            line += f"  {cost.peak / mae.peak:9.2f}"
-        print(f"{line}  {method.published}", flush=True)
-    assert mae is not None
-    print(f"MAE: {1000 * mae.step_s:.0f} ms a step, {mae.fused / 2**20:.0f} | {mae.explicit / 2**20:.0f} MiB")
+    print_methods(workload(arguments))
 
 
 def family(arguments: argparse.Namespace) -> None:
     """Time of one BIM run against separate runs of its depths, and the ratio of their multiply-accumulates."""
-    import torch
+    from bim.orchestrator.benchmarks.method_tables import print_family
 
-    from bim.orchestrator.benchmarks.method_costs import (
-        MAE_DECODER,
-        SMALL_DECODER,
-        depth_runs,
-        forward_gmacs,
-        step_seconds,
-        uniform_spec,
-    )
-
-    device, precision = torch.device(arguments.device), arguments.precision
-    name, layers = arguments.backbone, block_layers(arguments.backbone, arguments.blocks)
-    separate = {
-        "separate runs of its depths, same decoder": depth_runs(name, layers, SMALL_DECODER),
-        "separate MAE runs, 8x512 decoders": depth_runs(name, layers, MAE_DECODER),
-    }
-
-    def total(specs: list[PretrainSpec]) -> tuple[float, float]:
-        seconds = [
-            step_seconds(spec, arguments.batch, device, precision, arguments.steps)[0] for spec in specs
-        ]
-        return sum(seconds), sum(forward_gmacs(spec) for spec in specs)
-
-    depths = ", ".join(str(sum(layers[: k + 1])) for k in range(len(layers)))
-    print(
-        f"{name}, depths {depths}, 1x256 decoders, batch {arguments.batch}, {describe(device)}, {precision}; equal "
-        "numbers of steps"
-    )
-    seconds, gmacs = total([uniform_spec(name, layers, SMALL_DECODER)])
-    print(f"one BIM run: {1000 * seconds:.0f} ms a step, {gmacs:.2f} GMACs an image")
-    print(f"{'against':<45}  {'time':>5}  {'by MACs':>7}  {'gap':>5}")
-    for description, specs in separate.items():
-        other_s, other_gmacs = total(specs)
-        time_ratio, bound = seconds / other_s, gmacs / other_gmacs
-        label = f"{len(specs)} {description}"
-        print(f"{label:<45}  {time_ratio:5.2f}  {bound:7.2f}  {time_ratio / bound:5.2f}", flush=True)
+    print_family(workload(arguments))
 
 
 def green(arguments: argparse.Namespace) -> None:
     """A hierarchical backbone on visible tokens against the same model on all tokens: encoder and whole step."""
-    import torch
+    from bim.orchestrator.benchmarks.method_tables import print_green
 
-    from bim.models.backbones import open_backbone
-    from bim.orchestrator.benchmarks import method_costs
-    from bim.orchestrator.training.spec import DecoderSpec
-
-    device, precision, name = torch.device(arguments.device), arguments.precision, arguments.backbone
-    layers = (sum(block_layers(name, 1)),)
-    decoder = DecoderSpec(1, 512)
-    encodes = ["visible", "all"]
-    try:
-        open_backbone(name, 1, encode="all")
-    except ValueError as error:
-        print(f"without the column of all tokens: {error}")
-        encodes.remove("all")
-    print(
-        f"{name}, 75 % masked, 1x512 decoder on the last level, batch {arguments.batch}, {describe(device)}, {precision}"
-    )
-    print("published (GreenMIM, abstract): 2.7 times faster, 70 % less GPU memory")
-    rows: dict[str, list[tuple[float, int, int | None]]] = {"encoder alone": [], "whole step": []}
-    for encode in encodes:
-        spec = method_costs.uniform_spec(name, layers, decoder, encode=encode)
-        measured = (spec, arguments.batch, device, precision, arguments.steps)
-        rows["encoder alone"].append(method_costs.encoder_cost(*measured))
-        cost = method_costs.cost(*measured)
-        rows["whole step"].append((cost.step_s, cost.fused, cost.peak))
-    head = f"{'':<14}  {'visible, ms':>11}  {'all, ms':>9}  {'faster':>6}  {'activations held':>16}"
-    print(head + ("  allocated" if device.type == "cuda" else ""))
-    for description, (visible, *full) in rows.items():
-        line = f"{description:<14}  {1000 * visible[0]:11.0f}"
-        for other in full:
-            line += f"  {1000 * other[0]:9.0f}  {other[0] / visible[0]:5.2f}x  {visible[1] / other[1]:16.2f}"
-            if visible[2] is not None and other[2] is not None:
-                line += f"  {visible[2] / other[2]:9.2f}"
-        print(line, flush=True)
-    single = method_costs.uniform_spec(name, layers, decoder, encode="visible")
-    step_s = rows["whole step"][0][0]
-    print_block_counts(arguments, device, single, step_s)
-    print_plans(single, arguments.batch, arguments.steps, step_s)
-
-
-def print_block_counts(
-    arguments: argparse.Namespace, device: torch.device, single: PretrainSpec, step_s: float
-) -> None:
-    """Step times on visible tokens, relative to `step_s`: one block with a mask per sample, several blocks with equal
-    decoders, and several blocks with lighter decoders on finer grids.
-
-    single: the spec with one block. step_s: seconds of its step with one mask per batch.
-    """
-    from dataclasses import replace
-
-    from bim.orchestrator.benchmarks.method_costs import light_decoders, step_seconds, uniform_spec
-    from bim.orchestrator.evaluation.model_cost import block_gflops
-    from bim.orchestrator.training.build import open_spec_backbone
-    from bim.orchestrator.training.spec import DecoderSpec
-
-    layers = block_layers(arguments.backbone, arguments.blocks)
-    equal = uniform_spec(arguments.backbone, layers, DecoderSpec(1, 256), encode="visible")
-    k = f"{len(layers)} blocks"
-    print(f"{'one step of':<40}  {'of one block':>12}  GMACs of encoders, decoders")
-    for description, spec in (
-        ("1 block, one mask per sample", replace(single, mask_per_batch=False)),
-        (f"{k}, 1x256 decoders", equal),
-        (f"{k}, lighter ones on finer grids", light_decoders(equal)),
-    ):
-        seconds, _ = step_seconds(spec, arguments.batch, device, arguments.precision, arguments.steps)
-        backbone = open_spec_backbone(spec)
-        parts = zip(*block_gflops(spec, backbone, backbone.image_size), strict=True)
-        encoders, decoders = (sum(part) / 2 for part in parts)
-        print(f"{description:<40}  {seconds / step_s:11.2f}x  {encoders:17.2f}, {decoders:8.2f}", flush=True)
+    print_green(workload(arguments))
 
 
 def plans(arguments: argparse.Namespace) -> None:
     """Time of the mask plans of a batch: window groups, and by sampler the tokens that partial decoders decode."""
-    from dataclasses import replace
+    from bim.orchestrator.benchmarks.method_tables import print_plans
 
+    print_plans(arguments.backbone, arguments.blocks, arguments.batch, arguments.steps, arguments.throw_ratio)
+
+
+def workload(arguments: argparse.Namespace) -> Workload:
+    """What the arguments say is measured."""
     import torch
 
-    from bim.models.masks.sampling import SAMPLERS
-    from bim.orchestrator.benchmarks.method_costs import SMALL_DECODER, sampler_seconds, uniform_spec
+    from bim.orchestrator.benchmarks.method_tables import Workload
 
-    name, batch, steps = arguments.backbone, arguments.batch, arguments.steps
-    spec = uniform_spec(name, block_layers(name, arguments.blocks), SMALL_DECODER)
-    print(f"{name}, 75 % masked, batch {batch}, {describe(torch.device('cpu'))}")
-    print_plans(spec, batch, steps)
-    print(f"tokens of a partial decoder that throws {arguments.throw_ratio:g} of all, ms a batch")
-    for description, per_batch in (("one mask per batch", True), ("one mask per sample", False)):
-        print(f"{description:<20}" + "".join(f"  {sampler:>21}" for sampler in SAMPLERS))
-        masked = replace(spec, mask_per_batch=per_batch)
-        for block, (grid, times) in enumerate(sampler_seconds(masked, batch, steps, arguments.throw_ratio)):
-            columns = "".join(f"  {1000 * times[sampler]:21.2f}" for sampler in SAMPLERS)
-            print(f"{f'block {block}, {grid[0]} x {grid[1]}':<20}{columns}", flush=True)
-
-
-def print_plans(spec: PretrainSpec, batch: int, steps: int, step_s: float | None = None) -> None:
-    """Time of the mask plans of a batch, also as a fraction of the seconds of a training step."""
-    from dataclasses import replace
-
-    from bim.orchestrator.benchmarks.method_costs import plan_seconds
-
-    print(
-        "mask plans of a batch, on the CPU; a run prefetches them on another thread during the previous step"
+    return Workload(
+        arguments.backbone,
+        arguments.blocks,
+        arguments.batch,
+        arguments.steps,
+        torch.device(arguments.device),
+        arguments.precision,
     )
-    print(f"{'':<33}  {'ms':>8}" + ("  of the step on visible tokens" if step_s else ""))
-    for description, per_batch in (("one mask per batch", True), ("one mask per sample", False)):
-        for sweep in (False, True):
-            seconds = plan_seconds(replace(spec, mask_per_batch=per_batch, sweep_groups=sweep), batch, steps)
-            fraction = f"  {seconds / step_s:29.4f}" if step_s else ""
-            print(f"{description + sweep * ', full sweep':<33}  {1000 * seconds:8.1f}{fraction}", flush=True)
-
-
-def block_layers(name: str, blocks: int) -> tuple[int, ...]:
-    """Layers of each block of a backbone that is split into `blocks` blocks."""
-    from bim.models.backbones import open_backbone
-
-    return tuple(info.layers for info in open_backbone(name, blocks).blocks)
-
-
-def describe(device: torch.device) -> str:
-    """The device's name, for the head of a table."""
-    from bim.orchestrator.evaluation.model_cost import device_name
-
-    return device_name(device)
 
 
 def pipeline(arguments: argparse.Namespace) -> None:
@@ -273,7 +91,7 @@ def pipeline(arguments: argparse.Namespace) -> None:
         print(
             f"{arguments.stages} stages that sleep {arguments.work_ms:g} ms, {arguments.steps} steps, on Ray"
         )
-        print("per hop  fraction of one stage      steps/s  driver's CPU time per step and stage")
+        rows: list[Row] = []
         for megabytes in (0.0, 10.0):
             speed = pipeline_speed(
                 arguments.stages,
@@ -282,9 +100,15 @@ def pipeline(arguments: argparse.Namespace) -> None:
                 arguments.steps,
                 cluster.cpus,
             )
-            print(
-                f"{megabytes:4.0f} MB  {speed.efficiency:24.3f}  {speed.steps_per_s:8.1f}  {speed.driver_ms:33.3f} ms"
+            rows.append(
+                {
+                    "per hop": f"{megabytes:.0f} MB",
+                    "fraction of one stage": f"{speed.efficiency:.3f}",
+                    "steps/s": f"{speed.steps_per_s:.1f}",
+                    "driver's CPU ms per step and stage": f"{speed.driver_ms:.3f}",
+                }
             )
+        print(render(rows))
 
 
 def seeds(arguments: argparse.Namespace) -> None:
@@ -293,12 +117,18 @@ def seeds(arguments: argparse.Namespace) -> None:
 
     runs = [json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in arguments.runs]
     print(f"{len(runs)} runs; percentage points; standard error of one run, trained and random combined")
-    print("score        depth  mean lead  standard error  lead / error  least lead")
-    for lead in improvements_over_random(runs):
-        print(
-            f"{lead.metric:<11}  {lead.depth:5d}  {100 * lead.mean:9.1f}  {100 * lead.error:14.1f}  "
-            f"{lead.mean / lead.error:12.1f}  {100 * lead.min_difference:10.1f}"
-        )
+    rows: list[Row] = [
+        {
+            "metric": lead.metric,
+            "depth": str(lead.depth),
+            "mean lead": f"{100 * lead.mean:.1f}",
+            "standard error": f"{100 * lead.error:.1f}",
+            "lead / error": f"{lead.mean / lead.error:.1f}",
+            "least lead": f"{100 * lead.min_difference:.1f}",
+        }
+        for lead in improvements_over_random(runs)
+    ]
+    print(render(rows, align="label"))
 
 
 def faults(arguments: argparse.Namespace) -> int:

@@ -71,12 +71,12 @@ def run(out: Path, uri: str | None = None) -> int:
                     log.error(error)
                     status = 1
                 else:
-                    what = (
+                    outcome = (
                         f"sent {synced.num_sent} metrics and uploads"
                         if synced.num_sent
                         else "nothing was left"
                     )
-                    log.info("%s: %s; the run is %s", short_path(folder), what, synced.status)
+                    log.info("%s: %s; the run is %s", short_path(folder), outcome, synced.status)
     except LeaseHeldError as error:
         log.error(
             "%s is in use by %s; a run that is alive sends what it records itself", short_path(out), error

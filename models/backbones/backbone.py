@@ -172,6 +172,8 @@ class Backbone(ABC):
         norm: "weight" and "bias" of the final norm, which has the width of the block in which `depth` lies; None, or a norm
         of another width, leaves a new one. A model without a final norm ignores it, see `usage`.
         image_size: (height, width) to build it for; None: the backbone's.
+
+        Raises ValueError if `depth` is not in `depths`, or `blocks` hold fewer layers.
         """
         args = self.variant_args(depth, image_size)
         if len(blocks) <= self._block_at(depth).index:
@@ -214,11 +216,14 @@ class Backbone(ABC):
         """How to use the exported folder of that variant."""
 
     def to_variant(self, trained: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-        """The tensors of blocks, by timm's names, as the variant `model` takes them."""
+        """The tensors of blocks, by timm's names, in the shapes of the variant `model`: by default unchanged."""
         return trained
 
     def from_checkpoint(self, weights: Weights, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a checkpoint, by timm's names, as a block takes them. drawn: the block's, by timm's names."""
+        """The tensors of a checkpoint, by timm's names, as a block takes them. drawn: the block's, by timm's names.
+
+        Raises ValueError if one is missing.
+        """
         return weights.take(drawn)
 
     @abstractmethod

@@ -55,12 +55,18 @@ def square_window(rows: int) -> int | None:
 
 
 def inner_table(table: Tensor, window: Pair, smaller: Pair) -> Tensor:
-    """The rows of the bias table of `window` whose differences of positions occur in a smaller window: its table."""
+    """The rows of the bias table of `window` whose differences of positions occur in a smaller window: its table.
+
+    table: ((2 h - 1) (2 w - 1), heads) for a window of h x w tokens; that of the smaller window likewise.
+    """
     return table[inner_rows(window, smaller)]
 
 
 def with_inner_table(table: Tensor, inner: Tensor, window: Pair, smaller: Pair) -> Tensor:
-    """A copy of the bias table of `window` with the table of a smaller window inside: the inverse of `inner_table`."""
+    """A copy of the bias table of `window` with the table of a smaller window inside: the inverse of `inner_table`.
+
+    Shapes as there.
+    """
     return table.index_copy(0, inner_rows(window, smaller), inner.to(table))
 
 

@@ -98,6 +98,7 @@ class PooledMap(nn.Module):
         self.channels_last = channels_last
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C)."""
         (feature,) = self.model(x)
         return to_tokens(feature, self.channels_last).mean(dim=1)
 
@@ -125,7 +126,7 @@ def add_modules(root: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 
 def run_chain(get_module: Callable[[str], nn.Module], paths: Sequence[str], x: Tensor) -> Tensor:
-    """Apply the modules at `paths` one after the other."""
+    """Apply the modules at `paths` one after the other; shapes are those of the modules."""
     for path in paths:
         x = get_module(path)(x)
     return x

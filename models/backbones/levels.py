@@ -58,9 +58,11 @@ FAMILIES = {
         norm="stages.{}.norm",
         level_norm="norm",
     ),
-    # `head_norm_first` moves the last norm before the pooling, as the decoder's norm; it excludes a hidden head.
     "ConvNeXt": ArchitectureFamily(
-        fixed={"head_norm_first": True, "head_hidden_size": 0}, whole=True, norm="norm_pre"
+        # `head_norm_first` moves the last norm before the pooling, as the decoder's norm; it excludes a hidden head.
+        fixed={"head_norm_first": True, "head_hidden_size": 0},
+        whole=True,
+        norm="norm_pre",
     ),
     "ResNet": ArchitectureFamily(whole=True),
 }

@@ -61,7 +61,10 @@ class VisibleBlock(nn.Module, ABC):
         return x
 
     def visible_tokens(self, x: Tensor, plan: MaskPlan, scale: int) -> Tensor:
-        """The tokens of the units that this block keeps, which come first."""
+        """The tokens of the units that this block keeps, which come first: (B, units * scale^2, C) -> (B, V * scale^2, C).
+
+        scale: tokens per side of a unit. Raises ValueError if `x` has another number of tokens than such units have.
+        """
         per_unit = scale * scale
         units, rest = divmod(x.shape[1], per_unit)
         if rest or not plan.visible <= units <= plan.permutation.shape[1]:
@@ -73,7 +76,7 @@ class VisibleBlock(nn.Module, ABC):
 
     @abstractmethod
     def open_level(self, x: Tensor, level: int, plan: MaskPlan) -> Tensor:
-        """Images for level 0, else the tokens of the previous level -> tokens of that level."""
+        """(B, 3, H, W) for level 0, else the tokens of the previous level (B, T', C') -> tokens of that level (B, T, C)."""
 
     @abstractmethod
     def run_layer(self, x: Tensor, level: int, layer: int, indices: LevelIndices) -> Tensor:

@@ -28,10 +28,8 @@ AVERAGED = ("teacher", "ema", "target_encoder", "momentum")
 # Files of a timm folder, in order of preference.
 FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
-_ZIP, _PICKLE = (
-    b"PK\x03\x04",
-    b"\x80",
-)  # how files of torch.save begin, those of today and those before torch 1.6
+# How files of torch.save begin: those of today, and those before torch 1.6.
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 
 
 class Weights:
@@ -68,14 +66,14 @@ class Weights:
         fit, that of a teacher or an average of weights is taken; `prefix` tells which one was. Raises ValueError if two
         others fit equally.
         """
-        wanted = list(names)
-        if not wanted or any(name in self.shapes for name in wanted):
+        names = list(names)
+        if not names or any(name in self.shapes for name in names):
             return self
         fitting = Counter(
-            key[: -len(name)] for name in wanted for key in self.shapes if key.endswith(f".{name}")
+            key[: -len(name)] for name in names for key in self.shapes if key.endswith(f".{name}")
         )
         most = max(fitting.values(), default=0)
-        if 2 * most < len(wanted):
+        if 2 * most < len(names):
             return self
         prefixes = [prefix for prefix, count in fitting.items() if count == most]
         averaged = [prefix for prefix in prefixes if any(word in prefix.lower() for word in AVERAGED)]
@@ -161,7 +159,7 @@ def open_weights(init_from: str) -> Weights:
 
 
 def pretrained_weights(name: str) -> Weights:
-    """timm's pretrained weights, from its cache or the network."""
+    """timm's pretrained weights, from its cache or the network. Raises ValueError if they cannot be loaded."""
     try:
         with forked_rng("pretrained"):
             model = timm.create_model(name, pretrained=True)
@@ -180,7 +178,7 @@ def pretrained_weights(name: str) -> Weights:
 
 
 def folder_weights(folder: Path) -> Weights:
-    """A timm folder: weights and a config.json with the image size."""
+    """A timm folder: weights and a config.json with the image size. Raises ValueError if it holds none that can be read."""
     file = next((folder / name for name in FOLDER_WEIGHTS if (folder / name).is_file()), None)
     if file is None:
         raise ValueError(f"init_from: the folder '{folder}' holds neither {' nor '.join(FOLDER_WEIGHTS)}")
@@ -205,7 +203,10 @@ def config_image_size(config: Path) -> tuple[int, int] | None:
 
 
 def file_weights(file: Path, image_size: tuple[int, int] | None = None) -> Weights:
-    """One file of weights: .safetensors, or what torch reads with weights_only=True (also nested under "model")."""
+    """One file of weights: .safetensors, or what torch reads with weights_only=True (also nested under "model").
+
+    Raises ValueError if it is no such file.
+    """
     try:
         if file.suffix == ".safetensors":
             return Weights(f"'{file}'", file=file, image_size=image_size)

@@ -215,9 +215,9 @@ def partial_plan(plan: MaskPlan, throw_ratio: float, sampler: str, gen: torch.Ge
         return plan
     tokens = plan.token_grid[0] * plan.token_grid[1]
     masked, visible = plan.unbatched_if_shared(plan.masked), plan.unbatched_if_shared(plan.keep_tokens)
-    kept = kept_count(tokens, visible.shape[1], throw_ratio)
+    num_decoded = kept_count(tokens, visible.shape[1], throw_ratio)
     rank = random_permutation(masked.shape[0], tokens, gen).to(masked.device)
-    decode = SAMPLERS[sampler](masked, visible, plan.token_grid, kept, rank)
+    decode = SAMPLERS[sampler](masked, visible, plan.token_grid, num_decoded, rank)
     thrown = complement(masked, decode, tokens)
     batch = plan.permutation.shape[0]
     return replace(plan, decode=decode.expand(batch, -1), thrown=thrown.expand(batch, -1))

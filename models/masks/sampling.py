@@ -12,9 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# (masked (B, Nm), visible (B, Nv), grid of tokens, number to keep, rank (B, N)) -> (B, kept), a subset of `masked`.
-# `rank` is a random permutation of 0..N-1 per sample that breaks ties.
 Sampler = Callable[[Tensor, Tensor, tuple[int, int], int, Tensor], Tensor]
+"""(masked (B, Nm), visible (B, Nv), grid of tokens, number to keep, rank (B, N)) -> (B, kept), a subset of `masked`.
+
+`rank` is a random permutation of 0..N-1 per sample that breaks ties.
+"""
 
 
 def kept_count(tokens: int, visible_tokens: int, throw_ratio: float) -> int:

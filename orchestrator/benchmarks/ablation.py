@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from bim.orchestrator.config.schema import Settings
 from bim.orchestrator.config.transforms import Scalar, changes_weights, end_to_end, flat, with_changes
 from bim.orchestrator.config.validate import settings_from_mapping
-from bim.orchestrator.data.source import Source
-from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.distributed.placement import ClusterResources
 from bim.orchestrator.evaluation.evaluate import evaluate_variants, raw_pixels
+from bim.orchestrator.evaluation.inputs import EvalInputs
 from bim.orchestrator.evaluation.records import DepthReport, Scores
 from bim.orchestrator.files import atomic_write
 from bim.orchestrator.runs.checkpoints import committed_folder
@@ -34,6 +33,7 @@ from bim.orchestrator.runs.prepare import ResolvedRun, resolve_run
 from bim.orchestrator.runs.resolve import eval_config
 from bim.orchestrator.runs.train import resolve_layout, train
 from bim.orchestrator.search.objective import SCORED_BY
+from bim.orchestrator.tables import render
 from bim.orchestrator.training.callbacks import NullCallback, StopRequest
 from bim.orchestrator.training.checkpoint import load_weights
 from bim.orchestrator.training.depth_variants import encoder_weights, random_variants, trained_variant
@@ -159,22 +159,30 @@ def run_case(
     train_s = 0.0
     with tempfile.TemporaryDirectory(prefix="ablation-") as folder:
         run, source, splits = resolve_run(settings, Path(folder))
+        inputs = EvalInputs(
+            source,
+            splits,
+            size=run.backbone.image_size,
+            mean=run.spec.mean,
+            std=run.spec.std,
+            device=torch.device("cpu"),
+            config=replace(eval_config(settings), latency=False),
+        )
         if case == RAW_PIXELS:
-            scores = raw_pixels(source, splits, run.backbone.image_size, eval_config(settings))
-            measured[case] = dict.fromkeys(depths, scores)
+            measured[case] = dict.fromkeys(depths, raw_pixels(inputs))
         elif case == RANDOM:
             variants = random_variants(run.spec, run.backbone, depths)
-            measured[case] = _scores(run, settings, source, splits, variants)
+            measured[case] = _scores(variants, inputs)
         else:
             started = time.perf_counter()
             weights = _trained_weights(run, settings)
             train_s = time.perf_counter() - started
             variants = {depth: trained_variant(run.backbone, weights, depth) for depth in depths}
-            measured[case] = _scores(run, settings, source, splits, variants)
+            measured[case] = _scores(variants, inputs)
             if case == TRUNCATED_MAE:
                 encoders = [encoder_weights(block) for block in weights]
                 variants = {depth: run.backbone.variant(depth, encoders, None) for depth in depths}
-                measured[FRESH_NORM] = _scores(run, settings, source, splits, variants)
+                measured[FRESH_NORM] = _scores(variants, inputs)
     return [
         CaseResult(
             name,
@@ -195,21 +203,9 @@ def _trained_weights(run: ResolvedRun, settings: Settings) -> list[dict[str, Ten
     return load_weights(committed_folder(run.out, run.total_steps), run.spec)
 
 
-def _scores(
-    run: ResolvedRun, settings: Settings, source: Source, splits: Splits, variants: Mapping[int, nn.Module]
-) -> Mapping[int, Scores | DepthReport]:
+def _scores(variants: Mapping[int, nn.Module], inputs: EvalInputs) -> Mapping[int, Scores | DepthReport]:
     """Test accuracies by depth."""
-    reports = evaluate_variants(
-        variants,
-        source,
-        splits,
-        run.backbone.image_size,
-        mean=run.spec.mean,
-        std=run.spec.std,
-        device=torch.device("cpu"),
-        config=replace(eval_config(settings), latency=False),
-    )
-    return {report.depth: report for report in reports}
+    return {report.depth: report for report in evaluate_variants(variants, inputs)}
 
 
 def read_results(file: Path) -> list[CaseResult]:
@@ -247,28 +243,22 @@ def table(results: Sequence[CaseResult], cases: Mapping[str, str]) -> Iterator[s
         if not rows:
             continue
         depths = sorted(next(iter(rows[0].values())))
-        yield (
-            f"| {score.replace('_', ' ')}, % | "
-            + " | ".join(f"depth {d}" for d in depths)
-            + " | mean | ahead of MAE |"
-        )
-        yield "|---|" + "---|" * (len(depths) + 2)
+        lines: list[dict[str, str]] = []
         mae = {seed: statistics.mean(by.values()) for seed, by in _of(results, TRUNCATED_MAE, score).items()}
         for name, description in cases.items():
             by_seed = _of(results, name, score)
             if not by_seed:
                 continue
-            cells = [_mean_and_error([by[d] for by in by_seed.values()]) for d in depths]
+            line = {f"{score.replace('_', ' ')}, %": description}
+            line |= {f"depth {d}": _mean_and_error([by[d] for by in by_seed.values()]) for d in depths}
             means = {seed: statistics.mean(by.values()) for seed, by in by_seed.items()}
             shared = sorted(means.keys() & mae.keys())
-            difference = (
-                ""
-                if name == TRUNCATED_MAE or not shared
-                else _mean_and_error([means[seed] - mae[seed] for seed in shared], signed=True)
-            )
-            mean = _mean_and_error(list(means.values()))
-            yield f"| {description} | " + " | ".join([*cells, mean, difference]) + " |"
-        yield ""
+            line["mean"] = _mean_and_error(list(means.values()))
+            if name != TRUNCATED_MAE and shared:
+                differences = [means[seed] - mae[seed] for seed in shared]
+                line["ahead of MAE"] = _mean_and_error(differences, signed=True)
+            lines.append(line)
+        yield from (*render(lines, "markdown").splitlines(), "")
 
 
 def _of(results: Sequence[CaseResult], case: str, score: str) -> dict[int, dict[int, float]]:

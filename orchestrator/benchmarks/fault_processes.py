@@ -170,8 +170,8 @@ def _mapped_names() -> Iterator[str]:
     for pid in psutil.pids():
         try:
             for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
-                _, found, name = line.partition(f"{SHARED_MEMORY}/")
-                if found:
+                _, separator, name = line.partition(f"{SHARED_MEMORY}/")
+                if separator:
                     yield name.removesuffix(" (deleted)")
             for link in Path(f"/proc/{pid}/fd").iterdir():
                 target = os.readlink(link)

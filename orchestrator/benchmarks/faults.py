@@ -257,15 +257,18 @@ def table(reports: Sequence[Report]) -> str:
 
 
 def run_kills(kills: int, seed: int, kinds: Sequence[str], folder: Path) -> list[Report]:
-    """Run the plan and print a line for every kill and the table at the end.
+    """Run the plan and print a line for every kill, and the table at the end or when it is interrupted.
 
     Raises:
         RuntimeError: the unbroken run failed.
     """
-    reports = []
-    with FaultBench(folder, lambda line: print(line, flush=True)) as bench:
-        for number, kill in enumerate(plan(kills, seed, kinds), 1):
-            reports.append(bench.run(kill))
-            print(f"{number:3d}  {reports[-1]}", flush=True)
-    print("", table(reports), sep="\n", flush=True)
+    reports: list[Report] = []
+    try:
+        with FaultBench(folder, lambda line: print(line, flush=True)) as bench:
+            for number, kill in enumerate(plan(kills, seed, kinds), 1):
+                reports.append(bench.run(kill))
+                print(f"{number:3d}  {reports[-1]}", flush=True)
+    finally:  # also of the kills before an interruption
+        if reports:
+            print("", table(reports), sep="\n", flush=True)
     return reports

@@ -114,15 +114,15 @@ def resolution_problems(phases: Sequence[Sequence[float]], epochs: int) -> list[
     """What is wrong with a resolution schedule of a run of so many epochs, one sentence each."""
     shown = format_value([list(phase) for phase in phases])
     problems = [
-        f"schedule.resolution: {what} in {format_value(list(phase))} must be a whole number of at least 1"
+        f"schedule.resolution: {name} in {format_value(list(phase))} must be a whole number of at least 1"
         for phase in phases
-        for what, value in zip(("pixels", "batch_size", "accumulate"), phase[1:], strict=False)
+        for name, value in zip(("pixels", "batch_size", "accumulate"), phase[1:], strict=False)
         if isinstance(value, float) or value < 1
     ]
     if any((isinstance(phase[0], float) and not 0 <= phase[0] < 1) or phase[0] < 0 for phase in phases):
         return [
             *problems,
-            f"schedule.resolution must begin each phase with an epoch (0, 40) or a share of the run (0.5), not {shown}",
+            f"schedule.resolution must begin each phase with an epoch (0, 40) or a fraction of the run (0.5), not {shown}",
         ]
     starts = [start_epoch(phase[0], epochs) for phase in phases]
     if starts[0] != 0 or any(later <= earlier for earlier, later in pairwise(starts)) or starts[-1] >= epochs:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bim.orchestrator.config.help_page import help_text
-from bim.orchestrator.config.messages import SettingInfo, format_value, shortened, unknown
+from bim.orchestrator.config.messages import SettingInfo, format_value, is_section, shortened, unknown
 from bim.orchestrator.config.recipes import (
     DEFAULT_RECIPE,
     SAVED_SETTINGS,
@@ -181,8 +181,8 @@ def _split(argv: Sequence[str]) -> _Arguments:
 def _resumed_recipe(arguments: _Arguments) -> None:
     """`--out DIR --resume` alone goes on with the settings that the run in DIR wrote down."""
     out = arguments.overrides.get("out")
-    asked = {arguments.overrides.get(key, "false") for key in ("resume", "search.resume")}
-    if arguments.recipe is None and out and asked & {None, "true"}:
+    resume_values = {arguments.overrides.get(key, "false") for key in ("resume", "search.resume")}
+    if arguments.recipe is None and out and resume_values & {None, "true"}:
         with suppress(OSError, ValueError, RuntimeError):  # a path that cannot be, which is told later
             saved = Path(out).expanduser() / SAVED_SETTINGS
             if saved.is_file():
@@ -209,7 +209,7 @@ def _not_a_setting(key: str) -> str:
     infos = all_settings()
     inner = [name for name, info in infos.items() if info.section == key]
     if inner:
-        return f"'{key}' is a section of settings, not one: {', '.join(inner)}"
+        return is_section(key, inner)
     return unknown(key, [*infos, "recipe", *(flag.lstrip("-") for flag in FLAGS)])
 
 

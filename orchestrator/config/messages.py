@@ -205,6 +205,11 @@ def unknown(key: str, known: Sequence[str]) -> str:
     return f"unknown setting '{key}'; {hint}"
 
 
+def is_section(key: str, inner: Sequence[str]) -> str:
+    """The message for a section that is given a value in place of the settings in it."""
+    return f"'{key}' is a section of settings, not one: {', '.join(inner)}"
+
+
 def explain(
     errors: Sequence[Mapping[str, Any]],
     given: Mapping[str, Any],
@@ -228,9 +233,7 @@ def explain(
     for error in errors:
         loc = [str(part) for part in error["loc"]]
         key = next((".".join(loc[:n]) for n in (2, 1) if ".".join(loc[:n]) in infos), ".".join(loc))
-        if error["type"] == "value_error" and key in infos:  # the validator wrote the sentence
-            sentences.setdefault(key, str(error.get("ctx", {}).get("error", error.get("msg"))))
-        elif error["type"] == "extra_forbidden":
+        if error["type"] == "extra_forbidden":
             sentences.setdefault(key, _misplaced(key, infos, _look_up(given, loc)))
         elif error["type"] == "missing" and key in sections:
             for inner in sections[key]:
@@ -239,16 +242,14 @@ def explain(
         elif error["type"] == "missing" and len(loc) <= 2:
             sentences.setdefault(key, _missing(infos[key]))
         elif key in sections:
-            sentences.setdefault(
-                key, f"'{key}' is a section of settings, not one: {', '.join(sections[key])}"
-            )
-        elif key in infos:
+            sentences.setdefault(key, is_section(key, sections[key]))
+        elif key in infos and error["type"] != "value_error":
             if infos[key].is_open and len(loc) > 2:
                 key = ".".join(loc[:3])
             sentences.setdefault(
                 key, _wrong(key, infos, _look_up(given, loc[: 1 + key.count(".")]), typed.get(key))
             )
-        else:  # a validator of several settings wrote the sentences, one a line
+        else:  # a validator wrote the sentence; one of several settings wrote several, one a line
             sentences.setdefault(key, str(error.get("ctx", {}).get("error", error.get("msg"))))
     return list(sentences.items())
 

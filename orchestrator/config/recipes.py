@@ -21,7 +21,11 @@ from bim.orchestrator.config.messages import format_value, printable
 
 DEFAULT_RECIPE = "digits_demo"
 
-_SCALARS = (  # YAML 1.2 core schema: tag, pattern, first characters
+SAVED_SETTINGS = "settings.yaml"
+"""Written into every output directory, and read again by --resume."""
+
+# YAML 1.2 core schema: tag, pattern, first characters.
+_SCALARS = (
     ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
@@ -228,11 +232,8 @@ def _file_text(recipe: str, bundled: Iterable[str]) -> str:
         raise RecipeError(
             f"no recipe and no file is called {shown}{hint} (recipes: {', '.join(bundled)})"
         ) from None
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # a name too long, no permission, a NUL, no such user
+    except (OSError, ValueError, RuntimeError) as error:
+        # A name too long, no permission, a NUL, no such user.
         reason = getattr(error, "strerror", None) or str(error)
         raise RecipeError(f"cannot read the recipe {shown}: {reason}") from None
     if stat.S_ISDIR(mode):
@@ -258,6 +259,3 @@ def _reason(error: yaml.YAMLError) -> str:
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
     return f"{where}{problem or str(error).splitlines()[0]}"
-
-
-SAVED_SETTINGS = "settings.yaml"  # written into every output directory, and read again by --resume

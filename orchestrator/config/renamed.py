@@ -12,11 +12,11 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-RENAMED = {  # both old keys work until 0.3
+RENAMED = {
     "mask.score_newly_dropped": "mask.loss_on_newly_masked",
     "backbones.called": "backbones.alias",
 }
-"""Old dotted key -> new dotted key in the same section."""
+"""Old dotted key, which works until version 0.3 -> new dotted key in the same section."""
 
 
 def new_key(key: str) -> str:

@@ -379,5 +379,5 @@ def ratios_by_block(ratio: float | Sequence[float], blocks: int) -> tuple[float,
 
 
 def start_epoch(start: float, epochs: int) -> int:
-    """The epoch with which a phase begins: a whole number is one, a fraction is a share of the run."""
+    """The epoch with which a phase begins: a whole number is one, a fraction is of the run's epochs."""
     return start if isinstance(start, int) else round(start * epochs)

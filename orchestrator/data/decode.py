@@ -75,9 +75,8 @@ def _jpeg_decoder() -> Callable[[bytes], Tensor | None]:
     try:
         from torchvision.io import ImageReadMode, decode_jpeg
     except ImportError:
-        return lambda data: (
-            None
-        )  # torchvision 0.29 deprecates its decoders; Pillow gives the same pixels more slowly
+        # torchvision 0.29 deprecates its decoders; Pillow gives the same pixels more slowly.
+        return lambda data: None
 
     def decode(data: bytes) -> Tensor | None:
         try:
@@ -109,10 +108,8 @@ def _rgb_array(image: Image.Image) -> np.ndarray:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except (
-        *DECODER_ERRORS,
-        TypeError,
-    ):  # damaged EXIF, such as a tuple for a number, leaves the pixels intact
+    except (*DECODER_ERRORS, TypeError):
+        # Damaged EXIF, such as a tuple for a number, leaves the pixels intact.
         return 1
 
 

@@ -104,9 +104,9 @@ def _split_parts(
     folders, and how many images of other folders are left out."""
     tops = [name.partition("/")[0] if "/" in name else "" for name in names]
     split_of_top = {top: split_of_folder(top) if top else None for top in set(tops)}
-    found = {split for split in split_of_top.values() if split is not None}
+    splits = {split for split in split_of_top.values() if split is not None}
     others = sorted(top for top, split in split_of_top.items() if split is None and top)
-    if "train" not in found or (others and len(found) < 2):
+    if "train" not in splits or (others and len(splits) < 2):
         return {"train": _Part(list(range(len(names))), list(names))}, False, frozenset(), 0
     parts: dict[str, _Part] = {}
     strays, left_out = [], 0

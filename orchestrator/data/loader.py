@@ -22,9 +22,7 @@ from bim.orchestrator.data.sampler import epoch_permutation
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import Splits
 
-_MAX_CANDIDATES = (
-    32  # images tried for one position; if none can be decoded, the data is bad and not an image
-)
+_MAX_CANDIDATES = 32  # images tried for one position; if none is readable, the data is bad and not an image
 _PROBED_IMAGES = 16  # of a split, tried before anything starts
 
 
@@ -129,10 +127,14 @@ class TrainReader:
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
+        """(B, 3, h, w)."""
         return (self.batch_size, 3, *self.crop.size)
 
     def fill(self, out: np.ndarray, number: int, start: int) -> list[tuple[str, str]]:
-        """Write images start..start+len(out)-1 of batch `number` to out (n, 3, h, w); -> (sample id, reason) of bad ones."""
+        """Write images start..start+len(out)-1 of batch `number` to out (n, 3, h, w); -> (sample id, reason) of bad ones.
+
+        Raises TooManyCorruptImagesError if an image and all of its replacements cannot be read.
+        """
         epoch_in_phase, batch_in_epoch = divmod(number, self.batches_per_epoch)
         epoch = self.first_epoch + epoch_in_phase
         permutation = self._permutation(epoch)

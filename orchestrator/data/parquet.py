@@ -68,13 +68,13 @@ class ParquetSource:
         largest_group = max(1, *(size for shard in shards for size in (0, *shard.group_bytes)))
         self.chunks = Chunks(self._starts, window=max(1, cache_bytes // largest_group))
         self.fixed_splits = self._splits(files, [sum(shard.rows) for shard in shards])
-        found = read_labels(self.name, [shard.labels for shard in shards], label_column)
-        self.labels, self.class_names = found.labels, found.class_names
+        labels = read_labels(self.name, [shard.labels for shard in shards], label_column)
+        self.labels, self.class_names = labels.labels, labels.class_names
         self.notes = tuple(
-            dict.fromkeys([*(n for shard in shards for n in shard.columns.notes), *found.notes])
+            dict.fromkeys([*(n for shard in shards for n in shard.columns.notes), *labels.notes])
         )
         in_hive = any(part.lower().startswith("split=") for name in self._names for part in Path(name).parts)
-        self._is_plain = found.is_plain and not in_hive
+        self._is_plain = labels.is_plain and not in_hive
         self._reset_caches()
 
     def __len__(self) -> int:
@@ -203,8 +203,8 @@ def _read_shards(
         try:
             first = shards[0].columns.image if shards else image
             same = label or next((shard.columns.label for shard in shards if shard.columns.label), None)
-            wanted = same if label or same in schema.names else None
-            columns = find_columns(schema, name, first, wanted, in_folders=folder_label is not None)
+            label_column = same if label or same in schema.names else None
+            columns = find_columns(schema, name, first, label_column, in_folders=folder_label is not None)
             if same is not None and columns.label != same:  # not another column than the other shards
                 columns = replace(columns, label=None, class_names=None)
         except DataError as error:

@@ -61,7 +61,7 @@ class Reader(Protocol):
     def batch_shape(self) -> tuple[int, ...]: ...
 
     def fill(self, out: np.ndarray, number: int, start: int) -> BadItems:
-        """Write items start..start+len(out)-1 of batch `number` to `out` (uint8); returns the bad items met."""
+        """Write items start..start+len(out)-1 of batch `number` to `out` (n, ...) uint8; returns the bad items met."""
         ...
 
 

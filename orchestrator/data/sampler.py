@@ -28,12 +28,15 @@ class Chunks:
 
 
 def epoch_permutation(indices: np.ndarray, seed: int, epoch: int, chunks: Chunks | None = None) -> np.ndarray:
-    """The images of one epoch in their order. indices: (n,) sorted image numbers -> (n,) the same numbers, shuffled."""
+    """The images of one epoch in their order: (n,) sorted image numbers -> (n,) int64, the same numbers shuffled.
+
+    chunks: of the whole source; None: every image costs the same, wherever it stands.
+    """
     gen = generator(seed, "order", epoch)
     shuffled = indices[torch.randperm(len(indices), generator=gen).numpy()]
     if chunks is None or len(chunks.starts) - 1 <= chunks.window:
         return shuffled
-    # Chunks without any of `indices` take no part
+    # Chunks without any of `indices` take no part.
     chunk_ids, chunk_rank = np.unique(
         np.searchsorted(chunks.starts, shuffled, side="right") - 1, return_inverse=True
     )

@@ -30,7 +30,7 @@ class Splits:
 
 
 def labeled(source: Source, indices: np.ndarray) -> np.ndarray:
-    """Those of the images that have a label."""
+    """Those of the images that have a label: (n,) image numbers -> (m,), in their order."""
     return indices[:0] if source.labels is None else indices[source.labels[indices] >= 0]
 
 

@@ -119,9 +119,9 @@ def _open_parts(name: str, root: Path) -> list[Any]:
             if near
             else f": {', '.join(NAMES[:3])}, ..., {NAMES[-1]}"
         )
-        what = "is no set of images of classes" if name in datasets.__all__ else "does not exist"
+        problem = "is no set of images of classes" if name in datasets.__all__ else "does not exist"
         raise DataError(
-            f"torchvision's data set {name[:100]!r} {what}; data.source takes torchvision:NAME[:ROOT]{hint}"
+            f"torchvision's data set {name[:100]!r} {problem}; data.source takes torchvision:NAME[:ROOT]{hint}"
         )
     dataset_class = getattr(datasets, name)
     parameters = inspect.signature(dataset_class).parameters

@@ -218,8 +218,8 @@ class ActorGroup:
         if process.node_id == ray.get_runtime_context().get_node_id():
             kill_process(process.pid, process.start_time)
             return
-        there = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
-        task = ray.remote(kill_process).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+        on_its_node = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
+        task = ray.remote(kill_process).options(num_cpus=0, max_retries=0, scheduling_strategy=on_its_node)
         with contextlib.suppress(RayError):  # the node is gone, or will be
             ray.get(task.remote(process.pid, process.start_time), timeout=KILL_TIMEOUT_S)
 

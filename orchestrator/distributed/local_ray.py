@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 
 from bim.orchestrator.signal_masks import blocked_in_children, kept_signal_handlers
+from bim.orchestrator.text import first_line
 
 OBJECT_STORE_FRACTION = 0.15  # of the free memory; the store holds the batches and activations in flight
 OBJECT_STORE_MIN, OBJECT_STORE_MAX = 256 << 20, 8 << 30
@@ -127,7 +128,7 @@ def start_error(error: BaseException, store_bytes: int) -> str:
             "raise it with ulimit -n or ulimit -u",
         )
     else:
-        line = next(iter(text.strip().splitlines()), "") or type(error).__name__
+        line = first_line(error) or type(error).__name__
         reason, remedy = line[:200].rstrip(". "), "see Ray's logs in its temporary directory"
     return f"Ray does not start on this machine: {reason}; {remedy}, or train without Ray: --placement.backend in_process"
 

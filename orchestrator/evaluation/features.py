@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from bim.models.seeding import generator
-from bim.models.tokens import normalize_images
+from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.data.loader import BadImages, eval_images
-from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import labeled
+from bim.orchestrator.evaluation.inputs import EvalInputs
 from bim.orchestrator.evaluation.progress import report
-from bim.orchestrator.evaluation.records import EvalConfig
 
 MAX_IMAGES = 50_000
 """Images taken of a split, drawn from the seed where there are more: decoding a million takes hours."""
@@ -24,23 +23,19 @@ Embedder = Callable[[np.ndarray], Tensor]
 """(B, 3, H, W) uint8 -> (B, D) float32 on the CPU."""
 
 
-def build_embedders(
-    variants: Mapping[int, nn.Module], mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> dict[int, Embedder]:
-    """Depth -> function that embeds images by that variant, which is left on `device` in evaluation mode.
+def build_embedders(variants: Mapping[int, nn.Module], inputs: EvalInputs) -> dict[int, Embedder]:
+    """Depth -> function that embeds images by that variant, which is left on `inputs.device` in evaluation mode.
 
     The embedding is the mean of the patch tokens after the model's final norm, in timm's terms `global_pool="avg",
     fc_norm=False`.
     """
-    return {depth: _embedder(model.to(device).eval(), mean, std, device) for depth, model in variants.items()}
+    return {depth: _embedder(model.to(inputs.device).eval(), inputs) for depth, model in variants.items()}
 
 
-def _embedder(
-    model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> Embedder:
+def _embedder(model: nn.Module, inputs: EvalInputs) -> Embedder:
     @torch.inference_mode()
     def embedding(images: np.ndarray) -> Tensor:
-        x = normalize_images(torch.from_numpy(images).to(device), mean, std)
+        x = inputs.normalized(torch.from_numpy(images))
         pooled: Tensor = model.forward_head(model.forward_features(x), pre_logits=True)  # type: ignore[operator]
         return pooled.cpu()
 
@@ -49,38 +44,36 @@ def _embedder(
 
 def extract_labeled_features(
     embedders: Mapping[int, Embedder],
-    source: Source,
+    inputs: EvalInputs,
     indices: np.ndarray,
-    size: tuple[int, int],
-    config: EvalConfig,
     limit: int,
     bad: dict[str, str] | None = None,
 ) -> tuple[dict[int, Tensor], Tensor]:
     """`extract_features` of the images that have a label, and their labels (n,); the source has labels."""
-    features, read = extract_features(embedders, source, labeled(source, indices), size, config, limit, bad)
+    source = inputs.source
+    features, read = extract_features(embedders, inputs, labeled(source, indices), limit, bad)
     assert source.labels is not None
     return features, torch.from_numpy(source.labels[read])
 
 
 def extract_features(
     embedders: Mapping[int, Embedder],
-    source: Source,
+    inputs: EvalInputs,
     indices: np.ndarray,
-    size: tuple[int, int],
-    config: EvalConfig,
     limit: int,
     bad: dict[str, str] | None = None,
 ) -> tuple[dict[int, Tensor], np.ndarray]:
     """Embeddings (n, D) by name, and indices (n,), of at most `limit` images that can be read; each is decoded once.
 
     bad: takes the images that cannot be read, by sample id, with the reason. Raises TooManyCorruptImagesError if they are
-    more than `config.max_bad_fraction`, ValueError if none can be read.
+    more than `inputs.config.max_bad_fraction`, DataError if none can be read.
     """
     features: dict[int, list[Tensor]] = {name: [] for name in embedders}
     read = []
+    config = inputs.config
     sample = subsample(indices, limit, config.seed)
     met = BadImages(config.max_bad_fraction)
-    for batch_indices, images in eval_images(source, sample, size, config.batch_size, met):
+    for batch_indices, images in eval_images(inputs.source, sample, inputs.size, config.batch_size, met):
         read.append(batch_indices)
         for name, embedder in embedders.items():
             features[name].append(embedder(images))
@@ -88,12 +81,14 @@ def extract_features(
     if bad is not None:
         bad.update(met.reasons)
     if not read:
-        raise ValueError(f"no image of a split of {source.name} could be read, so nothing can be scored")
+        raise DataError(
+            f"no image of a split of {inputs.source.name} could be read, so nothing can be scored"
+        )
     return {name: torch.cat(parts) for name, parts in features.items()}, np.concatenate(read)
 
 
 def subsample(indices: np.ndarray, limit: int, seed: int) -> np.ndarray:
-    """At most `limit` of the indices, a sample that depends on the seed alone; sorted."""
+    """(n,) -> (min(n, limit),): at most `limit` of the indices, a sample that depends on the seed alone; sorted."""
     if len(indices) <= limit:
         return indices
     permutation = torch.randperm(len(indices), generator=generator(seed, "evaluation"))

@@ -1,6 +1,6 @@
 """The metrics of a depth variant: how each is called, which direction is better, how its values read as text. A leaf.
 
-To add a metric: one entry of `METRICS`, and its value in `DepthReport.metrics`.
+To add a metric: one entry of `METRICS`, and a field of `DepthReport` with its key as the name.
 """
 
 from __future__ import annotations

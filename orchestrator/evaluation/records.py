@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from bim.orchestrator.evaluation.metric_info import METRICS
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -27,30 +29,30 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Measurements per depth and where the files are. `random` and `raw` are empty without baselines.
+    """Measurements per depth, and where the files of each depth are. `random` and `raw` are empty without baselines.
 
     bad_images: sample id -> reason, of the images that could not be read and are in no score.
     """
 
-    reports: tuple[DepthReport, ...]
-    random: tuple[DepthReport, ...]
-    raw: dict[str, float]
-    folders: dict[int, str]
-    pictures: dict[int, str]
+    reports: tuple[DepthReport, ...] = ()
+    random: tuple[DepthReport, ...] = ()
+    raw: dict[str, float] = field(default_factory=dict)
+    folders: dict[int, str] = field(default_factory=dict)
+    pictures: dict[int, str] = field(default_factory=dict)
     bad_images: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class DepthReport:
-    """Measurements of one depth variant.
+    """Measurements of one depth variant. Metrics are called by their keys in `metric_info.METRICS`.
 
     Args:
         depth: layers.
         params: parameters, fixed positions too.
         gflops: 2 x multiply-accumulates / 1e9 of one image.
-        latency_ms_b1, latency_ms_b64: median milliseconds of a batch of 1 and of 64; None if not measured.
-        knn_top1, probe_top1: test accuracies in 0..1; None if the data has no labels.
-        knn_se, probe_se: their standard errors.
+        latency_b1_ms, latency_b64_ms: median milliseconds of a batch of 1 and of 64; None if not measured.
+        knn_top1, linear_top1: test accuracies in 0..1; None if the data has no labels.
+        knn_top1_se, linear_top1_se: their standard errors.
         n_test: images they were counted on.
         rankme: effective rank of the embeddings of `n_ranked` training images, 1..width (arXiv 2210.02885); only without
             labels.
@@ -62,12 +64,12 @@ class DepthReport:
     depth: int
     params: int
     gflops: float
-    latency_ms_b1: float | None = None
-    latency_ms_b64: float | None = None
+    latency_b1_ms: float | None = None
+    latency_b64_ms: float | None = None
     knn_top1: float | None = None
-    probe_top1: float | None = None
-    knn_se: float | None = None
-    probe_se: float | None = None
+    linear_top1: float | None = None
+    knn_top1_se: float | None = None
+    linear_top1_se: float | None = None
     n_test: int = 0
     image_size: tuple[int, int] | None = None
     device: str = ""
@@ -76,18 +78,7 @@ class DepthReport:
 
     def metrics(self) -> dict[str, float]:
         """The values that were measured, by their keys in `metric_info.METRICS`, with standard errors."""
-        values = {
-            "knn_top1": self.knn_top1,
-            "knn_top1_se": self.knn_se,
-            "linear_top1": self.probe_top1,
-            "linear_top1_se": self.probe_se,
-            "rankme": self.rankme,
-            "params": float(self.params),
-            "gflops": self.gflops,
-            "latency_b1_ms": self.latency_ms_b1,
-            "latency_b64_ms": self.latency_ms_b64,
-        }
-        return {name: value for name, value in values.items() if value is not None}
+        return _metrics(self)
 
 
 @dataclass(frozen=True)
@@ -103,16 +94,18 @@ class Scores:
     """Top-1 accuracies on `n_test` images, in 0..1, with their standard errors."""
 
     knn_top1: float
-    knn_se: float
-    probe_top1: float
-    probe_se: float
+    knn_top1_se: float
+    linear_top1: float
+    linear_top1_se: float
     n_test: int
 
     def metrics(self) -> dict[str, float]:
         """The accuracies by their keys in `metric_info.METRICS`, with standard errors."""
-        return {
-            "knn_top1": self.knn_top1,
-            "knn_top1_se": self.knn_se,
-            "linear_top1": self.probe_top1,
-            "linear_top1_se": self.probe_se,
-        }
+        return _metrics(self)
+
+
+def _metrics(record: DepthReport | Scores) -> dict[str, float]:
+    """The fields that are metrics and were measured; a field has the key of its metric, or `<key>_se`."""
+    names = (name for key in METRICS for name in (key, f"{key}_se"))
+    values = {name: getattr(record, name, None) for name in names}
+    return {name: float(value) for name, value in values.items() if value is not None}

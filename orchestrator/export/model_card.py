@@ -15,12 +15,14 @@ import yaml
 from bim.models.backbones.backbone import Backbone
 from bim.orchestrator.evaluation.features import MAX_IMAGES
 from bim.orchestrator.evaluation.metric_info import COST, QUALITY, MetricInfo
-from bim.orchestrator.evaluation.records import DepthReport
+from bim.orchestrator.evaluation.records import DepthReport, EvaluationResult
 from bim.orchestrator.runs.provenance import CodeState, DataRecord
 from bim.orchestrator.tables import render
 
 TRAINING_KEYS = ("backbone", "blocks", "mask", "decoder", "target", "data", "schedule", "optim")
 """Settings that determine the weights; placement and tracking are left out."""
+
+NOT_EVALUATED = EvaluationResult()
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,10 @@ def render_card(
     depth: int,
     facts: CardFacts,
     size: tuple[int, int],
-    reports: Sequence[DepthReport] = (),
-    random_reports: Sequence[DepthReport] = (),
-    raw: Mapping[str, float] | None = None,
+    evaluation: EvaluationResult = NOT_EVALUATED,
 ) -> str:
-    """The card of the variant of `depth` layers for images of `size` (height, width); reports are those of all depths."""
+    """The card of the variant of `depth` layers for images of `size` (height, width), with the evaluation of all depths."""
+    reports = evaluation.reports
     total = backbone.blocks[-1].depth
     architecture = backbone.name.partition(".")[0]
     sections = [
@@ -66,7 +67,7 @@ def render_card(
         _training(facts),
     ]
     if reports:
-        sections += ["## Evaluation", _evaluation(depth, reports, random_reports, raw or {})]
+        sections += ["## Evaluation", _evaluation(depth, evaluation)]
     siblings = [str(report.depth) for report in reports if report.depth != depth]
     if siblings:
         models = "a model" if len(siblings) == 1 else "models"
@@ -110,13 +111,13 @@ def _what_it_is(backbone: Backbone, depth: int, facts: CardFacts) -> str:
         text += f"by masked image modeling end to end ({method})"
         cut = depth < blocks[0].depth
         return text + (f" at {blocks[0].depth} layers, and cut to {depth} afterwards." if cut else ".")
-    share = (
+    blocks_used = (
         f"the first {len(used)} of {len(blocks)} blocks"
         if len(used) > 1
         else f"the first of {len(blocks)} blocks"
     )
     if len(used) == len(blocks):
-        share = f"all {len(blocks)} blocks"
+        blocks_used = f"all {len(blocks)} blocks"
     norm = (
         "; its final norm is that of the decoder of the last one"
         if backbone.usage(depth).trained_norm
@@ -125,7 +126,7 @@ def _what_it_is(backbone: Backbone, depth: int, facts: CardFacts) -> str:
     return text + (
         "by block-wise masked image modeling (BIM): the layers are cut into blocks of "
         f"{_join_and([str(info.layers) for info in blocks])}, each with its own decoder and reconstruction loss "
-        f"and no gradient between them. This model is {share}{norm}."
+        f"and no gradient between them. This model is {blocks_used}{norm}."
     )
 
 
@@ -166,24 +167,19 @@ def _training(facts: CardFacts) -> str:
     return "\n".join(lines)
 
 
-def _evaluation(
-    depth: int,
-    reports: Sequence[DepthReport],
-    random_reports: Sequence[DepthReport],
-    raw: Mapping[str, float],
-) -> str:
+def _evaluation(depth: int, evaluation: EvaluationResult) -> str:
     """A Markdown table of all depths, this one in bold, and how they were measured."""
     rows = []
-    for report in reports:
+    for report in evaluation.reports:
         row = {"layers": str(report.depth), **_cells(report.metrics(), (*COST, *QUALITY))}
         rows.append({key: f"**{cell}**" for key, cell in row.items()} if report.depth == depth else row)
     references: dict[str, Mapping[str, float]] = {
-        f"{report.depth}, untrained": report.metrics() for report in random_reports
+        f"{report.depth}, untrained": report.metrics() for report in evaluation.random
     }
-    references |= {"raw pixels": raw} if raw else {}
-    if any(metric.key in report.metrics() for report in reports for metric in QUALITY):
+    references |= {"raw pixels": evaluation.raw} if evaluation.raw else {}
+    if any(metric.key in report.metrics() for report in evaluation.reports for metric in QUALITY):
         rows += [{"layers": name, **_cells(values, QUALITY)} for name, values in references.items()]
-    return f"{render(rows, 'markdown')}\n\n{_how_measured(reports)}"
+    return f"{render(rows, 'markdown')}\n\n{_how_measured(evaluation.reports)}"
 
 
 def _cells(values: Mapping[str, float], metrics: Sequence[MetricInfo]) -> dict[str, str]:
@@ -198,7 +194,7 @@ def _how_measured(reports: Sequence[DepthReport]) -> str:
     num_ranked = max((report.n_ranked for report in reports), default=0)
     text = "GFLOPs are 2 x multiply-accumulates of one image"
     text += f" of {size[0]} x {size[1]} pixels." if size else "."
-    if any(report.latency_ms_b1 is not None for report in reports):
+    if any(report.latency_b1_ms is not None for report in reports):
         device = next((report.device for report in reports if report.device), "")
         text += " Milliseconds are the median of a batch of 1 and of 64" + (
             f" on {device}." if device else "."

@@ -7,7 +7,7 @@ the model's card. Nothing is pickled.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from bim.models.backbones.backbone import Backbone
 from bim.models.seeding import forked_rng, generator
-from bim.orchestrator.evaluation.records import DepthReport
-from bim.orchestrator.export.model_card import CardFacts, render_card
-from bim.orchestrator.files import atomic_write
+from bim.orchestrator.evaluation.records import EvaluationResult
+from bim.orchestrator.export.model_card import NOT_EVALUATED, CardFacts, render_card
+from bim.orchestrator.files import atomic_write, make_folder
 
 EXPORTED_BY = "bim-orchestrator"
 """Marks exported folders in config.json, where timm ignores it: only such a folder is ever replaced."""
@@ -41,9 +41,7 @@ def export_variant(
     model: nn.Module,
     out_dir: Path,
     card: CardFacts,
-    reports: Sequence[DepthReport] = (),
-    random_reports: Sequence[DepthReport] = (),
-    raw: Mapping[str, float] | None = None,
+    evaluation: EvaluationResult = NOT_EVALUATED,
     image_size: tuple[int, int] | None = None,
 ) -> Path:
     """Write `model`, the variant of `depth` layers, as the timm folder `out_dir`; returns that path.
@@ -52,26 +50,25 @@ def export_variant(
     function wrote before is replaced.
 
     Args:
-        reports, random_reports, raw: of all depths, for the card's table.
+        evaluation: of all depths, for the card's table.
         image_size: (height, width) that `model` was built for; None: the backbone's.
 
     Raises:
         ValueError: `out_dir` exists and is anything else.
         RuntimeError: timm opens the folder with other features.
+        StorageError: the file system refuses, or there is no folder two levels above.
     """
     out_dir = Path(out_dir)
     check_replaceable(out_dir)
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out_dir.parent)
     size = image_size or backbone.image_size
-    with TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as scratch:
+    with TemporaryDirectory(prefix=f".{out_dir.name}-", suffix=".tmp", dir=out_dir.parent) as scratch:
         fresh = Path(scratch) / "new"
         fresh.mkdir()
         _save_tensors(model.state_dict(), fresh / "model.safetensors", {})
         config = timm_config(backbone, depth, model, size)
         atomic_write(fresh / "config.json", json.dumps(config, indent=2) + "\n")
-        atomic_write(
-            fresh / "README.md", render_card(backbone, depth, card, size, reports, random_reports, raw)
-        )
+        atomic_write(fresh / "README.md", render_card(backbone, depth, card, size, evaluation))
         _check_reopened(backbone, depth, fresh, model, size)
         if out_dir.exists():
             out_dir.rename(Path(scratch) / "old")
@@ -80,23 +77,17 @@ def export_variant(
 
 
 def rewrite_card(
-    backbone: Backbone,
-    depth: int,
-    out_dir: Path,
-    card: CardFacts,
-    reports: Sequence[DepthReport],
-    random_reports: Sequence[DepthReport],
-    raw: Mapping[str, float],
+    backbone: Backbone, depth: int, out_dir: Path, card: CardFacts, evaluation: EvaluationResult
 ) -> None:
     """Replace the card of a folder that `export_variant` wrote; the weights stay unchanged."""
-    text = render_card(backbone, depth, card, backbone.image_size, reports, random_reports, raw)
+    text = render_card(backbone, depth, card, backbone.image_size, evaluation)
     atomic_write(Path(out_dir) / "README.md", text)
 
 
 def export_decoder(state: Mapping[str, Tensor], path: Path) -> Path:
     """Write one block's decoder, its tensors by name, as a safetensors file; an existing one is replaced."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     _save_tensors(state, path, {"exported_by": EXPORTED_BY})
     return path
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from bim.models.backbones.backbone import Backbone
 from bim.orchestrator.config.transforms import recorded_mapping
-from bim.orchestrator.data.errors import TooManyCorruptImagesError
-from bim.orchestrator.data.source import Source
+from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.data.spec import DataSpec
-from bim.orchestrator.data.splits import Splits, can_score
+from bim.orchestrator.data.splits import can_score
 from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.evaluation.evaluate import evaluate_variants, raw_pixels
+from bim.orchestrator.evaluation.inputs import EvalInputs
+from bim.orchestrator.evaluation.metrics import UnscorableError
 from bim.orchestrator.evaluation.model_cost import device_name, latencies_ms
 from bim.orchestrator.evaluation.progress import part
 from bim.orchestrator.evaluation.progress import report as report_progress
@@ -98,34 +99,43 @@ def evaluate_checkpoint(task: EvaluationTask) -> EvaluationResult:
     """Export, measure and picture every depth variant of a checkpoint.
 
     Raises:
-        TrainingError: more images of a split than `data.max_bad_fraction` cannot be read.
+        TrainingError: the images have changed or cannot be read, or nothing can be scored; the last checkpoint stays.
         StorageError: the file system of the output directory refuses.
     """
     try:
         return _evaluate(task)
-    except TooManyCorruptImagesError as error:
+    except DataError as error:
         raise TrainingError(f"evaluation: {error}; --resume evaluates the last checkpoint again") from error
+    except UnscorableError as error:
+        raise TrainingError(f"evaluation: {error}; the last checkpoint stays") from error
 
 
 def _evaluate(task: EvaluationTask) -> EvaluationResult:
     if task.threads is not None:
         torch.set_num_threads(min(task.threads, os.cpu_count() or 1))
-    device, out = torch.device(task.device), Path(task.out)
+    out = Path(task.out)
     backbone, weights, variants = _load(task)
-    source, splits = task.data.open()
+    inputs = EvalInputs(
+        *task.data.open(),
+        size=backbone.image_size,
+        mean=task.spec.mean,
+        std=task.spec.std,
+        device=torch.device(task.device),
+        config=task.evaluation,
+    )
     bad: dict[str, str] = {}
     with part("trained models"):
-        measured = _measure(task, backbone, source, splits, variants, task.evaluation.latency, bad)
+        measured = tuple(evaluate_variants(variants, inputs, bad))
     random: tuple[DepthReport, ...] = ()
     raw: dict[str, float] = {}
     if task.with_baselines:
         random_starts = random_variants(task.spec, backbone, task.depths)
         with part("random starts"):
-            random = _measure(task, backbone, source, splits, random_starts, latency=False, bad=bad)
-        if can_score(source, splits):
+            random = tuple(evaluate_variants(random_starts, inputs.with_latency(False), bad))
+        if can_score(inputs.source, inputs.splits):
             with part("raw pixels"):
-                raw = raw_pixels(source, splits, backbone.image_size, task.evaluation, device).metrics()
-    folders = {}
+                raw = raw_pixels(inputs).metrics()
+    result, folders = EvaluationResult(measured, random, raw, bad_images=bad), {}
     for name in ("variants", "decoders"):  # an output directory that is gone by now is not made again
         make_folder(out / name)
     for report in measured:
@@ -133,7 +143,7 @@ def _evaluate(task: EvaluationTask) -> EvaluationResult:
         folder = out / "variants" / folder_name(report.depth)
         variant = variants[report.depth]
         with storage_errors(folder):
-            export_variant(backbone, report.depth, variant, folder, task.card, measured, random, raw)
+            export_variant(backbone, report.depth, variant, folder, task.card, result)
         folders[report.depth] = str(folder)
     for k, state in enumerate(weights):
         decoder = {
@@ -143,10 +153,8 @@ def _evaluate(task: EvaluationTask) -> EvaluationResult:
         }
         export_decoder(decoder, out / "decoders" / f"block-{k}.safetensors")
     report_progress("reconstructions")
-    pictures = save_all_reconstructions(
-        task.spec, backbone, weights, source, splits, out / "pictures", device
-    )
-    return EvaluationResult(measured, random, raw, folders, pictures, bad)
+    pictures = save_all_reconstructions(task.spec, backbone, weights, inputs, out / "pictures", bad)
+    return replace(result, folders=folders, pictures=pictures)
 
 
 def add_latency(task: EvaluationTask, result: EvaluationResult) -> EvaluationResult:
@@ -162,8 +170,8 @@ def add_latency(task: EvaluationTask, result: EvaluationResult) -> EvaluationRes
     reports = tuple(
         replace(
             report,
-            latency_ms_b1=batch_1[report.depth],
-            latency_ms_b64=batch_64[report.depth],
+            latency_b1_ms=batch_1[report.depth],
+            latency_b64_ms=batch_64[report.depth],
             device=device_name(device),
         )
         for report in result.reports
@@ -177,7 +185,7 @@ def rewrite_cards(task: EvaluationTask, result: EvaluationResult) -> None:
     """Write the model cards of a result again, alone: the exported weights hold statistics gathered by the evaluation."""
     backbone = open_spec_backbone(task.spec)
     for depth, folder in result.folders.items():
-        rewrite_card(backbone, depth, Path(folder), task.card, result.reports, result.random, result.raw)
+        rewrite_card(backbone, depth, Path(folder), task.card, result)
 
 
 def _load(task: EvaluationTask) -> tuple[Backbone, list[dict[str, Tensor]], dict[int, nn.Module]]:
@@ -185,27 +193,3 @@ def _load(task: EvaluationTask) -> tuple[Backbone, list[dict[str, Tensor]], dict
     backbone = open_spec_backbone(task.spec)
     weights = load_weights(task.checkpoint, task.spec)
     return backbone, weights, {depth: trained_variant(backbone, weights, depth) for depth in task.depths}
-
-
-def _measure(
-    task: EvaluationTask,
-    backbone: Backbone,
-    source: Source,
-    splits: Splits,
-    variants: dict[int, nn.Module],
-    latency: bool,
-    bad: dict[str, str],
-) -> tuple[DepthReport, ...]:
-    return tuple(
-        evaluate_variants(
-            variants,
-            source,
-            splits,
-            backbone.image_size,
-            mean=task.spec.mean,
-            std=task.spec.std,
-            device=torch.device(task.device),
-            config=replace(task.evaluation, latency=latency),
-            bad=bad,
-        )
-    )

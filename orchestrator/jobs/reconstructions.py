@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from bim.models.backbones.backbone import Backbone
-from bim.models.tokens import denormalize_images, normalize_images
-from bim.orchestrator.data.loader import eval_images
-from bim.orchestrator.data.source import Source
-from bim.orchestrator.data.splits import Splits
-from bim.orchestrator.reporting.figures.reconstruction import reconstruction_figure
+from bim.models.tokens import denormalize_images
+from bim.orchestrator.data.loader import BadImages, eval_images
+from bim.orchestrator.evaluation.inputs import EvalInputs
+from bim.orchestrator.reporting.figures.reconstruction import Reconstructions, reconstruction_figure
 from bim.orchestrator.reporting.figures.style import write_png
 from bim.orchestrator.training.build import build_local_mim, mask_plans
 from bim.orchestrator.training.spec import PretrainSpec
@@ -29,27 +28,30 @@ def save_all_reconstructions(
     spec: PretrainSpec,
     backbone: Backbone,
     weights: Sequence[dict[str, Tensor]],
-    source: Source,
-    splits: Splits,
+    inputs: EvalInputs,
     folder: Path,
-    device: torch.device,
+    bad: dict[str, str],
 ) -> dict[int, str]:
     """One picture per block: test images masked, reconstructed by that block's decoder, and as they are.
 
     Args:
         weights: the whole `LocalMIM` state of every block.
         folder: where the pictures are written.
+        bad: takes the images that cannot be read, by sample id, with the reason.
 
     Returns depth -> file; nothing if none of these images can be read.
     """
+    splits, device = inputs.splits, inputs.device
     candidates = splits.test if len(splits.test) else splits.train
     rows = np.linspace(0, len(candidates) - 1, num=min(PICTURE_ROWS, len(candidates))).astype(int)
-    batches = list(eval_images(source, candidates[rows], backbone.image_size, len(rows)))
+    met = BadImages()
+    batches = list(eval_images(inputs.source, candidates[rows], inputs.size, len(rows), met))
+    bad.update(met.reasons)
     if not batches:
         return {}
     _, pixels = batches[0]
-    images = normalize_images(torch.from_numpy(pixels).to(device), spec.mean, spec.std)
-    plans = mask_plans(spec, backbone, backbone.image_size, len(images), step=0, micro_step=0)
+    images = inputs.normalized(torch.from_numpy(pixels))
+    plans = mask_plans(spec, backbone, inputs.size, len(images), step=0, micro_step=0)
     x, paths = images, {}
     for k, info in enumerate(backbone.blocks):
         plan = plans[k].to(device)
@@ -64,15 +66,16 @@ def save_all_reconstructions(
         target = module.target(images)
         reconstruction = module.target.to_image(_all_tokens(predicted, masked, target), images)
         is_pixels = not spec.targets or spec.targets[k].name == "pixels"
-        figure = reconstruction_figure(
+        reconstructions = Reconstructions(
             original=_rgb(images, spec),
             predicted=_rgb(reconstruction, spec),
             masked=masked.cpu().numpy(),
             grid=plan.token_grid,
             target=None if is_pixels else _rgb(module.target.to_image(target, images), spec),
-            title=f"depth {info.depth}: {count} of {math.prod(plan.token_grid)} patches predicted",
             thrown=thrown.cpu().numpy(),
         )
+        title = f"depth {info.depth}: {count} of {math.prod(plan.token_grid)} patches predicted"
+        figure = reconstruction_figure(reconstructions, title)
         paths[info.depth] = str(write_png(figure, folder / f"reconstruction_depth{info.depth:02d}.png"))
     return paths
 

@@ -149,6 +149,8 @@ def record_progress(backbone: BackboneRun) -> None:
     if backbone.closed:
         return
     with backbone.lines(), backbone.isolated():
+        if backbone.lease is not None:
+            backbone.lease.check()  # evaluation and recording write into the output directory too
         if backbone.failed is None and not backbone.latency_pending:
             _record_evaluations(backbone)
             if backbone.evaluated:
@@ -156,7 +158,7 @@ def record_progress(backbone: BackboneRun) -> None:
                 clear_failure(backbone)
                 backbone.tracker.finish("FINISHED")
                 backbone.closed = True
-    if backbone.failed is not None:
+    if backbone.failed is not None and not backbone.closed:
         backbone.tracker.set_tags({"failed": backbone.failed})
         backbone.tracker.finish("FAILED")
         backbone.closed = True
@@ -232,12 +234,12 @@ def _record_summary(backbone: BackboneRun) -> str:
     evaluation, *baselines = backbone.evaluations
     baseline = baselines[0].reports if baselines else ()
     reports, random = evaluation.reports, evaluation.random
-    table = render_table(reports, random, evaluation.raw, baseline)
+    table = render_table(evaluation, baseline)
     atomic_write(run.out / "summary.txt", table + "\n")
-    for path in write_summary(summary_rows(reports, random, evaluation.raw, baseline), run.out):
+    for path in write_summary(summary_rows(evaluation, baseline), run.out):
         tracker.log_file(path)
     pictures = []
-    figure = accuracy_latency_figure(reports, random, evaluation.raw, baseline)
+    figure = accuracy_latency_figure(evaluation, baseline)
     if figure is not None:
         metric = "accuracy" if reports[0].knn_top1 is not None else "rankme"
         pictures.append(f"{metric}_against_latency")

@@ -212,32 +212,35 @@ def _evaluate(
     Logs a line now and then of how far it is.
     """
 
+    def is_stopped() -> bool:
+        if backbone.lease is not None:
+            backbone.lease.raise_if_lost()
+        return stop.reason is not None
+
     def check() -> None:
-        if stop.reason is not None:
+        if is_stopped():
             raise RunCancelled
 
     if placement_group is None:
         with reported_to(MeasuringLines(check)):
             return evaluate_checkpoint(task)
     if not layout.gpus:
-        # Alone it computes with as many threads as this process would, else with its share of the CPUs.
-        share = max(1, int(layout.cpus * len(layout.stage_blocks) + layout.loader_cpus))
-        task = replace(task, threads=torch.get_num_threads() if alone else share)
+        # Alone it computes with as many threads as this process would, else with the CPUs of its stages.
+        cpus = max(1, int(layout.cpus * len(layout.stage_blocks) + layout.loader_cpus))
+        task = replace(task, threads=torch.get_num_threads() if alone else cpus)
     if task.evaluation.latency and layout.gpus < 1 and not alone:
         # Others compute on the same device.
         backbone.latency_pending = True
         task = replace(task, evaluation=replace(task.evaluation, latency=False))
     if is_url(task.checkpoint):
         # The node of the stages need not see the output directory.
-        items = stream_from_bundle(
-            evaluate_and_send, placement_group, layout, lambda: stop.reason is not None, task
-        )
-        return receive(items, Path(task.out))
+        items = stream_from_bundle(evaluate_and_send, placement_group, layout, is_stopped, task)
+        return receive(items, Path(task.out), MeasuringLines())
     lines, file = MeasuringLines(), ProgressFile(Path(task.out))
 
     def should_cancel() -> bool:
         lines(file.read())
-        return stop.reason is not None
+        return is_stopped()
 
     try:
         return run_in_bundle(evaluate_with_progress, placement_group, layout, should_cancel, task)

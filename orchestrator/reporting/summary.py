@@ -18,7 +18,7 @@ from bim.orchestrator.files import atomic_write, make_folder
 from bim.orchestrator.tables import Key, note_lines, render
 
 if TYPE_CHECKING:
-    from bim.orchestrator.evaluation.records import DepthReport
+    from bim.orchestrator.evaluation.records import DepthReport, EvaluationResult
 
 Cell = str | int | float | None
 Row = dict[str, Cell]
@@ -43,23 +43,18 @@ NOTES = {
 NO_LABELS = "No accuracy: the data has no labels."
 
 
-def summary_rows(
-    reports: Sequence[DepthReport],
-    random_reports: Sequence[DepthReport] = (),
-    raw: Mapping[str, float] | None = None,
-    baseline_reports: Sequence[DepthReport] = (),
-) -> list[Row]:
+def summary_rows(evaluation: EvaluationResult, baseline: Sequence[DepthReport] = ()) -> list[Row]:
     """One flat row per model that was measured, with the keys of `COLUMNS`; what was not measured is None.
 
     "weights" is one of "trained", "mae" (the truncated baseline), "random" and "raw pixels".
-    raw: accuracies of raw pixels, by the keys of `metric_info.METRICS`.
+    baseline: the depths of the baseline, if there was one.
     """
-    groups = (("trained", reports), ("mae", baseline_reports), ("random", random_reports))
+    groups = (("trained", evaluation.reports), ("mae", baseline), ("random", evaluation.random))
     measured: list[tuple[str, int | None, Mapping[str, float]]] = [
         (name, report.depth, report.metrics()) for name, group in groups for report in group
     ]
-    if raw:
-        measured.append(("raw pixels", None, raw))
+    if evaluation.raw:
+        measured.append(("raw pixels", None, evaluation.raw))
     rows: list[Row] = []
     for weights, depth, values in measured:
         row: Row = {"weights": weights, "depth": depth}
@@ -70,17 +65,12 @@ def summary_rows(
     return rows
 
 
-def render_table(
-    reports: Sequence[DepthReport],
-    random_reports: Sequence[DepthReport] = (),
-    raw: Mapping[str, float] | None = None,
-    baseline_reports: Sequence[DepthReport] = (),
-) -> str:
+def render_table(evaluation: EvaluationResult, baseline: Sequence[DepthReport] = ()) -> str:
     """The table as text of at most 100 columns, with notes under it on what the figures are.
 
     Arguments as in `summary_rows`. A column of which nothing was measured is left out.
     """
-    groups = {"trained": reports, "MAE": baseline_reports, "random": random_reports}
+    groups = {"trained": evaluation.reports, "MAE": baseline, "random": evaluation.random}
     by_depth = {
         name: {report.depth: report.metrics() for report in group} for name, group in groups.items() if group
     }
@@ -100,10 +90,10 @@ def render_table(
             for name, group in by_depth.items()
         }
         rows.append(row)
-    if raw:
+    if raw := evaluation.raw:
         scored = [metric for metric in QUALITY if metric.key in raw]
         rows.append({"depth": "raw pixels", **{key(m, "trained"): m.cell(raw) for m in scored}})
-    return "\n".join([render(rows), "", *_notes(reports, by_depth)])
+    return "\n".join([render(rows), "", *_notes(evaluation.reports, by_depth)])
 
 
 def write_summary(rows: Sequence[Row], folder: Path, columns: Sequence[str] = COLUMNS) -> tuple[Path, Path]:

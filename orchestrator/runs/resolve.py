@@ -140,7 +140,7 @@ def _checks(
     for info, target in zip(backbone.blocks, targets, strict=True):
         yield partial(TARGETS[target.name], info.stride, **target.args)
     if backbone.encode == "all":
-        yield partial(_check_painted, decoders, ratios)
+        yield partial(_check_all_encoded, decoders, ratios)
 
 
 def _check_memory(settings: Settings, backbone: Backbone, decoders: tuple[DecoderSpec, ...]) -> None:
@@ -160,9 +160,8 @@ def _check_memory(settings: Settings, backbone: Backbone, decoders: tuple[Decode
                     f"at most {MAX_TOKENS} are possible: lower backbone.model_args.img_size or schedule.resolution"
                 )
     widths = [(info.layers, info.width) for info in backbone.blocks] + [(d.depth, d.dim) for d in decoders]
-    params = sum(
-        12 * layers * width * width for layers, width in widths
-    )  # of a transformer layer, attention and MLP
+    # A transformer layer, attention and MLP, has about 12 width^2 parameters.
+    params = sum(12 * layers * width * width for layers, width in widths)
     if params > MAX_PARAMS:
         raise ValueError(
             f"blocks and decoders would have about {params / 1e9:.0f} thousand million parameters; "
@@ -196,7 +195,7 @@ def _check_cells(targets: tuple[TargetSpec, ...], size: tuple[int, int]) -> None
             )
 
 
-def _check_painted(decoders: tuple[DecoderSpec, ...], ratios: tuple[float, ...]) -> None:
+def _check_all_encoded(decoders: tuple[DecoderSpec, ...], ratios: tuple[float, ...]) -> None:
     if any(decoder.throw_ratio for decoder in decoders):
         raise ValueError(
             "decoder.throw_ratio must be 0 where all tokens are encoded (mask.encode all): the decoder adds no mask tokens "
@@ -205,7 +204,7 @@ def _check_painted(decoders: tuple[DecoderSpec, ...], ratios: tuple[float, ...])
     if len(set(ratios)) > 1:
         raise ValueError(
             f"mask.ratio must be the same in every block where all tokens are encoded (mask.encode all), not "
-            f"{list(ratios)}: block 0 paints the masked units for all of them"
+            f"{list(ratios)}: block 0 fills the masked units for all of them"
         )
 
 

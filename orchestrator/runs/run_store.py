@@ -20,6 +20,7 @@ from bim.orchestrator.runs.lease import Lease
 from bim.orchestrator.runs.output_dir import check_resumable, open_store
 from bim.orchestrator.runs.prepare import ResolvedRun
 from bim.orchestrator.runs.run_record import OutputError, RunRecord, read_record, write_record
+from bim.orchestrator.text import first_line
 from bim.orchestrator.training.manifest import Manifest
 from bim.orchestrator.training.remote_checkpoints import RemoteCheckpointStore
 from bim.orchestrator.training.restart_policy import disk_sentence
@@ -88,7 +89,7 @@ def open_run_store(run: ResolvedRun, lease: Lease | None = None) -> RunCheckpoin
 
 
 def storage_failure(
-    error: StorageError, out: Path, record: RunRecord | None = None, store: RunCheckpoints | None = None
+    error: OSError, out: Path, record: RunRecord | None = None, store: RunCheckpoints | None = None
 ) -> str:
     """The sentence with which a run ends whose file system or storage refuses, with the checkpoint that stays.
 
@@ -98,18 +99,19 @@ def storage_failure(
     if isinstance(store, RemoteCheckpointStore):
         step = store.committed_step
         return disk_sentence(error, "none" if step is None else f"step {step}")
-    if store is None and read_storage_record(out) is not None:
-        return disk_sentence(error, "unknown")
     try:
+        if store is None and read_storage_record(out) is not None:
+            return disk_sentence(error, "unknown")
         latest = open_store(out, record).latest()
     except (OutputError, StorageError):
         return disk_sentence(error, "unknown")
-    return disk_sentence(error, "none" if latest is None else f"step {latest.step}")
+    none = "none" if out.is_dir() else "unknown"
+    return disk_sentence(error, none if latest is None else f"step {latest.step}")
 
 
 def _other_settings(manifest: Manifest, settings: Settings) -> str | None:
     try:
         keys = differing_keys(settings_from_mapping(manifest.settings), settings)
     except SettingsError as error:
-        return f"this version does not know its settings: {str(error).splitlines()[0]}"
+        return f"this version does not know its settings: {first_line(error)}"
     return f"it was trained with other values of {', '.join(keys)}" if keys else None

@@ -26,13 +26,10 @@ from types import FrameType
 from typing import NoReturn
 
 from bim.orchestrator.signal_masks import HANDLED_SIGNALS, STOP_SIGNALS
-from bim.orchestrator.training.callbacks import StopRequest
-
-SAVE_TIMEOUT_S = 15.0
-"""How long a stop waits for the checkpoint."""
+from bim.orchestrator.training.callbacks import SAVE_TIMEOUT_S, StopRequest
 
 CLOSE_TIMEOUT_S = 15.0
-"""How long after that files, actors and MLflow may take to be closed."""
+"""How long after the checkpoint files, actors and MLflow may take to be closed."""
 
 SECOND_SIGNAL_TIMEOUT_S = 1.8
 """The same after a second signal; with the forced exit it is less than 3 seconds."""
@@ -42,6 +39,8 @@ FORCED_EXIT_S = 0.6
 
 RESUME_ME = 75
 """Exit status after SIGUSR2: EX_TEMPFAIL, which job schedulers take as a request to run the job again."""
+
+SAVING = "saving a checkpoint after the step under way; the training goes on"
 
 SHOW_CURSOR = "\x1b[?25h"
 
@@ -74,11 +73,14 @@ def _exit(status: int) -> NoReturn:
 
 
 @contextmanager
-def stop_on_signals(stop: StopRequest, meanwhile: str = "", interrupts_idle: bool = False) -> Iterator[None]:
+def stop_on_signals(
+    stop: StopRequest, meanwhile: str = "", interrupts_idle: bool = False, on_save: str = SAVING
+) -> Iterator[None]:
     """Inside, the first signal sets `stop.reason` to its name; a second one, or the time limit, raises KeyboardInterrupt.
 
     Args:
         meanwhile: what is still done after the first signal, for the user; by default the checkpoint.
+        on_save: what SIGUSR1 does, for the user.
         interrupts_idle: raise at the first signal too unless `stop.can_save`: the main thread itself trains.
 
     Outside the main thread nothing is changed: Python delivers signals to the main thread alone.
@@ -88,7 +90,7 @@ def stop_on_signals(stop: StopRequest, meanwhile: str = "", interrupts_idle: boo
         name = signal.Signals(number).name
         if number == signal.SIGUSR1:
             stop.saves_requested += 1
-            log.info("%s: saving a checkpoint after the step under way; the training goes on", name)
+            log.info("%s: %s", name, on_save)
             return
         if stop.reason is not None:
             raise KeyboardInterrupt

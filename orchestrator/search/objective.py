@@ -20,6 +20,7 @@ from bim.orchestrator.data.splits import Splits, labeled
 from bim.orchestrator.evaluation.batch_norms import gather_statistics
 from bim.orchestrator.evaluation.evaluate import rankme_by_depth
 from bim.orchestrator.evaluation.features import build_embedders, extract_labeled_features
+from bim.orchestrator.evaluation.inputs import EvalInputs
 from bim.orchestrator.evaluation.metrics import weighted_knn
 from bim.orchestrator.evaluation.model_cost import forward_gflops
 from bim.orchestrator.evaluation.records import EvalConfig
@@ -71,35 +72,28 @@ def score_checkpoint(
 ) -> Score:
     """Score every depth variant of a committed checkpoint at the backbone's own image size, all tokens visible.
 
-    Raises ValueError if a split has no readable image, or embeddings are not finite.
+    Raises DataError if a split has no readable image, UnscorableError if embeddings are not finite.
     """
     backbone = open_spec_backbone(spec)
-    return score_weights(spec, backbone, load_weights(checkpoint, spec), images, config, device)
+    inputs = EvalInputs(*images, backbone.image_size, spec.mean, spec.std, torch.device(device), config)
+    return score_weights(backbone, load_weights(checkpoint, spec), inputs)
 
 
-def score_weights(
-    spec: PretrainSpec,
-    backbone: Backbone,
-    weights: list[dict[str, Tensor]],
-    images: tuple[Source, Splits],
-    config: EvalConfig,
-    device: str = "cpu",
-) -> Score:
+def score_weights(backbone: Backbone, weights: list[dict[str, Tensor]], inputs: EvalInputs) -> Score:
     """The same for the weights of every block, as `LocalMIM.state_dict` gives them."""
-    source, splits = images
-    torch_device, size = torch.device(device), backbone.image_size
+    splits, device, config = inputs.splits, inputs.device, inputs.config
     variants = {info.depth: trained_variant(backbone, weights, info.depth) for info in backbone.blocks}
-    gather_statistics(variants, source, splits.train, size, spec.mean, spec.std, torch_device, config)
-    embedders = build_embedders(variants, spec.mean, spec.std, torch_device)
-    if metric_of(source, splits) == "rankme":
-        ranks, num_images = rankme_by_depth(embedders, source, splits.train, size, torch_device, config)
+    gather_statistics(variants, inputs)
+    embedders = build_embedders(variants, inputs)
+    if metric_of(inputs.source, splits) == "rankme":
+        ranks, num_images = rankme_by_depth(embedders, inputs)
         return Score("rankme", ranks, num_images)
-    train, train_y = extract_labeled_features(embedders, source, splits.train, size, config, KNN_TRAIN_IMAGES)
-    val, val_y = extract_labeled_features(embedders, source, splits.val, size, config, KNN_VAL_IMAGES)
-    train_y, val_y = train_y.to(torch_device), val_y.to(torch_device)
+    train, train_y = extract_labeled_features(embedders, inputs, splits.train, KNN_TRAIN_IMAGES)
+    val, val_y = extract_labeled_features(embedders, inputs, splits.val, KNN_VAL_IMAGES)
+    train_y, val_y = train_y.to(device), val_y.to(device)
 
     def accuracy(depth: int) -> float:
-        train_x, val_x = train[depth].to(torch_device), val[depth].to(torch_device)
+        train_x, val_x = train[depth].to(device), val[depth].to(device)
         return weighted_knn(train_x, train_y, val_x, val_y, config.knn_k, config.knn_temperature)
 
     return Score("knn_top1", {depth: accuracy(depth) for depth in variants}, len(val_y))

@@ -14,6 +14,7 @@ from bim.orchestrator.config.messages import format_value, unknown
 from bim.orchestrator.config.schema import Settings, SettingsError, all_settings
 from bim.orchestrator.config.transforms import with_changes
 from bim.orchestrator.search.candidates import DEFAULT_CANDIDATES, value_of
+from bim.orchestrator.text import first_line
 
 MAX_SAMPLING_ATTEMPTS = 1000
 """Draws per trial, until one differs from those before."""
@@ -199,7 +200,7 @@ def _check(settings: Settings, key: str, value: Any) -> None:
     try:
         with_changes(settings, {key: value})
     except SettingsError as error:
-        raise SettingsError(f"search.space: {str(error).splitlines()[0]}") from None
+        raise SettingsError(f"search.space: {first_line(error)}") from None
 
 
 def _is_number(value: object) -> bool:

@@ -20,6 +20,7 @@ from bim.orchestrator.evaluation.records import EvalConfig
 from bim.orchestrator.runs.prepare import ResolvedRun
 from bim.orchestrator.search.objective import Score, score_checkpoint
 from bim.orchestrator.search.trial import InfeasibleSettings, Scorer, TrialSpec, run_trial
+from bim.orchestrator.text import first_line
 from bim.orchestrator.training.errors import TrainingError
 from bim.orchestrator.training.spec import PretrainSpec
 from bim.orchestrator.training.storage import Location
@@ -92,7 +93,7 @@ def _scorer_beside_first_stage(data: DataSpec, spec: TrialSpec, placement_group:
 
 def _cause(error: BaseException) -> str:
     """The first line of the message; with the type, unless the error is one of those that address the user."""
-    text = next(iter(str(error).strip().splitlines()), "")
+    text = first_line(error)
     if text and isinstance(error, TrainingError | ValueError):
         return text
     return f"{type(error).__name__}: {text}"[:300]

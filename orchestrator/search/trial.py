@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,6 +37,7 @@ from bim.orchestrator.runs.prepare import ResolvedRun, resolve_run
 from bim.orchestrator.runs.resolve import data_spec, resolve
 from bim.orchestrator.runs.train import resolve_layout, train
 from bim.orchestrator.search.objective import Score, training_gflops
+from bim.orchestrator.text import first_line
 from bim.orchestrator.training.callbacks import EpochReport, NullCallback, StopRequest
 from bim.orchestrator.training.errors import StorageUnsupportedError
 from bim.orchestrator.training.spec import Precision, PretrainSpec
@@ -63,6 +64,7 @@ class TrialSpec:
         fingerprint: of the images.
         device: where checkpoints are scored.
         max_concurrent_trials: trials that run at the same time.
+        run_id: of the run that searches, which the checkpoints of its trials carry.
     """
 
     settings: dict[str, Any]
@@ -73,6 +75,7 @@ class TrialSpec:
     fingerprint: str
     device: str = "cpu"
     max_concurrent_trials: int = 1
+    run_id: str = ""
 
 
 class InfeasibleSettings(ValueError):
@@ -127,9 +130,8 @@ def trial_placement(settings: Settings, cluster: ClusterResources) -> tuple[Stag
     if cpus is not None:
         cpu_capacity = int(cluster.cpus / (stages * cpus + DRIVER_CPUS))
         concurrent = min(concurrent, cpu_capacity)
-        if (
-            cpu_capacity == 0
-        ):  # the CPUs of the driver are lacking; the stages get slightly less than requested
+        if cpu_capacity == 0:
+            # The CPUs of the driver are lacking; the stages get slightly less than requested.
             changes["placement.cpus_per_stage"] = None
     concurrent = max(1, concurrent)
     part = ClusterResources(
@@ -161,7 +163,19 @@ def run_trial(
         Exception: the error that ended the training.
     """
     with _trial_output(trial, name) as out:
-        _run_trial(trial, changes, name, out, scorer, report, placement_group, first_bundle)
+        run, images = _resolve_trial(trial, changes, out)
+        checkpoint = checkpoint_store(out).latest()
+        if checkpoint is not None and (
+            checkpoint.run_id not in ("", trial.run_id)  # earlier versions wrote none
+            or differing_keys(settings_from_mapping(checkpoint.settings), run.settings)
+        ):
+            remove_trial_checkpoints(trial, name)
+            checkpoint = None
+        every_epochs = settings_from_mapping(trial.settings).search.every_epochs
+        callback = _ScoringCallback(run, every_epochs, scorer(run, images), report)
+        if checkpoint is not None:
+            callback.on_checkpoint(checkpoint.step)  # the process may have died before it reported this score
+        train(run, trial.layout, trial.precision, callback, StopRequest(), placement_group, first_bundle)
 
 
 @contextmanager
@@ -186,16 +200,10 @@ def remove_trial_checkpoints(trial: TrialSpec, name: str | None = None) -> None:
         log.debug("checkpoints of trials stay: %s", error)
 
 
-def _run_trial(
-    trial: TrialSpec,
-    changes: Mapping[str, Any],
-    name: str,
-    out: Path,
-    scorer: Callable[[ResolvedRun, tuple[Source, Splits]], Scorer],
-    report: Report,
-    placement_group: PlacementGroup | None,
-    first_bundle: int,
-) -> None:
+def _resolve_trial(
+    trial: TrialSpec, changes: Mapping[str, Any], out: Path
+) -> tuple[ResolvedRun, tuple[Source, Splits]]:
+    """The run of a trial, and its images. Raises InfeasibleSettings, DataError."""
     recipe = settings_from_mapping(trial.settings)
     images = data_spec(recipe, resolve(recipe)[1]).open()  # the same for all trials
     try:
@@ -204,17 +212,10 @@ def _run_trial(
             settings = with_changes(settings, {"checkpoint.storage": trial.folder})
         run, source, splits = resolve_run(settings, out, images)
     except ValueError as error:  # SettingsError among them, and too few images for one step
-        raise InfeasibleSettings(str(error).splitlines()[0]) from error
+        raise InfeasibleSettings(first_line(error)) from error
     if run.fingerprint != trial.fingerprint:
         raise DataError("the images behind data.source have changed since the search began")
-    checkpoint = checkpoint_store(out).latest()
-    if checkpoint is not None and differing_keys(settings_from_mapping(checkpoint.settings), settings):
-        remove_trial_checkpoints(trial, name)
-        checkpoint = None
-    callback = _ScoringCallback(run, recipe.search.every_epochs, scorer(run, (source, splits)), report)
-    if checkpoint is not None:
-        callback.on_checkpoint(checkpoint.step)  # the process may have died before it reported this score
-    train(run, trial.layout, trial.precision, callback, StopRequest(), placement_group, first_bundle)
+    return replace(run, search_run_id=trial.run_id), (source, splits)
 
 
 class _ScoringCallback(NullCallback):

@@ -114,7 +114,11 @@ class _SentTrial:
 
 
 def _status_tags(status: str, reason: str) -> dict[str, str]:
-    return {"status": status, "why": reason, DESCRIPTION_TAG: f"{status}: {reason}" if reason else status}
+    return {
+        "status": status,
+        "status_reason": reason,
+        DESCRIPTION_TAG: f"{status}: {reason}" if reason else status,
+    }
 
 
 def _run_tags(tags: dict[str, str]) -> list[RunTag]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+SAVE_TIMEOUT_S = 15.0
+"""How long a stop waits for the steps in flight and their checkpoint."""
+
 
 @dataclass(frozen=True)
 class EpochReport:

@@ -214,7 +214,7 @@ class CheckpointStore:
         return aside
 
     def reject(self, error: CheckpointDamagedError) -> None:
-        """Files on a disk are checked before stages read them: see `latest`."""
+        """Raises the error: files on a disk are checked before stages read them, see `latest`."""
         raise error
 
     def clear_uncommitted(self) -> None:

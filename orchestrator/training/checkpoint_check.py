@@ -14,7 +14,7 @@ from bim.orchestrator.training.manifest import (
     CheckpointError,
     FileRecord,
     Manifest,
-    parse_manifest,
+    parse_manifest_of,
 )
 
 
@@ -43,13 +43,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError("no manifest (incomplete write)")
     with _check(path):
         content = path.read_bytes()
-    try:
-        manifest = parse_manifest(content)
-    except CheckpointError as error:
-        raise CheckpointError(f"unreadable manifest ({error})") from None
-    if manifest.step != step_of(directory):
-        raise CheckpointError(f"its manifest is that of step {manifest.step}")
-    return manifest
+    return parse_manifest_of(step_of(directory), content)
 
 
 def _check_file(path: Path, record: FileRecord) -> None:

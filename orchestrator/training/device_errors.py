@@ -32,9 +32,8 @@ def _breaks_device_context(error: BaseException) -> bool:
         return True
     if isinstance(error, getattr(torch, "AcceleratorError", ())):
         return True
-    names = {
-        base.__name__ for base in type(error).__mro__
-    }  # an error may come from a process with another torch
+    # Compared by name, since an error may come from a process with another torch.
+    names = {base.__name__ for base in type(error).__mro__}
     if names & {"AcceleratorError", "DistBackendError", "OutOfMemoryError"}:
         return True
     return isinstance(error, RuntimeError) and BROKEN_CONTEXT.search(str(error)) is not None

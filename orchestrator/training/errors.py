@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bim.orchestrator.text import first_line
+
 
 class TrainingError(RuntimeError):
     """Training ended and a restart would not help; the message is meant for the user."""
@@ -87,7 +89,7 @@ class StageFailure(RuntimeError):
 
     def __str__(self) -> str:
         # A cause that the stage group worded is whole; of a foreign error one line.
-        detail = next(iter(str(self.cause).strip().splitlines()), "").strip()
+        detail = first_line(self.cause)
         if self.process_lost:
             return f"{self.component} died {self.context}" + f": {detail}" * bool(detail)
         if not self.raised_by_code or isinstance(self.cause, TrainingError):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bim.orchestrator.data.errors import TooManyCorruptImagesError
-from bim.orchestrator.training.callbacks import Callback, PretrainResult, StopRequest
+from bim.orchestrator.training.callbacks import SAVE_TIMEOUT_S, Callback, PretrainResult, StopRequest
 from bim.orchestrator.training.checkpoint_marks import CheckpointMarks, CompleteCheckpoint
 from bim.orchestrator.training.errors import (
     CheckpointDamagedError,
@@ -36,9 +36,6 @@ from bim.orchestrator.training.watchdog import LOADER, Watchdog
 
 POLL_S = 1.0
 """How long the loop waits for a report before it looks at stop requests and at the watchdog."""
-
-STOP_SAVE_S = 15.0
-"""How long a stop waits for the steps in flight and their checkpoint."""
 
 PATIENT_STOPS = ("SIGUSR2",)
 """Reasons of a stop whose checkpoint is waited for."""
@@ -321,5 +318,5 @@ class _Loop:
         if self.stop.reason is None or self.stop.reason in PATIENT_STOPS:
             return False
         if self.stop_deadline is None:
-            self.stop_deadline = time.monotonic() + STOP_SAVE_S
+            self.stop_deadline = time.monotonic() + SAVE_TIMEOUT_S
         return time.monotonic() > self.stop_deadline

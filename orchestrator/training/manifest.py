@@ -77,6 +77,17 @@ def parse_manifest(content: bytes) -> Manifest:
     )
 
 
+def parse_manifest_of(step: int, content: bytes) -> Manifest:
+    """The manifest of the checkpoint after `step` updates. Raises CheckpointError for any other content."""
+    try:
+        manifest = parse_manifest(content)
+    except CheckpointError as error:
+        raise CheckpointError(f"unreadable manifest ({error})") from None
+    if manifest.step != step:
+        raise CheckpointError(f"its manifest is that of step {manifest.step}")
+    return manifest
+
+
 def _file_record(entry: Any) -> FileRecord:
     if not isinstance(entry, dict):
         raise CheckpointError(f"files has {_shortened(entry)} in place of a file")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import logging
-import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from bim.orchestrator.files import StorageError
+from bim.orchestrator.text import first_line, redact
 from bim.orchestrator.training.errors import StorageUnsupportedError
 
 RETRY_FOR_S = 120.0
@@ -168,7 +168,6 @@ def _storage_error(url: str, participle: str, error: BaseException) -> StorageEr
 
 
 def _cause(error: BaseException) -> str:
-    """The type of an error and its first line, without the password and the query of a URL in it."""
-    line = next(iter(str(error).strip().splitlines()), "")
-    line = re.sub(r"://[^/@\s]+@", "://", re.sub(r"(://[^\s?\"']*)\?[^\s\"']*", r"\1", line))
+    """The type of an error and its first line, without passwords and signatures."""
+    line = redact(first_line(error))
     return f"{type(error).__name__}: {line}"[:200] if line else type(error).__name__

@@ -23,7 +23,14 @@ from torch import Tensor
 
 from bim.orchestrator.files import StorageError
 from bim.orchestrator.training.errors import CheckpointDamagedError
-from bim.orchestrator.training.manifest import MANIFEST, CheckpointError, FileRecord, Manifest, parse_manifest
+from bim.orchestrator.training.manifest import (
+    MANIFEST,
+    CheckpointError,
+    FileRecord,
+    Manifest,
+    parse_manifest,
+    parse_manifest_of,
+)
 from bim.orchestrator.training.object_store import ObjectStore
 
 DAMAGED = "damaged.txt"
@@ -225,12 +232,7 @@ class RemoteCheckpointStore:
             raise CheckpointError(self._rejected[name])
         if DAMAGED in files:
             raise CheckpointError((self._objects.read(f"{name}/{DAMAGED}") or b"").decode(errors="replace"))
-        try:
-            manifest = parse_manifest(self._objects.read(f"{name}/{MANIFEST}") or b"")
-        except CheckpointError as error:
-            raise CheckpointError(f"unreadable manifest ({error})") from error
-        if manifest.step != _step_of(name):
-            raise CheckpointError(f"its manifest is that of step {manifest.step}")
+        manifest = parse_manifest_of(_step_of(name), self._objects.read(f"{name}/{MANIFEST}") or b"")
         for record in manifest.files:
             if record.name not in files:
                 raise CheckpointError(f"{record.name} is missing")

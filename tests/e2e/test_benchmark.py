@@ -28,7 +28,8 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec.loader.exec_module(module)
     narrow = partial(uniform_spec, model_args=SWIN)
     monkeypatch.setattr("bim.orchestrator.benchmarks.method_costs.uniform_spec", narrow)
-    monkeypatch.setattr(module, "block_layers", lambda name, blocks: (5,) if blocks == 1 else (1, 1, 2, 1))
+    layers = "bim.orchestrator.benchmarks.method_tables.block_layers"
+    monkeypatch.setattr(layers, lambda name, blocks: (5,) if blocks == 1 else (1, 1, 2, 1))
     return module
 
 

@@ -7,15 +7,14 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import pytest
-
 
 @contextmanager
 def s3_server(port: int = 0, bucket: str | None = "bucket") -> Iterator[int]:
     """moto's server with an empty bucket; the objects live as long as it. Yields its port."""
-    server_module = pytest.importorskip("moto.server", reason="needs moto[server] (pip install '.[dev]')")
+    from moto.server import ThreadedMotoServer
+
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
     server.start()
     _, port = server.get_host_and_port()
     try:

@@ -114,9 +114,8 @@ def growing_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("growing_cluster")
 def test_a_job_makes_the_cluster_grow_trains_across_machines_and_lets_it_shrink(tmp_path: Path) -> None:
     spec = tiny_spec(blocks=2)
-    layout = StageLayout(
-        ((0,), (1,)), gpus=0.0, cpus=1.5, loader_cpus=0.5, threads=1
-    )  # no machine holds both
+    # No machine holds both stages.
+    layout = StageLayout(((0,), (1,)), gpus=0.0, cpus=1.5, loader_cpus=0.5, threads=1)
     with ray_cluster() as have:
         assert (have.cpus, machines()) == (0.0, 1)
         (tmp_path / "ray").mkdir()

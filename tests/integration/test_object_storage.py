@@ -23,7 +23,6 @@ URL = "s3://bucket/checkpoints/first-1a2b"
 @pytest.fixture(scope="module")
 def server() -> Iterator[int]:
     """The port of an S3 server."""
-    pytest.importorskip("s3fs", reason="needs s3fs (pip install '.[s3]')")
     with s3_server() as port:
         yield port
 

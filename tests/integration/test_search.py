@@ -205,7 +205,6 @@ def test_a_recipe_that_cannot_be_trained_ends_the_search_with_the_cause(
 
 
 def test_optuna_draws_settings_and_goes_on_with_what_it_has_learnt(ray_cluster: None, tmp_path: Path) -> None:
-    pytest.importorskip("optuna", reason="the extra 'optuna' is not installed")
     space = "{optim.blr: {low: 0.001, high: 0.1, log: true}, decoder.throw_ratio: [0.0, 0.25, 0.5]}"
     changes = {"search__searcher": "optuna", "search__trials": 3, "search__grace_epochs": 1}
     settings = recipe(tmp_path, space, **changes)
@@ -221,7 +220,6 @@ def test_optuna_draws_settings_and_goes_on_with_what_it_has_learnt(ray_cluster: 
 
 
 def test_optuna_goes_on_after_infeasible_and_failed_trials(ray_cluster: None, tmp_path: Path) -> None:
-    pytest.importorskip("optuna", reason="the extra 'optuna' is not installed")
     space = "{decoder.throw_ratio: [0.9], optim.blr: [1.0e6]}"
     changes = {"search__searcher": "optuna", "search__trials": 4, "search__grace_epochs": 1}
     result = run(recipe(tmp_path, space, **changes), tmp_path, Callback())

@@ -43,7 +43,7 @@ def test_timing_adds_latencies_to_the_cards_and_leaves_the_weights(tmp_path: Pat
         depth: load_file(Path(folder) / "model.safetensors") for depth, folder in untimed.folders.items()
     }
     timed = add_latency(task, untimed)
-    assert all(report.latency_ms_b1 for report in timed.reports)
+    assert all(report.latency_b1_ms for report in timed.reports)
     for depth, folder in timed.folders.items():
         after = load_file(Path(folder) / "model.safetensors")
         assert all(after[name].equal(value) for name, value in before[depth].items())

@@ -49,9 +49,11 @@ def test_a_trial_grows_with_its_scores_and_ends_with_its_reason(tmp_path: Path, 
     assert run.info.run_name == "trial 3 of a run"
     assert run.info.status == "KILLED"
     assert run.data.params == {"mask.ratio": "0.6", "schedule.resolution": "[[0, 24], [0.5, 32]]"}
-    assert {key: run.data.tags[key] for key in ("status", "why", "score_is", "mlflow.note.content")} == {
+    assert {
+        key: run.data.tags[key] for key in ("status", "status_reason", "score_is", "mlflow.note.content")
+    } == {
         "status": "stopped early",
-        "why": "by ASHA after epoch 4",
+        "status_reason": "by ASHA after epoch 4",
         "score_is": "knn_top1",
         "mlflow.note.content": "stopped early: by ASHA after epoch 4",
     }
@@ -84,12 +86,12 @@ def test_a_trial_that_the_end_of_the_search_cut_off_does_not_go_on_running(
         tracker.finish("KILLED")
     (run,) = trials(client, tracker).values()
     assert run.info.status == "KILLED"
-    assert run.data.tags["why"] == "cut off; --resume goes on with it"
+    assert run.data.tags["status_reason"] == "cut off; --resume goes on with it"
     with open_tracker(tmp_path / "out", resume=Tracker.recorded_run(tmp_path / "out")) as tracker:
         tracker.log_trial(at(replace(ROW, status="running"), 2, 4), "knn_top1")
         wait_for(lambda: status(client, tracker) == "RUNNING")
         (run,) = trials(client, tracker).values()
-        wait_for(lambda: trials(client, tracker)["3"].data.tags["why"] == "")
+        wait_for(lambda: trials(client, tracker)["3"].data.tags["status_reason"] == "")
         tracker.log_trial(at(replace(ROW, status="finished", status_reason="all"), 2, 4), "knn_top1")
     (run,) = trials(client, tracker).values()
     assert run.info.status == "FINISHED"

@@ -24,7 +24,7 @@ from bim.orchestrator.reporting.figures.style import (
 )
 
 if TYPE_CHECKING:
-    from bim.orchestrator.evaluation.records import DepthReport
+    from bim.orchestrator.evaluation.records import DepthReport, EvaluationResult
 
 SERIES: dict[str, dict[str, Any]] = {
     "trained": {"color": BLUE, "marker": "o", "linestyle": "-"},
@@ -37,18 +37,16 @@ DIGIT_PX = 11
 
 
 def accuracy_latency_figure(
-    reports: Sequence[DepthReport],
-    random_reports: Sequence[DepthReport] = (),
-    raw: Mapping[str, float] | None = None,
-    baseline_reports: Sequence[DepthReport] = (),
+    evaluation: EvaluationResult, baseline: Sequence[DepthReport] = ()
 ) -> Figure | None:
     """Accuracy of every depth against its latency, nearest neighbors left, linear probe right.
 
     Without labels one panel of RankMe; None if that was not measured either. Bars are one standard error. All series of
     one depth have the x of the trained variant, since they are the same network. If not all latencies were measured,
     GFLOPs per image replace them.
-    raw: accuracies of raw pixels, by the keys of `metric_info.METRICS`.
+    baseline: the depths of the baseline, if there was one.
     """
+    reports, raw = evaluation.reports, evaluation.raw
     costs = {report.depth: report.metrics() for report in reports}
     metric = next((key for key in RANKED_BY if all(key in cost for cost in costs.values())), None)
     if not reports or metric is None:
@@ -57,12 +55,12 @@ def accuracy_latency_figure(
     x = {depth: values[cost] for depth, values in costs.items()}
     figure, panels = metric_panels(metric, 4.6, top=0.815, bottom=0.14)
     for key, axes in panels.items():
-        for name, group in zip(SERIES, (reports, baseline_reports, random_reports), strict=True):
+        for name, group in zip(SERIES, (reports, baseline, evaluation.random), strict=True):
             points = sorted((report.depth, report.metrics()) for report in group if report.depth in x)
             if points:
                 depths, values = zip(*points, strict=True)
                 draw_series(axes, key, [x[depth] for depth in depths], values, label=name, **SERIES[name])
-        if raw and key in raw:
+        if key in raw:
             height = METRICS[key].scale * raw[key]
             axes.axhline(height, color=GREEN, linestyle=":", linewidth=1.5, label="raw pixels")
         axes.grid(axis="y", color="0.9", linewidth=0.8)

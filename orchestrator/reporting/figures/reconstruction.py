@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -17,27 +19,36 @@ GAP_PX, HEADING_PX, TITLE_PX = 8, 26, 34
 """Space between images, for the headings of columns, and for the title."""
 
 
-def reconstruction_figure(
-    original: np.ndarray,
-    predicted: np.ndarray,
-    masked: np.ndarray,
-    grid: tuple[int, int],
-    title: str = "",
-    target: np.ndarray | None = None,
-    thrown: np.ndarray | None = None,
-) -> Figure:
-    """One row per image: masked | reconstructed | original. Visible patches are those of the image, not predictions.
+@dataclass(frozen=True)
+class Reconstructions:
+    """Images and what a decoder predicts of them.
 
     Args:
         original, predicted: (B, H, W, 3), not normalized; values outside 0..1 are clipped.
         masked: (B, M) indices of tokens that are predicted.
+        grid: (rows, columns) of tokens.
+        target: (B, H, W, 3), an image of the true target if it is not pixels.
         thrown: (B, T) indices of masked tokens that are not predicted; they stay gray.
-        target: (B, H, W, 3), an image of the true target if it is not pixels: masked | predicted | target | original.
     """
+
+    original: np.ndarray
+    predicted: np.ndarray
+    masked: np.ndarray
+    grid: tuple[int, int]
+    target: np.ndarray | None = None
+    thrown: np.ndarray | None = None
+
+
+def reconstruction_figure(images: Reconstructions, title: str = "") -> Figure:
+    """One row per image: masked | reconstructed | original. Visible patches are those of the image, not predictions.
+
+    Of a target that is not pixels: masked | predicted | target | original.
+    """
+    original, predicted, target, grid = images.original, images.predicted, images.target, images.grid
     visible, size = original, original.shape[1:3]
-    if thrown is not None:
-        visible = np.where(_is_masked(thrown, grid, size), GRAY, original)
-    is_masked = _is_masked(masked, grid, size)
+    if images.thrown is not None:
+        visible = np.where(_is_masked(images.thrown, grid, size), GRAY, original)
+    is_masked = _is_masked(images.masked, grid, size)
     columns = {"masked": np.where(is_masked, GRAY, visible)}
     if target is None:
         columns["reconstructed"] = np.where(is_masked, predicted, visible)
@@ -46,7 +57,7 @@ def reconstruction_figure(
     columns["original"] = original
     # Whole pixels, or patches would differ in size.
     scale = max(1, -(-MIN_IMAGE_PX // max(size)))
-    canvas, width = _tile([np.clip(images, 0, 1) for images in columns.values()], scale)
+    canvas, width = _tile([np.clip(column, 0, 1) for column in columns.values()], scale)
 
     margin = GAP_PX * 2
     total_width = canvas.shape[1] + 2 * margin

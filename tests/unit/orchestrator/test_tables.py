@@ -24,6 +24,11 @@ def test_columns_are_aligned_below_their_groups_and_empty_ones_left_out() -> Non
 def test_text_is_aligned_left() -> None:
     rows = [{"model": "depth 6", "status": "ok"}, {"model": "depth 12", "status": "failed"}]
     assert render(rows, align="left").splitlines() == ["model     status", "depth 6   ok", "depth 12  failed"]
+    assert render(rows, align="label").splitlines() == [
+        "model     status",
+        "depth 6       ok",
+        "depth 12  failed",
+    ]
 
 
 def test_markdown_has_a_cell_for_every_column() -> None:

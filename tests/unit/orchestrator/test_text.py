@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bim.orchestrator.text import duration, params_text, three_digits, wrapped
+from bim.orchestrator.text import duration, first_line, params_text, three_digits, wrapped
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,8 @@ def test_long_lines_are_broken_but_never_inside_a_list() -> None:
         "trial 2: mask.ratio 0.6, decoder.throw_ratio 0.5, schedule.resolution",
         "[[0, 16], [0.25, 24], [0.5, 32]]",
     ]
+
+
+def test_an_error_is_its_first_line_or_nothing() -> None:
+    assert first_line(ValueError("\n one \ntwo")) == "one"
+    assert first_line(ValueError()) == first_line(ValueError(" \n")) == ""

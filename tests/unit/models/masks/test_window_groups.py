@@ -162,9 +162,8 @@ def test_a_token_sees_all_tokens_of_its_window_by_their_relative_positions_and_n
             for other, pair in enumerate(groups.bias_rows[sample, group, slot].tolist()):
                 if pair != groups.masked_row:
                     key = int(groups.token_of_slot[sample, group * groups.size + other])
-                    assert (
-                        int(groups.slot_of_token[sample, key]) == group * groups.size + other
-                    )  # no slot left over
+                    # No slot is left over.
+                    assert int(groups.slot_of_token[sample, key]) == group * groups.size + other
                     seen[key] = divmod(pair, 2 * nominal[1] - 1)
             expected = {
                 int(key): (

@@ -42,9 +42,8 @@ def test_a_fraction_shares_one_gpu() -> None:
 
 
 def test_no_stage_asks_for_more_than_one_node_has() -> None:
-    layout = compute_layout(
-        4, ClusterResources(cpus=4, gpus=0, nodes=2)
-    )  # 2 nodes of 2 CPUs: three actors on one
+    # 2 nodes of 2 CPUs: three actors on one.
+    layout = compute_layout(4, ClusterResources(cpus=4, gpus=0, nodes=2))
     assert layout.cpus == layout.loader_cpus == 0.66
     assert max(sum(b["CPU"] for b in layout.bundles[:2]), layout.cpus * 3) <= 2
 

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from bim.models.tokens import normalize_images
 from bim.orchestrator.data.errors import ImageDecodeError, TooManyCorruptImagesError
+from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.evaluation import evaluate
 from bim.orchestrator.evaluation.evaluate import evaluate_variants, raw_pixels
 from bim.orchestrator.evaluation.features import build_embedders, subsample
+from bim.orchestrator.evaluation.inputs import EvalInputs
 from bim.orchestrator.evaluation.metrics import rankme
 from bim.orchestrator.evaluation.records import DepthReport, EvalConfig
 
@@ -67,6 +69,12 @@ class Blobs:
 SPLITS = Splits(np.arange(0, 80), np.arange(80, 90), np.arange(90, 120))
 
 
+def inputs(
+    source: Source, config: EvalConfig = QUICK, splits: Splits = SPLITS, size: tuple[int, int] = (16, 16)
+) -> EvalInputs:
+    return EvalInputs(source, splits, size, MEAN, STD, CPU, config)
+
+
 def vit(depth: int = 2, **args: Any) -> nn.Module:
     torch.manual_seed(depth)
     small = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": depth}
@@ -76,7 +84,7 @@ def vit(depth: int = 2, **args: Any) -> nn.Module:
 
 
 def embed(model: nn.Module, *batches: np.ndarray) -> Tensor:
-    embedder = build_embedders({0: model}, MEAN, STD, CPU)[0]
+    embedder = build_embedders({0: model}, inputs(Blobs()))[0]
     return torch.cat([embedder(images) for images in batches])
 
 
@@ -108,17 +116,16 @@ def test_the_embedding_of_a_hierarchical_model_is_its_mean_over_the_last_map() -
 def test_every_depth_is_measured_and_each_image_decoded_once() -> None:
     source = Blobs()
     variants = {2: vit(2), 1: vit(1)}
-    one, two = evaluate_variants(
-        variants, source, SPLITS, (16, 16), MEAN, STD, CPU, EvalConfig(knn_k=5, batch_size=32, latency=False)
-    )
+    config = EvalConfig(knn_k=5, batch_size=32, latency=False)
+    one, two = evaluate_variants(variants, inputs(source, config))
     assert (one.depth, two.depth) == (1, 2)
     assert source.loads == len(SPLITS.train) + len(SPLITS.test)
     assert two.params == sum(p.numel() for p in variants[2].parameters())
     assert two.gflops > one.gflops > 0
     assert one.n_test == 30
     assert one.knn_top1 is not None
-    assert one.probe_top1 is not None
-    assert one.probe_top1 > 0.9  # red or blue is easy
+    assert one.linear_top1 is not None
+    assert one.linear_top1 > 0.9  # red or blue is easy
     assert set(one.metrics()) == {
         "knn_top1",
         "knn_top1_se",
@@ -135,10 +142,8 @@ def test_without_labels_the_costs_and_the_rank_of_the_training_images_are_measur
     monkeypatch.setattr("bim.orchestrator.evaluation.model_cost.MEASURE_S", 0.01)
     monkeypatch.setattr("bim.orchestrator.evaluation.model_cost.WARM_UP_S", 0.0)
     source, variants = Blobs(labeled=False, bad=(3,)), {1: vit(1), 2: vit(2)}
-    one, two = evaluate_variants(
-        variants, source, SPLITS, (16, 16), MEAN, STD, CPU, EvalConfig(batch_size=32)
-    )
-    assert (one.knn_top1, one.probe_top1, one.knn_se, one.probe_se) == (None, None, None, None)
+    one, two = evaluate_variants(variants, inputs(source, EvalConfig(batch_size=32)))
+    assert (one.knn_top1, one.linear_top1, one.knn_top1_se, one.linear_top1_se) == (None, None, None, None)
     assert source.loads == len(SPLITS.train)  # each once for all depths
     assert set(one.metrics()) == {"rankme", "params", "gflops", "latency_b1_ms", "latency_b64_ms"}
     assert "thread" in one.device
@@ -154,17 +159,8 @@ def test_the_rank_is_of_a_part_of_many_images_drawn_from_the_seed(monkeypatch: p
     monkeypatch.setattr(evaluate, "RANKME_IMAGES", 40)
 
     def measured(seed: int) -> DepthReport:
-        (report,) = evaluate_variants(
-            {1: vit(1)},
-            Blobs(labeled=False),
-            SPLITS,
-            (16, 16),
-            MEAN,
-            STD,
-            CPU,
-            EvalConfig(seed=seed, latency=False),
-        )
-        return report
+        config = EvalConfig(seed=seed, latency=False)
+        return evaluate_variants({1: vit(1)}, inputs(Blobs(labeled=False), config))[0]
 
     assert measured(0).n_ranked == 40
     assert measured(0) == measured(0)
@@ -184,30 +180,30 @@ def test_the_score_comes_from_the_test_split_alone() -> None:
         "wrong": Splits(SPLITS.train, SPLITS.test, SPLITS.val),
     }
     accuracy = {
-        name: evaluate_variants({1: vit(1)}, WrongOutsideTest(), split, (16, 16), MEAN, STD, CPU, QUICK)[0]
+        name: evaluate_variants({1: vit(1)}, inputs(WrongOutsideTest(), splits=split))[0]
         for name, split in splits.items()
     }
-    assert (accuracy["right"].probe_top1 or 0) > 0.9
-    assert (accuracy["wrong"].probe_top1 or 0) < 0.1
+    assert (accuracy["right"].linear_top1 or 0) > 0.9
+    assert (accuracy["wrong"].linear_top1 or 0) < 0.1
 
 
 def test_unreadable_images_are_left_out_with_their_labels() -> None:
     source = Blobs(bad=(0, 1, 2, 95))
-    (report,) = evaluate_variants({1: vit(1)}, source, SPLITS, (16, 16), MEAN, STD, CPU, QUICK)
+    (report,) = evaluate_variants({1: vit(1)}, inputs(source))
     assert report.n_test == 29
-    assert (report.probe_top1 or 0) > 0.9
+    assert (report.linear_top1 or 0) > 0.9
 
 
 def test_a_split_without_a_readable_image_is_an_error_that_names_the_source() -> None:
     with pytest.raises(ValueError, match="blobs"):
-        raw_pixels(Blobs(bad=tuple(range(90, 120))), SPLITS, (16, 16), QUICK)
+        raw_pixels(inputs(Blobs(bad=tuple(range(90, 120)))))
 
 
 def test_raw_pixels_are_scored_at_the_evaluation_size() -> None:
-    scores = raw_pixels(Blobs(), SPLITS, (16, 16), EvalConfig(knn_k=5))
+    scores = raw_pixels(inputs(Blobs(), EvalConfig(knn_k=5)))
     assert scores.n_test == 30
-    assert scores.probe_top1 == 1.0
-    assert raw_pixels(Blobs(), SPLITS, (16, 16), EvalConfig(knn_k=5)) == scores
+    assert scores.linear_top1 == 1.0
+    assert raw_pixels(inputs(Blobs(), EvalConfig(knn_k=5))) == scores
 
 
 def test_raw_pixels_of_large_images_are_averaged_over_cells(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,10 +214,10 @@ def test_raw_pixels_of_large_images_are_averaged_over_cells(monkeypatch: pytest.
         return "scored"
 
     monkeypatch.setattr(evaluate, "score", spy)
-    raw_pixels(Blobs(), SPLITS, (16, 16), QUICK)
-    raw_pixels(Blobs(), SPLITS, (224, 160), QUICK)
+    raw_pixels(inputs(Blobs()))
+    raw_pixels(inputs(Blobs(), size=(224, 160)))
     monkeypatch.setattr(evaluate, "RAW_VALUES", 3 * 16 * 16 * 20)
-    raw_pixels(Blobs(), SPLITS, (16, 16), QUICK)
+    raw_pixels(inputs(Blobs()))
     assert widths == [(80, 3 * 16 * 16), (80, 3 * 56 * 40), (20, 3 * 16 * 16)]
 
 
@@ -238,7 +234,7 @@ def test_a_large_split_is_sampled_by_the_seed_alone(monkeypatch: pytest.MonkeyPa
 
 def test_raw_pixels_without_labels_are_refused() -> None:
     with pytest.raises(ValueError, match="no labels"):
-        raw_pixels(Blobs(labeled=False), SPLITS, (16, 16), QUICK)
+        raw_pixels(inputs(Blobs(labeled=False)))
 
 
 def test_a_report_names_its_metrics_as_they_are_logged() -> None:
@@ -262,14 +258,14 @@ def test_a_report_names_its_metrics_as_they_are_logged() -> None:
 
 def test_images_without_a_label_are_in_no_accuracy() -> None:
     blobs = Blobs(unlabeled=(0, 1, 90, 91, 92))
-    report = evaluate_variants({2: vit()}, blobs, SPLITS, (16, 16), MEAN, STD, CPU, QUICK)[0]
+    report = evaluate_variants({2: vit()}, inputs(blobs))[0]
     assert report.n_test == 27
     assert report.knn_top1 is not None
 
 
 def test_without_labels_in_the_test_split_rankme_takes_the_place_of_accuracies() -> None:
     blobs = Blobs(unlabeled=tuple(range(90, 120)))
-    report = evaluate_variants({2: vit()}, blobs, SPLITS, (16, 16), MEAN, STD, CPU, QUICK)[0]
+    report = evaluate_variants({2: vit()}, inputs(blobs))[0]
     assert report.knn_top1 is None
     assert report.rankme is not None
 
@@ -277,10 +273,9 @@ def test_without_labels_in_the_test_split_rankme_takes_the_place_of_accuracies()
 @pytest.mark.parametrize("bad", [(3, 4), (95, 96)])
 def test_unreadable_images_of_every_split_are_counted_named_and_limited(bad: tuple[int, ...]) -> None:
     blobs, met = Blobs(bad=bad), dict[str, str]()
-    measure = (blobs, SPLITS, (16, 16), MEAN, STD, CPU)
-    evaluate_variants({2: vit()}, *measure, QUICK, met)
+    evaluate_variants({2: vit()}, inputs(blobs), met)
     assert met == {f"blob {number}": "made so" for number in bad}
     with pytest.raises(
         TooManyCorruptImagesError, match=r"2 of \d+ images could not be read, the last being blob \d+"
     ):
-        evaluate_variants({2: vit()}, *measure, replace(QUICK, max_bad_fraction=0.01))
+        evaluate_variants({2: vit()}, inputs(blobs, replace(QUICK, max_bad_fraction=0.01)))

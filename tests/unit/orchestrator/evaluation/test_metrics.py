@@ -177,7 +177,7 @@ def test_scores_carry_the_errors_of_their_own_accuracies() -> None:
     scores = score(*train, *test, EvalConfig())
     assert scores.knn_top1 == weighted_knn(*train, *test, K, T)
     assert scores.metrics()["knn_top1_se"] == standard_error(scores.knn_top1, 50)
-    assert scores.metrics()["linear_top1_se"] == standard_error(scores.probe_top1, 50)
+    assert scores.metrics()["linear_top1_se"] == standard_error(scores.linear_top1, 50)
 
 
 def test_an_empty_part_is_refused_by_name() -> None:

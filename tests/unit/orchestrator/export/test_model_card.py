@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from bim.models.backbones import Backbone, open_backbone
-from bim.orchestrator.evaluation.records import DepthReport
+from bim.orchestrator.evaluation.records import DepthReport, EvaluationResult
 from bim.orchestrator.export.model_card import CardFacts, render_card
 from bim.orchestrator.runs.provenance import CodeState, DataRecord
 from tests.snapshots import assert_snapshot
@@ -49,7 +49,7 @@ def header(card: str) -> dict[str, Any]:
 
 
 def test_the_header_is_what_hugging_face_reads(backbone: Backbone) -> None:
-    content = header(render_card(backbone, 2, FACTS, SIZE, [report(2), report(4)]))
+    content = header(render_card(backbone, 2, FACTS, SIZE, EvaluationResult((report(2), report(4)))))
     assert content["library_name"] == "timm"
     assert content["pipeline_tag"] == "image-feature-extraction"
     assert content["metrics"] == ["accuracy"]
@@ -80,19 +80,20 @@ def test_where_a_run_was_recorded_stays_private(backbone: Backbone) -> None:
 
 def test_the_card_reads_like_its_snapshot(backbone: Backbone) -> None:
     raw = {"knn_top1": 0.98, "knn_top1_se": 0.007, "linear_top1": 0.966, "linear_top1_se": 0.01}
-    card = render_card(backbone, 4, FACTS, SIZE, [report(2), report(4)], [report(2, 0.7)], raw)
+    evaluation = EvaluationResult((report(2), report(4)), (report(2, 0.7),), raw)
+    card = render_card(backbone, 4, FACTS, SIZE, evaluation)
     assert_snapshot("model_card", card)
 
 
 def test_without_labels_the_card_has_no_accuracy_but_rankme(backbone: Backbone) -> None:
-    card = render_card(backbone, 2, FACTS, SIZE, [report(2, None), report(4, None)])
+    card = render_card(backbone, 2, FACTS, SIZE, EvaluationResult((report(2, None), report(4, None))))
     assert "metrics" not in header(card)
     assert "kNN" not in card
     assert "RankMe" not in card
     assert "GFLOPs" in card
 
-    ranked = [report(2, None, 12.34), report(4, None, 20.0)]
-    card = render_card(backbone, 2, FACTS, SIZE, ranked, [report(2, None, 5.0)])
+    ranked = (report(2, None, 12.34), report(4, None, 20.0))
+    card = render_card(backbone, 2, FACTS, SIZE, EvaluationResult(ranked, (report(2, None, 5.0),)))
     assert "metrics" not in header(card)
     assert "kNN" not in card
     assert_snapshot("model_card_rankme", card[card.index("## Evaluation") :])

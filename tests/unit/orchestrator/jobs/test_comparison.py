@@ -21,6 +21,7 @@ from bim.orchestrator.jobs.comparison import measure_pending_latencies
 from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, evaluation_task
 from bim.orchestrator.jobs.prepare import prepare
 from bim.orchestrator.jobs.records import record_progress
+from bim.orchestrator.runs.lease import LeaseLostError
 from bim.orchestrator.runs.provenance import collect
 from bim.orchestrator.training.errors import TrainingError
 
@@ -54,6 +55,9 @@ class Recorder:
 
     def finish(self, status: str) -> None:
         self.status = status
+
+    def abandon(self) -> None:
+        self.status = "ABANDONED"
 
     def history(self, name: str) -> list[tuple[int, float]]:
         return []
@@ -95,7 +99,7 @@ def evaluated(
 
 
 def with_latencies(task: EvaluationTask, result: EvaluationResult) -> EvaluationResult:
-    reports = [replace(r, latency_ms_b1=1.0, latency_ms_b64=2.0, device="a device") for r in result.reports]
+    reports = [replace(r, latency_b1_ms=1.0, latency_b64_ms=2.0, device="a device") for r in result.reports]
     return replace(result, reports=tuple(reports))
 
 
@@ -175,7 +179,7 @@ def test_without_labels_ranks_are_told_averaged_and_pictured(tmp_path: Path) -> 
     unranked = backbone.evaluations[0].reports
     assert scores_line(unranked) == "measured and exported 2 depths"
     reports = tuple(
-        replace(report, rankme=10.0 * report.depth, n_ranked=42, latency_ms_b1=1.0, latency_ms_b64=2.0)
+        replace(report, rankme=10.0 * report.depth, n_ranked=42, latency_b1_ms=1.0, latency_b64_ms=2.0)
         for report in unranked
     )
     assert scores_line(reports) == "RankMe by depth 20.0, 40.0"
@@ -258,3 +262,22 @@ def test_a_traceback_belongs_to_the_last_failure(tmp_path: Path) -> None:
     record_failure(backbone, TrainingError("the loss is not finite"))
     assert backbone.failed == "the loss is not finite"
     assert not (backbone.out / "failure.txt").exists()
+
+
+class LostLease:
+    def check(self) -> None:
+        raise LeaseLostError("the output directory was taken over by process 7")
+
+
+def test_a_backbone_whose_directory_another_process_took_over_records_nothing_and_leaves_mlflow_to_it(
+    tmp_path: Path,
+) -> None:
+    backbone = evaluated(tmp_path / "out", pending=False)
+    backbone.lease = LostLease()  # type: ignore[assignment]
+    before = sorted(backbone.out.rglob("*"))
+    record_progress(backbone)
+    record_progress(backbone)
+    assert backbone.failed == "the output directory was taken over by process 7"
+    assert sorted(backbone.out.rglob("*")) == before
+    tracker: Any = backbone.tracker
+    assert (tracker.status, tracker.tags, tracker.depths) == ("ABANDONED", {}, [])

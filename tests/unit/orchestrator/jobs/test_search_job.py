@@ -90,9 +90,8 @@ def test_a_search_that_was_cut_off_is_due_and_a_finished_one_is_not(tmp_path: Pa
         assert search_due(cut.settings, cut.out)
         assert cut.settings.mask.ratio == 0.75
         assert not search_due(done.settings, done.out)
-        assert (
-            done.settings.mask.ratio == 0.6
-        )  # as the search found, though settings.yaml does not say so yet
+        # That of the search's best trial, though settings.yaml does not hold it yet.
+        assert done.settings.mask.ratio == 0.6
 
 
 def test_a_search_is_continued_as_it_was_begun_or_not_at_all(tmp_path: Path) -> None:

@@ -100,9 +100,8 @@ def test_a_terminal_shows_all_trainings_and_keeps_their_last_line(
 def test_an_exception_gives_the_terminal_back(terminal: io.StringIO, error: type[BaseException]) -> None:
     with pytest.raises(error), Progress(Sink()):
         raise error
-    assert terminal.getvalue().rfind("\x1b[?25h") > terminal.getvalue().rfind(
-        "\x1b[?25l"
-    )  # the cursor is shown
+    show_cursor, hide_cursor = "\x1b[?25h", "\x1b[?25l"
+    assert terminal.getvalue().rfind(show_cursor) > terminal.getvalue().rfind(hide_cursor)
 
 
 def test_a_quiet_console_has_no_live_display(terminal: io.StringIO) -> None:

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from bim.orchestrator.evaluation.records import DepthReport
+from bim.orchestrator.evaluation.records import DepthReport, EvaluationResult
 from bim.orchestrator.reporting.figures.accuracy import accuracy_latency_figure
 from bim.orchestrator.reporting.figures.loss_curves import loss_curves_figure
 from bim.orchestrator.reporting.figures.pareto import pareto_figure
@@ -21,6 +21,7 @@ from bim.orchestrator.reporting.figures.reconstruction import (
     GAP_PX,
     GRAY,
     MIN_IMAGE_PX,
+    Reconstructions,
     reconstruction_figure,
 )
 from bim.orchestrator.reporting.figures.style import write_png
@@ -61,7 +62,8 @@ def depth_labels(axes: Axes) -> list[str]:
 
 def test_masked_units_are_gray_and_the_others_untouched() -> None:
     images = np.random.default_rng(0).random((2, 4, 6, 3))
-    figure = reconstruction_figure(images, np.ones_like(images), np.array([[0, 5], [1, 2]]), (2, 3))
+    masked = np.array([[0, 5], [1, 2]])
+    figure = reconstruction_figure(Reconstructions(images, np.ones_like(images), masked, (2, 3)))
     canvas = np.asarray(figure.axes[0].images[0].get_array())
     scale = -(-MIN_IMAGE_PX // 6)
     second_row, second_column = 4 * scale + GAP_PX, 6 * scale + GAP_PX
@@ -94,8 +96,8 @@ def test_the_picture_shows_masked_reconstructed_and_original_side_by_side(
     original[..., 0] = 1.0  # red
     predicted[..., 2] = 7.0  # blue, far out of range
     path = tmp_path / "new" / "r.png"
-    figure = reconstruction_figure(original, predicted, np.array([[0]]), (2, 2), "a title", thrown=thrown)
-    write_png(figure, path)
+    images = Reconstructions(original, predicted, np.array([[0]]), (2, 2), thrown=thrown)
+    write_png(reconstruction_figure(images, "a title"), path)
     assert [file.name for file in path.parent.iterdir()] == ["r.png"]
     red, blue, gray = color_counts(path)
     assert blue**0.5 % 1 == 0  # one square unit of whole pixels is predicted, in the second of three columns
@@ -105,7 +107,8 @@ def test_the_picture_shows_masked_reconstructed_and_original_side_by_side(
 
 def test_a_target_that_is_not_pixels_has_a_column_of_its_own() -> None:
     images = np.zeros((1, 8, 8, 3))
-    figure = reconstruction_figure(images, images, np.array([[0]]), (2, 2), "title", np.ones((1, 8, 8, 3)))
+    hog = Reconstructions(images, images, np.array([[0]]), (2, 2), target=np.ones((1, 8, 8, 3)))
+    figure = reconstruction_figure(hog, "title")
     assert {text.get_text() for text in figure.texts} == {
         "masked",
         "predicted",
@@ -116,10 +119,10 @@ def test_a_target_that_is_not_pixels_has_a_column_of_its_own() -> None:
 
 
 def test_all_series_are_at_the_latency_of_the_trained_depth() -> None:
-    trained = [report(2, 0.9, 1.5), report(4, 0.92, 3.0)]
-    random = [report(2, 0.7, None), report(4, 0.71, None)]
+    trained = (report(2, 0.9, 1.5), report(4, 0.92, 3.0))
+    random = (report(2, 0.7, None), report(4, 0.71, None))
     baseline = [report(2, 0.88, 1.6), report(4, 0.9, 2.9)]
-    figure = accuracy_latency_figure(trained, random, RAW, baseline)
+    figure = accuracy_latency_figure(EvaluationResult(trained, random, RAW), baseline)
     assert figure is not None
     assert legend(figure) == ["trained", "MAE cut to the depth", "random initialization", "raw pixels"]
     for axes in figure.axes:
@@ -134,7 +137,8 @@ def test_all_series_are_at_the_latency_of_the_trained_depth() -> None:
 
 def test_depths_too_close_for_a_label_each_share_one_and_no_labels_overlap() -> None:
     latencies = [1.0, 1.01, 1.02, 1.5, 1.9, 1.94, 2.0]
-    figure = accuracy_latency_figure([report(d + 10, latency=x) for d, x in enumerate(latencies)])
+    trained = tuple(report(d + 10, latency=x) for d, x in enumerate(latencies))
+    figure = accuracy_latency_figure(EvaluationResult(trained))
     assert figure is not None
     figure.draw_without_rendering()
     for axes in figure.axes:
@@ -145,8 +149,8 @@ def test_depths_too_close_for_a_label_each_share_one_and_no_labels_overlap() -> 
 
 
 def test_without_labels_the_figure_is_one_panel_of_rankme_over_gflops_if_nothing_was_timed() -> None:
-    trained = [report(2, None, None, rank=31.0), report(4, None, None, rank=120.0)]
-    figure = accuracy_latency_figure(trained, raw={}, baseline_reports=trained)
+    trained = (report(2, None, None, rank=31.0), report(4, None, None, rank=120.0))
+    figure = accuracy_latency_figure(EvaluationResult(trained), trained)
     assert figure is not None
     (axes,) = figure.axes
     assert (axes.get_title(), figure.get_supxlabel()) == ("RankMe", "GFLOPs per image")
@@ -158,8 +162,8 @@ def test_without_labels_the_figure_is_one_panel_of_rankme_over_gflops_if_nothing
 
 
 def test_without_accuracies_and_rankme_there_is_no_figure() -> None:
-    assert accuracy_latency_figure([report(2, None)]) is None
-    assert accuracy_latency_figure([]) is None
+    assert accuracy_latency_figure(EvaluationResult((report(2, None),))) is None
+    assert accuracy_latency_figure(EvaluationResult()) is None
 
 
 def test_loss_curves_have_a_line_per_block_that_ignores_outliers_and_holes(tmp_path: Path) -> None:

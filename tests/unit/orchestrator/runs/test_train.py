@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import pickle
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from bim.orchestrator.training.checkpoint import load_block_weights, save_block
 from bim.orchestrator.training.errors import StageFailure, TrainingError
 from bim.orchestrator.training.messages import SavedBlocks, StageReport, StepReport, StepRequest
 from bim.orchestrator.training.stage_group import ShouldGiveUp
+from tests.unit.orchestrator.training.stub_stages import StubStages
 
 SETTINGS = """--placement.backend in_process --search.trials 0 --blocks 2 --data.workers 0 --data.batch_size 256
 --backbone.model_args {img_size:\\ 16,patch_size:\\ 4,embed_dim:\\ 32,depth:\\ 2,num_heads:\\ 2} --decoder.dim 32
@@ -39,15 +41,11 @@ SETTINGS = """--placement.backend in_process --search.trials 0 --blocks 2 --data
 LAYOUT = StageLayout(((0,), (1,)), gpus=0.0, cpus=1.0, loader_cpus=0.0, threads=1)
 
 
-class FileStages:
+class FileStages(StubStages):
     """Two stages of which only the checkpoints are real; their weights are the number of updates."""
-
-    stage_blocks = ((0,), (1,))
 
     def __init__(self) -> None:
         self.updates, self.restores = 0, 0
-
-    def start(self, should_give_up: ShouldGiveUp) -> None: ...
 
     def restore(self, checkpoint: Path | None, step: int, should_give_up: ShouldGiveUp) -> None:
         self.restores += 1
@@ -63,18 +61,6 @@ class FileStages:
         reports = tuple(StageReport({k: {"loss": 1.0}}, saved[k], 0.01, 0.0) for k in (0, 1))
         return StepReport(request, reports, (), 0.0, 0.0)
 
-    def wait(self, pending: Any, timeout_s: float) -> StepReport:
-        if isinstance(pending, BaseException):
-            raise pending
-        return pending
-
-    def awaited(self, pending: Any) -> int:
-        return 0
-
-    def kill(self, component: int) -> None: ...
-
-    def cancel_pending(self, pending: Sequence[Any], should_give_up: ShouldGiveUp) -> None: ...
-
     def write(self, checkpoint: str) -> tuple[tuple[SavedBlocks, ...], ...]:
         weights = {"encoder.w": torch.tensor(float(self.updates))}
         return tuple(
@@ -84,8 +70,6 @@ class FileStages:
 
     def flush(self, should_give_up: ShouldGiveUp) -> tuple[tuple[SavedBlocks, ...], ...]:
         return ((), ())
-
-    def close(self) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -273,3 +257,26 @@ def test_one_damaged_checkpoint_beside_a_valid_one_is_set_aside(
     assert trained(run).step == run.total_steps
     (aside,) = run.out.glob("checkpoints.unreadable-*")
     assert (aside / newest.name / "block-1.safetensors").read_text() == "torn"
+
+
+def test_what_the_code_of_a_stage_raises_ends_in_a_sentence_and_its_traceback_in_the_log(
+    tmp_path: Path, resolved: ResolvedRun, stages: FileStages, caplog: pytest.LogCaptureFixture
+) -> None:
+    def submit(request: StepRequest) -> StageFailure:
+        error, details = KeyError("mine"), "Traceback: in my_target"
+        return StageFailure(
+            "stage 1 (block 1)", "at step 3", error, process_lost=False, step=3, details=details
+        )
+
+    stages.submit = submit  # type: ignore[method-assign]
+    caplog.set_level(logging.DEBUG)
+    run = in_folder(resolved, tmp_path / "out")
+    with pytest.raises(TrainingError) as caught:
+        trained(run)
+    told = str(caught.value)
+    assert told.startswith(
+        "stage 1 (block 1) failed at step 3 (KeyError: 'mine'), and a restart did not help; "
+    )
+    assert "events.log has its traceback, and --verbose shows it; the last checkpoint stays" in told
+    assert "in my_target" not in told
+    assert caplog.text.count("Traceback: in my_target") == 2

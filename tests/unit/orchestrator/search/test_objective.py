@@ -14,6 +14,7 @@ from bim.orchestrator.data.phases import PhaseSpec, phases_on
 from bim.orchestrator.data.source import Source, open_source
 from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.evaluation.evaluate import evaluate_variants
+from bim.orchestrator.evaluation.inputs import EvalInputs
 from bim.orchestrator.evaluation.records import EvalConfig
 from bim.orchestrator.search.objective import (
     metric_of,
@@ -42,13 +43,16 @@ def weights() -> list[dict[str, Tensor]]:
     return [build_local_mim(SPEC, k).state_dict() for k in range(2)]
 
 
+def inputs(source: Source, splits: Splits = SPLITS) -> EvalInputs:
+    return EvalInputs(source, splits, (16, 16), SPEC.mean, SPEC.std, torch.device("cpu"), CONFIG)
+
+
 def test_the_score_is_the_evaluations_knn_on_the_validation_split_averaged_over_the_depths() -> None:
     source, backbone = digits(), open_spec_backbone(SPEC)
-    score = score_weights(SPEC, backbone, weights(), (source, SPLITS), CONFIG)
+    score = score_weights(backbone, weights(), inputs(source))
     as_test = Splits(SPLITS.train, SPLITS.test, SPLITS.val)
     variants = random_variants(SPEC, backbone, (2, 4))
-    cpu = torch.device("cpu")
-    reports = evaluate_variants(variants, source, as_test, (16, 16), SPEC.mean, SPEC.std, cpu, CONFIG)
+    reports = evaluate_variants(variants, inputs(source, as_test))
     assert score.metric == "knn_top1"
     assert score.by_depth == {report.depth: report.knn_top1 for report in reports}
     assert score.mean == pytest.approx(sum(score.by_depth.values()) / 2)
@@ -58,10 +62,8 @@ def test_the_score_is_the_evaluations_knn_on_the_validation_split_averaged_over_
 def test_a_committed_checkpoint_is_scored_like_its_weights(tmp_path: Path) -> None:
     for k, state in enumerate(weights()):
         save_block(tmp_path, k, state, {})
-    images = (digits(), SPLITS)
-    assert score_checkpoint(SPEC, images, CONFIG, tmp_path) == score_weights(
-        SPEC, open_spec_backbone(SPEC), weights(), images, CONFIG
-    )
+    expected = score_weights(open_spec_backbone(SPEC), weights(), inputs(digits()))
+    assert score_checkpoint(SPEC, (digits(), SPLITS), CONFIG, tmp_path) == expected
 
 
 def test_the_test_split_is_never_looked_at() -> None:
@@ -69,7 +71,7 @@ def test_the_test_split_is_never_looked_at() -> None:
     seen: list[int] = []
     load = source.load
     source.load = lambda index: (seen.append(index), load(index))[1]  # type: ignore[method-assign, func-returns-value]
-    score_weights(SPEC, open_spec_backbone(SPEC), weights(), (source, SPLITS), CONFIG)
+    score_weights(open_spec_backbone(SPEC), weights(), inputs(source))
     assert set(seen) == {*SPLITS.train.tolist(), *SPLITS.val.tolist()}
 
 
@@ -77,7 +79,7 @@ def test_without_labels_or_a_validation_split_the_rank_of_the_training_images_co
     source = digits()
     no_val = Splits(SPLITS.train, SPLITS.val[:0], SPLITS.test)
     assert (metric_of(source, SPLITS), metric_of(source, no_val)) == ("knn_top1", "rankme")
-    score = score_weights(SPEC, open_spec_backbone(SPEC), weights(), (source, no_val), CONFIG)
+    score = score_weights(open_spec_backbone(SPEC), weights(), inputs(source, no_val))
     assert score.metric == "rankme"
     assert score.images == 200
     assert all(1 < rank < 32 for rank in score.by_depth.values())

@@ -55,8 +55,6 @@ def test_there_are_no_more_trials_than_combinations() -> None:
 def test_a_search_that_is_continued_proposes_what_the_unbroken_one_does(
     searcher: Literal["random", "optuna"],
 ) -> None:
-    if searcher == "optuna":
-        pytest.importorskip("optuna", reason="the extra 'optuna' is not installed")
     whole = proposed(searcher, 12)
     assert len(whole.rows) == 12
     for rows in (0, 1, 5, 11):
@@ -64,7 +62,6 @@ def test_a_search_that_is_continued_proposes_what_the_unbroken_one_does(
 
 
 def test_optuna_tries_the_baseline_first_and_stays_in_the_space() -> None:
-    pytest.importorskip("optuna", reason="the extra 'optuna' is not installed")
     first, *others = [row.changes for row in proposed("optuna", 12).rows]
     assert first == BASELINE
     assert all(changes["schedule.resolution"] in (None, [[0, 24], [0.5, 32]]) for changes in others)

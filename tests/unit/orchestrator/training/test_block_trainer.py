@@ -113,9 +113,8 @@ def test_bf16_sends_bf16_and_keeps_float32_weights() -> None:
 def test_fp16_keeps_its_scaler_through_a_checkpoint_and_skips_only_its_own_overflow() -> None:
     t = trainer(precision="fp16")
     before = t.weights()
-    step(
-        t
-    )  # the initial scale of 65,536 may overflow half precision; then the update is skipped and the scale halved
+    # The initial scale of 65,536 may overflow half precision; then the update is skipped and the scale halved.
+    step(t)
     state = t.state_dict()
     assert float(state["scaler/scale"]) in (65536.0, 32768.0)
     if float(state["scaler/scale"]) == 32768.0:

@@ -114,9 +114,8 @@ def test_an_attempt_after_a_rewind_writes_elsewhere_and_its_commit_removes_the_f
     second = commit(store, 6)
     assert first != second
     assert not exists(f"{first}/block-0.safetensors")
-    save_block(
-        first, 0, {"encoder.w": torch.zeros(3)}, {}
-    )  # by a process of the first attempt that still runs
+    # By a process of the first attempt that still runs.
+    save_block(first, 0, {"encoder.w": torch.zeros(3)}, {})
     assert torch.equal(load_block_weights(second, 0)["encoder.w"], torch.full((3,), 6.0))
     assert step_of(RemoteCheckpointStore(URL)) == 6
 
@@ -319,7 +318,7 @@ def test_neither_passwords_nor_signatures_get_into_a_message(monkeypatch: pytest
     Failing(monkeypatch, "pipe_file", 1, PermissionError(secret))
     with pytest.raises(StorageError) as error:
         check_storage(URL)
-    assert "https://minio:9000/bucket of 'x'" in str(error.value)
+    assert "https://***@minio:9000/bucket?X-Amz-Signature=*** of 'x'" in str(error.value)
     assert "hunter2" not in str(error.value)
     assert "abc" not in str(error.value)
 
