@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
@@ -10,19 +9,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from bim.orchestrator.config.durations import seconds
 from bim.orchestrator.config.recipes import parse_value
 
 Device = Literal["cpu", "gpu"]
-
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-def seconds(text: str) -> float:
-    """Seconds of a duration such as `90s`, `10m`, `1.5h`, `2d`; of a bare number. Raises ValueError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip().lower())
-    if match is None or float(match[1]) == 0:
-        raise ValueError(f"'{text}' is no duration; write 90s, 10m, 1.5h or 2d")
-    return float(match[1]) * _UNITS[match[2] or "s"]
 
 
 class _Rules(BaseModel):

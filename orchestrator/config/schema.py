@@ -264,6 +264,12 @@ class TrackingSettings(Section):
     )
 
 
+class EstimateSettings(Section):
+    price_per_gpu_hour: Positive | None = Field(
+        default=None, description="price of a GPU for an hour, for the estimate of --dry-run; null: no price"
+    )
+
+
 class Settings(Section):
     """Everything that a run depends on. Made by `validate.settings_from_mapping` or `cli.load_settings`."""
 
@@ -324,6 +330,7 @@ class Settings(Section):
         default_factory=SearchSettings, description="hyperparameter search with Ray Tune before the run"
     )
     tracking: TrackingSettings = Field(default_factory=TrackingSettings, description="MLflow")
+    estimate: EstimateSettings = Field(default_factory=EstimateSettings, description="estimate of the cost")
 
     @property
     def num_blocks(self) -> int:

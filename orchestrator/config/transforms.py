@@ -25,6 +25,7 @@ CHANGE_NO_WEIGHT = (
     "data.workers",  # the content of a batch is a function of (seed, step) only
     "data.max_bad_fraction",
     "checkpoint.",
+    "estimate.",
     "evaluation.",
     "failures.",
     "search.",  # what it found is in the settings themselves

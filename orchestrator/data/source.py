@@ -18,6 +18,7 @@ from bim.orchestrator.data.file_listing import IMAGE_EXTENSIONS, walk
 from bim.orchestrator.data.folder import FolderSource
 from bim.orchestrator.data.parquet import ParquetSource
 from bim.orchestrator.data.sampler import Chunks
+from bim.orchestrator.data.synthetic import SyntheticSource
 from bim.orchestrator.data.torchvision_source import TorchvisionSource
 
 
@@ -73,15 +74,19 @@ def _open_digits(argument: str) -> Source:
     return DigitsSource()
 
 
-SOURCES: dict[str, Callable[[str], Source]] = {"digits": _open_digits, "torchvision": TorchvisionSource.parse}
+SOURCES: dict[str, Callable[[str], Source]] = {
+    "digits": _open_digits,
+    "synthetic": SyntheticSource.parse,
+    "torchvision": TorchvisionSource.parse,
+}
 
 
 def open_source(source: str, image_column: str | None = None, label_column: str | None = None) -> Source:
     """Open `data.source`.
 
-    source: "digits"; "torchvision:NAME[:ROOT]"; a folder of images; a Parquet file or a folder of them (a folder
-    called "digits" is given as "./digits"). The columns apply to Parquet. Raises DataError for a path that
-    does not exist, a folder without images, a Parquet file without an image column, ...
+    source: "digits"; "torchvision:NAME[:ROOT]"; "synthetic:COUNTxWIDTHxHEIGHT"; a folder of images; a Parquet file or a
+    folder of them (a folder called "digits" is given as "./digits"). The columns apply to Parquet. Raises DataError for a
+    path that does not exist, a folder without images, a Parquet file without an image column, ...
     """
     scheme, _, argument = source.partition(":")
     if scheme in SOURCES:

@@ -14,6 +14,7 @@ from pathlib import PurePath
 from typing import Any
 
 from bim.orchestrator.config.auto_rules import AutoRules, BackboneRule, Device, auto_rules
+from bim.orchestrator.config.durations import seconds
 from bim.orchestrator.data.facts import ImageFacts
 from bim.orchestrator.text import duration
 
@@ -78,8 +79,6 @@ class _Chooser:
         epoch_seconds: EpochSeconds,
         rules: AutoRules,
     ) -> None:
-        from bim.orchestrator.config.auto_rules import seconds
-
         self._facts, self._machine, self._rules = facts, machine, rules
         self._given, self._epoch_seconds = dict(given), epoch_seconds
         self._device = machine.device
