@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -40,6 +41,15 @@ _BRACKETS = {"[": "]", "{": "}"}
 
 FLAGS = ("--help", "-h", "--help-all", "--version", "--print-config", "--dry-run", "--verbose", "--quiet")
 """Options that are no settings and take no value."""
+
+
+_LEAST = {
+    "name": "images",
+    "backbone": {"name": "vit_tiny_patch16_224"},
+    "data": {"source": "images", "batch_size": 1},
+    "schedule": {"epochs": 1_000_000},
+}
+"""Settings that contradict none that is typed: what is typed is checked in them before any is chosen."""
 
 
 @dataclass
@@ -80,8 +90,9 @@ def load_settings(argv: Sequence[str], automatic: Automatic | None = None) -> Se
             _print_and_exit(help_text(recipe, every_setting="--help-all" in flags))
         except RecipeError as error:
             raise SettingsError(str(error)) from None
+    is_automatic = automatic is not None and _is_automatic(arguments)
     try:
-        values = read_recipe(recipe)
+        values = deepcopy(_LEAST) if is_automatic else read_recipe(recipe)
     except RecipeError as error:
         raise SettingsError("\n".join([*problems, str(error)])) from None
 
@@ -110,7 +121,6 @@ def load_settings(argv: Sequence[str], automatic: Automatic | None = None) -> Se
         problems += _of_no_backbone(settings, typed, recipe)
     except SettingsError as error:
         problems.append(str(error))
-    is_automatic = automatic is not None and _is_automatic(arguments, given)
     problems += _of_time_budget(arguments, is_automatic)
     if problems:
         raise SettingsError("\n".join(problems))
@@ -129,10 +139,10 @@ def load_settings(argv: Sequence[str], automatic: Automatic | None = None) -> Se
     return settings
 
 
-def _is_automatic(arguments: _Arguments, given: Mapping[str, Any]) -> bool:
+def _is_automatic(arguments: _Arguments) -> bool:
     """Whether the settings are chosen from the images: no recipe, no saved settings, images of the user's own."""
-    own_images = given.get("data.source", "digits") != "digits"
-    return arguments.recipe is None and own_images and given.get("backbones") is None
+    has_own_images = arguments.overrides.get("data.source") not in (None, "", "digits")
+    return arguments.recipe is None and has_own_images and arguments.overrides.get("backbones") is None
 
 
 def _of_time_budget(arguments: _Arguments, is_automatic: bool) -> list[str]:

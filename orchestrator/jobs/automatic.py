@@ -43,10 +43,10 @@ def automatic_settings(given: Mapping[str, Any], budget_s: float | None = None) 
     machine = Machine(
         int(cluster.cpus), int(cluster.gpus) if given.get("placement.gpus_per_stage") != 0 else 0
     )
-    log.info("settings chosen for %s:", describe_images(facts))
     chosen = choose_settings(
         facts, machine, given, budget_s, lambda values: _epoch_seconds(nested(values), source, cluster)
     )
+    log.info("settings chosen for %s:", describe_images(facts))
     for choice in chosen.lines:
         for line in wrapped(f"  {choice}"):
             log.info(line)

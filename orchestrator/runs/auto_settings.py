@@ -214,6 +214,8 @@ class _Chooser:
             self._set(values)
             return
         shrunk = f"; {duration(self._budget_s)} of training do not suffice for more"
+        width = self._given.get("backbone.model_args.embed_dim", backbone.width)
+        depth = self._given.get("backbone.model_args.depth", backbone.depth)
         most, short = self._rules.image_size.max[self._device], self._facts.short_side_px
         why = f"half of the images have {short} px or more on their short side"
         if size == most < short:
@@ -231,7 +233,7 @@ class _Chooser:
         )
         self._set(
             {key: value for key, value in values.items() if key not in self._chosen.values},
-            f"backbone {backbone.name}, width {backbone.width}, {backbone.depth} layers: the largest for {train} training "
+            f"backbone {backbone.name}, width {width}, {depth} layers: the largest for {train} training "
             f"images on a {self._device.upper()}{shrunk if backbone != first.backbone else ''}",
         )
 
