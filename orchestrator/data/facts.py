@@ -14,6 +14,9 @@ from bim.orchestrator.data.splits import labeled
 
 SAMPLED_IMAGES = 48
 
+MIN_IMAGES = 20
+"""Of fewer, no split leaves anything to learn from."""
+
 
 @dataclass(frozen=True)
 class ImageFacts:
@@ -38,10 +41,15 @@ def image_facts(source: Source, sampled: int = SAMPLED_IMAGES) -> ImageFacts:
     """Count, and decode some images that are spread evenly over the source.
 
     Raises:
-        DataError: none of these images can be read.
+        DataError: none of these images can be read, or there are fewer than `MIN_IMAGES`.
     """
     fixed = source.fixed_splits or {"train": np.arange(len(source), dtype=np.int64)}
     pool = fixed.get("train", np.arange(0))
+    if len(pool) < MIN_IMAGES:
+        raise DataError(
+            f"{source.name} has {len(pool)} images to split and train on, too few to choose settings for (at least "
+            f"{MIN_IMAGES}); give more images, or settings of your own with --recipe"
+        )
     indices = pool[np.linspace(0, len(pool) - 1, min(sampled, len(pool))).round().astype(np.int64)]
     sides, seconds, reasons = [], [], []
     for index in indices.tolist():
@@ -54,8 +62,9 @@ def image_facts(source: Source, sampled: int = SAMPLED_IMAGES) -> ImageFacts:
         seconds.append(time.perf_counter() - start)
         sides.append(min(image.shape[1:]))
     if not sides:
-        reason = f"; the last one: {reasons[-1]}" if reasons else ""
-        raise DataError(f"none of {len(indices)} images of {source.name} can be read{reason}")
+        raise DataError(
+            f"none of {len(indices)} images of the train split of {source.name} can be read; the first: {reasons[0]}"
+        )
     return ImageFacts(
         source.name,
         {name: len(members) for name, members in fixed.items() if len(members)},

@@ -49,6 +49,7 @@ def test_a_dry_run_says_what_it_would_do_and_cost_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_was_chosen_is_in_the_settings_and_is_not_chosen_again(
     labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,6 +90,16 @@ def test_the_estimate_of_images_that_are_elsewhere(tmp_path: Path, monkeypatch: 
             "--time_budget is for settings that are chosen from the images",
         ),
         ("--time_budget 1h", "--time_budget is for settings that are chosen from the images"),
+        (
+            "--data.source few",
+            "few has 3 images to split and train on, too few to choose settings for (at least 20)",
+        ),
+        ("--data.source damaged", "none of 25 images of the train split of damaged can be read; the first: "),
+        (
+            "--data.source images --data.batch_size 5000",
+            "images has 150 images to train on, fewer than one step's",
+        ),
+        ("--data.source images --mask.ratio 0.999", "mask.ratio 0.999 leaves block 0 no visible unit"),
         ("--data.source nowhere", "data.source 'nowhere' does not exist"),
         ("--data.source images --mask.ratoi 1", "unknown setting 'mask.ratoi'"),
         ("--data.source images --schedule.epochs ten", "schedule.epochs must be a whole number"),
@@ -99,6 +110,9 @@ def test_wrong_input_is_a_sentence_before_anything_is_chosen(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").symlink_to(labeled)
+    image_folder(tmp_path / "few", "{number}.png", 3)
+    for file in image_folder(tmp_path / "damaged", "{number}.png", 25).iterdir():
+        file.write_bytes(file.read_bytes()[:60])
     done = call(argv.split())
     assert done.status == 2
     assert done.stdout == ""
