@@ -113,6 +113,7 @@ def run_search(
         fingerprint=run.fingerprint,
         device="cuda" if layout.gpus else "cpu",
         max_concurrent_trials=concurrent,
+        given=run.data.given,
     )
     initial = load_result(run.out) or _empty_result(backbone, space)
     trials = int(min(settings.search.trials, combinations(space)))
