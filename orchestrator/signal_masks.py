@@ -39,4 +39,5 @@ def kept_signal_handlers() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # it is not Python's, and cannot be put back
+                signal.signal(number, handler)

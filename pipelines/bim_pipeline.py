@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -42,11 +41,9 @@ def _main(argv: Sequence[str], stop: StopRequest) -> int:
 
 def run(settings: Settings, live: bool = True, stop: StopRequest | None = None) -> int:
     """The job for settings that are known to be well-formed. live: whether a terminal shows its progress live."""
-    # Ray would print a paragraph for every stage that dies; the loop logs it in a line.
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
-    from bim.orchestrator.distributed.local_ray import secure_local_ray
+    from bim.orchestrator.distributed.local_ray import before_ray_is_imported
 
-    secure_local_ray()
+    before_ray_is_imported()
     from bim.orchestrator.jobs.job import BAD_INPUT, run_job  # here: torch takes seconds to import
     from bim.orchestrator.jobs.prepare import prepare
     from bim.orchestrator.reporting.closing import stopped_line
