@@ -39,5 +39,5 @@ def kept_signal_handlers() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            if handler is not None:  # it is not Python's, and cannot be put back
+            if handler is not None:  # of a program that embeds Python
                 signal.signal(number, handler)

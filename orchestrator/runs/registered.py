@@ -11,14 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import timm
 import torch
 
 from bim.models.backbones.backbone import Backbone, BlockInfo
+from bim.models.backbones.timm_models import registering_module
 from bim.models.decoders import BUILT_IN_DECODERS, DECODERS, decoder_class
 from bim.models.seeding import generator
 from bim.models.targets import BUILT_IN_TARGETS, TARGETS
 from bim.orchestrator.config.messages import format_value, join_or
 from bim.orchestrator.config.schema import Settings
+from bim.orchestrator.data.source import BUILT_IN_SOURCES, SOURCES
 from bim.orchestrator.text import first_line
 from bim.orchestrator.training.build import build_decoder, mask_plans
 from bim.orchestrator.training.spec import PretrainSpec, TargetSpec
@@ -27,14 +30,41 @@ Check = Callable[[], object]
 
 
 def name_problems(settings: Settings) -> list[str]:
-    """One sentence for every name of a target or a decoder that nothing registers, with the nearest one."""
+    """One sentence for every name that nothing registers, with the nearest one, or that no other process would know.
+
+    A model that timm does not know is refused where it is opened, and a data source where it is.
+    """
     known = {"target.name": list(TARGETS), "decoder.name": ["auto", *DECODERS]}
-    return [
+    unknown = [
         _unknown(key, name, names)
         for key, names in known.items()
         for name in dict.fromkeys(settings.per_block(key))
         if name not in names
     ]
+    if settings.plugins or settings.placement.backend == "in_process":
+        return unknown
+    return unknown + [
+        f"{key} '{name}' is registered in this process alone, and stages are processes of their own: register it in a "
+        "module that --plugins names, or set placement.backend to in_process"
+        for key, name in _own_names(settings)
+    ]
+
+
+def _own_names(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Key and name of everything that the settings name and that the project does not bring."""
+    for key, table, built_in in (
+        ("target.name", TARGETS, BUILT_IN_TARGETS),
+        ("decoder.name", DECODERS, BUILT_IN_DECODERS),
+    ):
+        for name in dict.fromkeys(settings.per_block(key)):
+            if name in table and name not in built_in:
+                yield key, name
+    scheme = settings.data.source.partition(":")[0]
+    if scheme in SOURCES and scheme not in BUILT_IN_SOURCES:
+        yield "data.source", settings.data.source
+    name = settings.backbone.name
+    if timm.is_model(name) and registering_module(name) is not None:
+        yield "backbone.name", name
 
 
 def _unknown(key: str, name: str, known: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from bim.orchestrator.training.build import build_local_mim
 from bim.orchestrator.training.spec import PretrainSpec
 
 OWN = ["--plugins", "tests.own_parts"]
+HERE = ["--placement.backend", "in_process"]
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +117,22 @@ def test_a_decoder_must_fit_what_the_blocks_encode() -> None:
     assert "'counted' is for blocks that encode visible tokens" in line
 
 
+def test_what_the_stages_would_not_know_is_refused() -> None:
+    names = {
+        "--target.name": "half",
+        "--decoder.name": "counted",
+        "--data.source": "stripes:100",
+        "--backbone.name": "vit_own",
+    }
+    argv = [word for pair in names.items() for word in pair]
+    lines = problems(*argv)
+    assert [line.split(" is registered in this process alone")[0] for line in lines] == [
+        f"{key.removeprefix('--')} '{name}'" for key, name in names.items()
+    ]
+    assert resolve(load_settings([*argv, *HERE]))
+    assert resolve(load_settings([*argv, *OWN]))
+
+
 class Mean(PixelTarget):
     """Of one value per token."""
 
@@ -153,11 +171,9 @@ class WrongShape(Mean):
 )
 def test_a_target_that_fails_is_told_before_anything_starts(target: Callable[..., Any], message: str) -> None:
     TARGETS["mine"] = Mean
-    resolve(load_settings(["--target.name", "mine"]))
+    resolve(load_settings(["--target.name", "mine", *HERE]))
     TARGETS["mine"] = target
-    (line,) = problems("--target.name", "mine")
-    import re
-
+    (line,) = problems("--target.name", "mine", *HERE)
     assert line.startswith("target.name 'mine'")
     assert re.search(message, line)
 
@@ -192,7 +208,7 @@ def test_a_decoder_that_fails_is_told_before_anything_starts(
     decoder: Callable[..., Any], message: str
 ) -> None:
     DECODERS["mine"] = decoder
-    lines = problems("--decoder.name", "mine")
+    lines = problems("--decoder.name", "mine", *HERE)
     assert lines[0].startswith(f"decoder.name 'mine' {message}")
 
 
@@ -207,5 +223,5 @@ def test_a_model_that_timm_could_not_open_again_is_refused(tmp_path: Path) -> No
 
     register_model(vit_by_itself)
     assert timm.is_model("vit_by_itself")
-    (line,) = problems("--backbone.name", "vit_by_itself")
+    (line,) = problems("--backbone.name", "vit_by_itself", *HERE)
     assert "so timm could not load weights into it; let timm.models.build_model_with_cfg make it" in line
