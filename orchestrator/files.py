@@ -20,6 +20,20 @@ class StorageError(OSError):
         return f"{self.filename} {self.strerror}"
 
 
+def os_error_text(error: OSError) -> str:
+    """An error of the system as a part of a sentence: the path, if it names one, and the cause."""
+    if isinstance(error, StorageError):
+        return str(error)
+    cause = error.strerror or str(error) or type(error).__name__
+    return f"{os.fsdecode(error.filename)}: {cause}" if isinstance(error.filename, str | bytes) else cause
+
+
+def is_of_folder(error: OSError, folder: Path) -> bool:
+    """Whether an error of the system names a path in `folder`, or the folder itself."""
+    names = [name for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    return any(Path(os.fsdecode(name)).is_relative_to(folder) for name in names)
+
+
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Write `data` (text as UTF-8) under a temporary name, flush it to the disk, rename it to `path`.
 

@@ -64,7 +64,7 @@ _HTTP_USER = re.compile(r"(https?://)[^\s/?#@'\"<>]+@", re.IGNORECASE)
 # Text up to the last @: databases take a password with an unescaped @ or slash. A port and a path are no password.
 _PASSWORD = re.compile(r"(://[^\s:/?#@'\"<>]*:)(?!\d{1,5}(?:[/?#\s'\"]|$))(?:[^\s?'\"<>]*@|[^\s'\"<>]*@)")
 _SECRET_PARAMETER = re.compile(
-    r"([?&;][^\s=&?#'\"<>]*(?:pass|pwd|token|secret|key|sig|cred|auth|sas|connect)[^\s=&?#'\"<>]*=)[^\s&#'\"<>]*",
+    r"([?&;#][^\s=&?#'\"<>]*(?:pass|pwd|token|secret|key|sig|cred|auth|sas|connect)[^\s=&?#'\"<>]*=)[^\s&#'\"<>]*",
     re.IGNORECASE,
 )
 
@@ -84,7 +84,7 @@ def redact(text: str) -> str:
 
 def is_redacted(text: str) -> bool:
     """Whether `redact` took something out of the text."""
-    return f"{REDACTED}@" in text or bool(re.search(rf"[?&;][^\s=]+={re.escape(REDACTED)}", text))
+    return f"{REDACTED}@" in text or bool(re.search(rf"[?&;#][^\s=]+={re.escape(REDACTED)}", text))
 
 
 def _only_bytes(text: str) -> bool:

@@ -26,7 +26,13 @@ def settings_from_mapping(
     Raises:
         SettingsError: one line for every key that is unknown, missing, wrong or out of bounds, or that contradicts another.
     """
-    typed = typed or {}
+    try:
+        return _checked(values, file, typed or {})
+    except RecursionError:  # JSON has no bounds, unlike a recipe
+        raise SettingsError(f"{f'{file}: ' if file else ''}settings are nested too deeply") from None
+
+
+def _checked(values: Mapping[str, Any], file: str | None, typed: Mapping[str, str]) -> Settings:
     sections = setting_sections()
     given = {k: v for k, v in with_new_keys(values).items() if not (v is None and k in sections)}
     try:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from bim.orchestrator.data.errors import DataError
+from bim.orchestrator.data.errors import DataError, system_reason
 from bim.orchestrator.data.parquet_columns import Columns, is_text
 
 
@@ -56,13 +56,13 @@ def read_labels(source: str, shards: Sequence[ShardLabels], requested: str | Non
     names = _class_names(shards)
     values: list[pa.ChunkedArray] = []
     for shard in shards:
-        column = _shard_values(shard)
-        if column is None:
-            reason = f"column '{shard.columns.label}' of {shard.name} holds numbers that are not whole"
+        try:
+            values.append(_shard_values(shard))
+        except _NoClasses as error:
+            reason = f"column '{shard.columns.label}' of {shard.name} holds {error}"
             if requested is not None:
-                raise DataError(f"{reason}; set data.label_column to a column of classes")
+                raise DataError(f"{reason}; set data.label_column to a column of classes") from error
             return Labels(None, None, (f"{reason}, so the images have no labels",))
-        values.append(column)
     with_labels = [
         shard for shard, column in zip(shards, values, strict=True) if column.null_count < len(column)
     ]
@@ -136,21 +136,37 @@ def _class_names(shards: Sequence[ShardLabels]) -> tuple[str, ...] | None:
     return named[0].columns.class_names if named else None
 
 
-def _shard_values(shard: ShardLabels) -> pa.ChunkedArray | None:
-    """Labels of one shard as int64 or large strings, null for none; None if they are fractions."""
+class _NoClasses(Exception):
+    """A column whose values cannot be classes; the message says what they are."""
+
+
+def _shard_values(shard: ShardLabels) -> pa.ChunkedArray:
+    """Labels of one shard as int64 or large strings, null for none. Raises _NoClasses, and DataError for a damaged file."""
     if shard.columns.label is None:
         text = pa.scalar(shard.from_folder, pa.large_string())
         return pa.chunked_array([pa.repeat(text, shard.rows)])
-    with pq.ParquetFile(shard.file) as reader:
-        column = reader.read(columns=[shard.columns.label]).column(0)
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
+    try:
+        with pq.ParquetFile(shard.file) as reader:
+            column = reader.read(columns=[shard.columns.label]).column(0)
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+    except (pa.ArrowException, OSError) as error:
+        problem = system_reason(error) if isinstance(error, OSError) else None
+        reason = problem or f"{' '.join(str(error).split())}; copy it again or remove it"
+        raise DataError(f"column '{shard.columns.label}' of {shard.file} cannot be read: {reason}") from error
     if is_text(column.type):
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise _NoClasses("text that is not UTF-8") from error
         return column.cast(pa.large_string())
     if pa.types.is_floating(column.type):
         column = column.cast(pa.float64())
         column = pc.if_else(pc.is_nan(column), pa.scalar(None, pa.float64()), column)
         whole = pc.all(pc.equal(pc.floor(column), column)).as_py()
         if whole is False or (pc.max(pc.abs(column)).as_py() or 0) > 2**53:
-            return None
-    return column.cast(pa.int64())
+            raise _NoClasses("numbers that are not whole")
+    try:
+        return column.cast(pa.int64())
+    except pa.ArrowInvalid as error:
+        raise _NoClasses("numbers of more than 63 bits") from error

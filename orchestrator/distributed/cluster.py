@@ -10,15 +10,16 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from bim.orchestrator.distributed.actor_failures import exit_reason
 from bim.orchestrator.distributed.cluster_watch import ClusterWatch, is_reachable
 from bim.orchestrator.distributed.local_ray import ClusterError, local_ray
 from bim.orchestrator.distributed.placement import ClusterResources, StageLayout
 from bim.orchestrator.signal_masks import kept_signal_handlers
-from bim.orchestrator.training.errors import ClusterLostError
+from bim.orchestrator.training.errors import ClusterLostError, TrainingError
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +137,27 @@ def run_in_bundle(
 
 
 def result_of(reference: Any) -> Any:
-    """The result of a remote call. Raises the original error of the call instead of Ray's wrapper."""
+    """The result of a remote call.
+
+    Raises:
+        Exception: the original error of the call, without Ray's wrapper.
+        TrainingError: its process died.
+    """
+    try:
+        return task_result(reference)
+    except RayTaskError:
+        raise
+    except RayError as error:
+        raise died(error) from error
+
+
+def died(error: RayError) -> TrainingError:
+    """What ends a run whose measurement lost its process, of which Ray tells by this error."""
+    return TrainingError(f"a process that measures died: {exit_reason(error)}; --resume measures again")
+
+
+def task_result(reference: Any) -> Any:
+    """`result_of`, which raises Ray's own error if the process of the call died."""
     try:
         while not ray.wait([reference], timeout=1, fetch_local=False)[0]:
             raise_if_cluster_lost()

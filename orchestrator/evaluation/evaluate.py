@@ -51,11 +51,13 @@ def evaluate_variants(
     variants: depth -> model whose `forward_features` and `forward_head` give the embedding. They are left on
     `inputs.device` in evaluation mode, batch norms with statistics of whole training images (`batch_norms`).
     Without labels RankMe is measured in place of the accuracies. bad: takes the unreadable images, by sample id.
-    Raises TooManyCorruptImagesError above `inputs.config.max_bad_fraction`, ValueError if a split has no readable image,
-    or embeddings are not finite.
+    Raises TooManyCorruptImagesError above `inputs.config.max_bad_fraction`, DataError if a split has no readable image,
+    UnscorableError if embeddings are not finite.
     """
     size, device, latency = inputs.size, inputs.device, inputs.config.latency
-    gather_statistics(variants, inputs)
+    unreadable = gather_statistics(variants, inputs)
+    if bad is not None:
+        bad.update(unreadable)
     embedders = build_embedders(variants, inputs)
     metrics: dict[int, dict[str, Any]]
     if can_score(inputs.source, inputs.splits):
@@ -104,7 +106,7 @@ def rankme_by_depth(
 ) -> tuple[dict[int, float], int]:
     """RankMe of every embedding by name, and the number of training images, at most `RANKME_IMAGES`, it is computed on.
 
-    Raises ValueError if none of them can be read, or an embedding is not finite.
+    Raises DataError if none of them can be read, UnscorableError if an embedding is not finite.
     """
     features, indices = extract_features(embedders, inputs, inputs.splits.train, RANKME_IMAGES, bad)
     return {name: rankme(x.to(inputs.device)) for name, x in features.items()}, len(indices)

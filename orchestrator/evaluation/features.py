@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bim.models.seeding import generator
+from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.data.loader import BadImages, eval_images
 from bim.orchestrator.data.splits import labeled
 from bim.orchestrator.evaluation.inputs import EvalInputs
@@ -65,7 +66,7 @@ def extract_features(
     """Embeddings (n, D) by name, and indices (n,), of at most `limit` images that can be read; each is decoded once.
 
     bad: takes the images that cannot be read, by sample id, with the reason. Raises TooManyCorruptImagesError if they are
-    more than `inputs.config.max_bad_fraction`, ValueError if none can be read.
+    more than `inputs.config.max_bad_fraction`, DataError if none can be read.
     """
     features: dict[int, list[Tensor]] = {name: [] for name in embedders}
     read = []
@@ -80,7 +81,7 @@ def extract_features(
     if bad is not None:
         bad.update(met.reasons)
     if not read:
-        raise ValueError(
+        raise DataError(
             f"no image of a split of {inputs.source.name} could be read, so nothing can be scored"
         )
     return {name: torch.cat(parts) for name, parts in features.items()}, np.concatenate(read)

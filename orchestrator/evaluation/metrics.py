@@ -36,6 +36,10 @@ RANKME_EPSILON = 1e-7
 """The epsilon of RankMe for float32."""
 
 
+class UnscorableError(ValueError):
+    """Embeddings that no score can be computed of: not finite, or too few. The message is for the user."""
+
+
 def score(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, config: EvalConfig) -> Scores:
     """Both accuracies of one set of embeddings; shapes and errors as in `weighted_knn` and `linear_probe`."""
     n = len(test_y)
@@ -88,7 +92,7 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
     """
     _check(train_x, train_y, test_x, test_y)
     if len(train_x) < 2:
-        raise ValueError(f"a linear probe needs at least 2 training images, got {len(train_x)}")
+        raise UnscorableError(f"a linear probe needs at least 2 training images, got {len(train_x)}")
     num_classes = int(max(train_y.max(), test_y.max())) + 1
     mean, std = train_x.mean(dim=0), train_x.std(dim=0, unbiased=False)
     scale = torch.where(std > 1e-6, std, torch.ones_like(std))  # a constant feature stays 0
@@ -121,10 +125,10 @@ def rankme(embeddings: Tensor) -> float:
     """Effective rank of embeddings (n, D): exp of the entropy of their singular values, normalized to sum 1.
 
     RankMe (arXiv 2210.02885, equations 1 and 2): p_k = s_k / |s|_1 + eps, exp(-sum_k p_k log p_k). Between 1 (all on one
-    line) and min(n, D). Raises ValueError if an embedding is not finite.
+    line) and min(n, D). Raises UnscorableError if an embedding is not finite.
     """
     if not torch.isfinite(embeddings).all():
-        raise ValueError("embeddings are not finite, so they cannot be scored")
+        raise UnscorableError("embeddings are not finite, so they cannot be scored")
     values = torch.linalg.svdvals(embeddings.float())
     p = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny) + RANKME_EPSILON
     return float(torch.exp(-(p * p.log()).sum()))
@@ -200,7 +204,7 @@ def _check(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> 
         if len(x) == 0 or len(x) != len(y):
             raise ValueError(f"the {part} part has {len(x)} embeddings and {len(y)} labels")
         if not torch.isfinite(x).all():
-            raise ValueError(f"embeddings of the {part} part are not finite, so they cannot be scored")
+            raise UnscorableError(f"embeddings of the {part} part are not finite, so they cannot be scored")
 
 
 def _logits(x: Tensor, weight: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from bim.models.backbones.backbone import Backbone
 from bim.models.seeding import forked_rng, generator
 from bim.orchestrator.evaluation.records import EvaluationResult
 from bim.orchestrator.export.model_card import NOT_EVALUATED, CardFacts, render_card
-from bim.orchestrator.files import atomic_write
+from bim.orchestrator.files import atomic_write, make_folder
 
 EXPORTED_BY = "bim-orchestrator"
 """Marks exported folders in config.json, where timm ignores it: only such a folder is ever replaced."""
@@ -56,12 +56,13 @@ def export_variant(
     Raises:
         ValueError: `out_dir` exists and is anything else.
         RuntimeError: timm opens the folder with other features.
+        StorageError: the file system refuses, or there is no folder two levels above.
     """
     out_dir = Path(out_dir)
     check_replaceable(out_dir)
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out_dir.parent)
     size = image_size or backbone.image_size
-    with TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as scratch:
+    with TemporaryDirectory(prefix=f".{out_dir.name}-", suffix=".tmp", dir=out_dir.parent) as scratch:
         fresh = Path(scratch) / "new"
         fresh.mkdir()
         _save_tensors(model.state_dict(), fresh / "model.safetensors", {})
@@ -86,7 +87,7 @@ def rewrite_card(
 def export_decoder(state: Mapping[str, Tensor], path: Path) -> Path:
     """Write one block's decoder, its tensors by name, as a safetensors file; an existing one is replaced."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     _save_tensors(state, path, {"exported_by": EXPORTED_BY})
     return path
 

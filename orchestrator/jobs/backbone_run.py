@@ -16,7 +16,7 @@ from bim.orchestrator.evaluation.records import DepthReport, EvaluationResult
 from bim.orchestrator.files import StorageError, atomic_write
 from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask
 from bim.orchestrator.reporting.log import line_prefix
-from bim.orchestrator.runs.lease import Lease
+from bim.orchestrator.runs.lease import Lease, LeaseLostError
 from bim.orchestrator.runs.output_dir import OutputError
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun
 from bim.orchestrator.runs.provenance import Machine, Provenance
@@ -111,6 +111,9 @@ class BackboneRun:
 def record_failure(backbone: BackboneRun, error: Exception) -> None:
     """Log why in a line; of an error that is not user-facing keep the traceback in `failure.txt`."""
     backbone.failed = format_error(error)
+    if isinstance(error, LeaseLostError):
+        backbone.tracker.abandon()
+        backbone.closed = True
     with suppress(OSError):
         _traceback_file(backbone).unlink(missing_ok=True)
     if not isinstance(error, USER_FACING_ERRORS):
@@ -122,7 +125,8 @@ def record_failure(backbone: BackboneRun, error: Exception) -> None:
 
 def clear_failure(backbone: BackboneRun) -> None:
     """Remove what an earlier process left of a failure that this one has got over; `events.log` keeps its line."""
-    _traceback_file(backbone).unlink(missing_ok=True)
+    with suppress(OSError):
+        _traceback_file(backbone).unlink(missing_ok=True)
     backbone.tracker.remove_tag("failed")
 
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from bim.models.backbones.backbone import Backbone
 from bim.orchestrator.config.transforms import recorded_mapping
-from bim.orchestrator.data.errors import TooManyCorruptImagesError
+from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.data.spec import DataSpec
 from bim.orchestrator.data.splits import can_score
 from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.evaluation.evaluate import evaluate_variants, raw_pixels
 from bim.orchestrator.evaluation.inputs import EvalInputs
+from bim.orchestrator.evaluation.metrics import UnscorableError
 from bim.orchestrator.evaluation.model_cost import device_name, latencies_ms
 from bim.orchestrator.evaluation.progress import part
 from bim.orchestrator.evaluation.progress import report as report_progress
@@ -98,13 +99,15 @@ def evaluate_checkpoint(task: EvaluationTask) -> EvaluationResult:
     """Export, measure and picture every depth variant of a checkpoint.
 
     Raises:
-        TrainingError: more images of a split than `data.max_bad_fraction` cannot be read.
+        TrainingError: the images have changed or cannot be read, or nothing can be scored; the last checkpoint stays.
         StorageError: the file system of the output directory refuses.
     """
     try:
         return _evaluate(task)
-    except TooManyCorruptImagesError as error:
+    except DataError as error:
         raise TrainingError(f"evaluation: {error}; --resume evaluates the last checkpoint again") from error
+    except UnscorableError as error:
+        raise TrainingError(f"evaluation: {error}; the last checkpoint stays") from error
 
 
 def _evaluate(task: EvaluationTask) -> EvaluationResult:
@@ -150,7 +153,7 @@ def _evaluate(task: EvaluationTask) -> EvaluationResult:
         }
         export_decoder(decoder, out / "decoders" / f"block-{k}.safetensors")
     report_progress("reconstructions")
-    pictures = save_all_reconstructions(task.spec, backbone, weights, inputs, out / "pictures")
+    pictures = save_all_reconstructions(task.spec, backbone, weights, inputs, out / "pictures", bad)
     return replace(result, folders=folders, pictures=pictures)
 
 

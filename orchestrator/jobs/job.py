@@ -19,7 +19,7 @@ from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.distributed.cluster import ClusterError, ray_cluster
 from bim.orchestrator.distributed.placement import ClusterResources, PlacementError
-from bim.orchestrator.files import StorageError, remove_temporary_files
+from bim.orchestrator.files import is_of_folder, os_error_text, remove_temporary_files
 from bim.orchestrator.jobs.backbone_run import BackboneRun
 from bim.orchestrator.jobs.comparison import measure_pending_latencies, open_comparison, record_comparison
 from bim.orchestrator.jobs.layouts import shared_layouts, single_layouts
@@ -35,7 +35,7 @@ from bim.orchestrator.jobs.search_job import run_search, search_due
 from bim.orchestrator.jobs.train_backbones import train_backbones
 from bim.orchestrator.reporting.closing import closing_lines, several_closing_lines
 from bim.orchestrator.reporting.startup import data_notes, opening_lines
-from bim.orchestrator.runs.output_dir import Claim, OutputError, claim
+from bim.orchestrator.runs.output_dir import Claim, OutputError, claim, remove_unfinished_files
 from bim.orchestrator.runs.run_store import storage_failure
 from bim.orchestrator.runs.signals import at_forced_exit, interrupted_by_signals
 from bim.orchestrator.runs.train import check_precision, resolve_precision
@@ -45,6 +45,7 @@ from bim.orchestrator.tracking.store import TrackingError
 from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.errors import TrainingError
+from bim.orchestrator.training.restart_policy import is_disk_error
 
 BAD_INPUT = (SettingsError, DataError, OutputError, PlacementError, TrackingError, ClusterError)
 
@@ -85,7 +86,9 @@ def run_job(job: PreparedJob, stop: StopRequest | None = None) -> JobResult:
         if stop.reason is not None:  # an import can swallow the KeyboardInterrupt
             raise KeyboardInterrupt
         return _run(job, stop)
-    except StorageError as error:
+    except OSError as error:
+        if not _refused(error, job):
+            raise
         raise TrainingError(storage_failure(error, job.out)) from error
     except KeyboardInterrupt:
         return JobResult(job.out, stop.reason or "SIGINT")
@@ -96,17 +99,26 @@ def _run(job: PreparedJob, stop: StopRequest) -> JobResult:
         stack.enter_context(interrupted_by_signals(stop))
         claims = _claim_outputs(job, stack)
 
+        leases = [held.lease for held in claims.values()]
+
         def release() -> None:
-            remove_temporary_files(job.out)
-            for held in claims.values():
-                held.lease.release()
+            remove_unfinished_files(job.out, leases)
+            for lease in leases:
+                lease.release()
 
         # Called when Ray's processes have ended, which may have been killed in the middle of a write.
-        stack.callback(remove_temporary_files, job.out)
+        stack.callback(remove_unfinished_files, job.out, leases)
         stack.enter_context(at_forced_exit(release))
         cluster = stack.enter_context(connect(job.settings))
         remove_temporary_files(job.out)  # of a driver that was killed
-        backbones, comparison = _open(job, cluster, claims, stack)
+        try:
+            backbones, comparison = _open(job, cluster, claims, stack)
+        except OSError as error:
+            if job.settings.resume or any(held.begun for held in claims.values()) or not _refused(error, job):
+                raise
+            raise TrainingError(
+                f"{os_error_text(error)}; make room or repair it; the run has not begun"
+            ) from error
         _log_opening(job, backbones)
         if not job.compares:
             _search(backbones[0], cluster, stop)
@@ -125,11 +137,17 @@ def _run(job: PreparedJob, stop: StopRequest) -> JobResult:
             (backbone,) = backbones
             closing = closing_lines(job.out, backbone.prepared.run.depths, backbone.tracker.ui_hint())
             return JobResult(job.out, None, backbone.table, tuple(closing))
+        claims[job.out].lease.check()
         table, results = record_comparison(job, backbones, comparison)
         failed = tuple(f"{result.name} failed: {result.failed}" for result in results if result.failed)
         closing = several_closing_lines(job.out, results, comparison.ui_hint())
         comparison.finish("FAILED" if failed else "FINISHED")
         return JobResult(job.out, None, table, tuple(closing), failed)
+
+
+def _refused(error: OSError, job: PreparedJob) -> bool:
+    """Whether an error of the system is a disk that is full or read-only, or of the output directory."""
+    return is_disk_error(error) or is_of_folder(error, job.out)
 
 
 def connect(settings: Settings) -> AbstractContextManager[ClusterResources]:
@@ -218,7 +236,9 @@ def _search(backbone: BackboneRun, cluster: ClusterResources, stop: StopRequest)
     """The search that comes before the training, if one is due; the backbone goes on with the best settings."""
     run = backbone.prepared.run
     if search_due(run.settings, run.out):
-        best = run_search(backbone.prepared, cluster, backbone.precision, backbone.tracker, stop)
+        best = run_search(
+            backbone.prepared, cluster, backbone.precision, backbone.tracker, stop, backbone.lease
+        )
         if best is None:
             return
         backbone.prepared = best if run.record is None else best.recorded_as(run.record)

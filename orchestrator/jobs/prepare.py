@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bim.orchestrator.config.credentials import with_credentials
-from bim.orchestrator.config.recipes import SAVED_SETTINGS, read_recipe
+from bim.orchestrator.config.recipes import SAVED_SETTINGS
 from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.config.transforms import with_changes
 from bim.orchestrator.config.validate import settings_from_mapping
 from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.data.source import SOURCES, Source, given_source
 from bim.orchestrator.data.splits import Splits
-from bim.orchestrator.files import StorageError
+from bim.orchestrator.files import StorageError, os_error_text
 from bim.orchestrator.jobs.backbone_entries import ErrorCollector, backbone_entries
 from bim.orchestrator.jobs.search_job import check_search
 from bim.orchestrator.reporting.comparison import read_rows
@@ -30,6 +30,7 @@ from bim.orchestrator.runs.output_dir import (
     check_resumable,
     open_store,
     resumed_record,
+    saved_settings,
 )
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun, resolve_backbone
 from bim.orchestrator.runs.resolve import load_plugins
@@ -69,8 +70,8 @@ def prepare(settings: Settings) -> PreparedJob:
     """
     try:
         return _prepare(settings)
-    except StorageError as error:
-        raise OutputError(f"the output directory cannot be used: {error}") from error
+    except OSError as error:  # no permission, a network share that fails
+        raise OutputError(f"the output directory cannot be used: {os_error_text(error)}") from error
 
 
 def _prepare(settings: Settings) -> PreparedJob:
@@ -177,7 +178,7 @@ def _check_none_left_out(out: Path, names: Collection[str]) -> None:
     Raises:
         OutputError: naming those that are left out.
     """
-    saved = settings_from_mapping(read_recipe(str(out / SAVED_SETTINGS)))
+    saved = settings_from_mapping(saved_settings(out))
     begun = [name for name in backbone_entries(saved) if (out / name / SAVED_SETTINGS).exists()]
     missing = ", ".join(name for name in begun if name not in names)
     if missing:
@@ -199,5 +200,5 @@ def _is_finished(run: ResolvedRun) -> bool:
         read_rows(run.out)
     except (OSError, ValueError):
         return False
-    saved = settings_from_mapping(read_recipe(str(run.out / SAVED_SETTINGS)))
+    saved = settings_from_mapping(saved_settings(run.out))
     return (saved.evaluation, saved.baseline) == (run.settings.evaluation, run.settings.baseline)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bim.models.backbones.backbone import Backbone
 from bim.models.tokens import denormalize_images
-from bim.orchestrator.data.loader import eval_images
+from bim.orchestrator.data.loader import BadImages, eval_images
 from bim.orchestrator.evaluation.inputs import EvalInputs
 from bim.orchestrator.reporting.figures.reconstruction import Reconstructions, reconstruction_figure
 from bim.orchestrator.reporting.figures.style import write_png
@@ -30,19 +30,23 @@ def save_all_reconstructions(
     weights: Sequence[dict[str, Tensor]],
     inputs: EvalInputs,
     folder: Path,
+    bad: dict[str, str],
 ) -> dict[int, str]:
     """One picture per block: test images masked, reconstructed by that block's decoder, and as they are.
 
     Args:
         weights: the whole `LocalMIM` state of every block.
         folder: where the pictures are written.
+        bad: takes the images that cannot be read, by sample id, with the reason.
 
     Returns depth -> file; nothing if none of these images can be read.
     """
     splits, device = inputs.splits, inputs.device
     candidates = splits.test if len(splits.test) else splits.train
     rows = np.linspace(0, len(candidates) - 1, num=min(PICTURE_ROWS, len(candidates))).astype(int)
-    batches = list(eval_images(inputs.source, candidates[rows], inputs.size, len(rows)))
+    met = BadImages()
+    batches = list(eval_images(inputs.source, candidates[rows], inputs.size, len(rows), met))
+    bad.update(met.reasons)
     if not batches:
         return {}
     _, pixels = batches[0]

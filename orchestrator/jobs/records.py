@@ -149,6 +149,8 @@ def record_progress(backbone: BackboneRun) -> None:
     if backbone.closed:
         return
     with backbone.lines(), backbone.isolated():
+        if backbone.lease is not None:
+            backbone.lease.check()  # evaluation and recording write into the output directory too
         if backbone.failed is None and not backbone.latency_pending:
             _record_evaluations(backbone)
             if backbone.evaluated:
@@ -156,7 +158,7 @@ def record_progress(backbone: BackboneRun) -> None:
                 clear_failure(backbone)
                 backbone.tracker.finish("FINISHED")
                 backbone.closed = True
-    if backbone.failed is not None:
+    if backbone.failed is not None and not backbone.closed:
         backbone.tracker.set_tags({"failed": backbone.failed})
         backbone.tracker.finish("FAILED")
         backbone.closed = True

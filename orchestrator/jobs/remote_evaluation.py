@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from bim.orchestrator.evaluation.progress import reported_to
 from bim.orchestrator.evaluation.records import EvaluationResult
 from bim.orchestrator.export.timm_folder import check_replaceable
 from bim.orchestrator.files import atomic_write, make_folder, storage_errors
 from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, evaluate_checkpoint
+
+PROGRESS_INTERVAL_S = 2.0
+"""Seconds between two looks at the progress."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +35,18 @@ class SentFile:
     content: np.ndarray
 
 
-def evaluate_and_send(task: EvaluationTask) -> Iterator[SentFile | EvaluationResult]:
-    """Evaluate into a folder of this machine; yields its files, then the result with paths relative to that folder."""
-    with TemporaryDirectory(prefix="bim-evaluation-") as folder:
-        result = evaluate_checkpoint(replace(task, out=folder))
+def evaluate_and_send(task: EvaluationTask) -> Iterator[str | SentFile | EvaluationResult]:
+    """Evaluate into a folder of this machine.
+
+    Yields a few words of progress now and then, the files, then the result with paths relative to that folder.
+    """
+    with TemporaryDirectory(prefix="bim-evaluation-") as folder, ThreadPoolExecutor(1) as executor:
+        progress: deque[str] = deque(maxlen=1)
+        evaluation = executor.submit(_evaluate, replace(task, out=folder), progress)
+        while not wait([evaluation], timeout=PROGRESS_INTERVAL_S).done:
+            with suppress(IndexError):
+                yield progress.pop()
+        result = evaluation.result()
         for path in sorted(Path(folder).rglob("*")):
             if path.is_file():
                 yield SentFile(str(path.relative_to(folder)), np.fromfile(path, np.uint8))
@@ -42,8 +57,17 @@ def evaluate_and_send(task: EvaluationTask) -> Iterator[SentFile | EvaluationRes
         )
 
 
-def receive(items: Iterable[SentFile | EvaluationResult], out: Path) -> EvaluationResult | None:
+def _evaluate(task: EvaluationTask, progress: deque[str]) -> EvaluationResult:
+    with reported_to(progress.append):
+        return evaluate_checkpoint(task)
+
+
+def receive(
+    items: Iterable[str | SentFile | EvaluationResult], out: Path, on_progress: Callable[[str], None]
+) -> EvaluationResult | None:
     """Put the files of an evaluation into the output directory, once all are here. None if they end before the result.
+
+    on_progress: called with words of progress.
 
     Raises:
         StorageError: the file system refuses.
@@ -51,6 +75,9 @@ def receive(items: Iterable[SentFile | EvaluationResult], out: Path) -> Evaluati
     with storage_errors(out), TemporaryDirectory(prefix=".evaluation-", suffix=".tmp", dir=out) as folder:
         incoming, replaced = Path(folder) / "new", Path(folder) / "old"
         for item in items:
+            if isinstance(item, str):
+                on_progress(item)
+                continue
             if isinstance(item, EvaluationResult):
                 _move_into(incoming, replaced, out)
                 return replace(

@@ -14,6 +14,7 @@ from bim.orchestrator.distributed.placement import ClusterResources
 from bim.orchestrator.evaluation.evaluate import RANKME_IMAGES
 from bim.orchestrator.reporting.search_console import SearchProgress, closing, opening
 from bim.orchestrator.runs.checkpoints import checkpoints_location, record_storage
+from bim.orchestrator.runs.lease import Lease
 from bim.orchestrator.runs.output_dir import OutputError, open_store
 from bim.orchestrator.runs.prepare import PreparedBackbone, resolve_backbone, resolve_run
 from bim.orchestrator.runs.resolve import eval_config
@@ -89,12 +90,14 @@ def run_search(
     precision: Precision,
     tracker: Tracker,
     stop: StopRequest,
+    lease: Lease | None,
 ) -> PreparedBackbone | None:
     """Search, and prepare the backbone with the settings of the best trial; None if `stop` was set meanwhile.
 
     Raises:
         PlacementError: no trial fits into the cluster.
-        TrainingError: no trial came to its end, or the record of the search cannot be written.
+        TrainingError: no trial came to its end, the record of the search cannot be written, or the lease of the output
+            directory is lost.
     """
     from bim.orchestrator.search.tuner import search  # Tune takes two seconds to import
 
@@ -114,6 +117,7 @@ def run_search(
         device="cuda" if layout.gpus else "cpu",
         max_concurrent_trials=concurrent,
         given=run.data.given,
+        run_id=run.run_id,
     )
     initial = load_result(run.out) or _empty_result(backbone, space)
     trials = int(min(settings.search.trials, combinations(space)))
@@ -121,9 +125,13 @@ def run_search(
         log.info(line)
     for row in initial.rows:  # an earlier process may have ended before it recorded them
         tracker.log_trial(row, initial.metric)
-    with stop_on_signals(stop, meanwhile="ending the trials of the search, which can be continued"):
+    with stop_on_signals(
+        stop,
+        meanwhile="ending the trials of the search, which can be continued",
+        on_save="trials save a checkpoint after every epoch; the search goes on",
+    ):
         progress = SearchProgress(tracker, trials, concurrent)
-        result = search(SearchSpec(settings, space, trial, initial), run.out, progress, stop)
+        result = search(SearchSpec(settings, space, trial, initial), run.out, progress, stop, lease)
     if not result.finished:
         return None
     for line in closing(result, time.monotonic() - start, short_path(run.out / FOLDER / BEST)):

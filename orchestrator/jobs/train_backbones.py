@@ -212,8 +212,13 @@ def _evaluate(
     Logs a line now and then of how far it is.
     """
 
+    def is_stopped() -> bool:
+        if backbone.lease is not None:
+            backbone.lease.raise_if_lost()
+        return stop.reason is not None
+
     def check() -> None:
-        if stop.reason is not None:
+        if is_stopped():
             raise RunCancelled
 
     if placement_group is None:
@@ -229,15 +234,13 @@ def _evaluate(
         task = replace(task, evaluation=replace(task.evaluation, latency=False))
     if is_url(task.checkpoint):
         # The node of the stages need not see the output directory.
-        items = stream_from_bundle(
-            evaluate_and_send, placement_group, layout, lambda: stop.reason is not None, task
-        )
-        return receive(items, Path(task.out))
+        items = stream_from_bundle(evaluate_and_send, placement_group, layout, is_stopped, task)
+        return receive(items, Path(task.out), MeasuringLines())
     lines, file = MeasuringLines(), ProgressFile(Path(task.out))
 
     def should_cancel() -> bool:
         lines(file.read())
-        return stop.reason is not None
+        return is_stopped()
 
     try:
         return run_in_bundle(evaluate_with_progress, placement_group, layout, should_cancel, task)

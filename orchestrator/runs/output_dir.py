@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from bim.orchestrator.config.recipes import SAVED_SETTINGS, read_recipe
+from bim.orchestrator.config.recipes import SAVED_SETTINGS, RecipeError, read_recipe
 from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.config.transforms import differing_keys, flat
 from bim.orchestrator.config.validate import settings_from_mapping
+from bim.orchestrator.files import remove_temporary_files
 from bim.orchestrator.runs.checkpoints import RunCheckpoints, checkpoint_store
-from bim.orchestrator.runs.lease import LEASE, Lease, LeaseHeldError, System, acquire, holder
+from bim.orchestrator.runs.lease import LEASE, Lease, LeaseHeldError, LeaseLostError, System, acquire, holder
 from bim.orchestrator.runs.run_record import (
     RUN_RECORD,
     OutputError,
@@ -89,6 +91,18 @@ def check_resumable(store: RunCheckpoints, record: RunRecord, from_scratch: bool
             f"the checkpoints of the run are gone from {store.root}; put them back, or begin again at step 0 with "
             "--resume --from-scratch"
         )
+
+
+def saved_settings(out: Path) -> dict[str, Any]:
+    """The settings of the run in an output directory, as nested plain values, unchecked.
+
+    Raises:
+        OutputError: the file cannot be read.
+    """
+    try:
+        return read_recipe(str(out / SAVED_SETTINGS))
+    except RecipeError as error:
+        raise OutputError(f"{error}; put the settings of the run back") from error
 
 
 def resumed_record(out: Path) -> RunRecord:
@@ -173,6 +187,14 @@ def claim(out: Path, settings: Settings, fingerprint: str = "") -> Iterator[Clai
                     folder.rmdir()
 
 
+def remove_unfinished_files(out: Path, leases: Iterable[Lease]) -> None:
+    """Remove what killed processes left of their writes, unless another process holds a lease by now and may be writing."""
+    with suppress(LeaseLostError):
+        for lease in leases:
+            lease.check()
+        remove_temporary_files(out)
+
+
 def _make_and_hold(out: Path, run_id: str, new: list[Path], stack: ExitStack) -> Lease:
     """Make the directory and enter its lease; the folders that did not exist are appended to `new`, the lowest first."""
     for attempt in range(MAKE_ATTEMPTS):
@@ -243,7 +265,7 @@ def _check_same(
     record = read_record(out)
     store = open_store(out, record)
     latest = store.latest()
-    saved = read_recipe(str(out / SAVED_SETTINGS)) if latest is None else latest.settings
+    saved = saved_settings(out) if latest is None else latest.settings
     try:
         # A search may have ended just before its best values were saved.
         before = apply_search(settings_from_mapping(saved))

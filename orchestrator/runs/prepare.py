@@ -28,6 +28,7 @@ class ResolvedRun:
 
     Args:
         record: of the run, once its output directory is held; None: none, as for the trials of a search.
+        search_run_id: of the run that a trial belongs to.
     """
 
     settings: Settings
@@ -37,6 +38,12 @@ class ResolvedRun:
     phases: tuple[Phase, ...]
     out: Path
     record: RunRecord | None = None
+    search_run_id: str = ""
+
+    @property
+    def run_id(self) -> str:
+        """The id in the manifests of its checkpoints; empty without a record."""
+        return self.search_run_id if self.record is None else self.record.run_id
 
     @property
     def fingerprint(self) -> str:

@@ -89,7 +89,7 @@ def open_run_store(run: ResolvedRun, lease: Lease | None = None) -> RunCheckpoin
 
 
 def storage_failure(
-    error: StorageError, out: Path, record: RunRecord | None = None, store: RunCheckpoints | None = None
+    error: OSError, out: Path, record: RunRecord | None = None, store: RunCheckpoints | None = None
 ) -> str:
     """The sentence with which a run ends whose file system or storage refuses, with the checkpoint that stays.
 
@@ -99,13 +99,14 @@ def storage_failure(
     if isinstance(store, RemoteCheckpointStore):
         step = store.committed_step
         return disk_sentence(error, "none" if step is None else f"step {step}")
-    if store is None and read_storage_record(out) is not None:
-        return disk_sentence(error, "unknown")
     try:
+        if store is None and read_storage_record(out) is not None:
+            return disk_sentence(error, "unknown")
         latest = open_store(out, record).latest()
     except (OutputError, StorageError):
         return disk_sentence(error, "unknown")
-    return disk_sentence(error, "none" if latest is None else f"step {latest.step}")
+    none = "none" if out.is_dir() else "unknown"
+    return disk_sentence(error, none if latest is None else f"step {latest.step}")
 
 
 def _other_settings(manifest: Manifest, settings: Settings) -> str | None:

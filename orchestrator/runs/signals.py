@@ -40,6 +40,8 @@ FORCED_EXIT_S = 0.6
 RESUME_ME = 75
 """Exit status after SIGUSR2: EX_TEMPFAIL, which job schedulers take as a request to run the job again."""
 
+SAVING = "saving a checkpoint after the step under way; the training goes on"
+
 SHOW_CURSOR = "\x1b[?25h"
 
 log = logging.getLogger(__name__)
@@ -71,11 +73,14 @@ def _exit(status: int) -> NoReturn:
 
 
 @contextmanager
-def stop_on_signals(stop: StopRequest, meanwhile: str = "", interrupts_idle: bool = False) -> Iterator[None]:
+def stop_on_signals(
+    stop: StopRequest, meanwhile: str = "", interrupts_idle: bool = False, on_save: str = SAVING
+) -> Iterator[None]:
     """Inside, the first signal sets `stop.reason` to its name; a second one, or the time limit, raises KeyboardInterrupt.
 
     Args:
         meanwhile: what is still done after the first signal, for the user; by default the checkpoint.
+        on_save: what SIGUSR1 does, for the user.
         interrupts_idle: raise at the first signal too unless `stop.can_save`: the main thread itself trains.
 
     Outside the main thread nothing is changed: Python delivers signals to the main thread alone.
@@ -85,7 +90,7 @@ def stop_on_signals(stop: StopRequest, meanwhile: str = "", interrupts_idle: boo
         name = signal.Signals(number).name
         if number == signal.SIGUSR1:
             stop.saves_requested += 1
-            log.info("%s: saving a checkpoint after the step under way; the training goes on", name)
+            log.info("%s: %s", name, on_save)
             return
         if stop.reason is not None:
             raise KeyboardInterrupt

@@ -36,7 +36,7 @@ from bim.orchestrator.runs.run_record import RunRecord
 from bim.orchestrator.runs.run_store import open_run_store, storage_failure
 from bim.orchestrator.runs.signals import stop_on_signals
 from bim.orchestrator.training.callbacks import Callback, PretrainResult, StopRequest
-from bim.orchestrator.training.errors import TrainingError
+from bim.orchestrator.training.errors import StageFailure, TrainingError
 from bim.orchestrator.training.loop import pretrain
 from bim.orchestrator.training.lr_schedule import CosineSchedule
 from bim.orchestrator.training.manifest import Manifest
@@ -77,7 +77,8 @@ def train(
 
     Raises:
         OutputError: the checkpoint was trained in another precision, or all checkpoints of the run are unreadable or gone.
-        TrainingError: the training cannot go on, and a restart would not help. The last checkpoint stays.
+        TrainingError: the training cannot go on, and a restart would not help; of what the code of a stage raised the
+            traceback was logged. The last checkpoint stays.
         PlacementError, DataError: before the first step; later on they are a TrainingError.
     """
     settings = run.settings
@@ -86,11 +87,10 @@ def train(
     check_precision(run.out, precision, run.record)
     schedule = training_schedule(run, layout)
     facts = {"data": run.fingerprint, "precision": precision}
-    run_id = "" if run.record is None else run.record.run_id
 
     def manifest(step: int) -> Manifest:
         steps = run.phases[0].steps_per_epoch
-        return Manifest(step, steps, recorded_mapping(settings), facts, (), run_id)
+        return Manifest(step, steps, recorded_mapping(settings), facts, (), run.run_id)
 
     stages = make_stages(run, spec, layout, placement_group, first_bundle)
     if on_machines is not None:
@@ -107,6 +107,18 @@ def train(
         if not callback.started:
             raise
         raise TrainingError(str(error)) from error
+    except TrainingError:
+        raise
+    except Exception as error:
+        failure = error.__cause__
+        if not isinstance(failure, StageFailure):
+            raise
+        log_note = (
+            "" if run.record is None else "; events.log has its traceback, and --verbose shows it"
+        )  # trials have none
+        raise TrainingError(
+            f"{failure}, and a restart did not help{log_note}; the last checkpoint stays"
+        ) from error
     finally:
         stages.close()
 

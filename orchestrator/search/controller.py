@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from bim.orchestrator.config.schema import Settings
 from bim.orchestrator.distributed.placement import PlacementError
+from bim.orchestrator.runs.lease import Lease, LeaseLostError
 from bim.orchestrator.search.asha import rung_to_stop_at
 from bim.orchestrator.search.proposals import Proposer
 from bim.orchestrator.search.record import FOLDER, RECORD, save_result
@@ -76,15 +77,23 @@ class SearchController:
         propose: what the next trial is.
         out: output directory of the run; the record is written below it after every event.
         stop: set to end the search before its last trial; trials that run then are continued later.
+        lease: of the output directory; the search ends where it is lost, and writes nothing more.
     """
 
     def __init__(
-        self, spec: SearchSpec, propose: Proposer, out: Path, callback: SearchCallback, stop: StopRequest
+        self,
+        spec: SearchSpec,
+        propose: Proposer,
+        out: Path,
+        callback: SearchCallback,
+        stop: StopRequest,
+        lease: Lease | None = None,
     ) -> None:
         self.result = spec.initial
         self.error: Exception | None = None
         """What ended the search, if it is no trial's own failure."""
         self._spec, self._propose, self._out, self._callback, self._stop = spec, propose, out, callback, stop
+        self._lease = lease
         self._grace_period = grace_period(spec.settings, spec.initial.epochs)
         self._unfinished = [row.number for row in self.result.rows if not row.is_complete]
         self._start_time, self._any_started = time.monotonic(), False
@@ -104,6 +113,7 @@ class SearchController:
     def should_stop(self) -> bool:
         """Whether all trials have to end now. Called several times a second."""
         spec = self._spec
+        self._look_at_lease()
         timeout_s = max(PLACEMENT_TIMEOUT_S, spec.settings.placement.wait_s)
         if not self._any_started and self.error is None and time.monotonic() - self._start_time > timeout_s:
             layout = spec.trial.layout
@@ -198,10 +208,21 @@ class SearchController:
 
     def _end(self, row: TrialRow) -> None:
         self._callback.on_end(self.result, self._save(row))
-        remove_trial_checkpoints(self._spec.trial, str(row.number))
+        if self.error is None:
+            remove_trial_checkpoints(self._spec.trial, str(row.number))
+
+    def _look_at_lease(self) -> None:
+        try:
+            if self._lease is not None:
+                self._lease.raise_if_lost()
+        except LeaseLostError as error:
+            self.error = self.error or error
 
     def _save(self, row: TrialRow) -> TrialRow:
         self.result = self.result.with_row(row)
+        self._look_at_lease()
+        if isinstance(self.error, LeaseLostError):
+            return row
         try:
             save_result(self._out, self.result)
         except OSError as error:

@@ -72,7 +72,7 @@ def score_checkpoint(
 ) -> Score:
     """Score every depth variant of a committed checkpoint at the backbone's own image size, all tokens visible.
 
-    Raises ValueError if a split has no readable image, or embeddings are not finite.
+    Raises DataError if a split has no readable image, UnscorableError if embeddings are not finite.
     """
     backbone = open_spec_backbone(spec)
     inputs = EvalInputs(*images, backbone.image_size, spec.mean, spec.std, torch.device(device), config)

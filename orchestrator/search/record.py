@@ -63,7 +63,7 @@ def load_result(out: Path) -> SearchResult | None:
             record = _renamed(record, {"own": "baseline_values", "asked": "search_settings"})
             record["rows"] = [_renamed(row, {"why": "status_reason"}) for row in record["rows"]]
         return _result(record)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, OutputError):
             raise
         raise OutputError(

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -65,6 +65,7 @@ class TrialSpec:
         device: where checkpoints are scored.
         max_concurrent_trials: trials that run at the same time.
         given: the images, if `data.source` names an object of the driver.
+        run_id: of the run that searches, which the checkpoints of its trials carry.
     """
 
     settings: dict[str, Any]
@@ -76,6 +77,7 @@ class TrialSpec:
     device: str = "cpu"
     max_concurrent_trials: int = 1
     given: Source | None = None
+    run_id: str = ""
 
 
 class InfeasibleSettings(ValueError):
@@ -165,8 +167,9 @@ def run_trial(
     with given(trial.given), _trial_output(trial, name) as out:
         run, images = _resolve_trial(trial, changes, out)
         checkpoint = checkpoint_store(out).latest()
-        if checkpoint is not None and differing_keys(
-            settings_from_mapping(checkpoint.settings), run.settings
+        if checkpoint is not None and (
+            checkpoint.run_id not in ("", trial.run_id)  # earlier versions wrote none
+            or differing_keys(settings_from_mapping(checkpoint.settings), run.settings)
         ):
             remove_trial_checkpoints(trial, name)
             checkpoint = None
@@ -214,7 +217,7 @@ def _resolve_trial(
         raise InfeasibleSettings(first_line(error)) from error
     if run.fingerprint != trial.fingerprint:
         raise DataError("the images behind data.source have changed since the search began")
-    return run, (source, splits)
+    return replace(run, search_run_id=trial.run_id), (source, splits)
 
 
 class _ScoringCallback(NullCallback):

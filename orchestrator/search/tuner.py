@@ -23,6 +23,7 @@ from ray.tune.search import Searcher
 
 from bim.orchestrator.config.transforms import settings_to_yaml, with_changes
 from bim.orchestrator.files import make_folder
+from bim.orchestrator.runs.lease import Lease
 from bim.orchestrator.search.controller import SearchCallback, SearchController, SearchSpec
 from bim.orchestrator.search.proposals import proposer
 from bim.orchestrator.search.record import FOLDER, save_result
@@ -46,20 +47,24 @@ UNWIND_TIMEOUT_S = 2.0
 """How long Tune gets to end the trials after a second signal."""
 
 
-def search(spec: SearchSpec, out: Path, callback: SearchCallback, stop: StopRequest) -> SearchResult:
+def search(
+    spec: SearchSpec, out: Path, callback: SearchCallback, stop: StopRequest, lease: Lease | None = None
+) -> SearchResult:
     """Run the search, or continue the one of which `spec.initial` is the record. Ray is connected.
+
+    lease: of the output directory; trials have none of their own, and end with the search where it is lost.
 
     Returns the result; unfinished if `stop` was set meanwhile, so that it can be continued.
 
     Raises:
-        TrainingError: no trial was trained to its end, or the record cannot be written.
+        TrainingError: no trial was trained to its end, the record cannot be written, or the lease is lost.
         PlacementError: the cluster has no room for a trial.
     """
     settings, trial = spec.settings.search, spec.trial
     propose = proposer(
         settings.searcher, spec.space, spec.initial.baseline_values, settings.trials, spec.settings.seed
     )
-    controller = SearchController(spec, propose, out, callback, stop)
+    controller = SearchController(spec, propose, out, callback, stop, lease)
     bundles = [{"CPU": DRIVER_CPUS}, *trial.layout.bundles]
     folder = out / FOLDER
     make_folder(folder)

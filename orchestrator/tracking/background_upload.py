@@ -72,6 +72,11 @@ class BackgroundUploader:
             self._thread.join(min(left, 0.2))
         return not self.is_unavailable
 
+    def abandon(self) -> None:
+        """Send nothing more; an upload that is under way is not waited for."""
+        self._sender.cancel()
+        self._closing.set()
+
     def _run(self) -> None:
         pause, closing = self._interval, False
         while not closing:

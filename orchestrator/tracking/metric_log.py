@@ -57,9 +57,12 @@ class MetricLog:
         self._truncations = 0  # an offset read before a truncation is not valid after it
         self._sent_steps: dict[str, int] = _read_sent_steps(self._sent_steps_path) if same_store else {}
         self._write_failed = False
-        self._truncate(path.read_bytes().rfind(b"\n") + 1)  # a last line that a kill cut short goes
+        with storage_errors(path, "read"):
+            end = path.read_bytes().rfind(b"\n") + 1
+        self._truncate(end)  # a last line that a kill cut short goes
         if not same_store:
-            self._sent_steps_path.unlink(missing_ok=True)
+            with storage_errors(self._sent_steps_path, "removed"):
+                self._sent_steps_path.unlink(missing_ok=True)
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
         """Write one line, whole or not at all. Never raises.
@@ -117,8 +120,8 @@ class MetricLog:
         self._truncate(size)
 
     def history(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) of one metric over the whole run, in order."""
-        with self.path.open("rb") as file:
+        """(step, value) of one metric over the whole run, in order. Raises StorageError."""
+        with storage_errors(self.path, "read"), self.path.open("rb") as file:
             rows = (_parse(line) for line in file)
             values = {row["step"]: float(row[name]) for row in rows if row is not None and name in row}
         return sorted(values.items())
@@ -185,7 +188,7 @@ class MetricLog:
         ]
 
     def _truncate(self, size: int) -> None:
-        with self._lock:
+        with self._lock, storage_errors(self.path):
             if size < self.path.stat().st_size:
                 with self.path.open("r+b") as file:
                     file.truncate(size)

@@ -65,7 +65,15 @@ def read_run_record(out: Path) -> RunRecord | None:
         )
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise TrackingError(
             f"{path}, which names the MLflow run of this directory, cannot be read ({type(error).__name__}: {error}); "
             "remove it to continue as a new MLflow run with all metrics"

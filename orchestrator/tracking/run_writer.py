@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag
@@ -28,6 +28,8 @@ RESUME_KEYS = {"resume", "from_scratch", "search.resume"}
 """Settings that every resumed run changes."""
 
 log = logging.getLogger(__name__)
+
+Parsed = TypeVar("Parsed")
 
 
 class UnknownUpload(ValueError):
@@ -118,10 +120,10 @@ class RunWriter:
 
     def depth(self, record: dict[str, Any], model_name: str, dataset: dict[str, str] | None) -> None:
         data = None if dataset is None else Dataset(**dataset)
-        self._depths.send(DepthRecord.from_plain(record, self._out), model_name, data)
+        self._depths.send(_parsed(DepthRecord.from_plain, record, self._out), model_name, data)
 
     def trial(self, row: dict[str, Any], metric: str, cut_off: bool = False) -> None:
-        self._trials.send(row_from_record(row), metric, cut_off)
+        self._trials.send(_parsed(row_from_record, row), metric, cut_off)
 
     def reopen(self) -> None:
         """Show the run as running; it was resumed while the store was away."""
@@ -148,6 +150,14 @@ class RunWriter:
     def _children(self, status: str) -> Sequence[Run]:
         query = f"tags.mlflow.parentRunId = '{self._run.run_id}' and attributes.status = '{status}'"
         return list(self._client.search_runs([self._run.experiment_id], query))
+
+
+def _parsed(parse: Callable[..., Parsed], *arguments: object) -> Parsed:
+    """`parse(*arguments)`. Raises UnknownUpload for values of another form, which no repetition would make right."""
+    try:
+        return parse(*arguments)
+    except (ValueError, AttributeError, LookupError, TypeError, OverflowError) as error:
+        raise UnknownUpload(str(error)) from error
 
 
 def dataset_of(name: str, digest: str, uri: str, profile: Mapping[str, object]) -> dict[str, str]:

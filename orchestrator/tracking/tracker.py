@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal, Self
 import mlflow
 
 from bim.orchestrator.files import atomic_write, make_folder
+from bim.orchestrator.runs.lease import LeaseLostError
 from bim.orchestrator.runs.provenance import Provenance
 from bim.orchestrator.text import short_path
 from bim.orchestrator.tracking.background_upload import BackgroundUploader
@@ -286,6 +287,12 @@ class Tracker:
         self._resources.close()
         return complete
 
+    def abandon(self) -> None:
+        """Leave the run to the process that took its output directory over: nothing more is recorded or sent."""
+        self._is_ending = self._is_finished = True
+        self._uploader.abandon()
+        self._resources.close()
+
     def end_at_once(self) -> None:
         """Mark the run as KILLED and send nothing more: for an exit that cannot wait."""
         if not self._is_ending:
@@ -299,7 +306,10 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        if isinstance(error, LeaseLostError):
+            if not self._is_finished:
+                self.abandon()
+        elif kind is None:
             self.finish("FINISHED")
         else:
             self.finish("FAILED" if issubclass(kind, Exception) else "KILLED")

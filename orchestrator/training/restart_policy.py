@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import errno
+from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
 
 from bim.orchestrator.data.errors import DataError, DataWorkerError
-from bim.orchestrator.files import StorageError
+from bim.orchestrator.files import StorageError, os_error_text
 from bim.orchestrator.training.errors import DeviceMemoryError, StageFailure, TrainingError
 
 FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors of a disk that the same write meets again."""
+
+
+_Kind = Literal["loss", "error"]
+"""What a restart is counted as: a process that was lost, or an error that the code of a living one raised."""
 
 
 class Verdict(Enum):
@@ -28,10 +34,11 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class RestartPolicy:
-    """Rewind at most `max_restarts` times without progress.
+    """Rewind at most `max_restarts` times without progress after lost processes, and as often after errors of their code.
 
     Progress is a committed checkpoint beyond the step that failed. Before the first restart nothing is waited for,
-    then `backoff_s` seconds, and each time twice as long, at most `max_backoff_s`.
+    then `backoff_s` seconds, and each time twice as long, at most `max_backoff_s`. An error of code costs no restart of a
+    lost process: a run on machines that are taken away would end by it.
     """
 
     max_restarts: int
@@ -46,15 +53,20 @@ class RestartBudget:
         self._policy = policy
         self.total = 0
         """Restarts of the whole run."""
-        self.used = 0
-        """Restarts since the last progress."""
+        self._without_progress = Counter[_Kind]()
+        self._kind: _Kind = "loss"
         self._failed_step = -1
         self._last_error: tuple[int, str, str] | None = None
 
     def commit(self, step: int) -> None:
         """A checkpoint after `step` updates is committed."""
         if step > self._failed_step:
-            self.used = 0
+            self._without_progress.clear()
+
+    @property
+    def used(self) -> int:
+        """Restarts since the last progress that count as the last failure does."""
+        return self._without_progress[self._kind]
 
     def judge(self, failure: StageFailure, at_step: int) -> Verdict:
         """Decide about a failure; on `RESTART` one is counted.
@@ -68,20 +80,22 @@ class RestartBudget:
         is_repeatable = failure.raised_by_code and not isinstance(failure.cause, DataWorkerError)
         if is_repeatable and error == self._last_error:
             return Verdict.REPEATED
+        self._kind = "error" if is_repeatable else "loss"
         if self.used >= self._policy.max_restarts:
             return Verdict.EXHAUSTED
         self._last_error = error if is_repeatable else None
         self._failed_step = max(self._failed_step, at_step)
-        self.used += 1
+        self._without_progress[self._kind] += 1
         self.total += 1
         return Verdict.RESTART
 
     @property
     def delay_s(self) -> float:
         """Seconds to wait before the restart that was counted last."""
-        if self.used < 2:
+        restarts = self._without_progress.total()
+        if restarts < 2:
             return 0.0
-        return min(self._policy.max_backoff_s, self._policy.backoff_s * 2.0 ** (self.used - 2))
+        return min(self._policy.max_backoff_s, self._policy.backoff_s * 2.0 ** min(restarts - 2, 60))
 
 
 def is_incurable(error: BaseException) -> bool:
@@ -118,9 +132,7 @@ def final_error(failure: StageFailure, verdict: Verdict, used: int, last_checkpo
 
 def disk_sentence(error: BaseException, last_checkpoint: str) -> str:
     """The end of a run by a disk or a storage that refuses, for the user."""
-    reason = str(error)
-    if isinstance(error, OSError) and not isinstance(error, StorageError):
-        reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or reason
+    reason = os_error_text(error) if isinstance(error, OSError) else str(error)
     return (
         f"{reason}; make room or repair it, then continue with --resume; last checkpoint: {last_checkpoint}"
     )

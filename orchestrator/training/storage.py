@@ -65,7 +65,7 @@ def check_storage(url: str) -> None:
 
 def write_probe(location: Location) -> Location:
     """Write an empty file of a random name. Returns its location, for `exists` on other nodes and `remove_probe`."""
-    probe = below(location, f".shared-storage-probe-{secrets.token_hex(4)}")
+    probe = below(location, f".shared-storage-probe-{secrets.token_hex(4)}.tmp")
     if is_url(probe):
         objects, name = _object(str(probe))
         objects.write(name, b"")
@@ -84,12 +84,13 @@ def exists(location: Location) -> bool:
 
 
 def remove_probe(probe: Location) -> None:
-    """Remove what `write_probe` wrote."""
+    """Remove what `write_probe` wrote. Raises StorageError."""
     if is_url(probe):
         objects, name = _object(str(probe))
         objects.remove([name])
     else:
-        Path(probe).unlink()
+        with storage_errors(Path(probe), "removed"):
+            Path(probe).unlink()
 
 
 def remove_below(url: str) -> None:

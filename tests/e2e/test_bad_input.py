@@ -204,6 +204,7 @@ def test_a_resumed_run_refuses_other_images(here: Path, unbroken: Finished) -> N
     assert tree(unbroken.out) == before
 
 
+@pytest.mark.slow
 def test_more_gpus_than_the_cluster_has_is_told_before_any_actor_starts(tmp_path: Path) -> None:
     done = shell(["--placement.gpus_per_stage", "1", "--placement.stages", "64", "--blocks", "64",
                   "--backbone.model_args.depth", "64", "--out", "runs/a"], tmp_path)  # fmt: skip

@@ -75,6 +75,7 @@ def default_store(run: Finished) -> str:
     return f"sqlite:///{run.out.parents[1]}/mlflow.db"
 
 
+@pytest.mark.slow
 def test_the_default_command_says_what_it_does_and_nothing_else(default_run: Finished) -> None:
     lines = default_run.stdout.splitlines()
     assert default_run.stderr == ""
@@ -87,6 +88,7 @@ def test_the_default_command_says_what_it_does_and_nothing_else(default_run: Fin
     assert max(len(line) for line in lines if "http" not in line) <= 100
 
 
+@pytest.mark.slow
 def test_the_default_command_ends_with_a_table_and_where_everything_is(default_run: Finished) -> None:
     text = default_run.stdout
     header = next(line for line in text.splitlines() if line.strip().startswith("depth"))
@@ -101,6 +103,7 @@ def test_the_default_command_ends_with_a_table_and_where_everything_is(default_r
     assert (default_run.out / "summary.txt").read_text().strip() in text
 
 
+@pytest.mark.slow
 def test_the_four_exported_folders_are_the_trained_blocks_and_open_in_timm(default_run: Finished) -> None:
     trained = [
         safetensors.torch.load_file(file)
@@ -118,6 +121,7 @@ def test_the_four_exported_folders_are_the_trained_blocks_and_open_in_timm(defau
         assert {file.name for file in folder.iterdir()} == {"model.safetensors", "config.json", "README.md"}
 
 
+@pytest.mark.slow
 def test_the_output_directory_holds_settings_summary_decoders_and_pictures(default_run: Finished) -> None:
     rows = json.loads((default_run.out / "summary.json").read_text())
     assert [(row["weights"], row["depth"]) for row in rows] == [
@@ -134,6 +138,7 @@ def test_the_output_directory_holds_settings_summary_decoders_and_pictures(defau
     assert "epochs: 2\n" in (default_run.out / "settings.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_mlflow_has_a_parent_run_a_child_and_a_registered_version_per_depth(default_run: Finished) -> None:
     store = default_store(default_run)
     parent = parent_run(store, default_run.out)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +100,10 @@ def test_a_full_disk_is_a_sentence_with_the_checkpoint_that_stays(
     done = main_job(tmp_path / "run", unlabeled, store, **SHORT)
     told = sentence(done, 1)
     assert re.search(rf"run/.*{name} cannot be written \(No space left on device\); ", told)
+    if name in ("run.json", "settings.yaml"):
+        assert told.endswith("; the run has not begun")
+        assert not done.out.exists()
+        return
     stays = re.search(r"last checkpoint: (?:step (\d+)|none)$", told)
     assert stays is not None
     checkpoints = {
@@ -106,11 +114,8 @@ def test_a_full_disk_is_a_sentence_with_the_checkpoint_that_stays(
     }
     assert stays[1] == checkpoints.get(name)
     assert "rewinding" not in done.stdout
-    if name in ("run.json", "settings.yaml"):
-        assert not done.out.exists()
-    else:
-        assert not (done.out / LEASE).exists()
-        assert not list(done.out.rglob(".*.tmp"))
+    assert not (done.out / LEASE).exists()
+    assert not list(done.out.rglob(".*.tmp"))
 
 
 @pytest.mark.slow
@@ -123,3 +128,65 @@ def test_a_run_is_resumed_without_the_weights_that_it_began_with(
     shutil.rmtree(weights)
     again = call(["--out", str(done.out), "--resume"])
     assert again.status == 0, again.stderr
+
+
+@contextmanager
+def refused_below(out: Path, number: int, refuse: Callable[[str], None]) -> Iterator[Callable[[], int]]:
+    """From the `number`-th operation on, `refuse` meets everything that makes or fills a file below `out`.
+
+    Gives the number of operations so far.
+    """
+    count = 0
+
+    def guarded(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def call(target: Any, *arguments: Any, **options: Any) -> Any:
+            nonlocal count
+            path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else os.fsdecode(target)
+            if path.startswith(str(out)):
+                count += 1
+                if count > number:
+                    refuse(path)
+            return operation(target, *arguments, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("mkdir", "fsync", "replace", "rename"):
+            patch.setattr(os, name, guarded(getattr(os, name)))
+        yield lambda: count
+
+
+def no_space(path: str) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(sys.platform != "linux", reason="the path of an open file is read from /proc")
+@pytest.mark.parametrize("cause", ["full", "renamed"])
+def test_a_file_system_that_refuses_at_any_moment_of_the_command_is_a_sentence(
+    tmp_path: Path, unlabeled: Path, store: str, cause: str
+) -> None:
+    out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    settings = SHORT | {"data__batch_size": "16"}
+    rename = os.rename
+
+    def renamed(path: str) -> None:
+        if out.exists() and not elsewhere.exists():
+            rename(out, elsewhere)
+
+    with refused_below(out, 10**9, no_space) as operations:
+        assert main_job(out, unlabeled, store, **settings).status == 0
+        total = operations()
+    for number in range(1, total, 5):
+        for folder in (out, elsewhere):
+            shutil.rmtree(folder, ignore_errors=True)
+        with refused_below(out, number, no_space if cause == "full" else renamed):
+            done = main_job(out, unlabeled, store, **settings)
+        if done.status == 0:  # what came after that moment is worth no run: uploads, the log
+            assert (elsewhere if cause == "renamed" else out).joinpath("summary.txt").exists(), number
+            continue
+        (line,) = done.stderr.splitlines()
+        assert done.status == 1 or not out.exists(), (number, line)  # 2: the directory cannot be used
+        assert line.startswith("error: "), number
+        assert "Traceback" not in done.stdout
+        assert not list(out.rglob(".*.tmp"))

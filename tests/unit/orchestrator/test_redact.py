@@ -21,6 +21,7 @@ from bim.orchestrator.text import is_redacted, printable, redact
         ("redis://:hunter2@cache", "hunter2"),
         ("s3://AKIA:hunter2@bucket/x", "hunter2"),
         ("https://bucket/x?region=eu&X-Amz-Signature=hunter2&a=1", "hunter2"),
+        ("https://host/callback#access_token=hunter2", "hunter2"),
         ("az://box/x?sv=1&sig=hunter2", "hunter2"),
         ("no route to 'http://ada:hunter2@h' (asked http://b:hunter2@c)", "hunter2"),
         ("--tracking.uri=postgresql://ada:hunter2@db/ml", "hunter2"),

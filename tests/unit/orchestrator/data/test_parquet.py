@@ -371,3 +371,38 @@ def test_fingerprint_follows_the_data_and_not_the_place(shard: Make):
     ]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (pa.array([2**64 - 1, 1], pa.uint64()), "numbers of more than 63 bits"),
+        (pa.array([b"\xff", b"cat"], pa.binary()).view(pa.string()), "text that is not UTF-8"),
+        (pa.array([float("inf"), 1.0]), "numbers that are not whole"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_values_that_cannot_be_classes_are_told_and_refused_where_the_column_is_requested(
+    tmp_path: Path, values: pa.Array, told: str
+) -> None:
+    file = write(tmp_path / "a.parquet", label=values)
+    source = ParquetSource(file, [file])
+    assert source.labels is None
+    (note,) = source.notes
+    assert note == f"column 'label' of a.parquet holds {told}, so the images have no labels"
+    with pytest.raises(DataError, match=f"holds {told}; set data.label_column"):
+        ParquetSource(file, [file], label_column="label")
+
+
+def test_a_label_column_that_is_damaged_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    table = pa.table({"image": [b"x"] * 50, "label": list(range(50))})
+    pq.write_table(table, file, compression="none", use_dictionary=False)
+    start = pq.ParquetFile(file).metadata.row_group(0).column(1).data_page_offset
+    content = bytearray(file.read_bytes())
+    content[start : start + 25] = b"\xff" * 25
+    file.write_bytes(content)
+    with pytest.raises(
+        DataError, match=r"column 'label' of .*a\.parquet cannot be read: .*; copy it again or remove it"
+    ):
+        ParquetSource(file, [file])

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
 from bim.orchestrator.distributed import cluster
 from bim.orchestrator.distributed.placement import StageLayout
+from bim.orchestrator.training.errors import TrainingError
 
 
 class Ray:
@@ -60,3 +62,24 @@ def test_a_measurement_runs_in_this_process_only_where_the_stages_can_run_too(
     assert len(ray.options) == is_remote
     # A head that gives Ray no CPUs is no place for a task that requests some.
     assert all(options["num_cpus"] == 0.5 for options in ray.options)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            OutOfMemoryError("Task was killed due to the node running low on memory."),
+            "memory of the node was nearly full",
+        ),
+        (WorkerCrashedError(), "a process that measures died: "),
+    ],
+)
+def test_a_measurement_whose_process_dies_ends_in_a_sentence_with_the_cause(
+    error: Exception, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = Ray(2)
+    monkeypatch.setattr(ray, "get", lambda ref: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(cluster, "ray", ray)
+    with pytest.raises(TrainingError, match=told) as caught:
+        cluster.result_of(object())
+    assert len(str(caught.value).splitlines()) == 1

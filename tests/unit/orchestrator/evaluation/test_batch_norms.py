@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from bim.orchestrator.data.digits import DigitsSource
+from bim.orchestrator.data.errors import DataError, ImageDecodeError, TooManyCorruptImagesError
 from bim.orchestrator.data.loader import eval_images
 from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.evaluation.batch_norms import gather_statistics
@@ -40,3 +42,23 @@ def test_a_model_without_batch_norms_is_left_alone() -> None:
             raise AssertionError("it has nothing to gather")
 
     gather(Refusing(), np.arange(10))
+
+
+def test_unreadable_images_are_counted_named_and_limited() -> None:
+    class Damaged(DigitsSource):
+        def load(self, index: int) -> torch.Tensor:
+            if index % 10 == 0:
+                raise ImageDecodeError(self.sample_id(index), "made so")
+            return super().load(index)
+
+    def measure(images: np.ndarray, **options: float) -> dict[str, str]:
+        model, config = nn.Sequential(nn.BatchNorm2d(3)), EvalConfig(**{"max_bad_fraction": 1.0} | options)
+        splits = Splits(images, images[:0], images[:0])
+        inputs = EvalInputs(Damaged(), splits, (8, 8), MEAN, STD, torch.device("cpu"), config)
+        return gather_statistics({1: model}, inputs)
+
+    assert measure(np.arange(30)) == dict.fromkeys(("digit 0", "digit 10", "digit 20"), "made so")
+    with pytest.raises(TooManyCorruptImagesError, match="2 of 30 images could not be read"):
+        measure(np.arange(30), max_bad_fraction=0.01)
+    with pytest.raises(DataError, match="no training image of digits could be read"):
+        measure(np.arange(0, 30, 10))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +24,10 @@ from bim.models.backbones import Backbone, open_backbone, random_variant
 from bim.models.tokens import normalize_images
 from bim.orchestrator.data.crops import center_crop_resize
 from bim.orchestrator.evaluation.model_cost import gflops
+from bim.orchestrator.export import timm_folder
 from bim.orchestrator.export.model_card import CardFacts
 from bim.orchestrator.export.timm_folder import export_decoder, export_variant, folder_name
+from bim.orchestrator.files import StorageError, remove_temporary_files
 
 ARGS: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "depth": 4}
 CARD = CardFacts(run="demo", seed=0)
@@ -285,3 +288,26 @@ def test_a_decoder_is_a_file_of_its_own(tmp_path: Path) -> None:
     export_decoder({"mask_token": torch.zeros(1)}, path)
     assert set(load_file(path)) == {"mask_token"}
     assert [file.name for file in path.parent.iterdir()] == ["block-0.safetensors"]
+
+
+def test_what_a_killed_export_leaves_is_removed_by_the_next_start(
+    backbone: Backbone, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copy(backbone: Backbone, depth: int, folder: Path, *rest: object) -> None:
+        shutil.copytree(tmp_path / "variants", tmp_path / "killed" / "variants")
+
+    monkeypatch.setattr(timm_folder, "_check_reopened", copy)
+    export_variant(backbone, 2, model, tmp_path / "variants" / folder_name(2), CARD)
+    assert list((tmp_path / "killed").rglob("model.safetensors"))
+    remove_temporary_files(tmp_path / "killed")
+    assert list((tmp_path / "killed" / "variants").iterdir()) == []
+
+
+def test_an_output_directory_that_is_gone_is_not_made_again(
+    backbone: Backbone, model: nn.Module, tmp_path: Path
+) -> None:
+    with pytest.raises(StorageError, match="was its folder renamed, removed or unmounted"):
+        export_variant(backbone, 2, model, tmp_path / "gone" / "variants" / folder_name(2), CARD)
+    with pytest.raises(StorageError, match="was its folder renamed, removed or unmounted"):
+        export_decoder({"a": torch.zeros(2)}, tmp_path / "gone" / "decoders" / "block-0.safetensors")
+    assert list(tmp_path.iterdir()) == []

@@ -21,6 +21,7 @@ from bim.orchestrator.jobs.comparison import measure_pending_latencies
 from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, evaluation_task
 from bim.orchestrator.jobs.prepare import prepare
 from bim.orchestrator.jobs.records import record_progress
+from bim.orchestrator.runs.lease import LeaseLostError
 from bim.orchestrator.runs.provenance import collect
 from bim.orchestrator.training.errors import TrainingError
 
@@ -54,6 +55,9 @@ class Recorder:
 
     def finish(self, status: str) -> None:
         self.status = status
+
+    def abandon(self) -> None:
+        self.status = "ABANDONED"
 
     def history(self, name: str) -> list[tuple[int, float]]:
         return []
@@ -258,3 +262,22 @@ def test_a_traceback_belongs_to_the_last_failure(tmp_path: Path) -> None:
     record_failure(backbone, TrainingError("the loss is not finite"))
     assert backbone.failed == "the loss is not finite"
     assert not (backbone.out / "failure.txt").exists()
+
+
+class LostLease:
+    def check(self) -> None:
+        raise LeaseLostError("the output directory was taken over by process 7")
+
+
+def test_a_backbone_whose_directory_another_process_took_over_records_nothing_and_leaves_mlflow_to_it(
+    tmp_path: Path,
+) -> None:
+    backbone = evaluated(tmp_path / "out", pending=False)
+    backbone.lease = LostLease()  # type: ignore[assignment]
+    before = sorted(backbone.out.rglob("*"))
+    record_progress(backbone)
+    record_progress(backbone)
+    assert backbone.failed == "the output directory was taken over by process 7"
+    assert sorted(backbone.out.rglob("*")) == before
+    tracker: Any = backbone.tracker
+    assert (tracker.status, tracker.tags, tracker.depths) == ("ABANDONED", {}, [])

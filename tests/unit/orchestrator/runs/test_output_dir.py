@@ -17,8 +17,15 @@ from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.config.schema import Settings
 from bim.orchestrator.config.transforms import settings_to_mapping, settings_to_yaml, with_changes
 from bim.orchestrator.files import StorageError, atomic_write
-from bim.orchestrator.runs.lease import LEASE
-from bim.orchestrator.runs.output_dir import Claim, check_output, claim, open_store, resumed_record
+from bim.orchestrator.runs.lease import LEASE, acquire
+from bim.orchestrator.runs.output_dir import (
+    Claim,
+    check_output,
+    claim,
+    open_store,
+    remove_unfinished_files,
+    resumed_record,
+)
 from bim.orchestrator.runs.run_record import RUN_RECORD, OutputError, RunRecord, read_record, write_record
 from bim.orchestrator.training.checkpoint import CheckpointStore, save_block
 from bim.orchestrator.training.manifest import MANIFEST, Manifest
@@ -313,3 +320,36 @@ def test_a_directory_in_the_place_of_the_lease_is_told(tmp_path: Path) -> None:
     (tmp_path / LEASE).mkdir()
     with pytest.raises(OutputError, match="cannot be made or written to"), claim(tmp_path, recipe()):
         pass
+
+
+def test_unfinished_files_of_another_process_that_took_the_directory_over_stay(tmp_path: Path) -> None:
+    (tmp_path / ".settings.yaml.7.tmp").touch()
+    with acquire(tmp_path, "run") as lease:
+        content = json.loads((tmp_path / LEASE).read_text())
+        (tmp_path / LEASE).write_text(json.dumps(content | {"token": "of another", "pid": 2**31 - 1}))
+        remove_unfinished_files(tmp_path, [lease])
+        assert (tmp_path / ".settings.yaml.7.tmp").exists()
+    with acquire(tmp_path, "run") as lease:
+        remove_unfinished_files(tmp_path, [lease])
+    assert not (tmp_path / ".settings.yaml.7.tmp").exists()
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"a: [", b"3", b"[" * 5000], ids=repr)
+def test_saved_settings_that_are_no_recipe_are_told(tmp_path: Path, content: bytes) -> None:
+    run_in(tmp_path, replace(RECORD, has_checkpoint=False))
+    (tmp_path / "settings.yaml").write_bytes(content)
+    with pytest.raises(OutputError, match=r"settings\.yaml .*; put the settings of the run back"):
+        check_output(tmp_path, resumed(tmp_path), "images")
+
+
+def test_a_manifest_whose_settings_are_nested_without_end_is_told(tmp_path: Path) -> None:
+    run_in(tmp_path)
+    committed(tmp_path, 5)
+    (manifest,) = tmp_path.rglob(MANIFEST)
+    nested = "[" * 900 + "]" * 900
+    content = json.dumps(json.loads(manifest.read_text()) | {"settings": {"name": "HERE"}})
+    manifest.write_text(content.replace('"HERE"', nested))
+    with pytest.raises(
+        OutputError, match="settings that this version does not know: settings are nested too deeply"
+    ):
+        check_output(tmp_path, resumed(tmp_path), "images")

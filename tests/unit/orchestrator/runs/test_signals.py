@@ -116,6 +116,13 @@ def test_sigusr1_asks_for_a_checkpoint_and_ends_nothing() -> None:
     assert (stop.reason, stop.saves_requested) == (None, 2)
 
 
+def test_what_sigusr1_does_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with stop_on_signals(StopRequest(), on_save="trials save by themselves"):
+        send(signal.SIGUSR1)
+    assert caplog.messages == ["SIGUSR1: trials save by themselves"]
+
+
 def test_exit_statuses() -> None:
     assert [exit_status(number.name) for number in ENDING] == [130, 143, 129, 131]
     assert exit_status("SIGUSR2") == 75

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import pickle
 import shlex
@@ -256,3 +257,26 @@ def test_one_damaged_checkpoint_beside_a_valid_one_is_set_aside(
     assert trained(run).step == run.total_steps
     (aside,) = run.out.glob("checkpoints.unreadable-*")
     assert (aside / newest.name / "block-1.safetensors").read_text() == "torn"
+
+
+def test_what_the_code_of_a_stage_raises_ends_in_a_sentence_and_its_traceback_in_the_log(
+    tmp_path: Path, resolved: ResolvedRun, stages: FileStages, caplog: pytest.LogCaptureFixture
+) -> None:
+    def submit(request: StepRequest) -> StageFailure:
+        error, details = KeyError("mine"), "Traceback: in my_target"
+        return StageFailure(
+            "stage 1 (block 1)", "at step 3", error, process_lost=False, step=3, details=details
+        )
+
+    stages.submit = submit  # type: ignore[method-assign]
+    caplog.set_level(logging.DEBUG)
+    run = in_folder(resolved, tmp_path / "out")
+    with pytest.raises(TrainingError) as caught:
+        trained(run)
+    told = str(caught.value)
+    assert told.startswith(
+        "stage 1 (block 1) failed at step 3 (KeyError: 'mine'), and a restart did not help; "
+    )
+    assert "events.log has its traceback, and --verbose shows it; the last checkpoint stays" in told
+    assert "in my_target" not in told
+    assert caplog.text.count("Traceback: in my_target") == 2

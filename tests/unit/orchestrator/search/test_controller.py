@@ -14,6 +14,7 @@ from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.config.transforms import with_changes
 from bim.orchestrator.distributed.placement import PlacementError, StageLayout
 from bim.orchestrator.evaluation.records import EvalConfig
+from bim.orchestrator.runs.lease import LeaseLostError
 from bim.orchestrator.search import controller as controller_module
 from bim.orchestrator.search.controller import SearchController, SearchSpec, grace_period
 from bim.orchestrator.search.record import load_result
@@ -52,6 +53,7 @@ class Scene:
     trials: int = 3
     callback: Recorder = field(default_factory=Recorder)
     stop: StopRequest = field(default_factory=StopRequest)
+    lease: Any = None
 
     def start(self) -> SearchController:
         """The controller of a process that starts the search, or continues it from its record."""
@@ -66,7 +68,7 @@ class Scene:
             number = len(result.rows)
             return {"mask.ratio": 0.75 - number / 10} if number < self.trials else None
 
-        return SearchController(spec, propose, self.out, self.callback, self.stop)
+        return SearchController(spec, propose, self.out, self.callback, self.stop, self.lease)
 
 
 @pytest.fixture
@@ -284,3 +286,29 @@ def test_where_nothing_is_said_a_trial_has_half_of_its_epochs_and_its_warm_up(
         grace_period(with_changes(load_settings([]), {**changes, "search.every_epochs": 1}), epochs)
         == soonest
     )
+
+
+def test_a_search_whose_directory_another_process_took_over_ends_and_writes_nothing_more(
+    scene: Scene,
+) -> None:
+    class LostLease:
+        lost = False
+
+        def raise_if_lost(self) -> None:
+            if self.lost:
+                raise LeaseLostError("taken over by process 7")
+
+    scene.lease = LostLease()
+    controller = scene.start()
+    number = begun(controller)
+    checkpoint = scene.out / "search" / "trials" / str(number) / "checkpoints"
+    checkpoint.mkdir(parents=True)
+    before = load_result(scene.out)
+    scene.lease.lost = True
+    controller.on_report(number, scored(4))
+    controller.on_complete(number)
+    assert controller.should_stop()
+    assert load_result(scene.out) == before
+    assert checkpoint.exists()
+    with pytest.raises(LeaseLostError, match="taken over by process 7"):
+        controller.finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ ROW = {
         {"rows": None}, {"rows": [None]}, {"rows": [{}]}, {"metric": "loss"}, {"epochs": None}, {"version": None},
         {"rows": [ROW | {"number": 1}]}, {"rows": [ROW | {"status": "dancing"}]}, {"rows": [ROW | {"changes": {}}]},
         {"rows": [ROW | {"curve": [1]}]}, {"rows": [ROW], "finished": True}, {"fingerprint": None, "rows": 3},
-        {"baseline_values": 3}, {"rows": [ROW | {"changes": {"data.source": "/", "out": "/"}}]},
+        {"baseline_values": 3}, {"images": math.inf}, {"rows": [ROW | {"number": math.inf}]},
+        {"rows": [ROW | {"changes": {"data.source": "/", "out": "/"}}]},
     ],
     ids=str,
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from bim.orchestrator.search.trial import (
     trial_placement,
     trial_settings,
 )
+from bim.orchestrator.training.checkpoint import CheckpointStore
 
 TINY = """--backbone.model_args {img_size:\\ 16,patch_size:\\ 4,embed_dim:\\ 32,depth:\\ 4,num_heads:\\ 2} --decoder.dim 32
 --decoder.num_heads 1 --data.workers 0 --data.batch_size 64 --data.val_fraction 0.1
@@ -150,6 +152,21 @@ def test_a_folder_of_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
     heard = Recorder()
     run_trial(plan(tmp_path), {"mask.ratio": 0.6}, "a", scorer, heard)
     assert [report["epoch"] for report in heard.reports] == [1, 2, 3, 4, 5]
+
+
+def test_checkpoints_of_a_trial_have_the_id_of_its_run_and_those_of_another_are_not_gone_on_with(
+    tmp_path: Path,
+) -> None:
+    made = replace(plan(tmp_path), run_id="0123456789abcdef")
+    with pytest.raises(KeyboardInterrupt):
+        run_trial(made, {"mask.ratio": 0.5}, "a", scorer, Recorder(stop_at=2))
+    latest = CheckpointStore(tmp_path / "a").latest()
+    assert latest is not None
+    assert latest.run_id == "0123456789abcdef"
+    heard = Recorder(stop_at=1)
+    with pytest.raises(KeyboardInterrupt):
+        run_trial(replace(made, run_id="another"), {"mask.ratio": 0.5}, "a", scorer, heard)
+    assert [report["epoch"] for report in heard.reports] == [1]
 
 
 def test_a_combination_that_the_settings_refuse_is_infeasible_and_no_failure(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from bim.orchestrator.files import StorageError
 from bim.orchestrator.tracking.metric_log import BATCH, MetricLog
 from bim.orchestrator.tracking.records import MetricPoint
 
@@ -240,3 +241,18 @@ def test_files_of_any_content_are_passed_over(tmp_path: Path, content: bytes) ->
     assert metrics.deliver(lambda points: None) == 1
     metrics.rewind(4)
     assert metrics.history("a") == []
+
+
+def test_a_directory_in_the_place_of_the_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(StorageError, match=r"metrics.jsonl cannot be read \(Is a directory\)"):
+        MetricLog(tmp_path / "metrics.jsonl")
+
+
+def test_a_history_whose_directory_is_gone_is_told(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    metrics = MetricLog(tmp_path / "run" / "metrics.jsonl")
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    for read in (lambda: metrics.history("a"), lambda: metrics.rewind(0)):
+        with pytest.raises(StorageError, match="was its folder renamed, removed or unmounted"):
+            read()

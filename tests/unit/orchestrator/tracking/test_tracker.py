@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from mlflow.exceptions import MlflowException
 
-from bim.orchestrator.runs.lease import acquire
+from bim.orchestrator.runs.lease import LeaseLostError, acquire
 from bim.orchestrator.search.results import TrialRow, TrialScore
 from bim.orchestrator.tracking import open_run as open_run_module
 from bim.orchestrator.tracking.store import StoreAddress, TrackingError
@@ -238,7 +238,11 @@ def test_a_run_that_cannot_write_its_record_does_not_go_on_running_in_the_store(
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "null", "[]", '{"run_id": 3}', '{"run_id": "", "uri": ""}', b"\xff", None]
+    "content",
+    [
+        *["", "{", "null", "[]", '{"run_id": 3}', '{"run_id": "", "uri": ""}', b"\xff", None],
+        '{"run_id": "a", "experiment_id": "1", "uri": "b", "start_time": Infinity}',
+    ],
 )
 def test_a_record_of_any_content_is_a_sentence(tmp_path: Path, content: str | bytes | None) -> None:
     path = tmp_path / "tracking.json"
@@ -326,3 +330,35 @@ def test_the_state_of_a_trial_that_ended_is_the_status_of_its_run(tmp_path: Path
     assert [store.child(trial=str(number)).info.status for number in range(4)] == [
         "FINISHED", "KILLED", "KILLED", "FAILED",
     ]  # fmt: skip
+
+
+def test_a_run_that_another_process_has_taken_over_is_left_to_it(tmp_path: Path, store: FakeStore) -> None:
+    tracker = opened(tmp_path / "out", interval=60)
+    tracker.log_metrics(1, {"loss": 0.5})
+    at_the_loss = len(store.requests)
+    tracker.__exit__(LeaseLostError, LeaseLostError("taken over"), None)
+    tracker._uploader._thread.join(5)
+    assert len(store.requests) == at_the_loss
+    assert store.runs["run0"].info.status == "RUNNING"
+    assert not (tmp_path / "out" / "uploads").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "record"),
+    [
+        ("trial", {"row": {"status": "dancing"}, "metric": "rankme"}),
+        ("trial", {"row": None, "metric": "rankme"}),
+        ("depth", {"record": {"folder": "x", "pictures": 3}, "model_name": "m", "dataset": None}),
+        ("depth", {"record": [], "model_name": "m", "dataset": None}),
+    ],
+)
+def test_an_upload_of_another_form_is_dropped_and_keeps_no_other_waiting(
+    tmp_path: Path, store: FakeStore, kind: str, record: dict[str, object]
+) -> None:
+    with opened(tmp_path / "out", interval=60) as tracker:
+        for number in range(3):
+            tracker._queue.put(f"damaged {number}", kind, record)
+        tracker.log_metrics(1, {"loss": 0.5})
+        tracker.set_tags({"b": 2})
+        assert tracker.finish()
+    assert store.runs["run0"].data.tags["b"] == "2"

@@ -79,3 +79,23 @@ def test_a_data_worker_that_dies_again_counts_as_a_lost_process() -> None:
     failure = raised(DataWorkerError("data worker 1 of 2 was killed by SIGKILL"), "the data loader")
     verdicts = [budget.judge(failure, 5) for _ in range(3)]
     assert verdicts == [Verdict.RESTART, Verdict.RESTART, Verdict.EXHAUSTED]
+
+
+def test_an_error_of_a_living_process_costs_no_restart_of_a_lost_one() -> None:
+    budget = RestartBudget(RestartPolicy(2, backoff_s=2.0))
+    verdicts = [
+        budget.judge(failure, 5)
+        for failure in (lost(), raised(KeyError("a")), lost(), raised(ValueError("b")))
+    ]
+    assert verdicts == [Verdict.RESTART] * 4
+    assert (budget.used, budget.total) == (2, 4)
+    assert budget.delay_s == 8.0  # the pause grows with both
+    assert budget.judge(lost(), 5) is Verdict.EXHAUSTED
+    assert budget.judge(raised(TypeError("c")), 5) is Verdict.EXHAUSTED  # errors without end are bounded too
+
+
+def test_the_pause_after_any_number_of_restarts_is_bounded() -> None:
+    budget = RestartBudget(RestartPolicy(10_000, max_backoff_s=60.0))
+    for _ in range(5_000):
+        budget.judge(lost(), 5)
+    assert budget.delay_s == 60.0
