@@ -16,18 +16,18 @@ from bim.orchestrator.data.source import SOURCES
 
 
 class Stripes(Dataset[Any]):
-    """Stripes of four widths on noise."""
+    """Stripes of four widths on noise, without labels."""
 
     def __init__(self, count: str) -> None:
-        self.targets = [index % 4 for index in range(int(count))]
+        self.count = int(count)
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return self.count
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+    def __getitem__(self, index: int) -> np.ndarray:
         image = np.random.default_rng(index).integers(0, 80, (16, 16, 3), np.uint8)
-        image[:, :: 2 + self.targets[index]] += 150
-        return image, self.targets[index]
+        image[:, :: 2 + index % 4] += 150
+        return image
 
 
 class HalfTarget(PixelTarget):
