@@ -6,12 +6,11 @@ It reads settings with the command's own reader and runs the command's own job. 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.config.messages import SettingInfo, format_value, unknown
 from bim.orchestrator.config.schema import Settings, SettingsError, all_settings, setting_sections
 from bim.orchestrator.plugins import import_plugins
-from bim.orchestrator.reporting.log import ROOT, configure_console
+from bim.orchestrator.reporting.log import console_unless_configured
 
 if TYPE_CHECKING:
     from torch import nn
@@ -126,7 +125,7 @@ def pretrain(
     from bim.orchestrator.reporting.console import console
 
     with ExitStack() as stack:
-        stack.enter_context(_printed_lines(quiet))
+        stack.enter_context(console_unless_configured(quiet))
         stack.callback(setattr, console(), "quiet", console().quiet)
         console().quiet = quiet or console().quiet
         if not isinstance(source, str | os.PathLike | None):
@@ -211,21 +210,6 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     raise TypeError
-
-
-@contextmanager
-def _printed_lines(quiet: bool) -> Iterator[None]:
-    """Inside, lines are printed as by the command, unless the program has handlers of its own."""
-    if ROOT.handlers or logging.getLogger().handlers:
-        yield
-        return
-    level = ROOT.level
-    configure_console(quiet=quiet)
-    try:
-        yield
-    finally:
-        ROOT.handlers.clear()
-        ROOT.setLevel(level)
 
 
 def _result(
