@@ -53,17 +53,14 @@ class DatasetSource:
             raise DataError(f"data.source {name}: the data set has no images")
         first = self._check_first_item()
         self.notes: tuple[str, ...] = ()
-        self.labels = labels_of(dataset)
-        if self.labels is None and _label(first) is not None:
-            self.labels = self._labels_of_items()
-        classes = _class_names(dataset)
-        self.class_names = None if self.labels is None or classes is None else classes
-        if (
-            self.class_names is not None
-            and self.labels is not None
-            and self.labels.max() >= len(self.class_names)
-        ):
-            self.class_names = None
+        labels = labels_of(dataset)
+        if labels is None and _label(first) is not None:
+            labels = self._labels_of_items()
+        self.labels = None if labels is None else _class_numbers(labels)
+        self.class_names: tuple[str, ...] | None = None
+        names = _class_names(dataset)
+        if labels is not None and self.labels is not None and names is not None and labels.max() < len(names):
+            self.class_names = names
 
     def __len__(self) -> int:
         return self._num_images
@@ -97,6 +94,10 @@ class DatasetSource:
             item = self._dataset[0]
         except DECODER_ERRORS:  # a damaged image; whether others can be read is found later
             return None
+        except Exception as error:
+            raise DataError(
+                f"data.source {self.name}: reading image 0 fails: {type(error).__name__}: {decoder_message(error)}"
+            ) from error
         try:
             pixels, again = _rgb(_image(item)), _rgb(_image(self._dataset[0]))
         except _NoImage as error:
@@ -130,7 +131,7 @@ class DatasetSource:
             except DECODER_ERRORS:
                 continue
             labels[index] = -1 if label is None else max(label, -1)
-        return labels if (labels >= 0).any() else None
+        return labels
 
 
 class _NoImage(ValueError):
@@ -174,6 +175,17 @@ def labels_of(dataset: Any) -> np.ndarray | None:
         if labels.shape == (len(dataset),) and labels.dtype.kind in "iu":
             return np.maximum(labels.astype(np.int64), -1)
     return None
+
+
+def _class_numbers(labels: np.ndarray) -> np.ndarray | None:
+    """The labels, renumbered where they are identifiers rather than class numbers; None if no image has one."""
+    has_label = labels >= 0
+    if not has_label.any():
+        return None
+    if labels.max() >= len(labels):
+        labels = labels.copy()
+        labels[has_label] = np.unique(labels[has_label], return_inverse=True)[1]
+    return labels
 
 
 def _class_names(dataset: Any) -> tuple[str, ...] | None:

@@ -97,6 +97,11 @@ def test_what_cannot_be_read_by_number_is_refused() -> None:
         DatasetSource("mine", Items([]))
 
 
+def test_an_error_of_the_program_is_a_sentence() -> None:
+    with pytest.raises(DataError, match="mine: reading image 0 fails: TypeError: two lines"):
+        DatasetSource("mine", Items([TypeError("two\nlines")]))
+
+
 def test_random_transforms_are_refused() -> None:
     class Noisy(Items):
         def __getitem__(self, index: int) -> Any:
@@ -127,6 +132,16 @@ def test_labels_come_from_an_attribute_or_from_the_items() -> None:
     assert read.labels.tolist() == [4, 0, 2, -1, -1]
     assert DatasetSource("mine", Items([COLOR])).labels is None
     assert DatasetSource("mine", Items([(COLOR, "a.png")])).labels is None
+
+
+def test_identifiers_are_numbered_and_labels_of_nothing_are_none() -> None:
+    source = DatasetSource("mine", Items([COLOR] * 4, targets=[10**12, 7, -5, 10**12], classes=["a", "b"]))
+    assert source.labels is not None
+    assert source.labels.tolist() == [1, 0, -1, 1]
+    assert source.class_names is None
+    assert DatasetSource("mine", Items([COLOR] * 2, targets=[-1, -1])).labels is None
+    assert DatasetSource("mine", Items([COLOR] * 2, targets=["a", "b"])).labels is None
+    assert DatasetSource("mine", Items([COLOR] * 2, targets=[1])).labels is None
 
 
 def test_many_items_are_not_read_for_their_labels(monkeypatch: pytest.MonkeyPatch) -> None:
