@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -43,7 +42,9 @@ def _main(argv: Sequence[str], stop: StopRequest) -> int:
 
 def _automatic(given: Mapping[str, Any], budget_s: float | None) -> Mapping[str, Any]:
     """See `jobs.automatic.automatic_settings`. Raises SettingsError for everything that is wrong with the input."""
-    _prepare_ray()
+    from bim.orchestrator.distributed.local_ray import before_ray_is_imported
+
+    before_ray_is_imported()
     from bim.orchestrator.config.schema import SettingsError
     from bim.orchestrator.jobs.automatic import automatic_settings
     from bim.orchestrator.jobs.job import BAD_INPUT
@@ -56,7 +57,9 @@ def _automatic(given: Mapping[str, Any], budget_s: float | None) -> Mapping[str,
 
 def estimate(settings: Settings) -> int:
     """Print what a job with these settings would do and cost. Returns the exit status."""
-    _prepare_ray()
+    from bim.orchestrator.distributed.local_ray import before_ray_is_imported
+
+    before_ray_is_imported()
     from bim.orchestrator.jobs.dry_run import dry_run_lines
     from bim.orchestrator.jobs.job import BAD_INPUT
     from bim.orchestrator.jobs.prepare import prepare
@@ -68,18 +71,11 @@ def estimate(settings: Settings) -> int:
     return 0
 
 
-def _prepare_ray() -> None:
-    """Set what Ray reads when it is imported."""
-    # Ray would print a paragraph for every stage that dies; the loop logs it in a line.
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
-    from bim.orchestrator.distributed.local_ray import secure_local_ray
-
-    secure_local_ray()
-
-
 def run(settings: Settings, live: bool = True, stop: StopRequest | None = None) -> int:
     """The job for settings that are known to be well-formed. live: whether a terminal shows its progress live."""
-    _prepare_ray()
+    from bim.orchestrator.distributed.local_ray import before_ray_is_imported
+
+    before_ray_is_imported()
     from bim.orchestrator.jobs.job import BAD_INPUT, run_job  # here: torch takes seconds to import
     from bim.orchestrator.jobs.prepare import prepare
     from bim.orchestrator.reporting.closing import stopped_line

@@ -16,6 +16,13 @@ def _tuple_if_list(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _names(value: object) -> object:
+    """`a,b` as the names a and b."""
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.split(","))
+    return _tuple_if_list(value)
+
+
 def _home(value: object) -> object:
     return os.path.expanduser(value) if isinstance(value, str) else value
 
@@ -53,6 +60,8 @@ Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Location = Annotated[str, BeforeValidator(_home), Field(min_length=1)]
 StorageUrl = Annotated[str, BeforeValidator(_storage_url), Field(min_length=1)]
 OutPath = Annotated[Path, BeforeValidator(_path_if_text)]
+ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
+ModuleNames = Annotated[tuple[ModuleName, ...], BeforeValidator(_names)]
 Counts = Annotated[tuple[Count, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
 Fractions = Annotated[tuple[Fraction, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
 CropScale = Annotated[
@@ -60,7 +69,10 @@ CropScale = Annotated[
     BeforeValidator(_tuple_if_list),
 ]
 HeldOuts = Annotated[tuple[HeldOut, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
-TargetName = Literal["pixels", "hog"]
+TargetName = Literal["pixels", "hog"] | Identifier
+"""A name of the project's own, which editors offer, or one that a plugin registers: `runs/resolve.py` knows them all."""
+DecoderName = Literal["auto", "local", "light"] | Identifier
+DecoderNames = Annotated[tuple[DecoderName, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
 TargetNames = Annotated[tuple[TargetName, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
 PhaseEntry = Annotated[
     tuple[int | float, ...], BeforeValidator(_tuple_if_list), Field(min_length=2, max_length=4)

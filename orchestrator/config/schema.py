@@ -18,6 +18,8 @@ from bim.orchestrator.config.field_types import (
     Count,
     Counts,
     CropScale,
+    DecoderName,
+    DecoderNames,
     Fraction,
     Fractions,
     HeldOut,
@@ -25,6 +27,7 @@ from bim.orchestrator.config.field_types import (
     Identifier,
     Location,
     ModelArg,
+    ModuleNames,
     NotNegative,
     OutPath,
     Phases,
@@ -81,6 +84,15 @@ class MaskSettings(Section):
 
 
 class DecoderSettings(Section):
+    name: DecoderName | DecoderNames = Field(
+        default="auto",
+        description="auto: local (MAE) where blocks encode visible tokens, light (FastMIM) where all; or one that a plugin "
+        "registers",
+        examples=["auto", ["auto", "auto", "auto", "my_decoder"]],
+        json_schema_extra={
+            "allowed": "auto, local, light, the name of a registered decoder, or a list of them"
+        },
+    )
     depth: Count | Counts = Field(
         default=1, description="layers of a local decoder", examples=[1, [1, 1, 2, 2]]
     )
@@ -110,8 +122,9 @@ class DecoderSettings(Section):
 class TargetSettings(Section):
     name: TargetName | TargetNames = Field(
         default="pixels",
-        description="what a decoder predicts of a masked token: pixels, or HOG (FastMIM)",
+        description="what a decoder predicts of a masked token: pixels, HOG (FastMIM), or what a plugin registers",
         examples=["hog", ["hog", "hog", "pixels", "pixels"]],
+        json_schema_extra={"allowed": "pixels, hog, the name of a registered target, or a list of them"},
     )
     normalize: bool = Field(
         default=True, description="pixels by the mean and std of their token; HOG by the norm of its cell"
@@ -123,7 +136,9 @@ class TargetSettings(Section):
 
 
 class DataSettings(Section):
-    source: Location = Field(description="digits, a path, or torchvision:NAME[:ROOT]")
+    source: Location = Field(
+        description="digits, a path, torchvision:NAME[:ROOT], or what a plugin registers"
+    )
     image_column: Text | None = Field(
         default=None, description="image column of Parquet files; null: found by its type"
     )
@@ -286,6 +301,13 @@ class Settings(Section):
     init_from: Location | None = Field(
         default=None,
         description="initial weights: timm name, timm folder or .safetensors; not the same as resume",
+    )
+    plugins: ModuleNames = Field(
+        default=(),
+        description="Python modules, imported by every process before anything is built: they register data sources, "
+        "targets, decoders and timm models of your own",
+        examples=["my_module"],
+        json_schema_extra={"allowed": "names of modules, joined by commas or as a list"},
     )
     blocks: Count | Counts = Field(
         default=4,

@@ -139,7 +139,10 @@ def _run(job: PreparedJob, stop: StopRequest) -> JobResult:
         measure_pending_latencies(backbones)
         if comparison is None:
             (backbone,) = backbones
-            closing = closing_lines(job.out, backbone.prepared.run.depths, backbone.tracker.ui_hint())
+            run = backbone.prepared.run
+            closing = closing_lines(
+                job.out, run.depths, backbone.tracker.ui_hint(), run.backbone.registered_by
+            )
             return JobResult(job.out, None, backbone.table, tuple(closing))
         claims[job.out].lease.check()
         table, results = record_comparison(job, backbones, comparison)
