@@ -48,10 +48,11 @@ def _automatic(given: Mapping[str, Any], budget_s: float | None) -> Mapping[str,
     from bim.orchestrator.config.schema import SettingsError
     from bim.orchestrator.jobs.automatic import automatic_settings
     from bim.orchestrator.jobs.job import BAD_INPUT
+    from bim.orchestrator.plugins import PluginError
 
     try:
         return automatic_settings(given, budget_s)
-    except BAD_INPUT as error:
+    except (*BAD_INPUT, PluginError) as error:
         raise SettingsError(str(error)) from error
 
 

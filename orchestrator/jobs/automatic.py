@@ -14,10 +14,11 @@ from bim.orchestrator.config.schema import Settings
 from bim.orchestrator.config.transforms import overlaid
 from bim.orchestrator.config.validate import settings_from_mapping
 from bim.orchestrator.data.facts import ImageFacts, image_facts
-from bim.orchestrator.data.source import Source, open_source
+from bim.orchestrator.data.source import Source, given_source, open_source
 from bim.orchestrator.data.splits import make_splits
 from bim.orchestrator.distributed.cluster import ray_cluster
 from bim.orchestrator.distributed.placement import ClusterResources
+from bim.orchestrator.plugins import import_plugins
 from bim.orchestrator.runs.auto_settings import Machine, choose_settings
 from bim.orchestrator.runs.estimate import epoch_seconds, micro_batch_seconds, probe_steps
 from bim.orchestrator.runs.prepare import resolve_run
@@ -36,9 +37,11 @@ def automatic_settings(given: Mapping[str, Any], budget_s: float | None = None) 
         budget_s: seconds that the training may take; None: by the rules.
 
     Raises:
-        SettingsError, DataError, ClusterError: the images, or what is given, cannot be used.
+        SettingsError, DataError, ClusterError, PluginError: the images, or what is given, cannot be used.
     """
-    source = open_source(given["data.source"], given.get("data.image_column"), given.get("data.label_column"))
+    name, columns = given["data.source"], (given.get("data.image_column"), given.get("data.label_column"))
+    import_plugins(given.get("plugins") or ())
+    source = given_source(name) or open_source(name, *columns)
     facts, cluster = image_facts(source), machine_resources()
     machine = Machine(
         int(cluster.cpus), int(cluster.gpus) if given.get("placement.gpus_per_stage") != 0 else 0

@@ -92,6 +92,7 @@ def pretrain(
     *,
     recipe: str | os.PathLike[str] | None = None,
     settings: Mapping[str, Any] | None = None,
+    time_budget: str | None = None,
     quiet: bool = False,
     **sections: Any,
 ) -> Pretrained:
@@ -101,7 +102,8 @@ def pretrain(
         source: what `data.source` takes, or a `torch.utils.data.Dataset` of images: items that are a Pillow image, a uint8
             tensor (3, H, W) or a uint8 array (H, W, 3), or a tuple of one and a label. None: the recipe's.
         out: output directory; None: a new one below `runs`.
-        recipe: name or file of a recipe; None: as the command.
+        recipe: name or file of a recipe; None: as the command, which chooses settings for images of your own.
+        time_budget: bound of the training, such as "90m" or "6h", where the settings are chosen.
         settings: dotted keys and their values, `{"data.batch_size": 64}`.
         quiet: print only warnings and errors. Where the program has configured logging, nothing is printed here: lines are
             records of the logger `bim`.
@@ -120,6 +122,7 @@ def pretrain(
 
     before_ray_is_imported()
     from bim.orchestrator.data.source import dataset_object, given
+    from bim.orchestrator.jobs.automatic import automatic_settings
     from bim.orchestrator.jobs.job import run_job
     from bim.orchestrator.jobs.prepare import prepare
     from bim.orchestrator.reporting.console import console
@@ -133,7 +136,9 @@ def pretrain(
             stack.enter_context(given(images))
             source = images.name
         options = settings_options(source, out, recipe, settings or {}, sections)
-        job = prepare(load_settings(options))
+        if time_budget is not None:
+            options.append(f"--time_budget={time_budget}")
+        job = prepare(load_settings(options, automatic=automatic_settings))
         ended = run_job(job)
     if ended.stopped is not None and threading.current_thread() is threading.main_thread():
         signal.raise_signal(signal.Signals[ended.stopped])
