@@ -61,7 +61,14 @@ Location = Annotated[str, BeforeValidator(_home), Field(min_length=1)]
 StorageUrl = Annotated[str, BeforeValidator(_storage_url), Field(min_length=1)]
 OutPath = Annotated[Path, BeforeValidator(_path_if_text)]
 ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
-ModuleNames = Annotated[tuple[ModuleName, ...], BeforeValidator(_names)]
+ModuleNames = Annotated[
+    tuple[ModuleName, ...],
+    BeforeValidator(_names),
+    Field(
+        examples=["my_module"],
+        json_schema_extra={"allowed": "names of modules, joined by commas or as a list"},
+    ),
+]
 Counts = Annotated[tuple[Count, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
 Fractions = Annotated[tuple[Fraction, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
 CropScale = Annotated[
@@ -69,11 +76,24 @@ CropScale = Annotated[
     BeforeValidator(_tuple_if_list),
 ]
 HeldOuts = Annotated[tuple[HeldOut, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
-TargetName = Literal["pixels", "hog"] | Identifier
-"""A name of the project's own, which editors offer, or one that a plugin registers: `runs/resolve.py` knows them all."""
-DecoderName = Literal["auto", "local", "light"] | Identifier
-DecoderNames = Annotated[tuple[DecoderName, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
-TargetNames = Annotated[tuple[TargetName, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
+_OwnNames = Annotated[tuple[Identifier, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
+# Editors offer the project's own names; `runs/resolve.py` also knows those that plugins register.
+TargetNames = Annotated[
+    Literal["pixels", "hog"] | Identifier | _OwnNames,
+    Field(
+        examples=["hog", ["hog", "hog", "pixels", "pixels"]],
+        json_schema_extra={"allowed": "pixels, hog, the name of a registered target, or a list of them"},
+    ),
+]
+DecoderNames = Annotated[
+    Literal["auto", "local", "light"] | Identifier | _OwnNames,
+    Field(
+        examples=["auto", ["auto", "auto", "auto", "my_decoder"]],
+        json_schema_extra={
+            "allowed": "auto, local, light, the name of a registered decoder, or a list of them"
+        },
+    ),
+]
 PhaseEntry = Annotated[
     tuple[int | float, ...], BeforeValidator(_tuple_if_list), Field(min_length=2, max_length=4)
 ]

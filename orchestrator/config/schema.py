@@ -18,7 +18,6 @@ from bim.orchestrator.config.field_types import (
     Count,
     Counts,
     CropScale,
-    DecoderName,
     DecoderNames,
     Fraction,
     Fractions,
@@ -37,7 +36,6 @@ from bim.orchestrator.config.field_types import (
     Section,
     Seed,
     StorageUrl,
-    TargetName,
     TargetNames,
     Text,
 )
@@ -84,14 +82,10 @@ class MaskSettings(Section):
 
 
 class DecoderSettings(Section):
-    name: DecoderName | DecoderNames = Field(
+    name: DecoderNames = Field(
         default="auto",
         description="auto: local (MAE) where blocks encode visible tokens, light (FastMIM) where all; or one that a plugin "
         "registers",
-        examples=["auto", ["auto", "auto", "auto", "my_decoder"]],
-        json_schema_extra={
-            "allowed": "auto, local, light, the name of a registered decoder, or a list of them"
-        },
     )
     depth: Count | Counts = Field(
         default=1, description="layers of a local decoder", examples=[1, [1, 1, 2, 2]]
@@ -120,11 +114,9 @@ class DecoderSettings(Section):
 
 
 class TargetSettings(Section):
-    name: TargetName | TargetNames = Field(
+    name: TargetNames = Field(
         default="pixels",
         description="what a decoder predicts of a masked token: pixels, HOG (FastMIM), or what a plugin registers",
-        examples=["hog", ["hog", "hog", "pixels", "pixels"]],
-        json_schema_extra={"allowed": "pixels, hog, the name of a registered target, or a list of them"},
     )
     normalize: bool = Field(
         default=True, description="pixels by the mean and std of their token; HOG by the norm of its cell"
@@ -306,8 +298,6 @@ class Settings(Section):
         default=(),
         description="Python modules, imported by every process before anything is built: they register data sources, "
         "targets, decoders and timm models of your own",
-        examples=["my_module"],
-        json_schema_extra={"allowed": "names of modules, joined by commas or as a list"},
     )
     blocks: Count | Counts = Field(
         default=4,
