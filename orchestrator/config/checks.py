@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from bim.orchestrator.config.messages import format_value
-from bim.orchestrator.config.schema import Settings, start_epoch
+from bim.orchestrator.config.schema import Settings
+from bim.orchestrator.config.short_forms import start_epoch
 
 PER_BLOCK = (
     "mask.ratio",

@@ -6,7 +6,6 @@ do the rest. Each line of a `SettingsError` names a key, its value and what is a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -40,6 +39,7 @@ from bim.orchestrator.config.field_types import (
     Text,
 )
 from bim.orchestrator.config.messages import SettingInfo, section_titles, setting_infos
+from bim.orchestrator.config.short_forms import ratios_by_block
 
 
 class SettingsError(ValueError):
@@ -384,19 +384,3 @@ def all_settings() -> dict[str, SettingInfo]:
 def setting_sections() -> dict[str, str]:
     """Group name -> title, in the order of `--help-all`."""
     return section_titles(Settings.model_json_schema())
-
-
-def ratios_by_block(ratio: float | Sequence[float], blocks: int) -> tuple[float, ...]:
-    """What `mask.ratio` means: one number holds for all blocks, two are the first block's and the last one's, with even
-    steps between (a single block has the last), others are listed."""
-    if not isinstance(ratio, Sequence):
-        return (ratio,) * blocks
-    if len(ratio) != 2:
-        return tuple(ratio)
-    first, last = ratio
-    return tuple(round(last + (first - last) * k / max(blocks - 1, 1), 4) for k in reversed(range(blocks)))
-
-
-def start_epoch(start: float, epochs: int) -> int:
-    """The epoch with which a phase begins: a whole number is one, a fraction is of the run's epochs."""
-    return start if isinstance(start, int) else round(start * epochs)

@@ -16,7 +16,8 @@ from bim.models.decoders.decoder import decoder_heads
 from bim.models.masks.plan import visible_counts
 from bim.models.masks.sampling import kept_count, max_throw_ratio
 from bim.models.targets import BUILT_IN_TARGETS, TARGETS
-from bim.orchestrator.config.schema import Settings, SettingsError, start_epoch
+from bim.orchestrator.config.schema import Settings, SettingsError
+from bim.orchestrator.config.short_forms import start_epoch
 from bim.orchestrator.data.phases import PhaseSpec
 from bim.orchestrator.data.source import given_source
 from bim.orchestrator.data.spec import DataSpec

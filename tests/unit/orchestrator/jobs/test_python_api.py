@@ -30,6 +30,7 @@ from bim.orchestrator.training.errors import TrainingError
 from tests.own_parts import Stripes
 
 TINY: dict[str, Any] = {
+    "recipe": "digits_demo",
     "blocks": 2,
     "backbone": {
         "model_args": {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2}
