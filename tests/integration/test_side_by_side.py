@@ -40,6 +40,8 @@ class Sink:
 
     def rewind(self, step: int, prefix: str = "") -> None: ...
 
+    def log_provenance(self, record: object) -> None: ...
+
 
 class Lines(logging.Handler):
     """Keeps (name of the thread, line), and calls `on_line` with them."""
