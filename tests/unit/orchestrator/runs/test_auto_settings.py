@@ -38,8 +38,8 @@ def choose(
 
 
 @pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])
-@pytest.mark.parametrize("side", [20, 33, 60, 100, 200, 500])
-@pytest.mark.parametrize("images", [200, 500, 3_000, 20_000, 300_000])
+@pytest.mark.parametrize("side", [20, 60, 100, 500])
+@pytest.mark.parametrize("images", [200, 3_000, 300_000])
 def test_every_choice_is_a_run_that_can_be_trained(machine: Machine, side: int, images: int) -> None:
     chosen = choose(facts(images, side), machine)
     settings = settings_from_mapping(nested({"data.source": "photos", **chosen.values}))
