@@ -39,4 +39,5 @@ def kept_signal_handlers() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # of a program that embeds Python
+                signal.signal(number, handler)

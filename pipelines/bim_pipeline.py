@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from bim.orchestrator.runs.signals import exit_status, leave
 from bim.orchestrator.training.callbacks import StopRequest
@@ -35,18 +34,49 @@ def _main(argv: Sequence[str], stop: StopRequest) -> int:
     verbose, quiet = "--verbose" in argv, "--quiet" in argv
     configure_console(verbose, quiet)
     try:
-        return run(load_settings(argv), live=not quiet, stop=stop)
+        settings = load_settings(argv, automatic=_automatic)
+        return estimate(settings) if "--dry-run" in argv else run(settings, live=not quiet, stop=stop)
     except SettingsError as error:
         return fail(error, 2)
 
 
+def _automatic(given: Mapping[str, Any], budget_s: float | None) -> Mapping[str, Any]:
+    """See `jobs.automatic.automatic_settings`. Raises SettingsError for everything that is wrong with the input."""
+    from bim.orchestrator.distributed.local_ray import before_ray_is_imported
+
+    before_ray_is_imported()
+    from bim.orchestrator.config.schema import SettingsError
+    from bim.orchestrator.jobs.automatic import automatic_settings
+    from bim.orchestrator.jobs.job import BAD_INPUT
+    from bim.orchestrator.plugins import PluginError
+
+    try:
+        return automatic_settings(given, budget_s)
+    except (*BAD_INPUT, PluginError) as error:
+        raise SettingsError(str(error)) from error
+
+
+def estimate(settings: Settings) -> int:
+    """Print what a job with these settings would do and cost. Returns the exit status."""
+    from bim.orchestrator.distributed.local_ray import before_ray_is_imported
+
+    before_ray_is_imported()
+    from bim.orchestrator.jobs.dry_run import dry_run_lines
+    from bim.orchestrator.jobs.job import BAD_INPUT
+    from bim.orchestrator.jobs.prepare import prepare
+
+    try:
+        print(*dry_run_lines(prepare(settings)), sep="\n", flush=True)
+    except BAD_INPUT as error:
+        return fail(error, 2)
+    return 0
+
+
 def run(settings: Settings, live: bool = True, stop: StopRequest | None = None) -> int:
     """The job for settings that are known to be well-formed. live: whether a terminal shows its progress live."""
-    # Ray would print a paragraph for every stage that dies; the loop logs it in a line.
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
-    from bim.orchestrator.distributed.local_ray import secure_local_ray
+    from bim.orchestrator.distributed.local_ray import before_ray_is_imported
 
-    secure_local_ray()
+    before_ray_is_imported()
     from bim.orchestrator.jobs.job import BAD_INPUT, run_job  # here: torch takes seconds to import
     from bim.orchestrator.jobs.prepare import prepare
     from bim.orchestrator.reporting.closing import stopped_line

@@ -10,6 +10,7 @@ usage: bim COMMAND [OPTIONS]
 
 commands
   pretrain    pretrain a family of backbones; the same as python pipelines/bim_pipeline.py
+  estimate    what pretrain would do and cost, with the same options; the same as pretrain --dry-run
   sync        send to MLflow what a run could not deliver; the same as python pipelines/sync_tracking.py
 
 bim COMMAND --help lists the options of a command."""
@@ -44,13 +45,21 @@ def _pretrain(options: Sequence[str]) -> int:
     return pretrain(options)
 
 
+def _estimate(options: Sequence[str]) -> int:
+    return _pretrain([*options, "--dry-run"])
+
+
 def _sync(options: Sequence[str]) -> int:
     from bim.pipelines.sync_tracking import main as sync
 
     return sync(options)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"pretrain": _pretrain, "sync": _sync}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "pretrain": _pretrain,
+    "estimate": _estimate,
+    "sync": _sync,
+}
 
 
 if __name__ == "__main__":

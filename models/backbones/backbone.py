@@ -16,7 +16,7 @@ import timm
 from torch import Tensor, nn
 
 from bim.models.backbones.level_modules import PARTS
-from bim.models.backbones.timm_models import build_on_meta
+from bim.models.backbones.timm_models import build_on_meta, create_model, registering_module
 from bim.models.backbones.weights import Weights, open_weights
 from bim.models.masks.plan import MaskPlan
 from bim.models.seeding import forked_rng
@@ -211,6 +211,11 @@ class Backbone(ABC):
         model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
         return model.eval()
 
+    @property
+    def registered_by(self) -> str | None:
+        """The module of the user that registers the model with timm, which `load_exported` needs imported; None: timm."""
+        return registering_module(self.name)
+
     @abstractmethod
     def usage(self, depth: int) -> Usage:
         """How to use the exported folder of that variant."""
@@ -232,7 +237,7 @@ class Backbone(ABC):
 
     def _new_block_model(self, index: int) -> Any:
         """That model with new parameters, by default with timm's initialization."""
-        return timm.create_model(self.name, pretrained=False, **self._block_args(index))
+        return create_model(self.name, **self._block_args(index))
 
     @abstractmethod
     def _extract_block(self, model: Any, index: int, seed: int) -> nn.Module:
@@ -247,7 +252,7 @@ class Backbone(ABC):
         return {key: key.removeprefix(PARTS) for key in keys if key.startswith(PARTS)}
 
     def _new_variant(self, depth: int, args: Mapping[str, Any]) -> nn.Module:
-        model: nn.Module = timm.create_model(self.name, pretrained=False, **args)
+        model: nn.Module = create_model(self.name, **args)
         return model
 
     def _norm_path(self, depth: int) -> str | None:

@@ -12,7 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import timm
 from torch import Tensor, nn
 
 from bim.models.backbones.backbone import Backbone, Usage
@@ -28,7 +27,7 @@ from bim.models.backbones.levels import (
     first_entries,
 )
 from bim.models.backbones.mask_fill import MaskFill
-from bim.models.backbones.timm_models import build_on_meta, check_overrides, split_image_size
+from bim.models.backbones.timm_models import build_on_meta, check_overrides, create_model, split_image_size
 from bim.models.backbones.weights import Weights, check_fit
 
 # Of the decoder's norm where timm's model has no final norm: MAE's.
@@ -189,7 +188,7 @@ class DenseBackbone(Backbone):
         """timm's class where it can be built with the levels up to `depth`, else those levels of the whole model."""
         if self._has_own_class(depth):
             return super()._new_variant(depth, args)
-        whole = timm.create_model(self.name, pretrained=False, **self._args)
+        whole = create_model(self.name, **self._args)
         levels = self._pyramid.levels[: self._num_levels(depth)]
         paths = [path for level in levels for path in level.parts]
         return LevelsOnly(whole, paths, levels[-1].width, self._pyramid.channels_last)

@@ -13,7 +13,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg
+from timm.models import PretrainedCfg, get_pretrained_cfg, model_entrypoint
 from torch import nn
 
 from bim.models.initialization import NoInitialization
@@ -61,8 +61,10 @@ SCALARS: dict[Any, str] = {
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError, with the three nearest names, if `name` is not timm's (with or without a tag)."""
+    """Raises ValueError, with the three nearest names, if `name` is not registered with timm (with or without a tag)."""
     if timm.is_model(name) and ":" not in name:
+        if "." not in name and _has_no_cfg(name):
+            return
         try:
             get_pretrained_cfg(name, allow_unregistered=False)
         except RuntimeError:
@@ -76,6 +78,34 @@ def check_name(name: str) -> None:
     raise ValueError(f"unknown backbone '{name}'; the nearest timm names are {', '.join(map(repr, nearest))}")
 
 
+def create_model(name: str, **keywords: Any) -> Any:
+    """`timm.create_model` without pretrained weights; a model that has no pretrained configuration gets timm's defaults.
+
+    Raises ValueError for a model that timm could not open again from a folder, beside what timm raises.
+    """
+    if _has_no_cfg(name):
+        # Given explicitly, since timm warns at every model that it makes without one.
+        keywords["pretrained_cfg"] = PretrainedCfg(architecture=name)
+    model = timm.create_model(name, pretrained=False, **keywords)
+    if not hasattr(model, "pretrained_cfg"):
+        raise ValueError(
+            f"its function in {model_entrypoint(name).__module__} makes the model by itself, so timm could not load weights "
+            "into it; let timm.models.build_model_with_cfg make it"
+        )
+    return model
+
+
+def _has_no_cfg(name: str) -> bool:
+    """Whether it is a model of the user's own without a pretrained configuration."""
+    return registering_module(name) is not None and get_pretrained_cfg(name.partition(".")[0]) is None
+
+
+def registering_module(name: str) -> str | None:
+    """The module that registers `name` with timm, which has to be imported before timm opens the model; None: timm."""
+    module: str = model_entrypoint(name.partition(".")[0]).__module__
+    return None if module.partition(".")[0] == "timm" else module
+
+
 def build_on_meta(name: str, overrides: Mapping[str, Any], **fixed: Any) -> Any:
     """The timm model on the meta device: its class and sizes without memory.
 
@@ -84,7 +114,7 @@ def build_on_meta(name: str, overrides: Mapping[str, Any], **fixed: Any) -> Any:
     try:
         # Nothing is drawn on the meta device, but some constructors draw a constant on the CPU.
         with forked_rng("meta"), torch.device("meta"), NoInitialization():
-            return timm.create_model(name, pretrained=False, **overrides, **fixed)
+            return create_model(name, **overrides, **fixed)
     except (
         TypeError,
         AssertionError,

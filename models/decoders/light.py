@@ -15,6 +15,8 @@ from bim.models.tokens import gather_tokens
 class LightDecoder(Decoder):
     """A decoder over all tokens that predicts the masked ones; see `Decoder` for its parameters."""
 
+    encode = "all"
+
     def forward(self, x: Tensor, plan: MaskPlan) -> Tensor:
         """x: (B, P + N, in_dim), all tokens row by row, unnormalized -> (B, Nm, out_dim), predictions of `plan.masked`.
 

@@ -27,6 +27,8 @@ class LocalDecoder(Decoder):
     the plan's. Raises ValueError, as `Decoder`, and if recovery is unknown.
     """
 
+    encode = "visible"
+
     def __init__(self, *args: Any, recovery: str = "none", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if recovery not in RECOVERIES:

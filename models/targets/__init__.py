@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from bim.models.targets.hog import HogTarget
 from bim.models.targets.pixels import PixelTarget
 from bim.models.targets.target import Target
 
-TARGETS = {"pixels": PixelTarget, "hog": HogTarget}
+TARGETS: dict[str, Callable[..., Target]] = {"pixels": PixelTarget, "hog": HogTarget}
+"""What makes a target takes the pixels per side of a token, and those of the keywords `normalize`, `cell` and `bins` that it
+declares: the settings of these names."""
 
-__all__ = ["TARGETS", "HogTarget", "PixelTarget", "Target"]
+BUILT_IN_TARGETS = frozenset(TARGETS)
+
+__all__ = ["BUILT_IN_TARGETS", "TARGETS", "HogTarget", "PixelTarget", "Target"]

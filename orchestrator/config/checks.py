@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from bim.orchestrator.config.messages import format_value
-from bim.orchestrator.config.schema import Settings, start_epoch
+from bim.orchestrator.config.schema import Settings
+from bim.orchestrator.config.short_forms import start_epoch
 
 PER_BLOCK = (
     "mask.ratio",
+    "decoder.name",
     "decoder.depth",
     "decoder.dim",
     "decoder.num_heads",
@@ -81,7 +83,11 @@ def ineffective_keys(s: Settings) -> dict[str, str]:
     """Dotted keys whose value changes nothing beside the other settings, and why."""
     ratios = set(s.per_block("mask.ratio"))
     reasons = (
-        ("hog" not in s.per_block("target.name"), "no block's target is hog", ("target.cell", "target.bins")),
+        (
+            set(s.per_block("target.name")) == {"pixels"},
+            "no block's target is hog",
+            ("target.cell", "target.bins"),
+        ),
         (
             not any(s.per_block("decoder.throw_ratio")),
             "decoder.throw_ratio is 0",

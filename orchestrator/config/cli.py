@@ -10,13 +10,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
+from bim.orchestrator.config.durations import seconds
 from bim.orchestrator.config.help_page import help_text
 from bim.orchestrator.config.messages import SettingInfo, format_value, is_section, shortened, unknown
 from bim.orchestrator.config.recipes import (
@@ -37,8 +39,17 @@ log = logging.getLogger(__name__)
 
 _BRACKETS = {"[": "]", "{": "}"}
 
-FLAGS = ("--help", "-h", "--help-all", "--version", "--print-config", "--verbose", "--quiet")
+FLAGS = ("--help", "-h", "--help-all", "--version", "--print-config", "--dry-run", "--verbose", "--quiet")
 """Options that are no settings and take no value."""
+
+
+_LEAST = {
+    "name": "images",
+    "backbone": {"name": "vit_tiny_patch16_224"},
+    "data": {"source": "images", "batch_size": 1},
+    "schedule": {"epochs": 1_000_000},
+}
+"""Settings that contradict none that is typed: what is typed is checked in them before any is chosen."""
 
 
 @dataclass
@@ -46,15 +57,23 @@ class _Arguments:
     """What stands on the command line, unchecked: `overrides` is dotted key -> text, None for a bare flag."""
 
     recipe: str | None = None
+    time_budget: str | None = None
     overrides: dict[str, str | None] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
-def load_settings(argv: Sequence[str]) -> Settings:
+Automatic = Callable[[Mapping[str, Any], float | None], Mapping[str, Any]]
+"""From what the user set, by dotted key, and the seconds of training that are allowed, to nested settings."""
+
+
+def load_settings(argv: Sequence[str], automatic: Automatic | None = None) -> Settings:
     """Settings from the arguments of a command (`sys.argv[1:]`).
 
-    `--help`, `--help-all`, `--version` and `--print-config` print and exit (0). `--verbose` and `--quiet`
+    `--help`, `--help-all`, `--version` and `--print-config` print and exit (0). `--dry-run`, `--verbose` and `--quiet`
     are the caller's to read.
+
+    Args:
+        automatic: gives the settings for images that no recipe is named for; None: the default recipe does.
 
     Raises:
         SettingsError: all that is wrong with the arguments, the recipe or the settings, one sentence a line.
@@ -71,14 +90,16 @@ def load_settings(argv: Sequence[str]) -> Settings:
             _print_and_exit(help_text(recipe, every_setting="--help-all" in flags))
         except RecipeError as error:
             raise SettingsError(str(error)) from None
+    is_automatic = automatic is not None and _is_automatic(arguments)
     try:
-        values = read_recipe(recipe)
+        values = deepcopy(_LEAST) if is_automatic else read_recipe(recipe)
     except RecipeError as error:
         raise SettingsError("\n".join([*problems, str(error)])) from None
 
     if name := arguments.overrides.get("backbone.name"):
         values = _without_the_arguments_of_another(values, name)
     typed: dict[str, str] = {}
+    given: dict[str, Any] = {}
     for given_key, text in arguments.overrides.items():
         key = new_key(_with_underscores(given_key))
         info = _info_of(key)
@@ -91,6 +112,7 @@ def load_settings(argv: Sequence[str]) -> Settings:
             problems.append(str(error))
             continue
         typed[key] = "true" if text is None else text
+        given[key] = value
         values = overlaid(values, key.split(".", 2), value)
 
     file = None if recipe in bundled_recipes() else recipe
@@ -99,8 +121,15 @@ def load_settings(argv: Sequence[str]) -> Settings:
         problems += _of_no_backbone(settings, typed, recipe)
     except SettingsError as error:
         problems.append(str(error))
+    problems += _of_time_budget(arguments, is_automatic)
     if problems:
         raise SettingsError("\n".join(problems))
+    if automatic is not None and is_automatic:
+        budget_s = None if arguments.time_budget is None else seconds(arguments.time_budget)
+        values = dict(automatic(given, budget_s))
+        for key, value in given.items():
+            values = overlaid(values, key.split(".", 2), value)
+        settings = settings_from_mapping(values, typed=typed)
     if not settings.search.trials and settings.backbones is None:
         for key in typed:
             if key.startswith("search.") and key not in ("search.trials", "search.resume"):
@@ -108,6 +137,27 @@ def load_settings(argv: Sequence[str]) -> Settings:
     if "--print-config" in flags:
         _print_and_exit(settings_to_yaml(settings).rstrip())
     return settings
+
+
+def _is_automatic(arguments: _Arguments) -> bool:
+    """Whether the settings are chosen from the images: no recipe, no saved settings, images of the user's own."""
+    has_own_images = arguments.overrides.get("data.source") not in (None, "", "digits")
+    return arguments.recipe is None and has_own_images and arguments.overrides.get("backbones") is None
+
+
+def _of_time_budget(arguments: _Arguments, is_automatic: bool) -> list[str]:
+    if arguments.time_budget is None:
+        return []
+    try:
+        seconds(arguments.time_budget)
+    except ValueError as error:
+        return [f"time_budget: {error}"]
+    if is_automatic:
+        return []
+    return [
+        "--time_budget is for settings that are chosen from the images: give --data.source, and leave out --recipe, "
+        "--resume and --backbones; with a recipe set --schedule.epochs"
+    ]
 
 
 def _of_no_backbone(settings: Settings, typed: Mapping[str, str], recipe: str) -> list[str]:
@@ -161,7 +211,9 @@ def _split(argv: Sequence[str]) -> _Arguments:
         if value is not None and value[:1] in _BRACKETS:  # a list with spaces that the shell took apart
             while tokens and not value.endswith(_BRACKETS[value[0]]) and not tokens[0].startswith("--"):
                 value += " " + tokens.pop(0)
-        if key != "recipe":
+        if key.replace("-", "_") == "time_budget":
+            arguments.time_budget = value or ""
+        elif key != "recipe":
             arguments.overrides[key] = value
         elif value:
             arguments.recipe = value

@@ -16,6 +16,13 @@ def _tuple_if_list(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _names(value: object) -> object:
+    """`a,b` as the names a and b."""
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.split(","))
+    return _tuple_if_list(value)
+
+
 def _home(value: object) -> object:
     return os.path.expanduser(value) if isinstance(value, str) else value
 
@@ -53,6 +60,15 @@ Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Location = Annotated[str, BeforeValidator(_home), Field(min_length=1)]
 StorageUrl = Annotated[str, BeforeValidator(_storage_url), Field(min_length=1)]
 OutPath = Annotated[Path, BeforeValidator(_path_if_text)]
+ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
+ModuleNames = Annotated[
+    tuple[ModuleName, ...],
+    BeforeValidator(_names),
+    Field(
+        examples=["my_module"],
+        json_schema_extra={"allowed": "names of modules, joined by commas or as a list"},
+    ),
+]
 Counts = Annotated[tuple[Count, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
 Fractions = Annotated[tuple[Fraction, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
 CropScale = Annotated[
@@ -60,8 +76,24 @@ CropScale = Annotated[
     BeforeValidator(_tuple_if_list),
 ]
 HeldOuts = Annotated[tuple[HeldOut, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
-TargetName = Literal["pixels", "hog"]
-TargetNames = Annotated[tuple[TargetName, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
+_OwnNames = Annotated[tuple[Identifier, ...], BeforeValidator(_tuple_if_list), Field(min_length=1)]
+# Editors offer the project's own names; `runs/resolve.py` also knows those that plugins register.
+TargetNames = Annotated[
+    Literal["pixels", "hog"] | Identifier | _OwnNames,
+    Field(
+        examples=["hog", ["hog", "hog", "pixels", "pixels"]],
+        json_schema_extra={"allowed": "pixels, hog, the name of a registered target, or a list of them"},
+    ),
+]
+DecoderNames = Annotated[
+    Literal["auto", "local", "light"] | Identifier | _OwnNames,
+    Field(
+        examples=["auto", ["auto", "auto", "auto", "my_decoder"]],
+        json_schema_extra={
+            "allowed": "auto, local, light, the name of a registered decoder, or a list of them"
+        },
+    ),
+]
 PhaseEntry = Annotated[
     tuple[int | float, ...], BeforeValidator(_tuple_if_list), Field(min_length=2, max_length=4)
 ]

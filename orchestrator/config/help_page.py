@@ -46,8 +46,10 @@ EXAMPLES = """\
 Examples
   python pipelines/bim_pipeline.py
       a smoke test on the scanned digits of scikit-learn: the whole job in minutes on a laptop
-  python pipelines/bim_pipeline.py --recipe vit_base_imagenet --data.source DIR --out runs/a
-      a ViT-B in four blocks on your images: DIR holds image files, at any depth, or Parquet shards
+  python pipelines/bim_pipeline.py --data.source DIR --out runs/a
+      your images, with settings chosen from them: DIR holds image files, at any depth, or shards
+  python pipelines/bim_pipeline.py --recipe vit_base_imagenet --data.source DIR --out runs/b
+      a ViT-B in four blocks, as for ImageNet
   python pipelines/bim_pipeline.py --out runs/a --resume
       continue an interrupted run with the settings it was started with
   python pipelines/bim_pipeline.py --blocks '[2,2,2,2]' --mask.ratio '[0.6,0.65,0.7,0.75]'
@@ -91,6 +93,8 @@ def help_text(recipe: str = DEFAULT_RECIPE, every_setting: bool = False) -> str:
         "each block with its own loss. Evaluates, exports and records every depth.",
         "",
         *_entry("--recipe NAME|FILE", "a recipe below, or a YAML file of settings", column),
+        *_entry("--time_budget 10m|6h|2d", "bound of the training, where no recipe is given", column),
+        *_entry("--dry-run", "print what the run would do and cost, and exit", column),
         *_entry("--print-config", "print the resolved settings as YAML and exit", column),
         *_entry("--verbose, --quiet", "more messages; only warnings and results", column),
         *_entry("--help, -h", "the settings that people set", column),

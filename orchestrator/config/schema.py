@@ -6,7 +6,6 @@ do the rest. Each line of a `SettingsError` names a key, its value and what is a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -18,6 +17,7 @@ from bim.orchestrator.config.field_types import (
     Count,
     Counts,
     CropScale,
+    DecoderNames,
     Fraction,
     Fractions,
     HeldOut,
@@ -25,6 +25,7 @@ from bim.orchestrator.config.field_types import (
     Identifier,
     Location,
     ModelArg,
+    ModuleNames,
     NotNegative,
     OutPath,
     Phases,
@@ -34,11 +35,11 @@ from bim.orchestrator.config.field_types import (
     Section,
     Seed,
     StorageUrl,
-    TargetName,
     TargetNames,
     Text,
 )
 from bim.orchestrator.config.messages import SettingInfo, section_titles, setting_infos
+from bim.orchestrator.config.short_forms import ratios_by_block
 
 
 class SettingsError(ValueError):
@@ -81,6 +82,11 @@ class MaskSettings(Section):
 
 
 class DecoderSettings(Section):
+    name: DecoderNames = Field(
+        default="auto",
+        description="auto: local (MAE) where blocks encode visible tokens, light (FastMIM) where all; or one that a plugin "
+        "registers",
+    )
     depth: Count | Counts = Field(
         default=1, description="layers of a local decoder", examples=[1, [1, 1, 2, 2]]
     )
@@ -108,10 +114,9 @@ class DecoderSettings(Section):
 
 
 class TargetSettings(Section):
-    name: TargetName | TargetNames = Field(
+    name: TargetNames = Field(
         default="pixels",
-        description="what a decoder predicts of a masked token: pixels, or HOG (FastMIM)",
-        examples=["hog", ["hog", "hog", "pixels", "pixels"]],
+        description="what a decoder predicts of a masked token: pixels, HOG (FastMIM), or what a plugin registers",
     )
     normalize: bool = Field(
         default=True, description="pixels by the mean and std of their token; HOG by the norm of its cell"
@@ -123,7 +128,9 @@ class TargetSettings(Section):
 
 
 class DataSettings(Section):
-    source: Location = Field(description="digits, a path, or torchvision:NAME[:ROOT]")
+    source: Location = Field(
+        description="digits, a path, torchvision:NAME[:ROOT], or what a plugin registers"
+    )
     image_column: Text | None = Field(
         default=None, description="image column of Parquet files; null: found by its type"
     )
@@ -264,6 +271,12 @@ class TrackingSettings(Section):
     )
 
 
+class EstimateSettings(Section):
+    price_per_gpu_hour: Positive | None = Field(
+        default=None, description="price of a GPU for an hour, for the estimate of --dry-run; null: no price"
+    )
+
+
 class Settings(Section):
     """Everything that a run depends on. Made by `validate.settings_from_mapping` or `cli.load_settings`."""
 
@@ -280,6 +293,11 @@ class Settings(Section):
     init_from: Location | None = Field(
         default=None,
         description="initial weights: timm name, timm folder or .safetensors; not the same as resume",
+    )
+    plugins: ModuleNames = Field(
+        default=(),
+        description="Python modules, imported by every process before anything is built: they register data sources, "
+        "targets, decoders and timm models of your own",
     )
     blocks: Count | Counts = Field(
         default=4,
@@ -324,6 +342,7 @@ class Settings(Section):
         default_factory=SearchSettings, description="hyperparameter search with Ray Tune before the run"
     )
     tracking: TrackingSettings = Field(default_factory=TrackingSettings, description="MLflow")
+    estimate: EstimateSettings = Field(default_factory=EstimateSettings, description="estimate of the cost")
 
     @property
     def num_blocks(self) -> int:
@@ -365,19 +384,3 @@ def all_settings() -> dict[str, SettingInfo]:
 def setting_sections() -> dict[str, str]:
     """Group name -> title, in the order of `--help-all`."""
     return section_titles(Settings.model_json_schema())
-
-
-def ratios_by_block(ratio: float | Sequence[float], blocks: int) -> tuple[float, ...]:
-    """What `mask.ratio` means: one number holds for all blocks, two are the first block's and the last one's, with even
-    steps between (a single block has the last), others are listed."""
-    if not isinstance(ratio, Sequence):
-        return (ratio,) * blocks
-    if len(ratio) != 2:
-        return tuple(ratio)
-    first, last = ratio
-    return tuple(round(last + (first - last) * k / max(blocks - 1, 1), 4) for k in reversed(range(blocks)))
-
-
-def start_epoch(start: float, epochs: int) -> int:
-    """The epoch with which a phase begins: a whole number is one, a fraction is of the run's epochs."""
-    return start if isinstance(start, int) else round(start * epochs)

@@ -25,6 +25,7 @@ CHANGE_NO_WEIGHT = (
     "data.workers",  # the content of a batch is a function of (seed, step) only
     "data.max_bad_fraction",
     "checkpoint.",
+    "estimate.",
     "evaluation.",
     "failures.",
     "search.",  # what it found is in the settings themselves
@@ -33,8 +34,9 @@ CHANGE_NO_WEIGHT = (
 )
 """Keys, and sections (with a dot), that change no trained weight."""
 
-MAY_DIFFER_ON_RESUME = (*CHANGE_NO_WEIGHT, "data.source")
+MAY_DIFFER_ON_RESUME = (*CHANGE_NO_WEIGHT, "data.source", "plugins")
 """What a run may be resumed with others of. Images may have moved: their fingerprint says whether they are the same.
+So may the modules of plugins; what they register is compared by its names.
 
 Everything else must equal the checkpoint's: also `schedule.epochs` (the cosine's length), `data.accumulate` against
 `data.batch_size` (masks are drawn per micro-batch), `data.label_column` (splits are stratified) and `init_from` (a
@@ -78,6 +80,7 @@ def end_to_end(settings: Settings) -> Settings:
         "placement.stages": None,
         "boundary_noise": 0.0,
         "mask.encode": "auto",
+        "decoder.name": "auto",
         "decoder.throw_ratio": 0.0,
         "target.name": "pixels",
         "target.normalize": True,

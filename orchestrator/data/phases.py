@@ -73,7 +73,7 @@ def phases_on(specs: Sequence[PhaseSpec], images: int, source: str = "the data")
             times = f" x data.accumulate={spec.grad_accum_steps}" if spec.grad_accum_steps > 1 else ""
             raise DataError(
                 f"{source} has {images} images to train on, fewer than one step's data.batch_size={spec.batch_size}"
-                f"{times}; lower data.batch_size to {max(1, images // spec.grad_accum_steps)} or less"
+                f"{times}; {_remedy(images, spec)}"
             )
         first_step = steps_until(phases, spec.first_epoch) if phases else 0
         phases.append(Phase(**vars(spec), first_step=first_step, steps_per_epoch=steps))
@@ -83,6 +83,21 @@ def phases_on(specs: Sequence[PhaseSpec], images: int, source: str = "the data")
 def phase_at(phases: Sequence[Phase], step: int) -> Phase:
     """The phase to which optimizer step `step` belongs."""
     return next(phase for phase in reversed(phases) if phase.first_step <= step)
+
+
+MIN_STEPS = 20
+"""Steps that an epoch should have."""
+
+
+def _remedy(images: int, spec: PhaseSpec) -> str:
+    """Sizes with which an epoch has `MIN_STEPS` steps, or as many as there are images; accumulation falls first."""
+    most = max(1, images // MIN_STEPS)
+    batch = spec.batch_size if spec.batch_size <= most else 2 ** (most.bit_length() - 1)
+    accumulate = max(1, min(spec.grad_accum_steps, most // batch))
+    sizes = f"data.batch_size {batch}"
+    if spec.grad_accum_steps > 1:
+        sizes = f"data.accumulate {accumulate} and {sizes}"
+    return f"with {sizes} an epoch has {images // (batch * accumulate)} steps"
 
 
 def steps_until(phases: Sequence[Phase], epoch: int) -> int:

@@ -1,7 +1,8 @@
 """Worker processes that fill batches ahead of their consumer; every worker fills a slice of each batch.
 
 Workers are new interpreters, not forks, so that a process with threads (a Ray actor, a notebook) can have them, and
-they do not import the caller's main script. Batches travel through a ring of slots in one anonymous memory file,
+they do not import the caller's main script. They import the plugins
+that it has imported. Batches travel through a ring of slots in one anonymous memory file,
 messages through a pipe per worker; the end of a pipe ends its worker, so workers end with their consumer. POSIX only.
 
 `torch.utils.data.DataLoader` is slower: it puts every batch into a new shared-memory file, whose pages cost about a
@@ -40,6 +41,7 @@ from typing import IO, Protocol
 import numpy as np
 
 from bim.orchestrator.data.errors import DataWorkerError
+from bim.orchestrator.plugins import imported_plugins
 from bim.orchestrator.signal_masks import blocked_in_children
 
 PREFETCH_BATCHES = 3  # slots of the ring: one being copied out, two being filled
@@ -48,6 +50,7 @@ JOIN_TIMEOUT_S = 5.0  # for a worker to end after its pipe is closed
 # A worker has the import path of its consumer, so that Ray's working_dir and editable installs hold
 _BOOTSTRAP = (
     "import sys; sys.path[:] = {path!r}; "
+    "from bim.orchestrator.plugins import import_plugins; import_plugins({plugins!r}); "
     "from bim.orchestrator.data.prefetch import run_worker; run_worker(*{arguments!r})"
 )
 
@@ -87,7 +90,7 @@ class Prefetcher:
         self._finalizer = weakref.finalize(self, _end_workers, self._workers)
         with (
             _anonymous_file(size=math.prod(shape)) as slots,
-            _anonymous_file(pickle.dumps((reader, shape))) as state,  # unlike a pipe it never blocks
+            _anonymous_file(_pickled((reader, shape))) as state,  # unlike a pipe it never blocks
         ):
             self._slots = _map_slots(slots.fileno(), shape)
             for start, stop in itertools.pairwise(bounds):
@@ -183,6 +186,16 @@ def run_worker(pipe_fd: int, slots_fd: int, state_fd: int, start: int, stop: int
         return  # the consumer has closed, or is gone
 
 
+def _pickled(value: object) -> bytes:
+    """`value` for a worker; classes and functions of a notebook or a main script travel by value, where cloudpickle is."""
+    try:
+        from cloudpickle import dumps
+    except ImportError:  # an image with torch and timm alone
+        return pickle.dumps(value)
+    state: bytes = dumps(value)
+    return state
+
+
 def _picklable(error: Exception) -> Exception:
     """`error` with the worker's traceback as a note, as a RuntimeError if it does not survive pickling."""
     note = f"in a data worker:\n{''.join(traceback.format_exception(error))}"
@@ -198,9 +211,14 @@ def _start_worker(slots_fd: int, state_fd: int, start: int, stop: int) -> _Worke
     consumer_end, worker_end = Pipe(duplex=True)
     with worker_end:
         arguments = (worker_end.fileno(), slots_fd, state_fd, start, stop)
+        plugins = imported_plugins()
         with blocked_in_children():  # signals are the consumer's to answer
             process = subprocess.Popen(
-                [sys.executable, "-c", _BOOTSTRAP.format(path=sys.path, arguments=arguments)],
+                [
+                    sys.executable,
+                    "-c",
+                    _BOOTSTRAP.format(path=sys.path, plugins=plugins, arguments=arguments),
+                ],
                 stdin=subprocess.DEVNULL,
                 pass_fds=arguments[:3],
                 # One thread per worker, set before it imports torch; the accelerator belongs to the consumer

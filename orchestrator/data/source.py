@@ -5,19 +5,22 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
+from bim.orchestrator.data.dataset_source import DatasetSource
 from bim.orchestrator.data.digits import DigitsSource
 from bim.orchestrator.data.errors import DataError, system_reason
 from bim.orchestrator.data.file_listing import IMAGE_EXTENSIONS, walk
 from bim.orchestrator.data.folder import FolderSource
 from bim.orchestrator.data.parquet import ParquetSource
 from bim.orchestrator.data.sampler import Chunks
+from bim.orchestrator.data.synthetic import SyntheticSource
 from bim.orchestrator.data.torchvision_source import TorchvisionSource
 
 
@@ -73,26 +76,74 @@ def _open_digits(argument: str) -> Source:
     return DigitsSource()
 
 
-SOURCES: dict[str, Callable[[str], Source]] = {"digits": _open_digits, "torchvision": TorchvisionSource.parse}
+GIVEN_SCHEME = "dataset"
+
+_given: dict[str, Source] = {}
+
+
+def _refuse_missing(name: str) -> Source:
+    raise DataError(
+        f"data.source '{GIVEN_SCHEME}:{name}' is a data set that was given as an object in Python; give it again to "
+        "bim.orchestrator.pretrain, or register it in a module of yours, by a name in "
+        "bim.orchestrator.data.source.SOURCES, and set --plugins MODULE"
+    )
+
+
+SOURCES: dict[str, Callable[[str], Any]] = {
+    "digits": _open_digits,
+    "synthetic": SyntheticSource.parse,
+    "torchvision": TorchvisionSource.parse,
+    GIVEN_SCHEME: _refuse_missing,
+}
+"""Name -> what opens `data.source` "NAME" or "NAME:ARGUMENT". It takes the argument ("" if there is none) and returns a
+`Source`, or a `torch.utils.data.Dataset` of images, see `DatasetSource`."""
+
+
+BUILT_IN_SOURCES = frozenset(SOURCES)
+
+
+@contextmanager
+def given(source: Source | None) -> Iterator[None]:
+    """Inside, this source can be named as `data.source` in this process; None: nothing is."""
+    if source is None:
+        yield
+        return
+    _given[source.name] = source
+    try:
+        yield
+    finally:
+        del _given[source.name]
+
+
+def given_source(name: str) -> Source | None:
+    """The source that `given` names in this process."""
+    return _given.get(name)
+
+
+def dataset_object(dataset: Any) -> Source:
+    """A data set that is an object, as a source named after its class. Raises DataError."""
+    return DatasetSource(f"{GIVEN_SCHEME}:{type(dataset).__name__}", dataset)
 
 
 def open_source(source: str, image_column: str | None = None, label_column: str | None = None) -> Source:
     """Open `data.source`.
 
-    source: "digits"; "torchvision:NAME[:ROOT]"; a folder of images; a Parquet file or a folder of them (a folder
-    called "digits" is given as "./digits"). The columns apply to Parquet. Raises DataError for a path that
-    does not exist, a folder without images, a Parquet file without an image column, ...
+    source: "digits"; "torchvision:NAME[:ROOT]"; "synthetic:COUNTxWIDTHxHEIGHT"; a folder of images; a Parquet file or a
+    folder of them (a folder called "digits" is given as "./digits"); or what is registered in `SOURCES`. The columns apply
+    to Parquet. Raises DataError for a path that does not exist, a folder without images, a Parquet file without an image
+    column, ...
     """
     scheme, _, argument = source.partition(":")
     if scheme in SOURCES:
-        opened = SOURCES[scheme](argument)
+        held = given_source(source)
+        opened = _open_registered(source, scheme, argument) if held is None else held
     else:
         path = Path(os.path.expanduser(source))
         kind = _kind(path, source)
         if kind == "nothing":
             raise DataError(
                 f"data.source {_shown(source)} does not exist; it is the path of a folder of images or of Parquet files, "
-                "or 'digits', or 'torchvision:NAME:ROOT'"
+                f"or 'digits', or 'torchvision:NAME:ROOT'{_registered_names()}"
             )
         if kind == "folder":
             shards, images = _list_files(path)
@@ -110,6 +161,25 @@ def open_source(source: str, image_column: str | None = None, label_column: str 
             f"data.image_column and data.label_column apply to Parquet, unlike data.source {source!r}; unset them"
         )
     return opened
+
+
+def _open_registered(source: str, scheme: str, argument: str) -> Source:
+    try:
+        opened = SOURCES[scheme](argument)
+    except Exception as error:
+        if scheme in BUILT_IN_SOURCES or isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"data.source {_shown(source)} cannot be opened: {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
+    is_source = all(hasattr(opened, name) for name in ("load", "sample_id", "fingerprint"))
+    result: Source = opened if is_source else DatasetSource(source, opened)
+    return result
+
+
+def _registered_names() -> str:
+    names = [name for name in SOURCES if name not in BUILT_IN_SOURCES]
+    return "".join(f", or '{name}'" for name in names)
 
 
 def _kind(path: Path, source: str) -> str:

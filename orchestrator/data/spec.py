@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.data.loader import TrainBatches
 from bim.orchestrator.data.phases import PhaseSpec
 from bim.orchestrator.data.source import Source, open_source
 from bim.orchestrator.data.splits import Splits, make_splits
+from bim.orchestrator.plugins import import_plugins
 
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a training crop, as in MAE and torchvision
 
@@ -24,6 +25,8 @@ class DataSpec:
         split_seed: of the split into train, val and test, apart from `seed` so that runs with other seeds share it.
         seed: of permutation and augmentation.
         fingerprint: that `open` checks; None accepts any.
+        plugins: modules that register what `source` names, see `bim.orchestrator.plugins`.
+        given: the source itself, of a data set that is an object; it travels with the spec.
     """
 
     source: str
@@ -38,10 +41,15 @@ class DataSpec:
     split_seed: int = 0
     seed: int = 0
     fingerprint: str | None = None
+    plugins: tuple[str, ...] = ()
+    given: Source | None = field(default=None, compare=False, repr=False)
 
     def open(self) -> tuple[Source, Splits]:
-        """The source and its split. Raises DataError with one sentence when it cannot be read."""
-        source = open_source(self.source, self.image_column, self.label_column)
+        """The source and its split. Raises DataError with one sentence when it cannot be read, or a PluginError."""
+        import_plugins(self.plugins)
+        source = self.given
+        if source is None:
+            source = open_source(self.source, self.image_column, self.label_column)
         if self.fingerprint is not None and source.fingerprint() != self.fingerprint:
             raise DataError(
                 f"the images of {self.source} have changed since this run began (their number, their names or the sizes of "

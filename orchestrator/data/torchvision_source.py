@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from bim.orchestrator.data.dataset_source import labels_of
 from bim.orchestrator.data.decode import DECODER_ERRORS, decoder_message, image_to_rgb
 from bim.orchestrator.data.errors import DataError, ImageDecodeError
 
@@ -52,7 +53,7 @@ class TorchvisionSource:
                 "train": np.arange(self._starts[1], dtype=np.int64),
                 "test": np.arange(self._starts[1], self._starts[2], dtype=np.int64),
             }
-        labels = [_labels(part) for part in parts]
+        labels = [labels_of(part) for part in parts]
         self.labels: np.ndarray | None = None
         if any(values is not None and (values >= 0).any() for values in labels):
             self.labels = np.concatenate(
@@ -137,21 +138,3 @@ def _open_parts(name: str, root: Path) -> list[Any]:
             f"torchvision's {name} cannot be opened below {root} ({' '.join(str(error).split())}); download it there "
             f"first, or give its folder: 'torchvision:{name}:ROOT'"
         ) from error
-
-
-def _labels(part: Any) -> np.ndarray | None:
-    """(n,) int64 class numbers of a part, -1 where it has none; None if it keeps none that can be read without images."""
-    candidates = [getattr(part, name, None) for name in ("targets", "labels", "_labels", "y")]
-    samples = getattr(part, "samples", getattr(part, "_samples", None))
-    if isinstance(samples, list) and all(isinstance(s, tuple) and len(s) == 2 for s in samples):
-        candidates.append([label for _, label in samples])
-    for values in candidates:
-        if values is None:
-            continue
-        try:
-            labels = np.asarray(values)
-        except ValueError:  # lists of unequal lengths
-            continue
-        if labels.shape == (len(part),) and labels.dtype.kind in "iu":
-            return np.maximum(labels.astype(np.int64), -1)
-    return None

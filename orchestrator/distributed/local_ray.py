@@ -51,6 +51,13 @@ class ClusterError(ValueError):
     """The Ray cluster that `RAY_ADDRESS` names cannot be reached, or none can be started on this machine."""
 
 
+def before_ray_is_imported(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set what Ray reads when it is imported, unless the user has set it; see `secure_local_ray`."""
+    # Ray would print a paragraph for every stage that dies; the loop logs it in a line.
+    environment.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
+    secure_local_ray(environment)
+
+
 def secure_local_ray(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set what Ray reads when it is imported: a Ray that this process starts listens on 127.0.0.1 and asks for a token.
 

@@ -104,8 +104,10 @@ def _header(scored: bool) -> str:
 def _what_it_is(backbone: Backbone, depth: int, facts: CardFacts) -> str:
     architecture, blocks = backbone.name.partition(".")[0], backbone.blocks
     used = [info for info in blocks if info.depth - info.layers < depth]
+    module = backbone.registered_by
+    model = f"timm's `{architecture}`" if module is None else f"`{architecture}` of the module `{module}`"
     start = f"from the weights of `{facts.init_from}`" if facts.init_from else "from random weights"
-    text = f"An image encoder: the first {depth} layers of timm's `{architecture}`, pretrained {start}, without labels, "
+    text = f"An image encoder: the first {depth} layers of {model}, pretrained {start}, without labels, "
     if len(blocks) == 1:
         method = "MAE" if backbone.encode == "visible" else "SimMIM"
         text += f"by masked image modeling end to end ({method})"
@@ -136,9 +138,11 @@ def _use(backbone: Backbone, depth: int, size: tuple[int, int]) -> str:
     if usage.classifier:
         more.insert(0, "`num_classes=10` puts a new classifier on it to fine-tune")
     options = "; ".join(more)
+    module, architecture = backbone.registered_by, backbone.name.partition(".")[0]
+    registration = "" if module is None else f"import {module}  # registers {architecture} with timm\n"
     return f"""```python
 import timm
-
+{registration}
 model = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 x = transform(image).unsqueeze(0)  # PIL image -> (1, 3, {size[0]}, {size[1]})

@@ -99,7 +99,9 @@ def timm_config(backbone: Backbone, depth: int, model: nn.Module, size: tuple[in
     """
     timm_cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     return {
-        "architecture": timm_cfg["architecture"],
+        "architecture": timm_cfg["architecture"]
+        if backbone.registered_by is None
+        else backbone.name.partition(".")[0],
         "num_classes": 0,
         "num_features": model.num_features,
         "global_pool": "avg",

@@ -23,6 +23,7 @@ RUN_LEVEL_SETTINGS = (
     "baseline",
     "backbone",
     "backbones",
+    "plugins",
     "data.source",
     "data.image_column",
     "data.label_column",

@@ -22,6 +22,7 @@ from bim.orchestrator.distributed.placement import ClusterResources, PlacementEr
 from bim.orchestrator.files import is_of_folder, os_error_text, remove_temporary_files
 from bim.orchestrator.jobs.backbone_run import BackboneRun
 from bim.orchestrator.jobs.comparison import measure_pending_latencies, open_comparison, record_comparison
+from bim.orchestrator.jobs.cost import log_estimate
 from bim.orchestrator.jobs.layouts import shared_layouts, single_layouts
 from bim.orchestrator.jobs.prepare import PreparedJob
 from bim.orchestrator.jobs.records import (
@@ -120,6 +121,9 @@ def _run(job: PreparedJob, stop: StopRequest) -> JobResult:
                 f"{os_error_text(error)}; make room or repair it; the run has not begun"
             ) from error
         _log_opening(job, backbones)
+        for backbone in backbones:
+            with backbone.lines():
+                log_estimate(backbone, cluster)
         if not job.compares:
             _search(backbones[0], cluster, stop)
         if stop.reason is None:
@@ -135,7 +139,10 @@ def _run(job: PreparedJob, stop: StopRequest) -> JobResult:
         measure_pending_latencies(backbones)
         if comparison is None:
             (backbone,) = backbones
-            closing = closing_lines(job.out, backbone.prepared.run.depths, backbone.tracker.ui_hint())
+            run = backbone.prepared.run
+            closing = closing_lines(
+                job.out, run.depths, backbone.tracker.ui_hint(), run.backbone.registered_by
+            )
             return JobResult(job.out, None, backbone.table, tuple(closing))
         claims[job.out].lease.check()
         table, results = record_comparison(job, backbones, comparison)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Collection, Iterator
@@ -15,7 +16,7 @@ from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.config.transforms import with_changes
 from bim.orchestrator.config.validate import settings_from_mapping
 from bim.orchestrator.data.errors import DataError
-from bim.orchestrator.data.source import Source
+from bim.orchestrator.data.source import SOURCES, Source, given_source
 from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.files import StorageError, os_error_text
 from bim.orchestrator.jobs.backbone_entries import ErrorCollector, backbone_entries
@@ -32,12 +33,15 @@ from bim.orchestrator.runs.output_dir import (
     saved_settings,
 )
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun, resolve_backbone
+from bim.orchestrator.runs.resolve import load_plugins
 from bim.orchestrator.runs.run_record import read_record
 from bim.orchestrator.search.record import finished_search
 from bim.orchestrator.search.results import with_best
 from bim.orchestrator.text import short_path
 from bim.orchestrator.tracking.open_run import TrackingError, check_model_name
 from bim.orchestrator.training.errors import StorageUnsupportedError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,9 @@ def prepare(settings: Settings) -> PreparedJob:
 
 
 def _prepare(settings: Settings) -> PreparedJob:
+    load_plugins(settings)
+    if settings.plugins:
+        log.info("plugins: %s", ", ".join(settings.plugins))
     settings, out = resolve_paths(with_credentials(settings, os.environ))
     check_model_names(settings)
     if settings.backbones is None:
@@ -156,6 +163,8 @@ def resolve_paths(settings: Settings) -> tuple[Settings, Path]:
     out = settings.out or Path("runs") / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     paths = {"out": str(Path(os.path.expanduser(out)).absolute())}
     for key, value in {"data.source": settings.data.source, "init_from": settings.init_from}.items():
+        if key == "data.source" and (value in SOURCES or given_source(value or "") is not None):
+            continue  # a file in the working directory may have the same name
         # "local-dir:DIR" and "torchvision:NAME:ROOT" end in a path too.
         scheme, colon, path = (value or "").rpartition(":")
         if path and os.path.exists(path):

@@ -116,6 +116,7 @@ def run_search(
         fingerprint=run.fingerprint,
         device="cuda" if layout.gpus else "cpu",
         max_concurrent_trials=concurrent,
+        given=run.data.given,
         run_id=run.run_id,
     )
     initial = load_result(run.out) or _empty_result(backbone, space)

@@ -12,12 +12,23 @@ from bim.orchestrator.reporting.comparison import MemberResult
 from bim.orchestrator.text import short_path
 
 
-def closing_lines(out: Path, depths: Sequence[int], ui: tuple[str | None, str]) -> list[str]:
-    """Where the results are. ui: as of `Tracker.ui_hint`, the command that starts MLflow's pages and the run's address."""
+def closing_lines(
+    out: Path, depths: Sequence[int], ui: tuple[str | None, str], module: str | None = None
+) -> list[str]:
+    """Where the results are.
+
+    Args:
+        ui: as of `Tracker.ui_hint`, the command that starts MLflow's pages and the run's address.
+        module: that registers the model with timm, if it is not timm's.
+    """
     folder = short_path(out)
     variants = f"{folder}/variants/depth{depths[0]:02d} ... depth{depths[-1]:02d}"
     return _lines(
-        variants, f"{folder}/variants/depth{depths[-1]:02d}", f"{folder}/summary.csv, {folder}/pictures", ui
+        variants,
+        f"{folder}/variants/depth{depths[-1]:02d}",
+        f"{folder}/summary.csv, {folder}/pictures",
+        ui,
+        module,
     )
 
 
@@ -39,10 +50,13 @@ def several_closing_lines(
     return lines
 
 
-def _lines(variants: str, example: str, files: str, ui: tuple[str | None, str]) -> list[str]:
+def _lines(
+    variants: str, example: str, files: str, ui: tuple[str | None, str], module: str | None = None
+) -> list[str]:
     command, page = ui
     return [
         f"models:   {variants}, opened in Python by",
+        *([] if module is None else [f"  import {module}  # registers the model with timm"]),
         f"  timm.create_model('local-dir:{example}', pretrained=True)",
         f"results:  {files}",
         *([f"compare:  {page}"] if command is None else [f"compare:  {command}, then open", f"  {page}"]),

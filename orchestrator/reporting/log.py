@@ -47,6 +47,22 @@ def configure_console(verbose: bool = False, quiet: bool = False) -> None:
 
 
 @contextmanager
+def console_unless_configured(quiet: bool = False) -> Iterator[None]:
+    """Inside, lines are printed as by `configure_console`, unless the program has configured logging by itself."""
+    if ROOT.handlers or logging.getLogger().handlers:
+        yield
+        return
+    level = ROOT.level
+    configure_console(quiet=quiet)
+    added = ROOT.handlers[0]
+    try:
+        yield
+    finally:
+        ROOT.removeHandler(added)
+        ROOT.setLevel(level)
+
+
+@contextmanager
 def log_to_file(path: Path, prefix: str = "") -> Iterator[None]:
     """Inside, what is logged, of every level, is appended to `path` with its time, and an error that ends the context.
 

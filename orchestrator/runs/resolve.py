@@ -5,23 +5,32 @@ Makes the checks that need the backbone, so that they fail before anything start
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain
 
 from bim.models.backbones import open_backbone
 from bim.models.backbones.backbone import Backbone
+from bim.models.decoders import BUILT_IN_DECODERS
 from bim.models.decoders.decoder import decoder_heads
 from bim.models.masks.plan import visible_counts
 from bim.models.masks.sampling import kept_count, max_throw_ratio
-from bim.models.targets import TARGETS
-from bim.orchestrator.config.schema import Settings, SettingsError, start_epoch
+from bim.models.targets import BUILT_IN_TARGETS, TARGETS
+from bim.orchestrator.config.schema import Settings, SettingsError
+from bim.orchestrator.config.short_forms import start_epoch
 from bim.orchestrator.data.phases import PhaseSpec
+from bim.orchestrator.data.source import given_source
 from bim.orchestrator.data.spec import DataSpec
 from bim.orchestrator.evaluation.records import EvalConfig
+from bim.orchestrator.plugins import PluginError, import_plugins
+from bim.orchestrator.runs.registered import (
+    Check,
+    encoding_check,
+    name_problems,
+    registered_checks,
+    target_args,
+)
 from bim.orchestrator.training.spec import DecoderSpec, OptimSpec, Precision, PretrainSpec, TargetSpec
-
-Check = Callable[[], object]
 
 MAX_BATCH_BYTES = 2**37
 MAX_TOKENS = 2**17
@@ -38,28 +47,27 @@ def resolve(
         auto_precision: what `optim.precision: auto` means on the device of the stages.
         reads_init_from: whether the run begins with the weights that `init_from` names; from a checkpoint it does not.
 
+    The modules of `plugins` are imported first.
+
     Raises:
-        SettingsError: the backbone cannot be opened or cut as asked; or, one a line, what of masks, decoders, targets,
-            resolutions or `init_from` does not fit it.
+        SettingsError: a plugin cannot be imported; the backbone cannot be opened or cut as asked; or, one a line, what of
+            masks, decoders, targets, resolutions or `init_from` does not fit it.
     """
+    load_plugins(settings)
+    name_errors = name_problems(settings)
     try:
         backbone = open_backbone(
             settings.backbone.name, settings.blocks, settings.backbone.model_args, settings.mask.encode
         )
     except ValueError as error:
-        raise SettingsError(str(error)) from error
+        raise SettingsError("\n".join([str(error), *name_errors])) from error
+    if name_errors:
+        raise SettingsError("\n".join(name_errors))
     decoders, targets = _decoders(settings), _targets(settings)
-    problems: dict[str, None] = {}  # in order, each once
     checks = _checks(settings, backbone, decoders, targets)
     if settings.init_from is not None and reads_init_from:
         checks = chain(checks, [partial(backbone.check_init_from, settings.init_from)])
-    for check in checks:
-        try:
-            check()
-        except ValueError as error:
-            problems[str(error)] = None
-    if problems:
-        raise SettingsError("\n".join(problems))
+    _raise_all(checks)
     optim = settings.optim
     spec = PretrainSpec(
         backbone=backbone.name,
@@ -83,8 +91,30 @@ def resolve(
             clip_grad=optim.clip_grad,
             precision=auto_precision if optim.precision == "auto" else optim.precision,
         ),
+        plugins=settings.plugins,
     )
+    _raise_all(registered_checks(spec, backbone))
     return spec, backbone
+
+
+def load_plugins(settings: Settings) -> None:
+    """Import the modules that the settings name, for what they register. Raises SettingsError."""
+    try:
+        import_plugins(settings.plugins)
+    except PluginError as error:
+        raise SettingsError(str(error)) from error
+
+
+def _raise_all(checks: Iterable[Check]) -> None:
+    """Raise SettingsError with the message of every check that raises a ValueError, each once, in their order."""
+    problems: dict[str, None] = {}
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            problems[str(error)] = None
+    if problems:
+        raise SettingsError("\n".join(problems))
 
 
 def _mask_ratios(settings: Settings, backbone: Backbone) -> tuple[float, ...]:
@@ -95,24 +125,26 @@ def _mask_ratios(settings: Settings, backbone: Backbone) -> tuple[float, ...]:
 
 
 def _decoders(settings: Settings) -> tuple[DecoderSpec, ...]:
-    names = ("depth", "dim", "num_heads", "throw_ratio")
+    names = ("depth", "dim", "num_heads", "throw_ratio", "name")
     per_block = zip(*(settings.per_block(f"decoder.{name}") for name in names), strict=True)
     shared = settings.decoder
     return tuple(
-        DecoderSpec(depth, dim, heads, throw_ratio, shared.recovery, shared.sampler, shared.thrown_weight)
-        for depth, dim, heads, throw_ratio in per_block
+        DecoderSpec(
+            depth, dim, heads, throw_ratio, shared.recovery, shared.sampler, shared.thrown_weight, name
+        )
+        for depth, dim, heads, throw_ratio, name in per_block
     )
 
 
 def _targets(settings: Settings) -> tuple[TargetSpec, ...]:
-    """Every block's target, with the keywords that belong to it."""
-    specs = []
-    for name, cell in zip(settings.per_block("target.name"), settings.per_block("target.cell"), strict=True):
-        args: dict[str, object] = {"normalize": settings.target.normalize}
-        if name == "hog":
-            args |= {"cell": cell, "bins": settings.target.bins}
-        specs.append(TargetSpec(name, args))
-    return tuple(specs)
+    """Every block's target, with the keywords that it declares."""
+    shared = {"normalize": settings.target.normalize, "bins": settings.target.bins}
+    return tuple(
+        TargetSpec(name, target_args(name, shared | {"cell": cell}))
+        for name, cell in zip(
+            settings.per_block("target.name"), settings.per_block("target.cell"), strict=True
+        )
+    )
 
 
 def _checks(
@@ -136,9 +168,12 @@ def _checks(
         yield partial(_check_cells, targets, size)
     yield partial(_check_memory, settings, backbone, decoders)
     for decoder in decoders:
-        yield partial(decoder_heads, decoder.dim, decoder.depth, decoder.num_heads)
+        yield partial(encoding_check, decoder.name, backbone)
+        if decoder.name in BUILT_IN_DECODERS:
+            yield partial(decoder_heads, decoder.dim, decoder.depth, decoder.num_heads)
     for info, target in zip(backbone.blocks, targets, strict=True):
-        yield partial(TARGETS[target.name], info.stride, **target.args)
+        if target.name in BUILT_IN_TARGETS:
+            yield partial(TARGETS[target.name], info.stride, **target.args)
     if backbone.encode == "all":
         yield partial(_check_all_encoded, decoders, ratios)
 
@@ -237,6 +272,8 @@ def data_spec(settings: Settings, backbone: Backbone) -> DataSpec:
         test_fraction=data.test_fraction,
         split_seed=data.split_seed,
         seed=settings.seed,
+        plugins=settings.plugins,
+        given=given_source(data.source),
     )
 
 

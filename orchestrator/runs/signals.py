@@ -182,8 +182,9 @@ def _handled_by(handle: Callable[[int, FrameType | None], None]) -> Iterator[Non
     if not _in_main_thread():
         yield
         return
-    # `nohup` ignores SIGHUP, and a shell SIGINT and SIGQUIT of what it runs in the background; that stays.
-    heard = [number for number in HANDLED_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    # `nohup` ignores SIGHUP, and a shell SIGINT and SIGQUIT of what it runs in the background; that stays. So does a
+    # handler of a program that embeds Python (None), which could not be put back.
+    heard = [n for n in HANDLED_SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
     before = {number: signal.signal(number, handle) for number in heard}
     try:
         yield

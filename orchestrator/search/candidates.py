@@ -11,7 +11,8 @@ from typing import Any
 from bim.models.backbones.backbone import Backbone
 from bim.models.masks.plan import visible_counts
 from bim.models.masks.sampling import kept_count
-from bim.orchestrator.config.schema import Settings, ratios_by_block
+from bim.orchestrator.config.schema import Settings
+from bim.orchestrator.config.short_forms import ratios_by_block
 from bim.orchestrator.config.transforms import settings_to_mapping
 
 MASK_RATIOS = (0.5, 0.6, 0.75, 0.85, 0.9)

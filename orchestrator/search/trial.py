@@ -21,7 +21,7 @@ from bim.orchestrator.config.transforms import differing_keys, with_changes
 from bim.orchestrator.config.validate import settings_from_mapping
 from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.data.phases import Phase
-from bim.orchestrator.data.source import Source
+from bim.orchestrator.data.source import Source, given
 from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.distributed.placement import ClusterResources, StageLayout, gpu_capacity
 from bim.orchestrator.distributed.placement_group import PlacementGroup
@@ -64,6 +64,7 @@ class TrialSpec:
         fingerprint: of the images.
         device: where checkpoints are scored.
         max_concurrent_trials: trials that run at the same time.
+        given: the images, if `data.source` names an object of the driver.
         run_id: of the run that searches, which the checkpoints of its trials carry.
     """
 
@@ -75,6 +76,7 @@ class TrialSpec:
     fingerprint: str
     device: str = "cpu"
     max_concurrent_trials: int = 1
+    given: Source | None = None
     run_id: str = ""
 
 
@@ -162,7 +164,7 @@ def run_trial(
         DataError: the images cannot be read, or have changed since the search began.
         Exception: the error that ended the training.
     """
-    with _trial_output(trial, name) as out:
+    with given(trial.given), _trial_output(trial, name) as out:
         run, images = _resolve_trial(trial, changes, out)
         checkpoint = checkpoint_store(out).latest()
         if checkpoint is not None and (

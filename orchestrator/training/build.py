@@ -8,46 +8,54 @@ from typing import Any
 import torch
 
 from bim.models.backbones import open_backbone
-from bim.models.backbones.backbone import Backbone
-from bim.models.decoders.light import LightDecoder
-from bim.models.decoders.local import LocalDecoder
+from bim.models.backbones.backbone import Backbone, BlockInfo
+from bim.models.decoders import decoder_class
 from bim.models.initialization import scale_head_init_
 from bim.models.local_mim import LocalMIM
 from bim.models.masks.plan import MaskPlan, block_plans, partial_plan, random_permutation, visible_counts
 from bim.models.seeding import forked_rng, generator
 from bim.models.targets import TARGETS
+from bim.orchestrator.plugins import import_plugins
 from bim.orchestrator.training.spec import PretrainSpec, TargetSpec
 
 
 def build_local_mim(spec: PretrainSpec, index: int, backbone: Backbone | None = None) -> LocalMIM:
-    """Block `index` with its decoder and loss; its initial weights depend only on (spec.seed, index)."""
+    """Block `index` with its decoder and loss; its initial weights depend only on (spec.seed, index).
+
+    Raises PluginError if the spec's plugins cannot be imported.
+    """
+    import_plugins(spec.plugins)
     backbone = backbone or open_spec_backbone(spec)
-    info, decoder_spec = backbone.blocks[index], spec.decoders[index]
+    info = backbone.blocks[index]
     encoder = backbone.build_block(index, spec.seed, spec.init_from)
     target_spec = spec.targets[index] if spec.targets else TargetSpec()
     target = TARGETS[target_spec.name](info.stride, **target_spec.args)
+    decoder = build_decoder(spec, info, backbone, target.out_dim)
+    scale_head_init_(decoder.head, *target.head_init)
+    return LocalMIM(encoder, decoder, target, spec.loss_on_newly_masked, spec.decoders[index].thrown_weight)
+
+
+def build_decoder(spec: PretrainSpec, info: BlockInfo, backbone: Backbone, out_dim: int) -> Any:
+    """The decoder of a block, a module that predicts `out_dim` values per token; see `bim.models.decoders.DECODERS`."""
+    decoder = spec.decoders[info.index]
     sizes: dict[str, Any] = {
         "in_dim": info.width,
-        "dim": decoder_spec.dim,
-        "depth": decoder_spec.depth,
-        "num_heads": decoder_spec.num_heads,
-        "out_dim": target.out_dim,
+        "dim": decoder.dim,
+        "depth": decoder.depth,
+        "num_heads": decoder.num_heads,
+        "out_dim": out_dim,
         "num_prefix_tokens": info.num_prefix_tokens,
         "norm_eps": backbone.norm_eps,
     }
-    decoder: LocalDecoder | LightDecoder
-    with forked_rng(spec.seed, "decoder", index):
-        if backbone.encode == "all":
-            decoder = LightDecoder(**sizes)
-        else:
-            recovery = decoder_spec.recovery if decoder_spec.throw_ratio else "none"
-            decoder = LocalDecoder(**sizes, recovery=recovery)
-    scale_head_init_(decoder.head, *target.head_init)
-    return LocalMIM(encoder, decoder, target, spec.loss_on_newly_masked, decoder_spec.thrown_weight)
+    if decoder.throw_ratio and decoder.recovery != "none":
+        sizes["recovery"] = decoder.recovery
+    with forked_rng(spec.seed, "decoder", info.index):
+        return decoder_class(decoder.name, backbone.encode)(**sizes)
 
 
 def open_spec_backbone(spec: PretrainSpec) -> Backbone:
-    """The backbone of a spec, split into its blocks."""
+    """The backbone of a spec, split into its blocks. Raises PluginError if the spec's plugins cannot be imported."""
+    import_plugins(spec.plugins)
     return open_backbone(spec.backbone, spec.blocks, spec.model_args, spec.encode)
 
 

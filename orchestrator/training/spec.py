@@ -34,6 +34,7 @@ class DecoderSpec:
         recovery: "none" leaves thrown tokens out, "aggregate" predicts them from decoded neighbors.
         sampler: chooses the tokens to decode, see `bim.models.masks.sampling`.
         thrown_weight: weight of a thrown token in the loss.
+        name: in `bim.models.decoders.DECODERS`; "auto": as the backbone encodes.
     """
 
     depth: int
@@ -43,6 +44,7 @@ class DecoderSpec:
     recovery: str = "none"
     sampler: str = "furthest"
     thrown_weight: float = 1.0
+    name: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -79,3 +81,5 @@ class PretrainSpec:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     optim: OptimSpec = field(default_factory=OptimSpec)
+    plugins: tuple[str, ...] = ()
+    """Modules that register what the names above mean, see `bim.orchestrator.plugins`."""

@@ -26,6 +26,7 @@ SCRIPT = ROOT / "pipelines" / "bim_pipeline.py"
 
 DEPTHS = (1, 2, 3, 4)
 TINY = {
+    "recipe": "digits_demo",
     "backbone.model_args": "{img_size: 16, patch_size: 4, embed_dim: 32, depth: 4, num_heads: 2}",
     "decoder.dim": "32",
     "decoder.num_heads": "1",

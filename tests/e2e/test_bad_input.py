@@ -89,7 +89,7 @@ def sentence(done: Finished) -> str:
             "backbone 'vit_base_r50_s16_224' cannot be cut into blocks: its patch embedding is a HybridEmbed",
             id="timm model of a class that can mostly be cut",
         ),
-        pytest.param("--data.batch_size 5000", r"digits has \d+ images .*; lower data.batch_size to \d+", id="batch"),
+        pytest.param("--data.batch_size 5000", r"digits has \d+ images .*; with data.batch_size 32 an", id="batch"),
         pytest.param("--data.source nowhere", "data.source 'nowhere' does not exist; it is the path", id="no path"),
         pytest.param(
             "--init_from nowhere", "init_from 'nowhere' is neither a timm name nor a folder nor a file", id="init_from"
@@ -156,9 +156,9 @@ def test_parquet_without_an_image_column_lists_the_columns(here: Path) -> None:
 
 def test_fewer_images_than_a_batch_says_both_numbers_and_the_way_out(here: Path) -> None:
     image_folder(here / "few", "{number}.png", 40)
-    told = refused(here, "--data.source", "few", "--data.batch_size", "64")
+    told = refused(here, "--recipe", "digits_demo", "--data.source", "few", "--data.batch_size", "64")
     assert "few has 28 images to train on, fewer than one step's data.batch_size=64" in told
-    assert told.endswith("lower data.batch_size to 28 or less")
+    assert told.endswith("with data.batch_size 1 an epoch has 28 steps")
 
 
 def test_weights_that_would_have_to_be_unpickled_are_refused(here: Path) -> None:

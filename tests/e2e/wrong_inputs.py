@@ -93,8 +93,11 @@ a b c d e f g h => unexpected arguments 'a', 'b', 'c', 'd', 'e', \.\.\.
 --decoder.sampler best => decoder.sampler must be
 --decoder.thrown_weight 0 => decoder.thrown_weight must be
 --decoder.thrown_weight 1e300 => decoder.thrown_weight must be at most 1000000
---target.name sift => target.name must be
---target.name [hog,sift,hog,hog] => target.name must be
+--target.name 'si ft' => target.name must be pixels, hog, the name of a registered target, or a list of them
+--target.name [hog,5,hog,hog] => target.name must be
+--decoder.name [auto,auto] => decoder.name lists 2 values for 4 blocks
+--plugins my-module => plugins must be names of modules
+--plugins ./my_module.py => plugins must be names of modules
 --target.cell 0 => target.cell must be
 --target.cell 1000000 => target.cell must be at most 8192
 --target.bins 1000000 => target.bins must be at most 1024
@@ -234,6 +237,13 @@ a b c d e f g h => unexpected arguments 'a', 'b', 'c', 'd', 'e', \.\.\.
 """What ends before torch is imported."""
 
 SOURCES = r"""
+--target.name sift => target.name must be pixels.* not 'sift'
+--target.name [hog,hgo,hog,hog] => target.name must be .* did you mean 'hog'
+--decoder.name deep => decoder.name must be auto.* not 'deep'
+--decoder.name light => 'light' is for blocks that encode all tokens
+--plugins no_such_module => there is no module 'no_such_module'
+--plugins colorsys.module => no module 'colorsys.module'
+--data.source dataset:Mine => given as an object in Python
 --data.source nowhere => data.source 'nowhere' does not exist
 --data.source '' => --data.source needs a value
 --data.source null => data.source 'null' does not exist

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -109,14 +111,28 @@ def test_every_page_is_in_the_navigation() -> None:
 
 @pytest.mark.parametrize("name", ["architecture.md", "python-api.md"])
 def test_code_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that begins with the name of a file, `# my_parts.py`, is that file in the working directory."""
+    from bim.models.decoders import DECODERS
     from bim.models.targets import TARGETS
+    from bim.orchestrator.data.source import SOURCES
 
     monkeypatch.chdir(tmp_path)
-    registered = dict(TARGETS)
-    page = (ROOT / "docs" / name).read_text(encoding="utf-8").partition("## Run the job")[0]
-    code = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("bim.orchestrator.plugins._imported", {})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    tables: list[dict[str, Any]] = [TARGETS, DECODERS, SOURCES]
+    registered = [dict(table) for table in tables]
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8").partition("## Run the command")[0]
+    code = []
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        file = re.match(r"# (\w+\.py)\n", block)
+        if file is None:
+            code.append(block)
+        else:
+            (tmp_path / file[1]).write_text(block, encoding="utf-8")
     try:
-        exec(compile(code, name, "exec"), {"__name__": name})
+        exec(compile("\n".join(code), name, "exec"), {"__name__": name})
     finally:
-        TARGETS.clear()
-        TARGETS.update(registered)
+        for table, entries in zip(tables, registered, strict=True):
+            table.clear()
+            table.update(entries)

@@ -194,9 +194,16 @@ def test_one_value_holds_for_every_block() -> None:
 
 def test_end_to_end_is_one_block_with_the_deepest_block_s_values() -> None:
     made = end_to_end(
-        settings(mask__ratio=[0.6, 0.7, 0.7, 0.8], decoder__dim=[32, 64, 64, 128], placement__stages=4)
+        settings(
+            mask__ratio=[0.6, 0.7, 0.7, 0.8],
+            decoder__dim=[32, 64, 64, 128],
+            decoder__name="mine",
+            target__name="mine",
+            placement__stages=4,
+        )
     )
     assert (made.blocks, made.mask.ratio, made.decoder.dim) == (1, 0.8, 128)
+    assert (made.decoder.name, made.target.name) == ("auto", "pixels")
 
 
 def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,8 +36,20 @@ def test_a_steady_run_is_one_phase_without_an_end() -> None:
         (
             [PhaseSpec(0, (8, 8), 2), PhaseSpec(1, (16, 16), 4, 3)],
             10,
-            "10 images .* data.batch_size=4 x data.accumulate=3; lower data.batch_size to 3",
+            "10 images .* data.batch_size=4 x data.accumulate=3; with data.accumulate 1 and data.batch_size 1 an epoch has "
+            "10 steps",
         ),
+        (
+            [PhaseSpec(0, (8, 8), 512, 8)],
+            1050,
+            "with data.accumulate 1 and data.batch_size 32 an epoch has 32 steps",
+        ),
+        (
+            [PhaseSpec(0, (8, 8), 500, 400)],
+            100_000,
+            "data.accumulate 10 and data.batch_size 500 an epoch has 20 steps",
+        ),
+        ([PhaseSpec(0, (8, 8), 64)], 50, "data.batch_size=64; with data.batch_size 2 an epoch has 25 steps"),
     ],
 )
 def test_impossible_phases_are_refused(specs: list[PhaseSpec], images: int, message: str) -> None:

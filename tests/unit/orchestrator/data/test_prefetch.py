@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bim.orchestrator.data.digits import DigitsSource
-from bim.orchestrator.data.errors import TooManyCorruptImagesError
+from bim.orchestrator.data.errors import DataWorkerError, TooManyCorruptImagesError
 from bim.orchestrator.data.folder import FolderSource
 from bim.orchestrator.data.loader import TrainBatches
 from bim.orchestrator.data.phases import PhaseSpec
 from bim.orchestrator.data.prefetch import Prefetcher
 from bim.orchestrator.data.source import Source
-from tests.unit.orchestrator.data.counting_reader import CountingReader
+from tests.unit.orchestrator.data.counting_reader import CountingReader, PluginReader
 
 
 def train_batches(source: Source, workers: int, batch_size: int = 4) -> TrainBatches:
@@ -165,3 +165,19 @@ def test_a_worker_that_cannot_start_is_reported_and_no_hang():
     prefetcher = Prefetcher(Unpicklable(), workers=1)
     with pytest.raises(RuntimeError, match=r"data worker 1 of 1 .* exit status 1; .*standard error"):
         prefetcher.get(0)
+
+
+def test_workers_import_the_plugins_of_their_consumer_first(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("bim.orchestrator.plugins._imported", {"colorsys": None, "this_is_imported": None})
+    prefetcher = Prefetcher(PluginReader(), 1)
+    try:
+        with pytest.raises(DataWorkerError, match="ended with exit status 1"):
+            prefetcher.get(0)
+    finally:
+        prefetcher.close()
+    monkeypatch.setattr("bim.orchestrator.plugins._imported", {"colorsys": None})
+    prefetcher = Prefetcher(PluginReader(), 1)
+    try:
+        assert prefetcher.get(0)[0].tolist() == [[1], [1]]
+    finally:
+        prefetcher.close()

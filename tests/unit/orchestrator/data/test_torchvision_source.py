@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from bim.orchestrator.data.dataset_source import labels_of
 from bim.orchestrator.data.errors import DataError
-from bim.orchestrator.data.torchvision_source import TorchvisionSource, _labels
+from bim.orchestrator.data.torchvision_source import TorchvisionSource
 
 
 @pytest.fixture
@@ -86,5 +87,5 @@ class Part:
 def test_labels_are_found_where_data_sets_keep_them(
     attributes: dict[str, object], expected: list[int] | None
 ):
-    labels = _labels(Part(**attributes))
+    labels = labels_of(Part(**attributes))
     assert (None if labels is None else labels.tolist()) == expected

@@ -16,7 +16,7 @@ import pytest
 
 from bim.orchestrator.runs import signals
 from bim.orchestrator.runs.signals import exit_status, interrupted_by_signals, stop_on_signals
-from bim.orchestrator.signal_masks import HANDLED_SIGNALS, STOP_SIGNALS
+from bim.orchestrator.signal_masks import HANDLED_SIGNALS, STOP_SIGNALS, kept_signal_handlers
 from bim.orchestrator.training.callbacks import StopRequest
 
 ENDING = [number for number in STOP_SIGNALS if number != signal.SIGUSR2]
@@ -51,6 +51,21 @@ def test_where_nothing_can_be_finished_the_first_signal_interrupts_and_is_named(
         send(number)
     assert stop.reason == number.name
     assert signal.getsignal(number) == before
+
+
+def test_a_handler_that_is_not_pythons_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a program that embeds Python; `signal.getsignal` gives None for it, which `signal.signal` does not take."""
+    actual, before = signal.getsignal, signal.getsignal(signal.SIGHUP)
+    monkeypatch.setattr(
+        signal, "getsignal", lambda number: None if number == signal.SIGHUP else actual(number)
+    )
+    for context in (
+        interrupted_by_signals(StopRequest()),
+        stop_on_signals(StopRequest()),
+        kept_signal_handlers(),
+    ):
+        with context:
+            assert actual(signal.SIGHUP) == before
 
 
 def test_while_the_stages_start_a_signal_interrupts_and_while_they_train_it_asks() -> None:

@@ -13,7 +13,7 @@ from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.config.transforms import settings_to_mapping
 from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.data.phases import PhaseSpec, phases_on
-from bim.orchestrator.data.source import Source
+from bim.orchestrator.data.source import Source, dataset_object, given
 from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.distributed.placement import ClusterResources, PlacementError, StageLayout
 from bim.orchestrator.evaluation.records import EvalConfig
@@ -31,6 +31,7 @@ from bim.orchestrator.search.trial import (
     trial_settings,
 )
 from bim.orchestrator.training.checkpoint import CheckpointStore
+from tests.own_parts import Stripes
 
 TINY = """--backbone.model_args {img_size:\\ 16,patch_size:\\ 4,embed_dim:\\ 32,depth:\\ 4,num_heads:\\ 2} --decoder.dim 32
 --decoder.num_heads 1 --data.workers 0 --data.batch_size 64 --data.val_fraction 0.1
@@ -182,6 +183,16 @@ def test_images_that_cannot_be_read_are_a_failure_and_no_infeasible_setting(tmp_
     made.settings["data"]["source"] = str(tmp_path / "gone")
     with pytest.raises(DataError, match="gone"):
         run_trial(made, {"mask.ratio": 0.5}, "a", scorer, Recorder())
+
+
+def test_a_trial_takes_images_that_are_an_object_of_the_driver(tmp_path: Path) -> None:
+    source = dataset_object(Stripes("300"))
+    with given(source):  # as in the driver, and not in the process of the trial
+        made = replace(plan(tmp_path, "--data.source", source.name, "--data.batch_size", "16"), given=source)
+    heard = Recorder(stop_at=1)
+    with pytest.raises(KeyboardInterrupt):
+        run_trial(made, {"mask.ratio": 0.5}, "a", scorer, heard)
+    assert len(heard.reports) == 1
 
 
 def test_a_batch_larger_than_the_images_is_infeasible(tmp_path: Path) -> None:

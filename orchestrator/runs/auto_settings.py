@@ -1,0 +1,266 @@
+"""Settings chosen from the images and the machine by the rules of `config/auto.yaml`; each choice is a line with its reason.
+
+A function of facts: it opens nothing. What a training costs comes from the caller, who measures it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import PurePath
+from typing import Any
+
+from bim.orchestrator.config.auto_rules import AutoRules, BackboneRule, Device, auto_rules
+from bim.orchestrator.config.durations import seconds
+from bim.orchestrator.data.facts import ImageFacts
+from bim.orchestrator.text import duration
+
+EpochSeconds = Callable[[Mapping[str, Any]], float]
+"""From settings, by dotted key, to the seconds of an epoch of theirs on this machine."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the stages may use; without a GPU they run on the CPUs."""
+
+    cpus: int
+    gpus: int = 0
+
+    @property
+    def device(self) -> Device:
+        return "gpu" if self.gpus else "cpu"
+
+
+@dataclass
+class Chosen:
+    """Settings by dotted key, and what was chosen: a line for each choice."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A backbone at an image size; None: what the user gave, or timm's own size."""
+
+    backbone: BackboneRule | None
+    size: int | None
+
+
+def choose_settings(
+    facts: ImageFacts,
+    machine: Machine,
+    given: Mapping[str, Any],
+    budget_s: float | None,
+    epoch_seconds: EpochSeconds,
+    rules: AutoRules | None = None,
+) -> Chosen:
+    """Settings for these images, on this machine, within this time.
+
+    Where the time does not suffice, epochs are cut down to `epochs.min`; then image size and backbone shrink in turns.
+
+    Args:
+        given: dotted key -> value of what the user set; no rule touches it.
+        budget_s: seconds of training; None: by the rules.
+    """
+    return _Chooser(facts, machine, given, budget_s, epoch_seconds, rules or auto_rules()).choose()
+
+
+class _Chooser:
+    def __init__(
+        self,
+        facts: ImageFacts,
+        machine: Machine,
+        given: Mapping[str, Any],
+        budget_s: float | None,
+        epoch_seconds: EpochSeconds,
+        rules: AutoRules,
+    ) -> None:
+        self._facts, self._machine, self._rules = facts, machine, rules
+        self._given, self._epoch_seconds = dict(given), epoch_seconds
+        self._device = machine.device
+        self._budget_s = budget_s or seconds(rules.time_budget[self._device])
+        self._chosen = Chosen()
+
+    def choose(self) -> Chosen:
+        rules, facts = self._rules, self._facts
+        self._set({"name": _run_name(facts.source)})
+        self._set(dict(rules.always))
+        train = self._splits()
+        if train < rules.few_images and "init_from" not in self._given:
+            self._chosen.lines.append(
+                f"{train} training images are few: where timm's weights can be had, a warm start from them (--init_from "
+                "TIMM_NAME) is likely to be better than any training from scratch"
+            )
+        images_per_step = self._step(train)
+        wanted = self._wanted_epochs(train)
+        candidates = list(self._candidates(train))
+        first = candidates[0]
+        for candidate in candidates:
+            values = self._values_of(candidate) | {"schedule.epochs": 1}
+            epoch_s = self._epoch_seconds(self._chosen.values | values | self._given)
+            fitting = int(self._budget_s / epoch_s) if epoch_s > 0 else wanted
+            if fitting >= min(wanted, rules.epochs.min) or candidate is candidates[-1]:
+                break
+        self._backbone(candidate, first, train)
+        self._epochs(wanted, max(1, min(wanted, fitting)), epoch_s)
+        self._loading()
+        self._chosen.values["data.batch_size"] = self._given.get("data.batch_size", images_per_step)
+        return self._chosen
+
+    def _set(self, values: Mapping[str, Any], line: str | None = None) -> None:
+        """Take values that the user has not given, and say so if there is one."""
+        free = {key: value for key, value in values.items() if not self._is_given(key)}
+        self._chosen.values |= free
+        if free and line is not None:
+            self._chosen.lines.append(line)
+
+    def _is_given(self, key: str) -> bool:
+        return any(
+            given == key or given.startswith(f"{key}.") or key.startswith(f"{given}.")
+            for given in self._given
+        )
+
+    def _splits(self) -> int:
+        """Fractions of the splits that the data has not; returns the number of training images that remain."""
+        splits = self._facts.splits
+        pool = train = splits["train"]
+        for name in ("test", "val"):
+            key, rule = f"data.{name}_fraction", self._rules.splits[name]
+            if name in splits:
+                continue
+            images = min(rule.max_images, max(rule.min_images, round(rule.fraction * pool)))
+            fraction = min(math.ceil(1e4 * images / pool) / 1e4, 0.5 if name == "test" else 0.25)
+            self._set(
+                {key: fraction},
+                f"{name} split {fraction:g}: {round(fraction * pool)} of {pool} images, as the data has none",
+            )
+            train -= round(self._given.get(key, fraction) * pool)
+        return max(train, 1)
+
+    def _step(self, train: int) -> int:
+        """Images of an optimizer step: so many that an epoch has enough steps."""
+        steps = self._rules.steps
+        most = min(steps.images_per_step[self._device], train // steps.min_per_epoch)
+        images = 2 ** max(0, int(math.log2(max(most, 1))))
+        if "data.batch_size" in self._given:
+            images = int(self._given["data.batch_size"]) * int(self._given.get("data.accumulate", 1))
+        rate = next(row.lr for row in self._rules.learning_rate if images <= row.max_images_per_step)
+        self._set(
+            {"data.batch_size": images, "data.accumulate": 1},
+            f"batch {images}: {train // images} steps an epoch of {train} training images",
+        )
+        blr = float(f"{rate * 256 / images:.3g}")
+        self._set(
+            {"optim.blr": blr},
+            f"learning rate {rate:g} at its peak (optim.blr {blr:g}): for {images} images a step",
+        )
+        return images
+
+    def _wanted_epochs(self, train: int) -> int:
+        rule = self._rules.epochs
+        epochs = min(rule.max, max(rule.min, round(rule.images / train)))
+        return int(self._given.get("schedule.epochs", _rounded(epochs, rule.round_to)))
+
+    def _candidates(self, train: int) -> Iterator[_Candidate]:
+        """The largest backbone and image size first; then size and backbone shrink in turns."""
+        rule, most = self._rules.image_size, self._rules.image_size.max[self._device]
+        fitting = [size for size in rule.sizes if size <= min(most, self._facts.short_side_px)]
+        sizes: list[int | None] = list(reversed(fitting)) or [min(rule.sizes)]
+        backbones: list[BackboneRule | None] = [
+            row
+            for row in reversed(self._rules.backbones)
+            if row.device == self._device and row.min_images <= train
+        ]
+        if self._is_given("backbone.name"):
+            backbones, sizes = [None], [None]
+        elif "backbone.model_args.img_size" in self._given:
+            sizes = [int(self._given["backbone.model_args.img_size"])]
+        size, backbone = 0, 0
+        yield _Candidate(backbones[0], sizes[0])
+        for _ in zip_longest(sizes, backbones):
+            if size + 1 < len(sizes):
+                size += 1
+                yield _Candidate(backbones[backbone], sizes[size])
+            if backbone + 1 < len(backbones):
+                backbone += 1
+                yield _Candidate(backbones[backbone], sizes[size])
+
+    def _values_of(self, candidate: _Candidate) -> dict[str, Any]:
+        backbone, size = candidate.backbone, candidate.size
+        if backbone is None or size is None:
+            return {"backbone.model_args": {}, "decoder.dim": 256}
+        patch = next(row.patch for row in self._rules.patch_size if size <= row.max_size)
+        scale = next(row.scale for row in self._rules.crop_scale if size <= row.max_size)
+        values: dict[str, Any] = {
+            "backbone.name": backbone.name,
+            "backbone.model_args.img_size": size,
+            "backbone.model_args.patch_size": patch,
+            "backbone.model_args.embed_dim": backbone.width,
+            "backbone.model_args.depth": backbone.depth,
+            "backbone.model_args.num_heads": backbone.heads,
+            "decoder.dim": backbone.decoder_dim,
+            "data.crop_scale": list(scale),
+        }
+        return {key: value for key, value in values.items() if not self._is_given(key)}
+
+    def _backbone(self, candidate: _Candidate, first: _Candidate, train: int) -> None:
+        values = self._values_of(candidate)
+        backbone, size = candidate.backbone, candidate.size
+        if backbone is None or size is None:
+            self._set(values)
+            return
+        shrunk = f"; {duration(self._budget_s)} of training do not suffice for more"
+        width = self._given.get("backbone.model_args.embed_dim", backbone.width)
+        depth = self._given.get("backbone.model_args.depth", backbone.depth)
+        most, short = self._rules.image_size.max[self._device], self._facts.short_side_px
+        why = f"half of the images have {short} px or more on their short side"
+        if size == most < short:
+            why += f", and {most} is the most on a {self._device.upper()}"
+        patch = values.get(
+            "backbone.model_args.patch_size", self._given.get("backbone.model_args.patch_size")
+        )
+        self._set(
+            {
+                key: value
+                for key, value in values.items()
+                if key.endswith((".img_size", ".patch_size", "crop_scale"))
+            },
+            f"image size {size} px in patches of {patch}: {why}{shrunk if size != first.size else ''}",
+        )
+        self._set(
+            {key: value for key, value in values.items() if key not in self._chosen.values},
+            f"backbone {backbone.name}, width {width}, {depth} layers: the largest for {train} training "
+            f"images on a {self._device.upper()}{shrunk if backbone != first.backbone else ''}",
+        )
+
+    def _epochs(self, wanted: int, epochs: int, epoch_s: float) -> None:
+        rule = self._rules.epochs
+        if epochs < wanted:
+            epochs = max(1, epochs // rule.round_to * rule.round_to) if epochs > rule.round_to else epochs
+            why = f"what {duration(self._budget_s)} allow; {wanted} would take {duration(wanted * epoch_s)}"
+        else:
+            why = f"about {duration(epochs * epoch_s)} of training"
+        self._set({"schedule.epochs": epochs}, f"{epochs} epochs: {why}")
+        epochs = int(self._given.get("schedule.epochs", epochs))
+        warmup = round(min(rule.max_warmup, rule.warmup_fraction * epochs), 1)
+        self._set({"schedule.warmup_epochs": warmup}, f"{warmup:g} epochs of warm-up")
+        every = max(1.0, round(epochs / self._rules.checkpoints))
+        self._set({"checkpoint.every_epochs": every}, f"a checkpoint every {every:g} epochs")
+
+    def _loading(self) -> None:
+        rule, cpus = self._rules.workers, self._machine.cpus
+        workers = min(rule.max, int(rule.per_cpu[self._device] * cpus))
+        self._set({"data.workers": workers}, f"{workers} data workers beside the loader, for {cpus} CPUs")
+
+
+def _run_name(source: str) -> str:
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePath(source.partition(":")[2] or source).name).strip("-._")
+    return name or "images"
+
+
+def _rounded(epochs: int, to: int) -> int:
+    return max(1, epochs if epochs < to else round(epochs / to) * to)

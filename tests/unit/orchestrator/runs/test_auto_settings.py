@@ -1,0 +1,130 @@
+"""Settings chosen from facts about images and machine; nothing is opened and nothing measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from bim.orchestrator.config.auto_rules import auto_rules
+from bim.orchestrator.config.validate import settings_from_mapping
+from bim.orchestrator.data.facts import ImageFacts
+from bim.orchestrator.jobs.automatic import nested
+from bim.orchestrator.runs.auto_settings import Chosen, Machine, choose_settings
+from bim.orchestrator.runs.resolve import resolve
+
+CPU, GPU = Machine(cpus=2), Machine(cpus=16, gpus=1)
+
+
+def facts(images: int, side: int = 300, **splits: int) -> ImageFacts:
+    return ImageFacts("/data/my photos", {"train": images, **splits}, side, 0.002, is_labeled=True)
+
+
+def choose(
+    images: ImageFacts,
+    machine: Machine = CPU,
+    given: Mapping[str, Any] | None = None,
+    budget_s: float = 1e9,
+    epoch_s: float = 1.0,
+) -> Chosen:
+    """epoch_s: of the largest candidate's width and image size; the cost of others is scaled."""
+
+    def seconds(values: Mapping[str, Any]) -> float:
+        width, size = values["backbone.model_args.embed_dim"], values["backbone.model_args.img_size"]
+        return epoch_s * width * size**2 / (192 * 64**2)
+
+    return choose_settings(images, machine, given or {}, budget_s, seconds)
+
+
+@pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("side", [20, 60, 100, 500])
+@pytest.mark.parametrize("images", [200, 3_000, 300_000])
+def test_every_choice_is_a_run_that_can_be_trained(machine: Machine, side: int, images: int) -> None:
+    chosen = choose(facts(images, side), machine)
+    settings = settings_from_mapping(nested({"data.source": "photos", **chosen.values}))
+    resolve(settings)
+    train = images * (1 - settings.data.test_fraction - settings.data.val_fraction)
+    assert train // (settings.data.batch_size * settings.data.accumulate) >= 20
+    assert settings.search.trials == 0
+    assert settings.name == "my-photos"
+
+
+def test_rows_of_every_table_are_in_order_and_reach_as_far_as_the_sizes() -> None:
+    rules = auto_rules()
+    for rows in (rules.patch_size, rules.crop_scale):
+        limits = [row.max_size for row in rows]
+        assert limits == sorted(limits)
+        assert limits[-1] >= max(rules.image_size.sizes)
+    for device in ("cpu", "gpu"):
+        backbones = [row for row in rules.backbones if row.device == device]
+        assert [row.min_images for row in backbones] == sorted(row.min_images for row in backbones)
+        assert backbones[0].min_images == 0
+        assert [row.width for row in backbones] == sorted(row.width for row in backbones)
+    assert rules.learning_rate[-1].max_images_per_step >= max(rules.steps.images_per_step.values())
+    sizes = {
+        size: next(row.patch for row in rules.patch_size if size <= row.max_size)
+        for size in rules.image_size.sizes
+    }
+    assert all(size % patch == 0 and 36 <= (size // patch) ** 2 <= 196 for size, patch in sizes.items())
+
+
+def test_each_choice_is_a_line_with_its_reason() -> None:
+    lines = choose(facts(20_000)).lines
+    assert "test split 0.2: 4000 of 20000 images, as the data has none" in lines
+    assert (
+        "image size 64 px in patches of 8: half of the images have 300 px or more on their short side, and 64 is the most "
+        "on a CPU"
+    ) in lines
+    assert (
+        "backbone vit_tiny_patch16_224, width 192, 8 layers: the largest for 14000 training images on a CPU"
+        in lines
+    )
+    assert any(line.startswith("145 epochs: about ") for line in lines)
+
+
+def test_few_images_get_large_enough_splits_and_the_advice_to_start_from_weights() -> None:
+    chosen = choose(facts(300))
+    assert chosen.values["data.test_fraction"] == pytest.approx(1 / 3, abs=1e-3)
+    assert any("--init_from TIMM_NAME" in line for line in chosen.lines)
+    given = choose(facts(300), given={"init_from": "vit_tiny_patch16_224"})
+    assert not any("--init_from" in line for line in given.lines)
+
+
+def test_splits_of_the_data_are_taken() -> None:
+    chosen = choose(facts(3_000, test=500, val=200))
+    assert not {"data.test_fraction", "data.val_fraction"} & chosen.values.keys()
+
+
+def test_first_the_epochs_fall_then_size_and_backbone_in_turns() -> None:
+    images = facts(20_000)
+    assert choose(images).values["schedule.epochs"] == 145
+    fewer = choose(images, budget_s=50)
+    assert (fewer.values["schedule.epochs"], fewer.values["backbone.model_args.img_size"]) == (50, 64)
+    assert "50 epochs: what 50 s allow; 145 would take 2 min 25 s" in fewer.lines
+    smaller = choose(images, budget_s=15).values
+    assert (smaller["backbone.model_args.img_size"], smaller["backbone.model_args.embed_dim"]) == (48, 192)
+    smallest = choose(images, budget_s=7).values
+    assert (smallest["backbone.model_args.img_size"], smallest["backbone.model_args.embed_dim"]) == (48, 96)
+    assert smallest["schedule.epochs"] >= 20
+    hopeless = choose(images, budget_s=0.01)
+    assert hopeless.values["schedule.epochs"] == 1
+    assert any("do not suffice for more" in line for line in hopeless.lines)
+
+
+def test_what_the_user_gave_is_left_alone() -> None:
+    given = {
+        "backbone.model_args.img_size": 96,
+        "data.batch_size": 10,
+        "schedule.epochs": 7,
+        "mask.ratio": 0.75,
+        "name": "mine",
+    }
+    chosen = choose(facts(20_000), given=given)
+    assert not given.keys() & (chosen.values.keys() - {"data.batch_size"})
+    assert chosen.values["schedule.warmup_epochs"] == 0.7
+    other = choose_settings(
+        facts(20_000), CPU, {"backbone.name": "swin_tiny_patch4_window7_224"}, 1e9, lambda values: 1.0
+    )
+    assert not any(key.startswith("backbone.name") for key in other.values)
+    assert other.values["backbone.model_args"] == {}
