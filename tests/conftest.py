@@ -26,7 +26,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # By default Ray's workers yield to every other process, such as the unit tests on the other core.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
-if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup commands would ignore the signals of tests
+if (
+    signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+):  # under nohup commands would ignore the signals of tests
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 TESTS = Path(__file__).parent

@@ -102,13 +102,16 @@ def raw_pixels(inputs: EvalInputs) -> Scores:
 
 
 def rankme_by_depth(
-    embedders: Mapping[int, Embedder], inputs: EvalInputs, bad: dict[str, str] | None = None
+    embedders: Mapping[int, Embedder],
+    inputs: EvalInputs,
+    bad: dict[str, str] | None = None,
+    limit: int = RANKME_IMAGES,
 ) -> tuple[dict[int, float], int]:
-    """RankMe of every embedding by name, and the number of training images, at most `RANKME_IMAGES`, it is computed on.
+    """RankMe of every embedding by name, and the number of training images, at most `limit`, it is computed on.
 
     Raises DataError if none of them can be read, UnscorableError if an embedding is not finite.
     """
-    features, indices = extract_features(embedders, inputs, inputs.splits.train, RANKME_IMAGES, bad)
+    features, indices = extract_features(embedders, inputs, inputs.splits.train, limit, bad)
     return {name: rankme(x.to(inputs.device)) for name, x in features.items()}, len(indices)
 
 

@@ -167,7 +167,8 @@ def record_progress(backbone: BackboneRun) -> None:
 def _record_evaluations(backbone: BackboneRun) -> None:
     for number in range(backbone.num_recorded, len(backbone.evaluations)):
         run = backbone.prepared.runs[number]
-        record_variants(backbone.tracker, run, backbone.evaluations[number], backbone.series_of(run))
+        step = backbone.tasks[number].step
+        record_variants(backbone.tracker, run, backbone.evaluations[number], step, backbone.series_of(run))
         report_bad_images(backbone.evaluations[number])
         backbone.num_recorded += 1
 
@@ -183,9 +184,9 @@ def report_bad_images(evaluation: EvaluationResult) -> None:
 
 
 def record_variants(
-    tracker: Tracker, run: ResolvedRun, evaluation: EvaluationResult, series: str = ""
+    tracker: Tracker, run: ResolvedRun, evaluation: EvaluationResult, step: int, series: str = ""
 ) -> None:
-    """A child run and a model for every variant; `series` names a baseline's."""
+    """A child run and a model for every variant. step: updates of their weights; series: name of a baseline's."""
     settings = run.settings
     prefix = f"{series}/" if series else ""
     for report in evaluation.reports:
@@ -209,7 +210,7 @@ def record_variants(
             },
             curves={name: curve for name, curve in curves.items() if curve},
             pictures=[Path(evaluation.pictures[report.depth])] if report.depth in evaluation.pictures else [],
-            step=run.total_steps,
+            step=step,
             series=series,
         )
         tracker.log_depth(record, _model_name(run))
@@ -248,7 +249,7 @@ def _record_summary(backbone: BackboneRun) -> str:
     pictures.append("loss_by_block")
     tracker.log_picture(loss_curves_figure(curves), pictures[-1])
     if means := _mean_scores(evaluation):
-        tracker.log_metrics(run.total_steps, means)
+        tracker.log_metrics(backbone.tasks[0].step, means)
     search_note = ""
     if (searched := finished_search(run.out)) is not None:
         pictures.insert(0, "pareto")
