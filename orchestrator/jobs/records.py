@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import statistics
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from bim.models.backbones.backbone import BlockInfo
 from bim.orchestrator.config.recipes import SAVED_SETTINGS
 from bim.orchestrator.config.transforms import flat, settings_to_yaml, with_changes
 from bim.orchestrator.distributed.placement import ClusterResources, StageLayout
@@ -187,33 +189,48 @@ def record_variants(
     tracker: Tracker, run: ResolvedRun, evaluation: EvaluationResult, step: int, series: str = ""
 ) -> None:
     """A child run and a model for every variant. step: updates of their weights; series: name of a baseline's."""
-    settings = run.settings
     prefix = f"{series}/" if series else ""
     for report in evaluation.reports:
-        block = next(b for b in run.backbone.blocks if b.depth >= report.depth)
+        block = _block_of(run, report.depth)
         names = ("loss", "loss_always_masked", "loss_newly_masked", "loss_kept", "loss_thrown", "grad_norm")
         curves = {name: tracker.history(f"{prefix}block{block.index}/{name}") for name in names}
         curves["images_per_s"] = tracker.history(f"{prefix}images_per_s")
-        decoder = run.spec.decoders[block.index]
         record = DepthRecord(
             depth=report.depth,
             folder=Path(evaluation.folders[report.depth]),
             metrics=report.metrics(),
-            params={
-                "depth": report.depth,
-                "backbone": settings.backbone.name,
-                "block": block.index,
-                "mask_ratio": run.spec.mask_ratios[block.index],
-                "decoder": f"{decoder.depth}x{decoder.dim}",
-                "epochs": settings.schedule.epochs,
-                "seed": settings.seed,
-            },
+            params=_variant_params(run, report.depth),
             curves={name: curve for name, curve in curves.items() if curve},
             pictures=[Path(evaluation.pictures[report.depth])] if report.depth in evaluation.pictures else [],
             step=step,
             series=series,
         )
         tracker.log_depth(record, _model_name(run))
+
+
+def begin_variants(tracker: Tracker, run: ResolvedRun, depths: Sequence[int], series: str = "") -> None:
+    """A child run for every variant, before it is trained; `series` names a baseline's."""
+    tracker.begin_depths({depth: _variant_params(run, depth) for depth in depths}, series)
+
+
+def _variant_params(run: ResolvedRun, depth: int) -> dict[str, object]:
+    """The few settings that make a variant."""
+    block, settings = _block_of(run, depth), run.settings
+    decoder = run.spec.decoders[block.index]
+    return {
+        "depth": depth,
+        "backbone": settings.backbone.name,
+        "block": block.index,
+        "mask_ratio": run.spec.mask_ratios[block.index],
+        "decoder": f"{decoder.depth}x{decoder.dim}",
+        "epochs": settings.schedule.epochs,
+        "seed": settings.seed,
+    }
+
+
+def _block_of(run: ResolvedRun, depth: int) -> BlockInfo:
+    """The block that has the last layer of a variant."""
+    return next(block for block in run.backbone.blocks if block.depth >= depth)
 
 
 def record_search(tracker: Tracker, result: SearchResult) -> None:

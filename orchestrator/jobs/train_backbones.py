@@ -29,6 +29,7 @@ from bim.orchestrator.evaluation.records import EvaluationResult
 from bim.orchestrator.jobs.backbone_run import BackboneRun, scores_line
 from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, evaluate_checkpoint, evaluation_task
 from bim.orchestrator.jobs.measuring import MeasuringLines, ProgressFile, evaluate_with_progress
+from bim.orchestrator.jobs.records import begin_variants
 from bim.orchestrator.jobs.remote_evaluation import evaluate_and_send, receive
 from bim.orchestrator.jobs.training_scores import TrainingScores
 from bim.orchestrator.reporting.console import Progress
@@ -170,6 +171,7 @@ def _train_and_evaluate(
         with pool.acquire(backbone.name, run, layout) as placement_group:
             if stop.reason is not None:
                 return
+            begin_variants(backbone.tracker, run, depths, series)
             if series:
                 log.info("the baseline: one end-to-end MAE run (K = 1), to be truncated at each depth")
             label = "  ".join(filter(None, (backbone.name, series)))

@@ -57,7 +57,8 @@ class DepthRecord:
         return f"{self.series} depth {self.depth}".strip()
 
     @property
-    def alias(self) -> str:
+    def variant(self) -> str:
+        """What tells its run from those of the other variants: `depth6`, `mae-depth6`."""
         return f"{self.series}-depth{self.depth}".lstrip("-")
 
     def digest(self) -> str:

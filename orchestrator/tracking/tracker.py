@@ -25,9 +25,9 @@ from bim.orchestrator.runs.provenance import Provenance
 from bim.orchestrator.text import short_path
 from bim.orchestrator.tracking.background_upload import BackgroundUploader
 from bim.orchestrator.tracking.delivery import Delivery
+from bim.orchestrator.tracking.depth_uploads import DepthUploads
 from bim.orchestrator.tracking.descriptions import (
     depth_rows,
-    downsample,
     loading_note,
     pages,
     picture,
@@ -60,6 +60,9 @@ log = logging.getLogger(__name__)
 END, REOPENING = "the end of the run", "the resumption of the run"
 """Names of the uploads that end a run in the store and show it as running again."""
 
+CHILDREN_END = "the end of its depths and trials"
+"""Name of the upload that ends what an earlier process left running."""
+
 
 class Tracker:
     """One run's record. A context manager: leaving it by an exception ends the run as FAILED or KILLED.
@@ -78,13 +81,15 @@ class Tracker:
         self._metrics = MetricLog(out / "metrics.jsonl", same_store=opened.is_resumed)
         self._queue = UploadQueue(out / FOLDER)
         if opened.is_resumed:
-            self._queue.discard(END)
+            self._queue.discard(END, CHILDREN_END)
         else:  # what an earlier process left was meant for another run
             self._queue.clear()
         if opened.is_resumed and not opened.is_reopened:
             self._queue.put(REOPENING, "reopen", {})
         self._dataset: dict[str, str] | None = None
         self._depths: dict[str, dict[str, DepthRecord]] = {}
+        self._is_resumed = opened.is_resumed
+        self._depth_uploads = DepthUploads(self._queue, out)
         self._running_trials: dict[int, tuple[TrialRow, str]] = {}
         self._is_ending = self._is_finished = False
         self._writer = RunWriter(opened.client, address, run, out)
@@ -156,6 +161,30 @@ class Tracker:
         """(step, value) of one metric so far, earlier processes included."""
         return self._metrics.history(name)
 
+    def begin_depths(self, params: Mapping[int, Mapping[str, object]], series: str = "") -> None:
+        """A child run for every depth, shown as running until `log_depth`, or until the end of this run.
+
+        Those of an earlier process are used again.
+
+        Args:
+            params: depth -> the parameters of its run that are known; `log_depth` adds the others.
+            series: as of `DepthRecord`.
+        """
+        self._depth_uploads.begin(params, series, self._dataset)
+
+    def log_depth_metrics(
+        self, step: int, values: Mapping[int, Mapping[str, float]], series: str = ""
+    ) -> None:
+        """Values of one step of the training for the runs of `begin_depths`; a repeated step changes nothing.
+
+        Args:
+            step: optimizer steps.
+            values: depth -> name of the metric -> value. What the evaluation measures of other images, or of fewer,
+                should have another name than there.
+            series: as of `DepthRecord`.
+        """
+        self._depth_uploads.add_metrics(step, values, series)
+
     # -- about the run ------------------------------------------------------------------------------------------
 
     def log_settings(self, flat: Mapping[str, object], yaml_text: str) -> None:
@@ -221,17 +250,14 @@ class Tracker:
         model_name: the registered model of which it becomes a version; None is the experiment's name.
         """
         name = model_name or self._model_name
-        plain = record.to_plain(self.out)
-        plain["curves"] = {key: downsample(curve) for key, curve in record.curves.items()}
-        arguments = {"record": plain, "model_name": name, "dataset": self._dataset}
-        self._queue.put(record.title, "depth", arguments)
+        self._depth_uploads.add_evaluated(record, name, self._dataset)
         if record.series:
             return
         records = self._depths.setdefault(name, {})
-        records[record.alias] = record
+        records[record.variant] = record
         table = results_table(depth_rows(list(records.values())))
         note = f"The variants of {self._run.name}:\n\n{table}\n\nEach has its alias:\n\n"
-        text = note + loading_note(name, record.alias, self.uri_to_set)
+        text = note + loading_note(name, record.variant, self.uri_to_set)
         self._queue.put(f"the description of the model {name}", "model_note", {"name": name, "text": text})
 
     def log_trial(self, row: TrialRow, metric: str) -> None:
@@ -258,6 +284,9 @@ class Tracker:
         self._queue.put(END, "end", {"status": status, "milliseconds": now_ms()}, first=True)
         for row, metric in self._running_trials.values():
             self._put_trial(row, metric, cut_off=True)
+        self._depth_uploads.end(status)
+        if self._is_resumed and self._depth_uploads.is_empty:
+            self._queue.put(CHILDREN_END, "end_children", {})
         self._uploader.request_end()
 
     def finish(
@@ -298,7 +327,10 @@ class Tracker:
         if not self._is_ending:
             milliseconds = now_ms()
             self._queue.put(END, "end", {"status": "KILLED", "milliseconds": milliseconds}, first=True)
+            ends = self._depth_uploads.end("KILLED")
             self._writer.end("KILLED", milliseconds)
+            for end in ends:
+                self._writer.end_depth(**end)
 
     def __enter__(self) -> Self:
         return self

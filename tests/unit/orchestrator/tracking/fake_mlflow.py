@@ -5,11 +5,16 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
+
+from bim.orchestrator.tracking.tracker import Tracker
+
+URI = "http://store:5000"
 
 
 class FakeStore:
@@ -114,3 +119,10 @@ class _Client:
         self._run("log_artifact", run_id)
         with open(path, "rb"):
             self._store.artifacts.append(path.rpartition("/")[2])
+
+
+def opened(out: Path, resume: bool = False, interval: float = 0.001) -> Tracker:
+    """A tracker on the store of the fixture `store`."""
+    out.mkdir(exist_ok=True)
+    run_id = Tracker.recorded_run(out) if resume else None
+    return Tracker.open(URI, "bim", "a run", out, run_id, interval=interval)
