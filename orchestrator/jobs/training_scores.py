@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from ray.util.placement_group import PlacementGroup
-
 from bim.orchestrator.distributed.placement import StageLayout
+from bim.orchestrator.distributed.placement_group import PlacementGroup
 from bim.orchestrator.distributed.side_task import (
     SideTask,
     start_beside_first_stage,

@@ -54,7 +54,8 @@ log = logging.getLogger(__name__)
 class ProgressCallback(Callback, Protocol):
     """A callback that knows whether the stages were ready to train once."""
 
-    started: bool
+    @property
+    def started(self) -> bool: ...
 
 
 def train(

@@ -49,6 +49,7 @@ SWIN = {
     },
 }
 SMALL = {
+    "recipe": "digits_demo",
     "blocks": "2",
     "decoder.dim": "32",
     "decoder.num_heads": "1",

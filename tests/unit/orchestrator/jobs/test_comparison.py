@@ -86,7 +86,7 @@ def evaluated(
     for run in prepared.runs:
         layout = StageLayout(consecutive(run.settings.num_blocks, 1), gpus, 1.0, 0.0, threads=1)
         layouts.append(layout)
-        tasks.append(evaluation_task(run, layout, collect(), (2, 4), with_baselines=False))
+        tasks.append(evaluation_task(run, layout, collect(), (2, 4), run.total_steps, with_baselines=False))
         reports = tuple(DepthReport(depth, 1000 * depth, 0.1 * depth) for depth in (2, 4))
         folders = {depth: str(run.out / "variants" / f"depth{depth:02d}") for depth in (2, 4)}
         evaluations.append(EvaluationResult(reports, (), {}, folders, {}))
