@@ -17,8 +17,13 @@ CURVE_POINTS = 500
 LEVEL_TAG = "level_with_best"
 """Tag of a variant, `yes` or `no`: whether its accuracy cannot be told from that of the best depth of its run."""
 
-VIEW = "depth-variants"
-VIEW_NAME = "Depth variants"
+SCORES_WHILE_TRAINING = ("val_knn_top1", "train_rankme")
+"""Metrics of a variant that is being trained, which has no others yet."""
+
+MAX_TABLE_ROWS = 50
+"""Rows of a table in a description; MLflow takes 8,000 characters, and there are links and pictures behind it."""
+
+VIEW, VIEW_NAME = "depth-variants", "Depth variants"
 """Key and name of the saved view of the runs table that `runs_view` describes."""
 
 
@@ -44,7 +49,12 @@ def summary_line(record: DepthRecord) -> str:
 def depth_rows(
     records: Sequence[DepthRecord], raw: Mapping[str, float] | None = None
 ) -> list[dict[str, str]]:
-    """The results of some variants as rows for `results_table`; `raw` are those of raw pixels, if they were measured."""
+    """The results of some variants as rows for `results_table`; `raw` are those of raw pixels, if they were measured.
+
+    Those of other series, baselines and random starts, are left out where there would be more than `MAX_TABLE_ROWS`.
+    """
+    if len(records) >= MAX_TABLE_ROWS:
+        records = [record for record in records if not record.series]
     models = [(record.title, record.metrics) for record in records]
     models += [("raw pixels", raw)] if raw else []
     return [
@@ -144,7 +154,7 @@ def runs_view(now: int) -> str:
     MLflow's own page of models can be sorted by date only. now: milliseconds since 1970.
     """
     scores = [key for metric in QUALITY for key in (metric.key, *[f"{metric.key}_se"] * metric.percent)]
-    keys = [*scores, "latency_b1_ms", "latency_b64_ms", "params", "gflops"]
+    keys = [*scores, "latency_b1_ms", "latency_b64_ms", "params", "gflops", *SCORES_WHILE_TRAINING]
     metrics = [f"metrics.`{key}`" for key in keys]
     level = f"tags.`{LEVEL_TAG}`"
     first = ["attributes.`Run Name`", "runDateAndNestInfo", "duration"]

@@ -53,6 +53,14 @@ def test_variants_are_described_by_what_was_measured() -> None:
     assert_snapshot("descriptions", "\n".join(texts))
 
 
+def test_the_table_of_a_large_family_fits_into_a_description() -> None:
+    family = [record(depth, series=series) for series in ("", "mae", "random") for depth in range(1, 25)]
+    rows = depth_rows(family, {"knn_top1": 0.98})
+    assert [row["model"] for row in rows] == [*(f"depth {depth}" for depth in range(1, 25)), "raw pixels"]
+    assert len(results_table(depth_rows(family[:49], {"knn_top1": 0.98}))) < 6000
+    assert len(depth_rows(family[:49])) == 49
+
+
 def test_a_baseline_has_its_own_names() -> None:
     assert (record(6).title, record(6).variant) == ("depth 6", "depth6")
     assert (record(6, series="mae").title, record(6, series="mae").variant) == ("mae depth 6", "mae-depth6")
