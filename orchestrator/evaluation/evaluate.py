@@ -8,7 +8,6 @@ the train split takes their place. Random initialization and truncations of anot
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from bim.orchestrator.evaluation.features import (
     extract_labeled_features,
 )
 from bim.orchestrator.evaluation.inputs import EvalInputs
-from bim.orchestrator.evaluation.metrics import rankme, score
+from bim.orchestrator.evaluation.metrics import level_with_best, rankme, score
 from bim.orchestrator.evaluation.model_cost import device_name, gflops, latencies_ms, num_params
 from bim.orchestrator.evaluation.progress import part, report
 from bim.orchestrator.evaluation.records import DepthReport, Scores
@@ -62,7 +61,11 @@ def evaluate_variants(
     metrics: dict[int, dict[str, Any]]
     if can_score(inputs.source, inputs.splits):
         scores = _scores(embedders, inputs, MAX_IMAGES, bad)
-        metrics = {depth: asdict(values) for depth, values in scores.items()}
+        levels = level_with_best({depth: of_depth.knn_correct for depth, of_depth in scores.items()})
+        metrics = {
+            depth: {**of_depth.metrics(), "n_test": of_depth.n_test, "level_with_best": levels[depth]}
+            for depth, of_depth in scores.items()
+        }
     else:
         ranks, num_images = rankme_by_depth(embedders, inputs, bad)
         metrics = {depth: {"rankme": rank, "n_ranked": num_images} for depth, rank in ranks.items()}

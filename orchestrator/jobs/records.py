@@ -12,7 +12,7 @@ from bim.models.backbones.backbone import BlockInfo
 from bim.orchestrator.config.recipes import SAVED_SETTINGS
 from bim.orchestrator.config.transforms import flat, settings_to_yaml, with_changes
 from bim.orchestrator.distributed.placement import ClusterResources, StageLayout
-from bim.orchestrator.evaluation.records import EvaluationResult
+from bim.orchestrator.evaluation.records import DepthReport, EvaluationResult
 from bim.orchestrator.files import atomic_write
 from bim.orchestrator.jobs.backbone_run import BASELINE_SERIES, BackboneRun, clear_failure
 from bim.orchestrator.jobs.search_job import search_due
@@ -28,7 +28,7 @@ from bim.orchestrator.runs.signals import at_forced_exit
 from bim.orchestrator.search.record import BEST, FOLDER, TABLE, finished_search
 from bim.orchestrator.search.results import SearchResult, best_line, changes_of_best, note_rows, status_counts
 from bim.orchestrator.text import params_text, redact
-from bim.orchestrator.tracking.descriptions import depth_rows, loading_note, results_table
+from bim.orchestrator.tracking.descriptions import LEVEL_TAG, depth_rows, fenced, results_table
 from bim.orchestrator.tracking.records import DepthRecord
 from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.spec import Precision
@@ -140,6 +140,36 @@ def cluster_text(cluster: ClusterResources) -> str:
     return f"{cluster.cpus:g} CPU, {cluster.gpus:g} GPU"
 
 
+def describe_beginning(backbone: BackboneRun, estimate: Sequence[str]) -> None:
+    """What is trained, what it will cost, and the way to its depths, on the page of a run from its first minute.
+
+    estimate: lines of `log_estimate`, if there are any.
+    """
+    run = backbone.prepared.run
+    parts = [f"{_summary_sentence(backbone)} {_links(backbone)}."]
+    if search_due(run.settings, run.out):
+        parts.append(f"Before it a search of {run.settings.search.trials} trials.")
+    if estimate:
+        parts.append(fenced("\n".join(estimate)))
+    backbone.tracker.describe("\n\n".join(parts))
+
+
+def _summary_sentence(backbone: BackboneRun) -> str:
+    """What is trained, in a sentence."""
+    run, splits = backbone.prepared.run, backbone.prepared.splits
+    settings, blocks = run.settings, run.backbone.blocks
+    layers = "+".join(str(block.layers) for block in blocks)
+    return (
+        f"{settings.backbone.name}, {blocks[-1].depth} layers in {len(blocks)} block{'s' * (len(blocks) > 1)} ({layers}); "
+        f"{settings.schedule.epochs} epochs of {len(splits.train):,} images of {redact(settings.data.source)}."
+    )
+
+
+def _links(backbone: BackboneRun) -> str:
+    losses = [f"block{block.index}/loss" for block in backbone.prepared.run.backbone.blocks]
+    return backbone.tracker.run_links(losses)
+
+
 # -- while it runs, and at its end --------------------------------------------------------------------------------
 
 
@@ -203,9 +233,16 @@ def record_variants(
             curves={name: curve for name, curve in curves.items() if curve},
             pictures=[Path(evaluation.pictures[report.depth])] if report.depth in evaluation.pictures else [],
             step=step,
+            tags=_level_tag(report),
             series=series,
         )
         tracker.log_depth(record, _model_name(run))
+
+
+def _level_tag(report: DepthReport) -> dict[str, str]:
+    if report.level_with_best is None:
+        return {}
+    return {LEVEL_TAG: "yes" if report.level_with_best else "no"}
 
 
 def begin_variants(tracker: Tracker, run: ResolvedRun, depths: Sequence[int], series: str = "") -> None:
@@ -269,7 +306,7 @@ def _record_summary(backbone: BackboneRun) -> str:
         tracker.log_metrics(backbone.tasks[0].step, means)
     search_note = ""
     if (searched := finished_search(run.out)) is not None:
-        pictures.insert(0, "pareto")
+        pictures.append("pareto")
         search_note = (
             f"\n\nThe search: {status_counts(searched.rows)}; {best_line(searched)}\n\n"
             f"{results_table(note_rows(searched))}"
@@ -279,13 +316,13 @@ def _record_summary(backbone: BackboneRun) -> str:
         for series, group in (("", reports), (BASELINE_SERIES, baseline), ("random", random))
         for report in group
     ]
-    settings = run.settings
     tracker.describe(
-        f"{params_text(reports[-1].params)} parameters at full depth, {settings.backbone.name}, "
-        f"{len(run.spec.blocks)} blocks, {settings.schedule.epochs} epochs of {redact(settings.data.source)}.\n\n"
-        f"{results_table(depth_rows(records))}\n\nOpen a variant without this package:\n\n"
-        f"{loading_note(_model_name(run), f'depth{reports[-1].depth}', tracker.uri_to_set)}{search_note}",
+        f"{_summary_sentence(backbone)} {params_text(reports[-1].params)} parameters at full depth. {_links(backbone)}.\n\n"
+        f"{results_table(depth_rows(records, evaluation.raw))}{search_note}\n\n"
+        "Open the deepest variant without this package:",
         pictures,
+        reports[-1].depth,
+        _model_name(run),
     )
     return table
 

@@ -59,7 +59,6 @@ class RunWriter:
             "depth_metrics": self.depth_metrics,
             "end_depth": self.end_depth,
             "end_children": self.end_children,
-            "model_note": self._depths.describe_model,
             "trial": self.trial,
             "reopen": self.reopen,
             "end": self.end,
@@ -116,8 +115,17 @@ class RunWriter:
         if key in self._client.get_run(self._run.run_id).data.tags:
             self._client.delete_tag(self._run.run_id, key)
 
-    def description(self, text: str) -> None:
-        self.tags({DESCRIPTION_TAG: text})
+    def description(
+        self, text: str, rest: str = "", depth: int | None = None, model_name: str | None = None
+    ) -> None:
+        """Markdown above all else on the page of the run.
+
+        depth, model_name: of a variant whose version in the registry is opened by lines between `text` and `rest`.
+        """
+        parts = [text]
+        if depth is not None and model_name is not None:
+            parts += self._depths.loading_notes(depth, model_name)
+        self.tags({DESCRIPTION_TAG: "\n\n".join([*parts, rest]).rstrip()})
 
     def file(self, path: str, folder: str | None = None) -> None:
         self._client.log_artifact(self._run.run_id, str(self._out / path), folder)

@@ -28,6 +28,7 @@ from bim.orchestrator.tracking.descriptions import (
     downsample,
     loading_note,
     picture,
+    registered_name,
     rounded,
     summary_line,
 )
@@ -126,19 +127,29 @@ class DepthRuns:
             client.log_artifact(run_id, str(path))
         note = [summary_line(record)]
         if not record.series:
-            self._register(run_id, model_id, record, model_name)
-            note.append(loading_note(model_name, record.variant, self._store))
+            name = registered_name(model_name, record.depth)
+            version = self._register(run_id, model_id, record, name)
+            note.append(loading_note(name, version, self._store))
+            text = f"Depth {record.depth} of {model_name}, a version for each run. The newest is of {self._parent.name}:"
+            client.update_registered_model(name, "\n\n".join([text, *note]))
         client.set_logged_model_tags(model_id, {DESCRIPTION_TAG: "\n\n".join(note)})
         note += [picture(run_id, path.name) for path in record.pictures]
-        tags = [RunTag(DESCRIPTION_TAG, "\n\n".join(note))]
-        client.log_batch(run_id, params=_new_params(run, record), tags=tags)
+        tags = {**record.tags, DESCRIPTION_TAG: "\n\n".join(note)}
+        client.log_batch(run_id, params=_new_params(run, record), tags=[RunTag(*tag) for tag in tags.items()])
         with self._end_locks[record.variant]:
             client.set_terminated(run_id, "FINISHED")
             self._evaluated.add(record.variant)
 
-    def describe_model(self, name: str, text: str) -> None:
-        """The description of a registered model."""
-        self._client.update_registered_model(name, text)
+    def loading_notes(self, depth: int, model_name: str) -> list[str]:
+        """Markdown that opens a variant of this run; none if it is not in the registry."""
+        name = registered_name(model_name, depth)
+        query = f"tags.mlflow.parentRunId = '{self._parent.run_id}' and tags.variant = 'depth{depth}'"
+        runs = self._client.search_runs([self._experiment_id], query, max_results=1)
+        if not runs:
+            return []
+        versions = self._client.search_model_versions(f"name = '{name}' and run_id = '{runs[0].info.run_id}'")
+        newest = max((int(version.version) for version in versions), default=None)
+        return [] if newest is None else [loading_note(name, newest, self._store)]
 
     def _known_run(self, record: DepthRecord) -> Run:
         run = self._runs.get(record.variant)
@@ -182,7 +193,9 @@ class DepthRuns:
         models = client.search_logged_models([self._experiment_id], f"tags.weights = '{digest}'")
         model = next((model for model in models if model.source_run_id == run_id), None)
         if model is None:
-            name = re.sub(r"[/:.%\"']", "-", f"{model_name}-{record.variant}")
+            name = re.sub(
+                r"[/:.%\"']", "-", registered_name(f"{model_name}-{record.series}".rstrip("-"), record.depth)
+            )
             params = {key: str(value) for key, value in record.params.items()}
             tags = {"weights": digest, **source_tags()}
             model = client.create_logged_model(self._experiment_id, name, run_id, tags, params, "timm")
@@ -221,7 +234,8 @@ class DepthRuns:
         client.log_model_artifacts(model_id, str(record.folder))
         client.finalize_logged_model(model_id, "READY")
 
-    def _register(self, run_id: str, model_id: str, record: DepthRecord, name: str) -> None:
+    def _register(self, run_id: str, model_id: str, record: DepthRecord, name: str) -> int:
+        """The version of the registered model that a logged model is, created if there is none."""
         client, source = self._client, f"models:/{model_id}"
         try:
             client.create_registered_model(name)
@@ -235,7 +249,7 @@ class DepthRuns:
             scores = {
                 metric.key: metric.text(values[metric.key]) for metric in QUALITY if metric.key in values
             }
-            tags = {"depth": str(record.depth), **scores}
+            tags = {"depth": str(record.depth), **scores, **record.tags}
             text = summary_line(record)
             with _default_store(client.tracking_uri):
                 version = client.create_model_version(
@@ -243,7 +257,7 @@ class DepthRuns:
                 )
         link = json.dumps([{"name": name, "version": int(version.version)}])
         client.set_logged_model_tags(model_id, {"mlflow.modelVersions": link})
-        client.set_registered_model_alias(name, record.variant, version.version)
+        return int(version.version)
 
 
 def _new_params(run: Run, record: DepthRecord) -> list[Param]:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,12 @@ class Recorder:
     def log_picture(self, figure: object, name: str) -> None:
         self.pictures.append(name)
 
-    def describe(self, markdown: str, pictures: list[str]) -> None: ...
+    def describe(
+        self, markdown: str, pictures: list[str], depth: int | None = None, model_name: str | None = None
+    ) -> None: ...
+
+    def run_links(self, losses: Sequence[str]) -> str:
+        return ""
 
 
 def evaluated(

@@ -12,6 +12,7 @@ from typing import Any
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
+from bim.orchestrator.tracking.descriptions import runs_view
 from bim.orchestrator.tracking.tracker import Tracker
 
 URI = "http://store:5000"
@@ -60,7 +61,7 @@ class _Client:
 
     def get_experiment_by_name(self, name: str) -> Any:
         self._store.request("get_experiment_by_name")
-        tags = {"mlflow.sharedViewState.depth-variants": ""}
+        tags = {"mlflow.sharedViewState.depth-variants": runs_view(0)}
         return SimpleNamespace(experiment_id="1", lifecycle_stage="active", tags=tags)
 
     def create_run(

@@ -312,7 +312,7 @@ def test_the_state_of_a_trial_that_ended_is_the_status_of_its_run(tmp_path: Path
         for number, status in enumerate(("finished", "stopped early", "infeasible", "failed")):
             tracker.log_trial(replace(ROW, number=number, status=status), "rankme")  # type: ignore[arg-type]
     assert [store.child(trial=str(number)).info.status for number in range(4)] == [
-        "FINISHED", "KILLED", "KILLED", "FAILED",
+        "FINISHED", "FINISHED", "KILLED", "FAILED",
     ]  # fmt: skip
 
 
