@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,31 +46,67 @@ def reconstruction_figure(images: Reconstructions, title: str = "") -> Figure:
 
     Of a target that is not pixels: masked | predicted | target | original.
     """
-    original, predicted, target, grid = images.original, images.predicted, images.target, images.grid
+    masked, reconstructed = _columns(images)
+    columns = [("masked", masked)]
+    if images.target is None:
+        columns.append(("reconstructed", reconstructed))
+    else:
+        columns += [("predicted", reconstructed), ("target", images.target)]
+    return _figure([*columns, ("original", images.original)], title)
+
+
+def reconstruction_grid(by_depth: Mapping[int, Reconstructions], title: str = "") -> Figure:
+    """One row per image, a column for what every depth predicts: original | masked | depth 3 | depth 6 | ...
+
+    Where deeper blocks see fewer patches, each mask stands before the depths that have it.
+
+    Args:
+        by_depth: layers -> of the same images.
+    """
+    first = by_depth[min(by_depth)]
+    columns = [("original", first.original)]
+    if first.target is not None:
+        columns.append(("target", first.target))
+    previous: np.ndarray | None = None
+    for depth, images in sorted(by_depth.items()):
+        masked, reconstructed = _columns(images)
+        if previous is None or not np.array_equal(masked, previous):
+            hidden = images.masked.shape[1] + (0 if images.thrown is None else images.thrown.shape[1])
+            columns.append((f"masked {hidden / math.prod(images.grid):.0%}", masked))
+        previous = masked
+        columns.append((f"depth {depth}", reconstructed))
+    return _figure(columns, title)
+
+
+def _columns(images: Reconstructions) -> tuple[np.ndarray, np.ndarray]:
+    """The masked images, and what is predicted among what is visible, or on gray if the target is not pixels."""
+    original, grid = images.original, images.grid
     visible, size = original, original.shape[1:3]
     if images.thrown is not None:
         visible = np.where(_is_masked(images.thrown, grid, size), GRAY, original)
     is_masked = _is_masked(images.masked, grid, size)
-    columns = {"masked": np.where(is_masked, GRAY, visible)}
-    if target is None:
-        columns["reconstructed"] = np.where(is_masked, predicted, visible)
-    else:
-        columns |= {"predicted": np.where(is_masked, predicted, GRAY), "target": target}
-    columns["original"] = original
+    around = visible if images.target is None else GRAY
+    return np.where(is_masked, GRAY, visible), np.where(is_masked, images.predicted, around)
+
+
+def _figure(columns: Sequence[tuple[str, np.ndarray]], title: str) -> Figure:
+    """Columns of images (B, H, W, 3) under their names, a row for every image."""
+    size = columns[0][1].shape[1:3]
     # Whole pixels, or patches would differ in size.
     scale = max(1, -(-MIN_IMAGE_PX // max(size)))
-    canvas, width = _tile([np.clip(column, 0, 1) for column in columns.values()], scale)
+    canvas, width = _tile([np.clip(images, 0, 1) for _, images in columns], scale)
 
     margin = GAP_PX * 2
+    lines = title.count("\n") + 1
     total_width = canvas.shape[1] + 2 * margin
-    total_height = canvas.shape[0] + 2 * margin + HEADING_PX + (TITLE_PX if title else 0)
+    total_height = canvas.shape[0] + 2 * margin + HEADING_PX + (lines * TITLE_PX if title else 0)
     figure = new_figure(total_width / DPI, total_height / DPI)
     left, bottom = margin / total_width, margin / total_height
     axes = figure.add_axes((left, bottom, canvas.shape[1] / total_width, canvas.shape[0] / total_height))
     axes.imshow(canvas, interpolation="nearest", aspect="auto")
     axes.set_axis_off()
     heading = (margin + canvas.shape[0] + HEADING_PX / 3) / total_height
-    for column, name in enumerate(columns):
+    for column, (name, _) in enumerate(columns):
         center = (margin + column * (width + GAP_PX) + width / 2) / total_width
         figure.text(center, heading, name, ha="center", va="bottom", fontsize=8)
     if title:
