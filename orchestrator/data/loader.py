@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from bim.models.seeding import generator
-from bim.orchestrator.data.crops import DRAWS_PER_CROP, RandomResizedCrop, center_crop_resize
+from bim.orchestrator.data.crops import DRAWS_PER_CROP, RandomResizedCrop
 from bim.orchestrator.data.errors import DataError, ImageDecodeError, TooManyCorruptImagesError
 from bim.orchestrator.data.phases import Phase, PhaseSpec, phase_at, phases_on
 from bim.orchestrator.data.prefetch import Prefetcher
 from bim.orchestrator.data.sampler import epoch_permutation
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import Splits
+from bim.orchestrator.data.whole_images import decoded_images
 
 _MAX_CANDIDATES = 32  # images tried for one position; if none is readable, the data is bad and not an image
 _PROBED_IMAGES = 16  # of a split, tried before anything starts
@@ -75,7 +77,7 @@ class TrainBatches:
             for phase in self.phases
         }
         self._workers = workers
-        self._active: tuple[Phase, Prefetcher] | None = None
+        self._active: tuple[Phase, Prefetcher[tuple[str, str]]] | None = None
         if workers:
             self._prefetcher(self.phases[0])
 
@@ -89,6 +91,7 @@ class TrainBatches:
         start = time.perf_counter()
         phase = phase_at(self.phases, step)
         number = (step - phase.first_step) * phase.grad_accum_steps + micro_step
+        bad: Sequence[tuple[str, str]]
         if self._workers:
             images, bad = self._prefetcher(phase).get(number)
         else:
@@ -97,7 +100,7 @@ class TrainBatches:
             bad = reader.fill(images, number, 0)
         return Batch(images, tuple(bad), time.perf_counter() - start)
 
-    def _prefetcher(self, phase: Phase) -> Prefetcher:
+    def _prefetcher(self, phase: Phase) -> Prefetcher[tuple[str, str]]:
         """The prefetcher of this phase; that of another phase is closed."""
         if self._active is None or self._active[0] != phase:
             self.close()
@@ -218,24 +221,28 @@ def eval_images(
     size: tuple[int, int],
     batch_size: int,
     bad: BadImages | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    workers: int = 0,
+    check: Callable[[], None] | None = None,
+) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
     """Yield (image numbers (b,) int64, images (b, 3, h, w) uint8) over `indices`, in their order, center-cropped.
 
     Images that cannot be decoded are left out, and so are their numbers; b is batch_size but for the last batch.
     They are counted in `bad`, which raises TooManyCorruptImagesError above its limit.
+
+    workers, check: see `decoded_images`. With workers, close the generator (`contextlib.closing`).
     """
     numbers: list[int] = []
     images: list[torch.Tensor] = []
-    for index in indices.tolist():
-        try:
-            images.append(center_crop_resize(source.load(index), size))
-        except ImageDecodeError as error:
-            if bad is not None:
-                bad.add(error, len(indices))
-            continue
-        numbers.append(index)
-        if len(numbers) == batch_size:
-            yield np.array(numbers, dtype=np.int64), torch.stack(images).numpy()
-            numbers, images = [], []
+    with closing(decoded_images(source, indices, size, workers, check)) as decoded:
+        for index, image in decoded:
+            if isinstance(image, ImageDecodeError):
+                if bad is not None:
+                    bad.add(image, len(indices))
+                continue
+            images.append(image)
+            numbers.append(index)
+            if len(numbers) == batch_size:
+                yield np.array(numbers, dtype=np.int64), torch.stack(images).numpy()
+                numbers, images = [], []
     if numbers:
         yield np.array(numbers, dtype=np.int64), torch.stack(images).numpy()

@@ -33,10 +33,10 @@ import tempfile
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
-from typing import IO, Protocol
+from typing import IO, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -46,6 +46,7 @@ from bim.orchestrator.signal_masks import blocked_in_children
 
 PREFETCH_BATCHES = 3  # slots of the ring: one being copied out, two being filled
 JOIN_TIMEOUT_S = 5.0  # for a worker to end after its pipe is closed
+CHECK_EVERY_S = 0.2  # between two calls of what a waiting consumer checks
 
 # A worker has the import path of its consumer, so that Ray's working_dir and editable installs hold
 _BOOTSTRAP = (
@@ -54,17 +55,24 @@ _BOOTSTRAP = (
     "from bim.orchestrator.data.prefetch import run_worker; run_worker(*{arguments!r})"
 )
 
-BadItems = Sequence[tuple[str, str]]  # (sample id, reason), in order of position
+BadItem = TypeVar("BadItem")
+BadItem_co = TypeVar("BadItem_co", covariant=True)
 
 
-class Reader(Protocol):
-    """What the workers run. Pickles; gives the same bytes in every process and in any order of calls."""
+class Reader(Protocol[BadItem_co]):
+    """What the workers run. Pickles; gives the same bytes in every process and in any order of calls.
+
+    A bad item is a tuple of plain values that say which one and why.
+    """
 
     @property
     def batch_shape(self) -> tuple[int, ...]: ...
 
-    def fill(self, out: np.ndarray, number: int, start: int) -> BadItems:
-        """Write items start..start+len(out)-1 of batch `number` to `out` (n, ...) uint8; returns the bad items met."""
+    def fill(self, out: np.ndarray, number: int, start: int) -> Sequence[BadItem_co]:
+        """Write items start..start+len(out)-1 of batch `number` to `out` (n, ...) uint8.
+
+        Returns the bad items met, in order of position.
+        """
         ...
 
 
@@ -74,10 +82,10 @@ class _Worker:
     pipe: Connection
 
 
-class Prefetcher:
+class Prefetcher(Generic[BadItem]):
     """Serves batches by number; the batches after the last requested one are filled ahead. For one consumer thread."""
 
-    def __init__(self, reader: Reader, workers: int) -> None:
+    def __init__(self, reader: Reader[BadItem], workers: int) -> None:
         """Start `workers` processes (at least 1, at most one per item of a batch)."""
         batch_size = reader.batch_shape[0]
         count = min(workers, batch_size)
@@ -96,8 +104,12 @@ class Prefetcher:
             for start, stop in itertools.pairwise(bounds):
                 self._workers.append(_start_worker(slots.fileno(), state.fileno(), start, stop))
 
-    def get(self, number: int) -> tuple[np.ndarray, BadItems]:
+    def get(
+        self, number: int, check: Callable[[], None] | None = None
+    ) -> tuple[np.ndarray, tuple[BadItem, ...]]:
         """Batch `number`: items uint8 of the reader's batch_shape, owned by the caller, and its bad items.
+
+        check: called now and then while the batch is waited for; what it raises ends the workers.
 
         Raises what the reader raised for it, DataWorkerError if a worker died.
         """
@@ -106,13 +118,13 @@ class Prefetcher:
         if not self._finalizer.alive:
             raise RuntimeError("the data workers are closed; make a new loader to go on")
         while self._pending and self._pending[0][0] != number:
-            self._receive()  # a jump drops the prefetched batches
+            self._receive(check)  # a jump drops the prefetched batches
         if not self._pending:
             self._request(number, 0)
         while len(self._pending) < PREFETCH_BATCHES:
             last_number, last_slot = self._pending[-1]
             self._request(last_number + 1, (last_slot + 1) % PREFETCH_BATCHES)
-        slot, bad, error = self._receive()
+        slot, bad, error = self._receive(check)
         if error is not None:
             raise error
         return self._slots[slot].copy(), bad
@@ -130,13 +142,15 @@ class Prefetcher:
                 raise self._worker_died(worker) from None
         self._pending.append((number, slot))
 
-    def _receive(self) -> tuple[int, BadItems, Exception | None]:
+    def _receive(self, check: Callable[[], None] | None) -> tuple[int, tuple[BadItem, ...], Exception | None]:
         """Wait until the oldest requested batch is filled; -> its slot, bad items, first error."""
         _, slot = self._pending.popleft()
-        bad: list[tuple[str, str]] = []
+        bad: list[BadItem] = []
         error: Exception | None = None
         try:
             for worker in self._workers:
+                while check is not None and not _is_readable(worker.pipe):
+                    check()
                 try:
                     slice_bad, slice_error = pickle.loads(worker.pipe.recv_bytes())
                 except (EOFError, OSError):
@@ -184,6 +198,14 @@ def run_worker(pipe_fd: int, slots_fd: int, state_fd: int, start: int, stop: int
             pipe.send_bytes(answer)
     except (EOFError, ConnectionError):
         return  # the consumer has closed, or is gone
+
+
+def _is_readable(pipe: Connection) -> bool:
+    """Whether an answer, or the end of the pipe, is there within `CHECK_EVERY_S`."""
+    try:
+        return pipe.poll(CHECK_EVERY_S)
+    except (EOFError, OSError):  # reading it tells
+        return True
 
 
 def _pickled(value: object) -> bytes:

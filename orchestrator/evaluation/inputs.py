@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class EvalInputs:
         size: (height, width) of the images that models take.
         mean, std: of a channel, over pixels in 0..1.
         device: where models compute.
+        workers: processes that decode images, at most; few images need none, see `data.whole_images`.
     """
 
     source: Source
@@ -31,11 +32,8 @@ class EvalInputs:
     std: tuple[float, ...]
     device: torch.device
     config: EvalConfig
+    workers: int = 0
 
     def normalized(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, 3, H, W) float32 on the device."""
         return normalize_images(images.to(self.device), self.mean, self.std)
-
-    def with_latency(self, latency: bool) -> EvalInputs:
-        """The same, with or without latencies."""
-        return replace(self, config=replace(self.config, latency=latency))

@@ -6,20 +6,29 @@ Plain functions of feature matrices and integer labels, without a model or a dat
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bim.orchestrator.evaluation.progress import report_again
 from bim.orchestrator.evaluation.records import EvalConfig, Probe, Scores
 
 KNN_CHUNK = 2**26
-"""Similarities held at once (float32, 256 MB), however large the two sets are."""
+"""Similarities, or votes, held at once (float32, 256 MB), however large the two sets are."""
 
 PROBE_CHUNK = 2**26
 """Feature values per pass of the probe (float32, 256 MB), so that the logits of a large set never lie in memory."""
+
+ONE_THREAD_PROBE = 2**24
+"""Multiply-accumulates of a pass of the probe over its images, below which it runs on one CPU thread.
+
+Such a pass takes milliseconds, and at each of its many small operations the threads wait for one another: long, where
+other programs take their CPUs.
+"""
 
 PROBE_L2 = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)
 """Penalties tried, strong to weak: each fit starts from the one before it, which is near."""
@@ -83,9 +92,10 @@ def knn_correct(
     classes = int(max(train_y.max(), test_y.max())) + 1
     k = min(k, len(train_x))
     bank = F.normalize(train_x, dim=1).T
-    chunk = max(1, KNN_CHUNK // len(train_x))
+    chunk = max(1, KNN_CHUNK // max(len(train_x), classes))
     correct = []
     for x, y in zip(test_x.split(chunk), test_y.split(chunk), strict=True):
+        report_again()
         similarity, nearest = (F.normalize(x, dim=1) @ bank).topk(k, dim=1)  # (b, k)
         votes = x.new_zeros(len(x), classes)
         # exp((s - s_max) / T) = exp(s / T) up to a factor common to an image's votes; no overflow at a small T.
@@ -117,14 +127,23 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
     of the training part, drawn from `seed`, chooses the L2 penalty by its accuracy (among equals the smaller loss); the
     probe is then fitted again on all of it. Full-batch L-BFGS has no learning rate, and gives the same answer at every
     call. Raises ValueError as `weighted_knn` does, and for fewer than 2 training images.
+
+    Beside the features it holds two copies of them, standardized, and blocks of `PROBE_CHUNK`.
     """
     _check(train_x, train_y, test_x, test_y)
     if len(train_x) < 2:
         raise UnscorableError(f"a linear probe needs at least 2 training images, got {len(train_x)}")
     num_classes = int(max(train_y.max(), test_y.max())) + 1
+    with _threads_for(train_x.numel() * num_classes, train_x.device):
+        return _linear_probe(train_x, train_y, test_x, test_y, num_classes, seed)
+
+
+def _linear_probe(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, num_classes: int, seed: int
+) -> Probe:
     mean, std = train_x.mean(dim=0), train_x.std(dim=0, unbiased=False)
     scale = torch.where(std > 1e-6, std, torch.ones_like(std))  # a constant feature stays 0
-    train_x, test_x = (train_x - mean) / scale, (test_x - mean) / scale
+    train_x, test_x = (train_x - mean).div_(scale), (test_x - mean).div_(scale)
 
     permutation = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(seed)).to(
         train_x.device
@@ -138,15 +157,15 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
     best, chosen, since_best = (-1.0, 0.0), (0.0, weight), 0
     for l2 in PROBE_L2:
         weight = fit_logistic_regression(fit_x, fit_y, covariance, weight, l2)
-        logits = _logits(val_x, weight)
-        val_score = (_accuracy(logits, val_y), -F.cross_entropy(logits, val_y).item())
-        if val_score > best:
-            best, chosen, since_best = val_score, (l2, weight), 0
+        accuracy, loss = _accuracy_and_loss(val_x, val_y, weight)
+        if (accuracy, -loss) > best:
+            best, chosen, since_best = (accuracy, -loss), (l2, weight), 0
         elif (since_best := since_best + 1) == PROBE_PATIENCE:
             break
+    del val_x, fit_x
     l2, weight = chosen
     weight = fit_logistic_regression(train_x, train_y, feature_covariance(train_x), weight, l2)
-    return Probe(_accuracy(_logits(test_x, weight), test_y), l2)
+    return Probe(_accuracy_and_loss(test_x, test_y, weight)[0], l2)
 
 
 def rankme(embeddings: Tensor) -> float:
@@ -169,7 +188,8 @@ def feature_covariance(x: Tensor) -> Tensor | None:
     # Summed in float64: correlated features have eigenvalues below float32's rounding of the largest one.
     total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
     for part in x.split(max(1, PROBE_CHUNK // (2 * x.shape[1]))):
-        total.addmm_(part.double().T, part.double())
+        double = part.double()
+        total.addmm_(double.T, double)
     return total / len(x)
 
 
@@ -205,6 +225,7 @@ def fit_logistic_regression(
         return torch.cat([torch.linalg.solve_triangular(factor.T, weight[:-1], upper=True), weight[-1:]])
 
     def closure() -> Tensor:
+        report_again()
         # The gradient of softmax regression is x^T (softmax - onehot): written out, it needs no graph over all rows.
         current = unpreconditioned()
         loss = current.new_zeros(())
@@ -240,8 +261,29 @@ def _logits(x: Tensor, weight: Tensor) -> Tensor:
     return torch.addmm(weight[-1], x, weight[:-1])
 
 
-def _accuracy(logits: Tensor, y: Tensor) -> float:
-    return int((logits.argmax(dim=1) == y).sum()) / len(y)
+def _accuracy_and_loss(x: Tensor, y: Tensor, weight: Tensor) -> tuple[float, float]:
+    """Accuracy and mean cross-entropy of x: (n, D), y: (n,) under weight: (D + 1, C)."""
+    correct, loss = 0, 0.0
+    rows = max(1, PROBE_CHUNK // weight.shape[1])
+    for x_part, y_part in zip(x.split(rows), y.split(rows), strict=True):
+        logits = _logits(x_part, weight)
+        correct += int((logits.argmax(dim=1) == y_part).sum())
+        loss += F.cross_entropy(logits, y_part).item() * (len(y_part) / len(y))
+    return correct / len(y), loss
+
+
+@contextmanager
+def _threads_for(multiplications: int, device: torch.device) -> Iterator[None]:
+    """Inside, one CPU thread for a problem with fewer multiply-accumulates per pass than `ONE_THREAD_PROBE`."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or multiplications >= ONE_THREAD_PROBE:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _factor(covariance: Tensor, l2: float) -> Tensor:

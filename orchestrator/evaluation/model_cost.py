@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bim.models.backbones.backbone import Backbone
 from bim.models.initialization import NoInitialization
+from bim.orchestrator.evaluation.progress import report_again
 from bim.orchestrator.training.build import build_local_mim, mask_plans
 from bim.orchestrator.training.spec import PretrainSpec
 
@@ -93,6 +94,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _timed_pass(model: nn.Module, images: Tensor) -> float:
+    report_again()
     start = time.perf_counter()
     model(images)
     if images.device.type == "cuda":

@@ -16,15 +16,13 @@ from bim.models.backbones.backbone import Backbone
 from bim.orchestrator.config.transforms import recorded_mapping
 from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.data.spec import DataSpec
-from bim.orchestrator.data.splits import can_score
 from bim.orchestrator.distributed.placement import StageLayout
-from bim.orchestrator.evaluation.evaluate import evaluate_variants, raw_pixels
+from bim.orchestrator.evaluation.evaluate import evaluate_sets
 from bim.orchestrator.evaluation.inputs import EvalInputs
 from bim.orchestrator.evaluation.metrics import UnscorableError
 from bim.orchestrator.evaluation.model_cost import device_name, latencies_ms
-from bim.orchestrator.evaluation.progress import part
 from bim.orchestrator.evaluation.progress import report as report_progress
-from bim.orchestrator.evaluation.records import DepthReport, EvalConfig, EvaluationResult
+from bim.orchestrator.evaluation.records import EvalConfig, EvaluationResult
 from bim.orchestrator.export.model_card import CardFacts
 from bim.orchestrator.export.timm_folder import export_decoder, export_variant, folder_name, rewrite_card
 from bim.orchestrator.files import make_folder, storage_errors
@@ -39,6 +37,9 @@ from bim.orchestrator.training.checkpoint import load_weights
 from bim.orchestrator.training.depth_variants import random_variants, trained_variant
 from bim.orchestrator.training.errors import TrainingError
 from bim.orchestrator.training.spec import PretrainSpec
+
+TRAINED, RANDOM = "trained models", "random starts"
+"""Names of the model sets of an evaluation, in its progress."""
 
 
 @dataclass(frozen=True)
@@ -126,20 +127,15 @@ def _evaluate(task: EvaluationTask) -> EvaluationResult:
         std=task.spec.std,
         device=torch.device(task.device),
         config=task.evaluation,
+        workers=decoding_workers(task),
     )
     bad: dict[str, str] = {}
-    with part("trained models"):
-        measured = tuple(evaluate_variants(variants, inputs, bad))
-    random: tuple[DepthReport, ...] = ()
-    raw: dict[str, float] = {}
+    sets = {TRAINED: variants}
     if task.with_baselines:
-        random_starts = random_variants(task.spec, backbone, task.depths)
-        with part("random starts"):
-            random = tuple(evaluate_variants(random_starts, inputs.with_latency(False), bad))
-        if can_score(inputs.source, inputs.splits):
-            with part("raw pixels"):
-                raw = raw_pixels(inputs).metrics()
-    result, folders = EvaluationResult(measured, random, raw, bad_images=bad), {}
+        sets[RANDOM] = random_variants(task.spec, backbone, task.depths)
+    reports, raw = evaluate_sets(sets, inputs, bad, untimed={RANDOM}, with_raw_pixels=task.with_baselines)
+    measured, random = tuple(reports[TRAINED]), tuple(reports.get(RANDOM, ()))
+    result, folders = EvaluationResult(measured, random, raw.metrics() if raw else {}, bad_images=bad), {}
     for name in ("variants", "decoders"):  # an output directory that is gone by now is not made again
         make_folder(out / name)
     for report in measured:
@@ -167,6 +163,17 @@ def _evaluate(task: EvaluationTask) -> EvaluationResult:
         f"{task.card.run}, after step {task.step}",
     )
     return replace(result, folders=folders, pictures=pictures)
+
+
+def decoding_workers(task: EvaluationTask) -> int:
+    """Processes that decode images, at most: those of the training, whose place is free by now.
+
+    On CPUs no more than the evaluation has threads, and none beside a single one.
+    """
+    if task.device != "cpu":
+        return task.data.workers
+    threads = task.threads or torch.get_num_threads()
+    return min(task.data.workers, threads) if threads > 1 else 0
 
 
 def add_latency(task: EvaluationTask, result: EvaluationResult) -> EvaluationResult:

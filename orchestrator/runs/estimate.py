@@ -220,7 +220,7 @@ GMACS_PER_S = 12.0
 cores (README)."""
 
 EVALUATED_SETS = 2
-"""Model sets of an evaluation that compute embeddings: trained and random weights; each decodes the images once."""
+"""Model sets of an evaluation that compute embeddings: trained and random weights."""
 
 LATENCY_S = 2 * (0.2 + 0.6)
 """Seconds in which the latency of a depth is measured, at two batch sizes."""
@@ -295,7 +295,7 @@ def _evaluation_seconds(
     gmacs: Sequence[tuple[float, float]],
     layout: StageLayout,
 ) -> float:
-    """Embeddings of training and test images, those of the scores while it trains, and latencies.
+    """Training and test images decoded once and embedded by every set, those of the scores while it trains, and latencies.
 
     kNN and probes come on top.
     """
@@ -304,9 +304,10 @@ def _evaluation_seconds(
     seconds_per_gmac = sum(times.stages) / trained
     visible = 1 - max(run.spec.mask_ratios) if run.backbone.encode == "visible" else 1.0
     forward_gmacs = sum(encoder for encoder, _ in gmacs) / visible * (len(gmacs) + 1) / 2
-    image_s = forward_gmacs * seconds_per_gmac + times.loading / phase.batch_size
-    scored = min(
+    embedding_s = forward_gmacs * seconds_per_gmac
+    decoding_s = times.loading / phase.batch_size
+    scored = num_scores(run.settings) * min(
         len(splits.train) + len(splits.val), images_of_a_score(run.settings, run.phases, run.total_steps)
     )
     latency_s = LATENCY_S * len(run.depths) if run.settings.evaluation.latency else 0.0
-    return (EVALUATED_SETS * images + num_scores(run.settings) * scored) * image_s + latency_s
+    return (EVALUATED_SETS * images + scored) * embedding_s + (images + scored) * decoding_s + latency_s

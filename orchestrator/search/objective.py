@@ -69,13 +69,18 @@ def score_checkpoint(
     config: EvalConfig,
     checkpoint: Location,
     device: str = "cpu",
+    workers: int = 0,
 ) -> Score:
     """Score every depth variant of a committed checkpoint at the backbone's own image size, all tokens visible.
+
+    workers: processes that decode images, at most.
 
     Raises DataError if a split has no readable image, UnscorableError if embeddings are not finite.
     """
     backbone = open_spec_backbone(spec)
-    inputs = EvalInputs(*images, backbone.image_size, spec.mean, spec.std, torch.device(device), config)
+    inputs = EvalInputs(
+        *images, backbone.image_size, spec.mean, spec.std, torch.device(device), config, workers
+    )
     return score_weights(backbone, load_weights(checkpoint, spec), inputs)
 
 

@@ -65,12 +65,12 @@ class _ScoreActor:
     """Scores checkpoints on the GPU of a trial's first stage."""
 
     def __init__(self, data: DataSpec) -> None:
-        self._images = data.open()
+        self._images, self._workers = data.open(), data.workers
 
     def score(self, spec: PretrainSpec, checkpoint: Location, config: EvalConfig, device: str) -> Score:
         """Score a checkpoint, with smaller batches where the stage leaves too little memory."""
         try:
-            return score_checkpoint(spec, self._images, config, checkpoint, device)
+            return score_checkpoint(spec, self._images, config, checkpoint, device, self._workers)
         except torch.cuda.OutOfMemoryError:
             if config.batch_size <= MIN_SCORING_BATCH:
                 raise

@@ -62,3 +62,30 @@ def test_unreadable_images_are_counted_named_and_limited() -> None:
         measure(np.arange(30), max_bad_fraction=0.01)
     with pytest.raises(DataError, match="no training image of digits could be read"):
         measure(np.arange(0, 30, 10))
+
+
+def test_several_models_get_their_own_statistics_from_images_that_are_decoded_once() -> None:
+    class Counting(DigitsSource):
+        loads = 0
+
+        def load(self, index: int) -> torch.Tensor:
+            Counting.loads += 1
+            return super().load(index)
+
+    def model(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+    def gathered(*seeds: int) -> list[dict[str, torch.Tensor]]:
+        models = {("set", seed): model(seed) for seed in seeds}
+        images = np.arange(100)
+        splits, config = Splits(images, images[:0], images[:0]), EvalConfig(batch_size=30)
+        gather_statistics(
+            models, EvalInputs(Counting(), splits, (8, 8), MEAN, STD, torch.device("cpu"), config)
+        )
+        return [one.state_dict() for one in models.values()]
+
+    together = gathered(1, 2)
+    assert Counting.loads == 100
+    for ours, alone in zip(together, [*gathered(1), *gathered(2)], strict=True):
+        assert all(torch.equal(value, alone[name]) for name, value in ours.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from bim.orchestrator.evaluation.metrics import (
     standard_error,
     weighted_knn,
 )
+from bim.orchestrator.evaluation.progress import reported_to
 from bim.orchestrator.evaluation.records import EvalConfig
 
 K, T = 20, 0.07
@@ -237,3 +239,77 @@ def test_nearly_dependent_features_can_still_be_factored() -> None:
     x = torch.randn(200, 1, generator=gen) + 1e-5 * torch.randn(200, 500, generator=gen)  # 500 copies of one
     y = (x[:, 0] > 0).long()
     assert linear_probe(x[:150], y[:150], x[150:], y[150:], seed=0).accuracy > 0.95
+
+
+def test_votes_for_many_classes_are_counted_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    (train_x, train_y), (test_x, test_y) = clusters(80), clusters(50, seed=1)
+    whole = weighted_knn(train_x, 1000 * train_y, test_x, 1000 * test_y, K, T)
+    rows: list[int] = []
+    scatter = Tensor.scatter_add_
+    monkeypatch.setattr(
+        Tensor, "scatter_add_", lambda votes, *rest: (rows.append(len(votes)), scatter(votes, *rest))[1]
+    )
+    monkeypatch.setattr(metrics, "KNN_CHUNK", 3001 * 7)
+    assert weighted_knn(train_x, 1000 * train_y, test_x, 1000 * test_y, K, T) == whole
+    assert rows == [7] * 7 + [1]
+
+
+def test_accuracy_and_loss_in_blocks_equal_those_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = clusters(300)
+    weight = torch.randn(13, 4, generator=torch.Generator().manual_seed(6))
+    accuracy, loss = metrics._accuracy_and_loss(x, y, weight)
+    assert loss == torch.nn.functional.cross_entropy(x @ weight[:-1] + weight[-1], y).item()
+    monkeypatch.setattr(metrics, "PROBE_CHUNK", 4 * 7)
+    assert metrics._accuracy_and_loss(x, y, weight) == (accuracy, pytest.approx(loss, rel=1e-6))
+
+
+def test_the_covariance_in_blocks_equals_that_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, _ = clusters(300)
+    whole = feature_covariance(x)
+    monkeypatch.setattr(metrics, "PROBE_CHUNK", 2 * 12 * 7)
+    torch.testing.assert_close(feature_covariance(x), whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("largest", "threads"), [(200 * 12 * 4, 2), (200 * 12 * 4 + 1, 1)])
+def test_a_probe_of_a_small_problem_takes_one_thread_and_gives_the_others_back(
+    monkeypatch: pytest.MonkeyPatch, largest: int, threads: int
+) -> None:
+    seen: set[int] = set()
+
+    def spy(*args: object) -> Tensor:
+        seen.add(torch.get_num_threads())
+        return fit_logistic_regression(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(metrics, "fit_logistic_regression", spy)
+    monkeypatch.setattr(metrics, "ONE_THREAD_PROBE", largest)
+    linear_probe(*clusters(200), *clusters(50, seed=1), seed=0)
+    assert seen == {threads}
+    assert torch.get_num_threads() == 2
+
+    def fail(*args: object) -> Tensor:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(metrics, "fit_logistic_regression", fail)
+    with pytest.raises(ZeroDivisionError):
+        linear_probe(*clusters(200), *clusters(50, seed=1), seed=0)
+    assert torch.get_num_threads() == 2
+
+
+def test_a_listener_can_end_nearest_neighbors_and_a_fit() -> None:
+    def refuse(text: str) -> None:
+        raise InterruptedError
+
+    train, test = clusters(80), clusters(50, seed=1)
+    with reported_to(refuse), pytest.raises(InterruptedError):
+        weighted_knn(*train, *test, K, T)
+    with reported_to(refuse), pytest.raises(InterruptedError):
+        linear_probe(*train, *test, seed=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -18,7 +19,7 @@ from bim.orchestrator.evaluation.inputs import EvalInputs
 from bim.orchestrator.evaluation.metrics import UnscorableError
 from bim.orchestrator.evaluation.records import EvalConfig
 from bim.orchestrator.jobs import evaluate_checkpoint as module
-from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, evaluate_checkpoint
+from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, decoding_workers, evaluate_checkpoint
 from bim.orchestrator.jobs.reconstructions import save_all_reconstructions
 from bim.orchestrator.training.errors import TrainingError
 from bim.orchestrator.training.spec import PretrainSpec
@@ -60,3 +61,13 @@ def test_unreadable_images_of_the_reconstructions_are_named(tmp_path: Path) -> N
     pictures = save_all_reconstructions(spec, backbone, [], inputs, tmp_path, bad)
     assert pictures == {}
     assert bad == {"digit 7": "made so", "digit 8": "made so"}
+
+
+@pytest.mark.parametrize(
+    ("device", "threads", "workers"), [("cuda", None, 6), ("cpu", 4, 4), ("cpu", 8, 6), ("cpu", 1, 0)]
+)
+def test_images_are_decoded_by_the_workers_of_the_training_that_have_a_cpu(
+    device: str, threads: int | None, workers: int
+) -> None:
+    task = SimpleNamespace(device=device, threads=threads, data=SimpleNamespace(workers=6))
+    assert decoding_workers(cast(EvaluationTask, task)) == workers
