@@ -94,7 +94,7 @@ def evaluate_sets(
             raw = scores.pop(RAW_PIXELS)[0]
         metrics = {name: _measured(by_depth) for name, by_depth in scores.items()}
     else:
-        ranks = _ranks(embedders, inputs, bad)
+        ranks = _ranks(embedders, inputs, bad, RANKME_IMAGES)
         metrics = {
             name: {depth: {"rankme": rank, "n_ranked": count} for depth, rank in by_depth.items()}
             for name, (by_depth, count) in ranks.items()
@@ -155,7 +155,7 @@ def _ranks(
     embedders: Mapping[str, Mapping[int, Embedder]],
     inputs: EvalInputs,
     bad: dict[str, str] | None,
-    limit: int = RANKME_IMAGES,
+    limit: int,
 ) -> dict[str, tuple[dict[int, float], int]]:
     """RankMe of every embedder of every set by depth, and the number of training images that it is computed on."""
     sets = {name: EmbedderSet(by_depth, limit) for name, by_depth in embedders.items()}

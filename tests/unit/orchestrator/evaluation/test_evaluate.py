@@ -386,11 +386,24 @@ def test_latencies_are_measured_of_the_sets_that_are_timed(monkeypatch: pytest.M
     assert (reports["random"][0].latency_b64_ms, reports["random"][0].device) == (None, "")
 
 
-DIGITS = Splits(np.arange(0, 200), np.arange(200, 200), np.arange(200, 300))
+def test_raw_pixels_of_the_digits_have_the_accuracies_that_they_had_when_they_were_read_by_themselves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(evaluate, "RAW_VALUES", 3 * 8 * 8 * 150)
+    splits = Splits(np.arange(0, 400), np.arange(400, 400), np.arange(400, 700))
+    digits = EvalInputs(DigitsSource(), splits, (8, 8), MEAN, STD, CPU, QUICK)
+    reports, raw = evaluate_sets({"trained": {1: vit(1, img_size=8)}}, digits, with_raw_pixels=True)
+    assert raw is not None
+    assert (raw.knn_top1, raw.n_test) == (117 / 150, 150)
+    assert raw.linear_top1 == pytest.approx(113 / 150, abs=0.007)  # one image
+    assert reports["trained"][0].n_test == 300
+
+
+DIGITS = Splits(np.arange(0, 100), np.arange(100, 100), np.arange(100, 150))
 
 
 def evaluate_digits(workers: int) -> tuple[dict[str, list[DepthReport]], Any]:
-    config = EvalConfig(batch_size=64, latency=False)
+    config = EvalConfig(batch_size=40, latency=False)
     digits = EvalInputs(DigitsSource(), DIGITS, (16, 16), MEAN, STD, CPU, config, workers)
     return evaluate_sets({"trained": {1: vit(1)}}, digits, with_raw_pixels=True)
 
@@ -407,8 +420,8 @@ def test_progress_and_scores_are_the_same_with_workers(monkeypatch: pytest.Monke
     assert measured(1) == alone
     assert alone[1] == [
         "",
-        *(f"the train split: {done} of 200 images" for done in (64, 128, 192, 200)),
-        *(f"the test split: {done} of 100 images" for done in (64, 100)),
+        *(f"the train split: {done} of 100 images" for done in (40, 80, 100)),
+        *(f"the test split: {done} of 50 images" for done in (40, 50)),
         "trained: kNN and linear probe of model 1 of 1",
         "raw pixels: kNN and linear probe of model 1 of 1",
         "trained: costs",
@@ -423,7 +436,7 @@ def test_a_listener_is_asked_within_a_batch_and_leaves_no_process_behind(
     asked = [0]
 
     def refuse(text: str) -> None:
-        if text == "the train split: 64 of 200 images":
+        if text == "the train split: 40 of 100 images":
             asked[0] += 1
             if asked[0] == 5:  # in the second batch
                 raise InterruptedError
