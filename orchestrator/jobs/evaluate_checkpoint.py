@@ -127,7 +127,7 @@ def _evaluate(task: EvaluationTask) -> EvaluationResult:
         std=task.spec.std,
         device=torch.device(task.device),
         config=task.evaluation,
-        workers=decoding_workers(task),
+        workers=decoding_workers(task.data.workers, task.device, task.threads),
     )
     bad: dict[str, str] = {}
     sets = {TRAINED: variants}
@@ -165,15 +165,20 @@ def _evaluate(task: EvaluationTask) -> EvaluationResult:
     return replace(result, folders=folders, pictures=pictures)
 
 
-def decoding_workers(task: EvaluationTask) -> int:
-    """Processes that decode images, at most: those of the training, whose place is free by now.
+def decoding_workers(workers: int, device: str, threads: int | None) -> int:
+    """Processes that decode images for an evaluation, at most.
 
-    On CPUs no more than the evaluation has threads, and none beside a single one.
+    As many as for the training; on CPUs no more than the evaluation has threads, and none beside a single one.
+
+    Args:
+        workers: `data.workers`.
+        device: "cpu" or "cuda".
+        threads: torch CPU threads of the evaluation; None: as this process has them.
     """
-    if task.device != "cpu":
-        return task.data.workers
-    threads = task.threads or torch.get_num_threads()
-    return min(task.data.workers, threads) if threads > 1 else 0
+    if device != "cpu":
+        return workers
+    threads = threads or torch.get_num_threads()
+    return min(workers, threads) if threads > 1 else 0
 
 
 def add_latency(task: EvaluationTask, result: EvaluationResult) -> EvaluationResult:

@@ -15,6 +15,7 @@ from bim.orchestrator.data.spec import DataSpec
 from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.evaluation.inputs import EvalInputs
 from bim.orchestrator.evaluation.records import EvalConfig
+from bim.orchestrator.jobs.evaluate_checkpoint import decoding_workers
 from bim.orchestrator.jobs.reconstructions import save_reconstruction_grid
 from bim.orchestrator.runs.checkpoints import committed_folder
 from bim.orchestrator.runs.depth_scores import images_of_a_score
@@ -112,7 +113,13 @@ def score_depths(task: ScoreTask) -> ScoreResult:
     weights = load_weights(task.checkpoint, task.spec)
     device = torch.device(task.device)
     inputs = EvalInputs(
-        *task.data.open(), backbone.image_size, task.spec.mean, task.spec.std, device, task.evaluation
+        *task.data.open(),
+        size=backbone.image_size,
+        mean=task.spec.mean,
+        std=task.spec.std,
+        device=device,
+        config=task.evaluation,
+        workers=decoding_workers(task.data.workers, task.device, task.threads),
     )
     score = score_weights(backbone, weights, inputs, task.depths, task.limits)
     with TemporaryDirectory(prefix="bim-scores-") as folder:

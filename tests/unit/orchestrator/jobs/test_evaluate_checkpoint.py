@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -69,5 +68,4 @@ def test_unreadable_images_of_the_reconstructions_are_named(tmp_path: Path) -> N
 def test_images_are_decoded_by_the_workers_of_the_training_that_have_a_cpu(
     device: str, threads: int | None, workers: int
 ) -> None:
-    task = SimpleNamespace(device=device, threads=threads, data=SimpleNamespace(workers=6))
-    assert decoding_workers(cast(EvaluationTask, task)) == workers
+    assert decoding_workers(6, device, threads) == workers
