@@ -34,7 +34,7 @@ def _main(argv: Sequence[str], stop: StopRequest) -> int:
     verbose, quiet = "--verbose" in argv, "--quiet" in argv
     configure_console(verbose, quiet)
     try:
-        settings = load_settings(argv, automatic=_automatic)
+        settings = load_settings(argv, _automatic, _largest_batch)
         return estimate(settings) if "--dry-run" in argv else run(settings, live=not quiet, stop=stop)
     except SettingsError as error:
         return fail(error, 2)
@@ -52,6 +52,22 @@ def _automatic(given: Mapping[str, Any], budget_s: float | None) -> Mapping[str,
 
     try:
         return automatic_settings(given, budget_s)
+    except (*BAD_INPUT, PluginError) as error:
+        raise SettingsError(str(error)) from error
+
+
+def _largest_batch(settings: Settings) -> int:
+    """See `jobs.automatic.largest_batch_size`. Raises SettingsError for everything that is wrong with the input."""
+    from bim.orchestrator.distributed.local_ray import before_ray_is_imported
+
+    before_ray_is_imported()
+    from bim.orchestrator.config.schema import SettingsError
+    from bim.orchestrator.jobs.automatic import largest_batch_size
+    from bim.orchestrator.jobs.job import BAD_INPUT
+    from bim.orchestrator.plugins import PluginError
+
+    try:
+        return largest_batch_size(settings)
     except (*BAD_INPUT, PluginError) as error:
         raise SettingsError(str(error)) from error
 

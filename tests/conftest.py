@@ -26,13 +26,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # By default Ray's workers yield to every other process, such as the unit tests on the other core.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
-if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup commands would ignore the signals of tests
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# A suite in the background of a shell, or under nohup, would hand ignored signals on to the commands that it tests.
+for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 TESTS = Path(__file__).parent
 
 # Worker processes of Ray and of the data loader import classes of test modules by name.
 sys.path.insert(0, str(TESTS.parent))
+
+
+@pytest.fixture(autouse=True)
+def own_tracking_uri() -> Iterator[None]:
+    """A run in this process that left MLflow's default store set would hand it on to the commands of later tests."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    yield
+    if os.environ.get("MLFLOW_TRACKING_URI") != before:
+        sys.modules["mlflow"].set_tracking_uri(before)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(autouse=True)
@@ -45,14 +56,27 @@ def own_logging() -> Iterator[None]:
     logger.setLevel(level)
 
 
+WITHOUT_RAY = (
+    "tests/unit/",
+    "tests/e2e/test_automatic.py",
+    "tests/e2e/test_names_and_secrets.py",
+    "tests/e2e/test_output_directory.py",
+    "tests/e2e/test_wrong_inputs.py",
+)
+"""Tests that start no Ray."""
+
+
 class RayTestsOnOneWorker(LoadScopeScheduling):
-    """Tests with Ray share one worker process of pytest-xdist, and with it one Ray; unit tests run beside them.
+    """Tests with Ray share one worker process of pytest-xdist, and with it one Ray; the others run beside them.
 
     Not the marks of `--dist loadgroup`: pytest-xdist 3.8 passes over them under pytest 9.2.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        return nodeid if nodeid.startswith("tests/unit/") else "ray"
+        if not nodeid.startswith(WITHOUT_RAY):
+            return "ray"
+        # Tests of one file of the end-to-end tests share what takes long to make.
+        return nodeid if nodeid.startswith("tests/unit/") else nodeid.partition("::")[0]
 
 
 @pytest.hookimpl(optionalhook=True)

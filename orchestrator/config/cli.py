@@ -32,7 +32,7 @@ from bim.orchestrator.config.recipes import (
 )
 from bim.orchestrator.config.renamed import new_key
 from bim.orchestrator.config.schema import Settings, SettingsError, all_settings
-from bim.orchestrator.config.transforms import overlaid, settings_to_yaml
+from bim.orchestrator.config.transforms import overlaid, settings_to_yaml, with_changes
 from bim.orchestrator.config.validate import settings_from_mapping
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,8 @@ _BRACKETS = {"[": "]", "{": "}"}
 FLAGS = ("--help", "-h", "--help-all", "--version", "--print-config", "--dry-run", "--verbose", "--quiet")
 """Options that are no settings and take no value."""
 
+
+BATCH_SIZE = "data.batch_size"
 
 _LEAST = {
     "name": "images",
@@ -66,7 +68,13 @@ Automatic = Callable[[Mapping[str, Any], float | None], Mapping[str, Any]]
 """From what the user set, by dotted key, and the seconds of training that are allowed, to nested settings."""
 
 
-def load_settings(argv: Sequence[str], automatic: Automatic | None = None) -> Settings:
+LargestBatch = Callable[[Settings], int]
+"""From settings to the largest `data.batch_size` that fits; what they have there does not count."""
+
+
+def load_settings(
+    argv: Sequence[str], automatic: Automatic | None = None, largest_batch: LargestBatch | None = None
+) -> Settings:
     """Settings from the arguments of a command (`sys.argv[1:]`).
 
     `--help`, `--help-all`, `--version` and `--print-config` print and exit (0). `--dry-run`, `--verbose` and `--quiet`
@@ -74,6 +82,7 @@ def load_settings(argv: Sequence[str], automatic: Automatic | None = None) -> Se
 
     Args:
         automatic: gives the settings for images that no recipe is named for; None: the default recipe does.
+        largest_batch: what `--data.batch_size auto` stands for; None: it is refused.
 
     Raises:
         SettingsError: all that is wrong with the arguments, the recipe or the settings, one sentence a line.
@@ -98,6 +107,9 @@ def load_settings(argv: Sequence[str], automatic: Automatic | None = None) -> Se
 
     if name := arguments.overrides.get("backbone.name"):
         values = _without_the_arguments_of_another(values, name)
+    fits_batch = largest_batch is not None and arguments.overrides.get(BATCH_SIZE) == "auto"
+    if fits_batch:
+        arguments.overrides[BATCH_SIZE] = "1"
     typed: dict[str, str] = {}
     given: dict[str, Any] = {}
     for given_key, text in arguments.overrides.items():
@@ -126,10 +138,14 @@ def load_settings(argv: Sequence[str], automatic: Automatic | None = None) -> Se
         raise SettingsError("\n".join(problems))
     if automatic is not None and is_automatic:
         budget_s = None if arguments.time_budget is None else seconds(arguments.time_budget)
+        if fits_batch:
+            del given[BATCH_SIZE]
         values = dict(automatic(given, budget_s))
         for key, value in given.items():
             values = overlaid(values, key.split(".", 2), value)
         settings = settings_from_mapping(values, typed=typed)
+    if largest_batch is not None and fits_batch:
+        settings = _with_largest_batch(settings, largest_batch, is_automatic)
     if not settings.search.trials and settings.backbones is None:
         for key in typed:
             if key.startswith("search.") and key not in ("search.trials", "search.resume"):
@@ -139,10 +155,23 @@ def load_settings(argv: Sequence[str], automatic: Automatic | None = None) -> Se
     return settings
 
 
+def _with_largest_batch(settings: Settings, largest_batch: LargestBatch, is_automatic: bool) -> Settings:
+    """With the largest batch that fits; images of an optimizer step that were chosen for the data stay as many."""
+    batch_size = largest_batch(settings)
+    changes = {BATCH_SIZE: batch_size}
+    if is_automatic:
+        images_per_step = settings.data.batch_size * settings.data.accumulate
+        changes = {
+            BATCH_SIZE: min(batch_size, images_per_step),
+            "data.accumulate": max(1, images_per_step // batch_size),
+        }
+    return with_changes(settings, changes)
+
+
 def _is_automatic(arguments: _Arguments) -> bool:
     """Whether the settings are chosen from the images: no recipe, no saved settings, images of the user's own."""
     has_own_images = arguments.overrides.get("data.source") not in (None, "", "digits")
-    return arguments.recipe is None and has_own_images and arguments.overrides.get("backbones") is None
+    return arguments.recipe is None and has_own_images
 
 
 def _of_time_budget(arguments: _Arguments, is_automatic: bool) -> list[str]:
@@ -155,8 +184,8 @@ def _of_time_budget(arguments: _Arguments, is_automatic: bool) -> list[str]:
     if is_automatic:
         return []
     return [
-        "--time_budget is for settings that are chosen from the images: give --data.source, and leave out --recipe, "
-        "--resume and --backbones; with a recipe set --schedule.epochs"
+        "--time_budget is for settings that are chosen from the images: give --data.source, and leave out --recipe and "
+        "--resume; with a recipe set --schedule.epochs"
     ]
 
 

@@ -42,6 +42,8 @@ LIMITS: dict[str, float] = {
     "checkpoint.keep": 10**6,
     "evaluation.knn_k": 10**6,
     "evaluation.batch_size": 2**20,
+    "evaluation.every_epochs": 10**6,
+    "evaluation.patience": 10**6,
     "failures.max_restarts": 10**6,
     "placement.stages": 1_000,
     "placement.cpus_per_stage": 10**5,

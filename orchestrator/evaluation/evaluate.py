@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from bim.orchestrator.evaluation.features import (
     extract_sets,
 )
 from bim.orchestrator.evaluation.inputs import EvalInputs
-from bim.orchestrator.evaluation.metrics import rankme, score
+from bim.orchestrator.evaluation.metrics import level_with_best, rankme, score
 from bim.orchestrator.evaluation.model_cost import device_name, gflops, latencies_ms, num_params
 from bim.orchestrator.evaluation.progress import part, report
 from bim.orchestrator.evaluation.records import DepthReport, EvalConfig, Scores
@@ -93,12 +92,9 @@ def evaluate_sets(
         scores = _scores(embedder_sets, inputs, bad)
         if with_raw_pixels:
             raw = scores.pop(RAW_PIXELS)[0]
-        metrics = {
-            name: {depth: asdict(values) for depth, values in by_depth.items()}
-            for name, by_depth in scores.items()
-        }
+        metrics = {name: _score_fields(by_depth) for name, by_depth in scores.items()}
     else:
-        ranks = _ranks(embedders, inputs, bad)
+        ranks = _ranks(embedders, inputs, bad, RANKME_IMAGES)
         metrics = {
             name: {depth: {"rankme": rank, "n_ranked": count} for depth, rank in by_depth.items()}
             for name, (by_depth, count) in ranks.items()
@@ -123,13 +119,16 @@ def raw_pixels(inputs: EvalInputs) -> Scores:
 
 
 def rankme_by_depth(
-    embedders: Mapping[int, Embedder], inputs: EvalInputs, bad: dict[str, str] | None = None
+    embedders: Mapping[int, Embedder],
+    inputs: EvalInputs,
+    bad: dict[str, str] | None = None,
+    limit: int = RANKME_IMAGES,
 ) -> tuple[dict[int, float], int]:
-    """RankMe of every embedding by name, and the number of training images, at most `RANKME_IMAGES`, it is computed on.
+    """RankMe of every embedding by name, and the number of training images, at most `limit`, it is computed on.
 
     Raises DataError if none of them can be read, UnscorableError if an embedding is not finite.
     """
-    return _ranks({"": embedders}, inputs, bad)[""]
+    return _ranks({"": embedders}, inputs, bad, limit)[""]
 
 
 def _raw_pixel_set(size: tuple[int, int]) -> EmbedderSet:
@@ -144,10 +143,13 @@ def _raw_pixel_set(size: tuple[int, int]) -> EmbedderSet:
 
 
 def _ranks(
-    embedders: Mapping[str, Mapping[int, Embedder]], inputs: EvalInputs, bad: dict[str, str] | None
+    embedders: Mapping[str, Mapping[int, Embedder]],
+    inputs: EvalInputs,
+    bad: dict[str, str] | None,
+    limit: int,
 ) -> dict[str, tuple[dict[int, float], int]]:
     """RankMe of every embedder of every set by depth, and the number of training images that it is computed on."""
-    sets = {name: EmbedderSet(by_depth, RANKME_IMAGES) for name, by_depth in embedders.items()}
+    sets = {name: EmbedderSet(by_depth, limit) for name, by_depth in embedders.items()}
     with part("the train split"):
         features = extract_sets(sets, inputs, inputs.splits.train, bad)
     return {
@@ -202,6 +204,15 @@ def _score_on(
         )
     torch.cuda.empty_cache()
     return score(*parts, config)
+
+
+def _score_fields(scores: Mapping[int, Scores]) -> dict[int, dict[str, Any]]:
+    """The fields of a depth's report that its scores, and those of the other depths, give."""
+    levels = level_with_best({depth: of_depth.knn_correct for depth, of_depth in scores.items()})
+    return {
+        depth: {**of_depth.metrics(), "n_test": of_depth.n_test, "level_with_best": levels[depth]}
+        for depth, of_depth in scores.items()
+    }
 
 
 def _reports(

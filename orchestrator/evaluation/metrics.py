@@ -6,9 +6,10 @@ Plain functions of feature matrices and integer labels, without a model or a dat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,9 +54,10 @@ class UnscorableError(ValueError):
 def score(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, config: EvalConfig) -> Scores:
     """Both accuracies of one set of embeddings; shapes and errors as in `weighted_knn` and `linear_probe`."""
     n = len(test_y)
-    knn = weighted_knn(train_x, train_y, test_x, test_y, config.knn_k, config.knn_temperature)
+    correct = knn_correct(train_x, train_y, test_x, test_y, config.knn_k, config.knn_temperature)
+    knn = int(correct.sum()) / n
     probe = linear_probe(train_x, train_y, test_x, test_y, config.seed).accuracy
-    return Scores(knn, standard_error(knn, n), probe, standard_error(probe, n), n)
+    return Scores(knn, standard_error(knn, n), probe, standard_error(probe, n), n, correct.cpu().numpy())
 
 
 def standard_error(accuracy: float, n: int) -> float:
@@ -71,7 +73,16 @@ def standard_error(accuracy: float, n: int) -> float:
 def weighted_knn(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int, temperature: float
 ) -> float:
-    """Top-1 accuracy of the k nearest training embeddings by cosine, each voting exp(similarity / temperature).
+    """Top-1 accuracy of the k nearest training embeddings; arguments and errors as of `knn_correct`."""
+    return int(knn_correct(train_x, train_y, test_x, test_y, k, temperature).sum()) / len(test_y)
+
+
+def knn_correct(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int, temperature: float
+) -> Tensor:
+    """Whether the k nearest training embeddings by cosine, each voting exp(similarity / temperature), give the label.
+
+    Returns (m,) bool, a value for each test embedding.
 
     train_x: (n, D), test_x: (m, D) float; train_y: (n,), test_y: (m,) int64 in 0..C-1, on one device. With
     fewer than `k` training embeddings all of them vote. Equal votes go to the lowest class. Raises ValueError if a part
@@ -82,15 +93,31 @@ def weighted_knn(
     k = min(k, len(train_x))
     bank = F.normalize(train_x, dim=1).T
     chunk = max(1, KNN_CHUNK // max(len(train_x), classes))
-    correct = 0
+    correct = []
     for x, y in zip(test_x.split(chunk), test_y.split(chunk), strict=True):
         report_again()
         similarity, nearest = (F.normalize(x, dim=1) @ bank).topk(k, dim=1)  # (b, k)
         votes = x.new_zeros(len(x), classes)
         # exp((s - s_max) / T) = exp(s / T) up to a factor common to an image's votes; no overflow at a small T.
         votes.scatter_add_(1, train_y[nearest], ((similarity - similarity[:, :1]) / temperature).exp())
-        correct += int((votes.argmax(dim=1) == y).sum())
-    return correct / len(test_y)
+        correct.append(votes.argmax(dim=1) == y)
+    return torch.cat(correct)
+
+
+def level_with_best(correct: Mapping[int, np.ndarray]) -> dict[int, bool]:
+    """By name, whether a model is at most one standard error of the paired difference behind the best one.
+
+    The models are scored on the same images, so that their accuracies differ by the images on which one is right and the
+    other is wrong alone: sd(best - model) / sqrt(n), which is smaller than the error of either accuracy.
+
+    correct: (n,) bool for each model, whether it is right for each image.
+    """
+    best = correct[max(correct, key=lambda name: correct[name].mean())].astype(np.float64)
+    levels = {}
+    for name, values in correct.items():
+        difference = best - values
+        levels[name] = bool(difference.mean() <= difference.std() / math.sqrt(len(best)))
+    return levels
 
 
 def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int) -> Probe:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from bim.orchestrator.evaluation.metric_info import METRICS
 
 
@@ -57,6 +59,8 @@ class DepthReport:
         rankme: effective rank of the embeddings of `n_ranked` training images, 1..width (arXiv 2210.02885); only without
             labels.
         n_ranked: images it was counted on.
+        level_with_best: whether its kNN accuracy is at most one standard error of the paired difference behind that of the
+            best depth; None if the data has no labels.
         image_size: (height, width) of the images.
         device: what the latencies were measured on.
     """
@@ -75,6 +79,7 @@ class DepthReport:
     device: str = ""
     rankme: float | None = None
     n_ranked: int = 0
+    level_with_best: bool | None = None
 
     def metrics(self) -> dict[str, float]:
         """The values that were measured, by their keys in `metric_info.METRICS`, with standard errors."""
@@ -91,13 +96,17 @@ class Probe:
 
 @dataclass(frozen=True)
 class Scores:
-    """Top-1 accuracies on `n_test` images, in 0..1, with their standard errors."""
+    """Top-1 accuracies on `n_test` images, in 0..1, with their standard errors.
+
+    knn_correct: (n_test,) bool, whether the nearest neighbors give the label of each image.
+    """
 
     knn_top1: float
     knn_top1_se: float
     linear_top1: float
     linear_top1_se: float
     n_test: int
+    knn_correct: np.ndarray = field(compare=False, repr=False)
 
     def metrics(self) -> dict[str, float]:
         """The accuracies by their keys in `metric_info.METRICS`, with standard errors."""

@@ -10,18 +10,22 @@ from typing import Any
 
 import torch
 
-from bim.orchestrator.config.schema import Settings
-from bim.orchestrator.config.transforms import overlaid
+from bim.orchestrator.config.auto_rules import auto_rules
+from bim.orchestrator.config.schema import Settings, SettingsError
+from bim.orchestrator.config.transforms import overlaid, with_changes
 from bim.orchestrator.config.validate import settings_from_mapping
 from bim.orchestrator.data.facts import ImageFacts, image_facts
 from bim.orchestrator.data.source import Source, given_source, open_source
 from bim.orchestrator.data.splits import make_splits
-from bim.orchestrator.distributed.cluster import ray_cluster
-from bim.orchestrator.distributed.placement import ClusterResources
+from bim.orchestrator.distributed.cluster import ray_cluster, run_on_worker
+from bim.orchestrator.distributed.placement import ClusterResources, StageLayout
+from bim.orchestrator.jobs.backbone_entries import backbone_entries
 from bim.orchestrator.plugins import import_plugins
-from bim.orchestrator.runs.auto_settings import Machine, choose_settings
+from bim.orchestrator.runs.auto_settings import Chosen, Machine, choose_settings
+from bim.orchestrator.runs.batch_size import computed_batch, gpu_bytes, tried_batch
 from bim.orchestrator.runs.estimate import epoch_seconds, micro_batch_seconds, probe_steps
 from bim.orchestrator.runs.prepare import resolve_run
+from bim.orchestrator.runs.provenance import hardware
 from bim.orchestrator.runs.train import resolve_layout
 from bim.orchestrator.text import wrapped
 from bim.orchestrator.training.spec import Precision
@@ -49,12 +53,84 @@ def automatic_settings(given: Mapping[str, Any], budget_s: float | None = None) 
     chosen = choose_settings(
         facts, machine, given, budget_s, lambda values: _epoch_seconds(nested(values), source, cluster)
     )
+    if machine.gpus and not {"data.batch_size", "data.accumulate"} & given.keys():
+        _split_batch(chosen, given, source)
     log.info("settings chosen for %s:", describe_images(facts))
     for choice in chosen.lines:
         for line in wrapped(f"  {choice}"):
             log.info(line)
     log.info("  no search: --search.trials 8 would cost about half of the training's time again, or more")
     return nested({"data.source": given["data.source"], **chosen.values})
+
+
+def _split_batch(chosen: Chosen, given: Mapping[str, Any], source: Source) -> None:
+    """Parts of a batch that the memory of a GPU holds, in place of the whole, if it is known and too small."""
+    settings = settings_from_mapping(nested({**chosen.values, **given}))
+    try:
+        fitting = min(_fitting_batches(settings, source, is_tried=False))
+    except SettingsError:
+        return  # its memory is unknown, or the error is told where the run is prepared
+    batch = settings.data.batch_size
+    if 0 < fitting < batch:
+        parts = -(-batch // fitting)
+        chosen.values |= {"data.batch_size": batch // parts, "data.accumulate": parts}
+        chosen.lines.append(f"the batch in {parts} parts of {batch // parts}: what the memory of a GPU holds")
+
+
+def largest_batch_size(settings: Settings) -> int:
+    """What `--data.batch_size auto` stands for: the most images of a micro-batch that fit, computed, then tried.
+
+    An epoch keeps the steps that the rules ask for; on CPUs a step has no more images than they allow there.
+
+    Raises:
+        SettingsError, DataError, ClusterError, PluginError: the settings or the images cannot be used, or no image fits.
+    """
+    import_plugins(settings.plugins)
+    data = settings.data
+    source = given_source(data.source) or open_source(data.source, data.image_column, data.label_column)
+    batch_size = min(_fitting_batches(settings, source, is_tried=True))
+    if not batch_size:
+        raise SettingsError(
+            "data.batch_size auto: the memory of a device holds not even one image; choose a smaller backbone or image "
+            "size, or more stages"
+        )
+    log.info("batch %d: the largest that fits, computed and tried", batch_size)
+    return batch_size
+
+
+def _fitting_batches(settings: Settings, source: Source, is_tried: bool) -> list[int]:
+    """The largest micro-batch of every backbone, with the steps of an epoch that the rules ask for."""
+    data, steps = settings.data, auto_rules().steps
+    splits = make_splits(source, data.split_seed, data.val_fraction, data.test_fraction)
+    entries, cluster = [settings], machine_resources()
+    if settings.backbones is not None:
+        entries = list(backbone_entries(with_changes(settings, {"out": settings.out or "unused"})).values())
+    batches = []
+    for entry in entries:
+        run, _, _ = resolve_run(entry, Path("unused"), (source, splits))
+        layout = resolve_layout(entry, cluster)
+        precision = local_precision(entry, layout.gpus)
+        limit = len(splits.train) // (steps.min_per_epoch * entry.data.accumulate)
+        if not layout.gpus:
+            limit = min(limit, steps.images_per_step["cpu"] // entry.data.accumulate)
+        batch_size = computed_batch(run, layout, precision, _device_bytes(layout), max(1, limit))
+        if is_tried:
+            batch_size = tried_batch(run, (source, splits), layout, precision, batch_size)
+        batches.append(batch_size)
+    return batches
+
+
+def _device_bytes(layout: StageLayout) -> float:
+    """Memory of a GPU of the stages, or of this machine. Raises SettingsError if it is unknown."""
+    if layout.gpus and os.environ.get("RAY_ADDRESS"):
+        with ray_cluster():
+            found = run_on_worker(hardware, layout)
+    else:
+        found = hardware()
+    memory = gpu_bytes(found.gpus) if layout.gpus else (found.memory_gib or 0) * 2**30
+    if not memory:
+        raise SettingsError("data.batch_size auto: the memory of the device is unknown; give a number")
+    return memory
 
 
 def describe_images(facts: ImageFacts) -> str:
@@ -88,7 +164,15 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _epoch_seconds(values: Mapping[str, Any], source: Source, cluster: ClusterResources) -> float:
+    """Seconds of an epoch; of several backbones together, which share the machine."""
     settings = settings_from_mapping(values)
+    if settings.backbones is None:
+        return _epoch_seconds_of_one(settings, source, cluster)
+    entries = backbone_entries(with_changes(settings, {"out": "unused"}))
+    return sum(_epoch_seconds_of_one(entry, source, cluster) for entry in entries.values())
+
+
+def _epoch_seconds_of_one(settings: Settings, source: Source, cluster: ClusterResources) -> float:
     data = settings.data
     splits = make_splits(source, data.split_seed, data.val_fraction, data.test_fraction)
     run, _, _ = resolve_run(settings, Path("unused"), (source, splits))

@@ -34,7 +34,7 @@ from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun
 from bim.orchestrator.runs.provenance import collect
 from bim.orchestrator.runs.signals import at_forced_exit
 from bim.orchestrator.text import redact
-from bim.orchestrator.tracking.descriptions import fenced
+from bim.orchestrator.tracking.descriptions import fenced, run_address
 from bim.orchestrator.tracking.store import TrackingError
 from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.storage import is_url
@@ -136,16 +136,25 @@ def record_comparison(
     if figure is not None:
         tracker.log_picture(figure, "backbones")
     tracker.set_tags({f"backbone.{r.name}": "failed" if r.failed else "finished" for r in results})
-    page = f"#/experiments/{tracker.experiment_id}/runs/"
-    run_ids = {result.name: _recorded_run(job.out / result.name) for result in results}
+    describe_comparison(job, tracker, table, [] if figure is None else ["backbones"])
+    return table, results
+
+
+def describe_comparison(
+    job: PreparedJob, tracker: Tracker, table: str = "", pictures: Sequence[str] = ()
+) -> None:
+    """The description of the run above those of all backbones, with links to them, from its first minute.
+
+    table: of the results, once they are there.
+    """
+    run_ids = {prepared.name: _recorded_run(job.out / prepared.name) for prepared in job.backbones}
     links = ", ".join(
-        f"[{name}]({page}{run_id}?workflowType=machine_learning)"
+        f"[{name}]({run_address(tracker.experiment_id, run_id)})"
         for name, run_id in run_ids.items()
         if run_id is not None
     )
-    note = f"{len(results)} backbones side by side: {links}\n\n{fenced(table)}"
-    tracker.describe(note, [] if figure is None else ["backbones"])
-    return table, results
+    parts = [f"{len(run_ids)} backbones side by side: {links}", *([fenced(table)] if table else [])]
+    tracker.describe("\n\n".join(parts), pictures)
 
 
 def _recorded_run(out: Path) -> str | None:

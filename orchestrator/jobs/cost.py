@@ -17,19 +17,23 @@ MIN_STEPS = 200
 log = logging.getLogger(__name__)
 
 
-def log_estimate(backbone: BackboneRun, cluster: ClusterResources) -> None:
+def log_estimate(backbone: BackboneRun, cluster: ClusterResources) -> list[str]:
     """Time, disk and GPU hours of a run that begins; nothing for one that is resumed or very short.
+
+    Returns the lines that are logged.
 
     The scanned digits are not probed: their times are computed from the arithmetic.
     """
     run, layout = backbone.prepared.run, backbone.layouts[0]
     if run.settings.resume or run.total_steps < MIN_STEPS:
-        return
+        return []
     if layout.gpus and not torch.cuda.is_available():  # the driver has none of the GPUs that the stages have
-        return
+        return []
     images = (backbone.prepared.source, backbone.prepared.splits)
     is_probed = run.settings.data.source != "digits"
     estimate = estimate_run(run, images, layout, backbone.precision, max(1, int(cluster.cpus)), is_probed)
     gpus = layout.gpus * len(layout.stage_blocks)
-    for line in summary_lines(estimate, gpus, run.settings.estimate.price_per_gpu_hour):
+    lines = summary_lines(estimate, gpus, run.settings.estimate.price_per_gpu_hour)
+    for line in lines:
         log.info(line)
+    return lines

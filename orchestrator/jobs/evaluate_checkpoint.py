@@ -53,6 +53,7 @@ class EvaluationTask:
         device: "cpu" or "cuda".
         threads: torch CPU threads at most, for honest latencies; None: as the process has them.
         with_baselines: also measure random starts and raw pixels.
+        step: updates in the checkpoint.
     """
 
     spec: PretrainSpec
@@ -65,6 +66,7 @@ class EvaluationTask:
     device: str = "cpu"
     threads: int | None = None
     with_baselines: bool = True
+    step: int = 0
 
 
 def evaluation_task(
@@ -72,15 +74,16 @@ def evaluation_task(
     layout: StageLayout,
     provenance: Provenance,
     depths: tuple[int, ...],
+    step: int,
     with_baselines: bool = True,
 ) -> EvaluationTask:
-    """The evaluation of the last checkpoint of a trained run."""
+    """The evaluation of a trained run. step: of the checkpoint that is its result."""
     settings = run.settings
     return EvaluationTask(
         spec=run.spec,
         data=run.data,
         evaluation=eval_config(settings),
-        checkpoint=str(committed_folder(run.out, run.total_steps)),
+        checkpoint=str(committed_folder(run.out, step)),
         out=str(run.out),
         depths=depths,
         card=CardFacts(
@@ -93,6 +96,7 @@ def evaluation_task(
         ),
         device="cuda" if layout.gpus else "cpu",
         with_baselines=with_baselines,
+        step=step,
     )
 
 

@@ -21,11 +21,17 @@ from bim.orchestrator.distributed.cluster import ClusterError, ray_cluster
 from bim.orchestrator.distributed.placement import ClusterResources, PlacementError
 from bim.orchestrator.files import is_of_folder, os_error_text, remove_temporary_files
 from bim.orchestrator.jobs.backbone_run import BackboneRun
-from bim.orchestrator.jobs.comparison import measure_pending_latencies, open_comparison, record_comparison
+from bim.orchestrator.jobs.comparison import (
+    describe_comparison,
+    measure_pending_latencies,
+    open_comparison,
+    record_comparison,
+)
 from bim.orchestrator.jobs.cost import log_estimate
 from bim.orchestrator.jobs.layouts import shared_layouts, single_layouts
 from bim.orchestrator.jobs.prepare import PreparedJob
 from bim.orchestrator.jobs.records import (
+    describe_beginning,
     log_settings,
     open_backbone_run,
     record_progress,
@@ -34,7 +40,7 @@ from bim.orchestrator.jobs.records import (
 )
 from bim.orchestrator.jobs.search_job import run_search, search_due
 from bim.orchestrator.jobs.train_backbones import train_backbones
-from bim.orchestrator.reporting.closing import closing_lines, several_closing_lines
+from bim.orchestrator.reporting.closing import closing_lines, following_lines, several_closing_lines
 from bim.orchestrator.reporting.startup import data_notes, opening_lines
 from bim.orchestrator.runs.output_dir import Claim, OutputError, claim, remove_unfinished_files
 from bim.orchestrator.runs.run_store import storage_failure
@@ -121,9 +127,13 @@ def _run(job: PreparedJob, stop: StopRequest) -> JobResult:
                 f"{os_error_text(error)}; make room or repair it; the run has not begun"
             ) from error
         _log_opening(job, backbones)
+        if comparison is not None:
+            describe_comparison(job, comparison)
+        for line in following_lines((comparison or backbones[0].tracker).ui_pages()):
+            log.info(line)
         for backbone in backbones:
             with backbone.lines():
-                log_estimate(backbone, cluster)
+                describe_beginning(backbone, log_estimate(backbone, cluster))
         if not job.compares:
             _search(backbones[0], cluster, stop)
         if stop.reason is None:
@@ -141,13 +151,13 @@ def _run(job: PreparedJob, stop: StopRequest) -> JobResult:
             (backbone,) = backbones
             run = backbone.prepared.run
             closing = closing_lines(
-                job.out, run.depths, backbone.tracker.ui_hint(), run.backbone.registered_by
+                job.out, run.depths, backbone.tracker.ui_pages(), run.backbone.registered_by
             )
             return JobResult(job.out, None, backbone.table, tuple(closing))
         claims[job.out].lease.check()
         table, results = record_comparison(job, backbones, comparison)
         failed = tuple(f"{result.name} failed: {result.failed}" for result in results if result.failed)
-        closing = several_closing_lines(job.out, results, comparison.ui_hint())
+        closing = several_closing_lines(job.out, results, comparison.ui_pages())
         comparison.finish("FAILED" if failed else "FINISHED")
         return JobResult(job.out, None, table, tuple(closing), failed)
 

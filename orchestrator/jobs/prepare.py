@@ -23,6 +23,7 @@ from bim.orchestrator.jobs.backbone_entries import ErrorCollector, backbone_entr
 from bim.orchestrator.jobs.search_job import check_search
 from bim.orchestrator.reporting.comparison import read_rows
 from bim.orchestrator.runs.checkpoints import check_checkpoint_storage
+from bim.orchestrator.runs.depth_scores import ends_early, read_scores
 from bim.orchestrator.runs.output_dir import (
     NEW_RUN_HINT,
     OutputError,
@@ -194,7 +195,11 @@ def _is_finished(run: ResolvedRun) -> bool:
     With a table of results that cannot be read it is not: the last checkpoint is evaluated again.
     """
     latest = open_store(run.out).latest()
-    if latest is None or latest.step < run.total_steps:
+    if latest is None:
+        return False
+    if latest.step < run.total_steps and not ends_early(
+        read_scores(run.out), run.settings.evaluation.patience
+    ):
         return False
     try:
         read_rows(run.out)

@@ -122,7 +122,7 @@ def pretrain(
 
     before_ray_is_imported()
     from bim.orchestrator.data.source import dataset_object, given
-    from bim.orchestrator.jobs.automatic import automatic_settings
+    from bim.orchestrator.jobs.automatic import automatic_settings, largest_batch_size
     from bim.orchestrator.jobs.job import run_job
     from bim.orchestrator.jobs.prepare import prepare
     from bim.orchestrator.reporting.console import console
@@ -138,7 +138,7 @@ def pretrain(
         options = settings_options(source, out, recipe, settings or {}, sections)
         if time_budget is not None:
             options.append(f"--time_budget={time_budget}")
-        job = prepare(load_settings(options, automatic=automatic_settings))
+        job = prepare(load_settings(options, automatic_settings, largest_batch_size))
         ended = run_job(job)
     if ended.stopped is not None and threading.current_thread() is threading.main_thread():
         signal.raise_signal(signal.Signals[ended.stopped])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import statistics
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from bim.models.backbones.backbone import BlockInfo
 from bim.orchestrator.config.recipes import SAVED_SETTINGS
 from bim.orchestrator.config.transforms import flat, settings_to_yaml, with_changes
 from bim.orchestrator.distributed.placement import ClusterResources, StageLayout
-from bim.orchestrator.evaluation.records import EvaluationResult
+from bim.orchestrator.evaluation.records import DepthReport, EvaluationResult
 from bim.orchestrator.files import atomic_write
 from bim.orchestrator.jobs.backbone_run import BASELINE_SERIES, BackboneRun, clear_failure
 from bim.orchestrator.jobs.search_job import search_due
@@ -26,7 +28,7 @@ from bim.orchestrator.runs.signals import at_forced_exit
 from bim.orchestrator.search.record import BEST, FOLDER, TABLE, finished_search
 from bim.orchestrator.search.results import SearchResult, best_line, changes_of_best, note_rows, status_counts
 from bim.orchestrator.text import params_text, redact
-from bim.orchestrator.tracking.descriptions import depth_rows, loading_note, results_table
+from bim.orchestrator.tracking.descriptions import LEVEL_TAG, depth_rows, fenced, results_table
 from bim.orchestrator.tracking.records import DepthRecord
 from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.spec import Precision
@@ -138,6 +140,36 @@ def cluster_text(cluster: ClusterResources) -> str:
     return f"{cluster.cpus:g} CPU, {cluster.gpus:g} GPU"
 
 
+def describe_beginning(backbone: BackboneRun, estimate: Sequence[str]) -> None:
+    """What is trained, what it will cost, and the way to its depths, on the page of a run from its first minute.
+
+    estimate: lines of `log_estimate`, if there are any.
+    """
+    run = backbone.prepared.run
+    parts = [f"{_summary_sentence(backbone)} {_links(backbone)}."]
+    if search_due(run.settings, run.out):
+        parts.append(f"Before it a search of {run.settings.search.trials} trials.")
+    if estimate:
+        parts.append(fenced("\n".join(estimate)))
+    backbone.tracker.describe("\n\n".join(parts))
+
+
+def _summary_sentence(backbone: BackboneRun) -> str:
+    """What is trained, in a sentence."""
+    run, splits = backbone.prepared.run, backbone.prepared.splits
+    settings, blocks = run.settings, run.backbone.blocks
+    layers = "+".join(str(block.layers) for block in blocks)
+    return (
+        f"{settings.backbone.name}, {blocks[-1].depth} layers in {len(blocks)} block{'s' * (len(blocks) > 1)} ({layers}); "
+        f"{settings.schedule.epochs} epochs of {len(splits.train):,} images of {redact(settings.data.source)}."
+    )
+
+
+def _links(backbone: BackboneRun) -> str:
+    losses = [f"block{block.index}/loss" for block in backbone.prepared.run.backbone.blocks]
+    return backbone.tracker.run_links(losses)
+
+
 # -- while it runs, and at its end --------------------------------------------------------------------------------
 
 
@@ -167,7 +199,8 @@ def record_progress(backbone: BackboneRun) -> None:
 def _record_evaluations(backbone: BackboneRun) -> None:
     for number in range(backbone.num_recorded, len(backbone.evaluations)):
         run = backbone.prepared.runs[number]
-        record_variants(backbone.tracker, run, backbone.evaluations[number], backbone.series_of(run))
+        step = backbone.tasks[number].step
+        record_variants(backbone.tracker, run, backbone.evaluations[number], step, backbone.series_of(run))
         report_bad_images(backbone.evaluations[number])
         backbone.num_recorded += 1
 
@@ -183,36 +216,58 @@ def report_bad_images(evaluation: EvaluationResult) -> None:
 
 
 def record_variants(
-    tracker: Tracker, run: ResolvedRun, evaluation: EvaluationResult, series: str = ""
+    tracker: Tracker, run: ResolvedRun, evaluation: EvaluationResult, step: int, series: str = ""
 ) -> None:
-    """A child run and a model for every variant; `series` names a baseline's."""
-    settings = run.settings
+    """A child run and a model for every variant. step: updates of their weights; series: name of a baseline's."""
     prefix = f"{series}/" if series else ""
     for report in evaluation.reports:
-        block = next(b for b in run.backbone.blocks if b.depth >= report.depth)
+        block = _block_of(run, report.depth)
         names = ("loss", "loss_always_masked", "loss_newly_masked", "loss_kept", "loss_thrown", "grad_norm")
         curves = {name: tracker.history(f"{prefix}block{block.index}/{name}") for name in names}
         curves["images_per_s"] = tracker.history(f"{prefix}images_per_s")
-        decoder = run.spec.decoders[block.index]
         record = DepthRecord(
             depth=report.depth,
             folder=Path(evaluation.folders[report.depth]),
             metrics=report.metrics(),
-            params={
-                "depth": report.depth,
-                "backbone": settings.backbone.name,
-                "block": block.index,
-                "mask_ratio": run.spec.mask_ratios[block.index],
-                "decoder": f"{decoder.depth}x{decoder.dim}",
-                "epochs": settings.schedule.epochs,
-                "seed": settings.seed,
-            },
+            params=_variant_params(run, report.depth),
             curves={name: curve for name, curve in curves.items() if curve},
             pictures=[Path(evaluation.pictures[report.depth])] if report.depth in evaluation.pictures else [],
-            step=run.total_steps,
+            step=step,
+            tags=_level_tag(report),
             series=series,
         )
         tracker.log_depth(record, _model_name(run))
+
+
+def _level_tag(report: DepthReport) -> dict[str, str]:
+    if report.level_with_best is None:
+        return {}
+    return {LEVEL_TAG: "yes" if report.level_with_best else "no"}
+
+
+def begin_variants(tracker: Tracker, run: ResolvedRun, depths: Sequence[int], series: str = "") -> None:
+    """A child run for every variant, before it is trained; `series` names a baseline's."""
+    tracker.begin_depths({depth: _variant_params(run, depth) for depth in depths}, series)
+
+
+def _variant_params(run: ResolvedRun, depth: int) -> dict[str, object]:
+    """The few settings that make a variant."""
+    block, settings = _block_of(run, depth), run.settings
+    decoder = run.spec.decoders[block.index]
+    return {
+        "depth": depth,
+        "backbone": settings.backbone.name,
+        "block": block.index,
+        "mask_ratio": run.spec.mask_ratios[block.index],
+        "decoder": f"{decoder.depth}x{decoder.dim}",
+        "epochs": settings.schedule.epochs,
+        "seed": settings.seed,
+    }
+
+
+def _block_of(run: ResolvedRun, depth: int) -> BlockInfo:
+    """The block that has the last layer of a variant."""
+    return next(block for block in run.backbone.blocks if block.depth >= depth)
 
 
 def record_search(tracker: Tracker, result: SearchResult) -> None:
@@ -248,10 +303,10 @@ def _record_summary(backbone: BackboneRun) -> str:
     pictures.append("loss_by_block")
     tracker.log_picture(loss_curves_figure(curves), pictures[-1])
     if means := _mean_scores(evaluation):
-        tracker.log_metrics(run.total_steps, means)
+        tracker.log_metrics(backbone.tasks[0].step, means)
     search_note = ""
     if (searched := finished_search(run.out)) is not None:
-        pictures.insert(0, "pareto")
+        pictures.append("pareto")
         search_note = (
             f"\n\nThe search: {status_counts(searched.rows)}; {best_line(searched)}\n\n"
             f"{results_table(note_rows(searched))}"
@@ -261,13 +316,13 @@ def _record_summary(backbone: BackboneRun) -> str:
         for series, group in (("", reports), (BASELINE_SERIES, baseline), ("random", random))
         for report in group
     ]
-    settings = run.settings
     tracker.describe(
-        f"{params_text(reports[-1].params)} parameters at full depth, {settings.backbone.name}, "
-        f"{len(run.spec.blocks)} blocks, {settings.schedule.epochs} epochs of {redact(settings.data.source)}.\n\n"
-        f"{results_table(depth_rows(records))}\n\nOpen a variant without this package:\n\n"
-        f"{loading_note(_model_name(run), f'depth{reports[-1].depth}', tracker.uri_to_set)}{search_note}",
+        f"{_summary_sentence(backbone)} {params_text(reports[-1].params)} parameters at full depth. {_links(backbone)}.\n\n"
+        f"{results_table(depth_rows(records, evaluation.raw))}{search_note}\n\n"
+        "Open the deepest variant without this package:",
         pictures,
+        reports[-1].depth,
+        _model_name(run),
     )
     return table
 

@@ -29,7 +29,9 @@ from bim.orchestrator.evaluation.records import EvaluationResult
 from bim.orchestrator.jobs.backbone_run import BackboneRun, scores_line
 from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, evaluate_checkpoint, evaluation_task
 from bim.orchestrator.jobs.measuring import MeasuringLines, ProgressFile, evaluate_with_progress
+from bim.orchestrator.jobs.records import begin_variants
 from bim.orchestrator.jobs.remote_evaluation import evaluate_and_send, receive
+from bim.orchestrator.jobs.training_scores import TrainingScores
 from bim.orchestrator.reporting.console import Progress
 from bim.orchestrator.reporting.log import line_prefix
 from bim.orchestrator.runs.prepare import ResolvedRun
@@ -169,34 +171,65 @@ def _train_and_evaluate(
         with pool.acquire(backbone.name, run, layout) as placement_group:
             if stop.reason is not None:
                 return
+            begin_variants(backbone.tracker, run, depths, series)
             if series:
                 log.info("the baseline: one end-to-end MAE run (K = 1), to be truncated at each depth")
             label = "  ".join(filter(None, (backbone.name, series)))
             progress = Progress(backbone.tracker, series, label, run.total_steps)
             with line_prefix(series), progress:
-                train(
-                    run,
-                    layout,
-                    backbone.precision,
-                    progress,
-                    stop,
-                    placement_group,
-                    lease=backbone.lease,
-                    on_machines=backbone.record_machines,
-                )
+                scores = TrainingScores(progress, backbone, run, layout, placement_group, stop, series)
+                final_step = _train(scores, backbone, run, layout, placement_group, stop)
             if stop.reason is not None:
                 return
             if not series:
                 log.info(
                     f"measuring and exporting depth{'s' * (len(depths) > 1)} {', '.join(map(str, depths))}"
                 )
-            task = evaluation_task(run, layout, backbone.provenance, depths, with_baselines=not series)
+            task = evaluation_task(
+                run, layout, backbone.provenance, depths, final_step, with_baselines=not series
+            )
             evaluation = _evaluate(backbone, task, layout, placement_group, stop, alone)
             if evaluation is None:
                 return
         backbone.tasks.append(task)
         backbone.evaluations.append(evaluation)
         record(backbone)
+
+
+def _train(
+    scores: TrainingScores,
+    backbone: BackboneRun,
+    run: ResolvedRun,
+    layout: StageLayout,
+    placement_group: PlacementGroup | None,
+    stop: StopRequest,
+) -> int:
+    """Train a run to its end, which its scores may bring early. Returns the step of the checkpoint that is its result."""
+    try:
+        if not scores.has_ended:
+            train(
+                run,
+                layout,
+                backbone.precision,
+                scores,
+                stop,
+                placement_group,
+                lease=backbone.lease,
+                on_machines=scores.on_machines,
+                score_epochs=scores.every_epochs,
+                is_kept=scores.is_kept,
+            )
+            scores.finish()
+    finally:
+        scores.close()
+    best = scores.best
+    if not scores.has_ended or best is None or stop.reason is not None:
+        return run.total_steps
+    log.info(
+        f"no better scores in {run.settings.evaluation.patience} evaluations: the training ends early, and its result "
+        f"is the checkpoint of epoch {best.epoch}"
+    )
+    return best.step
 
 
 def _evaluate(

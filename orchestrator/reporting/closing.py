@@ -6,19 +6,34 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from bim.orchestrator.config.recipes import SAVED_SETTINGS
 from bim.orchestrator.reporting.comparison import MemberResult
 from bim.orchestrator.text import short_path
 
 
-def closing_lines(
-    out: Path, depths: Sequence[int], ui: tuple[str | None, str], module: str | None = None
-) -> list[str]:
+class Ui(Protocol):
+    """MLflow's pages of a run; `bim.orchestrator.tracking.records.UiPages` is one."""
+
+    @property
+    def command(self) -> str | None:
+        """The command that starts them; None if a server shows them already."""
+
+    @property
+    def variants(self) -> str:
+        """The address of the depths of all runs."""
+
+    @property
+    def run(self) -> str:
+        """The address of the run."""
+
+
+def closing_lines(out: Path, depths: Sequence[int], ui: Ui, module: str | None = None) -> list[str]:
     """Where the results are.
 
     Args:
-        ui: as of `Tracker.ui_hint`, the command that starts MLflow's pages and the run's address.
+        ui: the pages of MLflow.
         module: that registers the model with timm, if it is not timm's.
     """
     folder = short_path(out)
@@ -32,9 +47,7 @@ def closing_lines(
     )
 
 
-def several_closing_lines(
-    out: Path, results: Sequence[MemberResult], ui: tuple[str | None, str]
-) -> list[str]:
+def several_closing_lines(out: Path, results: Sequence[MemberResult], ui: Ui) -> list[str]:
     """`closing_lines` of a run with several backbones."""
     folder, lines = short_path(out), []
     finished = [result for result in results if result.failed is None]
@@ -50,17 +63,24 @@ def several_closing_lines(
     return lines
 
 
-def _lines(
-    variants: str, example: str, files: str, ui: tuple[str | None, str], module: str | None = None
-) -> list[str]:
-    command, page = ui
+def _lines(variants: str, example: str, files: str, ui: Ui, module: str | None = None) -> list[str]:
     return [
         f"models:   {variants}, opened in Python by",
         *([] if module is None else [f"  import {module}  # registers the model with timm"]),
         f"  timm.create_model('local-dir:{example}', pretrained=True)",
         f"results:  {files}",
-        *([f"compare:  {page}"] if command is None else [f"compare:  {command}, then open", f"  {page}"]),
+        *_page("compare:  ", ui.command, ui.variants),
+        f"this run: {ui.run}",
     ]
+
+
+def following_lines(ui: Ui) -> list[str]:
+    """Where a run that begins can be watched."""
+    return _page("watch it: ", ui.command, ui.run)
+
+
+def _page(label: str, command: str | None, page: str) -> list[str]:
+    return [f"{label}{page}"] if command is None else [f"{label}{command}, then open", f"  {page}"]
 
 
 def _resume_command(out: Path) -> str:

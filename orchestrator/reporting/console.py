@@ -61,6 +61,8 @@ class Progress:
         self.label = label
         self.started = False
         """Whether the stages were restored once, ready to train."""
+        self.scores = ""
+        """The newest scores of the depths, as text."""
         self._sink, self._total_steps = sink, total_steps
         self._metric_prefix = f"{series}/" if series else ""
         self._report: EpochReport | None = None
@@ -114,7 +116,7 @@ class Progress:
         return "  ".join(parts)
 
     def rows(self, label_width: int, columns: int) -> list[RenderableType]:
-        """The lines of the live display: bar and status, then the loss of every block."""
+        """The lines of the live display: bar and status, the loss of every block, the newest scores."""
         done, total = self._step, self._total_steps
         if not total and self._report is not None:
             done, total = self._report.epoch, self._report.epochs
@@ -122,7 +124,8 @@ class Progress:
         bar = ProgressBar(total or None, done, bar_width, pulse=not total)
         line = Table.grid(padding=(0, 2, 0, 0))
         line.add_row(*[self.label.ljust(label_width)] * (label_width > 0), bar, self.status())
-        return [line, Padding(_losses(self._losses), (0, 0, 0, 2))] if self._losses else [line]
+        texts = filter(None, (_losses(self._losses) if self._losses else "", self.scores))
+        return [line, *(Padding(text, (0, 0, 0, 2)) for text in texts)]
 
 
 class _LiveDisplay:

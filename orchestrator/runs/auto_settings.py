@@ -175,7 +175,7 @@ class _Chooser:
             for row in reversed(self._rules.backbones)
             if row.device == self._device and row.min_images <= train
         ]
-        if self._is_given("backbone.name"):
+        if self._is_given("backbone.name") or self._is_given("backbones"):
             backbones, sizes = [None], [None]
         elif "backbone.model_args.img_size" in self._given:
             sizes = [int(self._given["backbone.model_args.img_size"])]
@@ -191,6 +191,8 @@ class _Chooser:
 
     def _values_of(self, candidate: _Candidate) -> dict[str, Any]:
         backbone, size = candidate.backbone, candidate.size
+        if self._is_given("backbones"):
+            return {"decoder.dim": 256}
         if backbone is None or size is None:
             return {"backbone.model_args": {}, "decoder.dim": 256}
         patch = next(row.patch for row in self._rules.patch_size if size <= row.max_size)

@@ -17,6 +17,7 @@ from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.evaluation.model_cost import block_gflops, num_params
+from bim.orchestrator.runs.depth_scores import images_of_a_score, num_scores
 from bim.orchestrator.runs.prepare import ResolvedRun
 from bim.orchestrator.training.build import build_local_mim
 from bim.orchestrator.training.memory import BlockMemory, block_memories
@@ -294,13 +295,19 @@ def _evaluation_seconds(
     gmacs: Sequence[tuple[float, float]],
     layout: StageLayout,
 ) -> float:
-    """Training and test images decoded once and embedded by every set, and latencies; kNN and probes come on top."""
+    """Training and test images decoded once and embedded by every set, those of the scores while it trains, and latencies.
+
+    kNN and probes come on top.
+    """
     phase, images = run.phases[-1], len(splits.train) + len(splits.test)
     trained = TRAINING_FACTOR * sum(map(sum, gmacs)) * phase.batch_size
     seconds_per_gmac = sum(times.stages) / trained
     visible = 1 - max(run.spec.mask_ratios) if run.backbone.encode == "visible" else 1.0
     forward_gmacs = sum(encoder for encoder, _ in gmacs) / visible * (len(gmacs) + 1) / 2
-    embedding_s = images * forward_gmacs * seconds_per_gmac
-    decoding_s = images * times.loading / phase.batch_size
+    embedding_s, decoding_s = forward_gmacs * seconds_per_gmac, times.loading / phase.batch_size
+    scored = min(
+        len(splits.train) + len(splits.val), images_of_a_score(run.settings, run.phases, run.total_steps)
+    )
     latency_s = LATENCY_S * len(run.depths) if run.settings.evaluation.latency else 0.0
-    return EVALUATED_SETS * embedding_s + decoding_s + latency_s
+    while_training_s = num_scores(run.settings) * scored * (embedding_s + decoding_s)
+    return images * (EVALUATED_SETS * embedding_s + decoding_s) + while_training_s + latency_s

@@ -61,6 +61,8 @@ class Machine:
     packages: dict[str, str]
     cuda: str | None = None
     """The version of CUDA that torch was built for; None without CUDA."""
+    visible_gpus: str | None = None
+    """`CUDA_VISIBLE_DEVICES` of the process, which Ray sets; None: all GPUs."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,8 @@ def machine() -> Machine:
     torch = sys.modules.get("torch")
     cuda = None if torch is None else torch.version.cuda
     versions = package_versions(("torch", "torchvision", "timm", "ray", "numpy"))
-    return Machine(platform.node(), hardware(), platform.python_version(), versions, cuda)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return Machine(platform.node(), hardware(), platform.python_version(), versions, cuda, visible)
 
 
 def hardware() -> Hardware:

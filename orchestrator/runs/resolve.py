@@ -37,6 +37,9 @@ MAX_TOKENS = 2**17
 MAX_PARAMS = 2 * 10**11
 """Bounds that no machine reaches: bytes of the images of a micro-batch, tokens of an image, parameters of a run."""
 
+SCORES_PER_RUN = 10
+"""Scores while a run trains, where the settings leave it open."""
+
 
 def resolve(
     settings: Settings, auto_precision: Precision = "fp32", reads_init_from: bool = True
@@ -277,10 +280,18 @@ def data_spec(settings: Settings, backbone: Backbone) -> DataSpec:
     )
 
 
+def epochs_between_scores(settings: Settings) -> int | None:
+    """Epochs between two scores of the depths while they train; None: they are scored at the end alone."""
+    every = settings.evaluation.every_epochs
+    if every is None:
+        every = max(1, settings.schedule.epochs // SCORES_PER_RUN)
+    return every or None
+
+
 def eval_config(settings: Settings) -> EvalConfig:
     """How the depth variants of these settings are measured; samples are drawn from the seed of the splits."""
     return EvalConfig(
-        **settings.evaluation.model_dump(),
+        **settings.evaluation.model_dump(exclude={"every_epochs", "patience"}),
         seed=settings.data.split_seed,
         max_bad_fraction=settings.data.max_bad_fraction,
     )

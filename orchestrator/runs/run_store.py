@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,9 @@ from bim.orchestrator.training.restart_policy import disk_sentence
 log = logging.getLogger(__name__)
 
 
-def open_run_store(run: ResolvedRun, lease: Lease | None = None) -> RunCheckpoints:
+def open_run_store(
+    run: ResolvedRun, lease: Lease | None = None, is_kept: Callable[[int], bool] = lambda step: False
+) -> RunCheckpoints:
     """The checkpoints that a training goes on from and adds to; no stage may be running.
 
     What an interrupted process left uncommitted is removed. Checkpoints that cannot be read are moved aside: beside others
@@ -36,6 +39,7 @@ def open_run_store(run: ResolvedRun, lease: Lease | None = None) -> RunCheckpoin
 
     Args:
         lease: of the output directory, without which nothing is committed.
+        is_kept: whether the checkpoint of a step stays although it is older than `checkpoint.keep`.
 
     Raises:
         OutputError: there were checkpoints and none can be read.
@@ -70,6 +74,7 @@ def open_run_store(run: ResolvedRun, lease: Lease | None = None) -> RunCheckpoin
         objection=objection,
         before_commit=(lambda: None) if lease is None else lease.check,
         after_commit=mark,
+        is_kept=is_kept,
     )
     if record is not None:
         check_resumable(store, record, settings.from_scratch)

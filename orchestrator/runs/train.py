@@ -54,7 +54,8 @@ log = logging.getLogger(__name__)
 class ProgressCallback(Callback, Protocol):
     """A callback that knows whether the stages were ready to train once."""
 
-    started: bool
+    @property
+    def started(self) -> bool: ...
 
 
 def train(
@@ -67,6 +68,8 @@ def train(
     first_bundle: int = 0,
     on_machines: Callable[[list[Machine]], None] | None = None,
     lease: Lease | None = None,
+    score_epochs: int | None = None,
+    is_kept: Callable[[int], bool] = lambda step: False,
 ) -> PretrainResult:
     """Train a run from its last checkpoint to its end, on the stages of `layout`. In the main thread a signal sets `stop`.
 
@@ -74,6 +77,8 @@ def train(
         placement_group: one with room for the stages from `first_bundle` on; None: one of their own.
         on_machines: called with the machine of every stage, once they are ready to train.
         lease: of the output directory; the training ends where it is lost.
+        score_epochs: epochs between checkpoints that `callback` scores; None: it scores none.
+        is_kept: whether the checkpoint of a step stays although it is older than `checkpoint.keep`.
 
     Raises:
         OutputError: the checkpoint was trained in another precision, or all checkpoints of the run are unreadable or gone.
@@ -83,9 +88,9 @@ def train(
     """
     settings = run.settings
     spec = replace(run.spec, optim=replace(run.spec.optim, precision=precision))
-    store = open_run_store(run, lease)
+    store = open_run_store(run, lease, is_kept)
     check_precision(run.out, precision, run.record)
-    schedule = training_schedule(run, layout)
+    schedule = replace(training_schedule(run, layout), score_epochs=score_epochs)
     facts = {"data": run.fingerprint, "precision": precision}
 
     def manifest(step: int) -> Manifest:

@@ -18,7 +18,7 @@ from bim.orchestrator.data.phases import Phase
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import Splits, labeled
 from bim.orchestrator.evaluation.batch_norms import gather_statistics
-from bim.orchestrator.evaluation.evaluate import rankme_by_depth
+from bim.orchestrator.evaluation.evaluate import RANKME_IMAGES, rankme_by_depth
 from bim.orchestrator.evaluation.features import build_embedders, extract_labeled_features
 from bim.orchestrator.evaluation.inputs import EvalInputs
 from bim.orchestrator.evaluation.metrics import weighted_knn
@@ -84,17 +84,29 @@ def score_checkpoint(
     return score_weights(backbone, load_weights(checkpoint, spec), inputs)
 
 
-def score_weights(backbone: Backbone, weights: list[dict[str, Tensor]], inputs: EvalInputs) -> Score:
-    """The same for the weights of every block, as `LocalMIM.state_dict` gives them."""
+def score_weights(
+    backbone: Backbone,
+    weights: list[dict[str, Tensor]],
+    inputs: EvalInputs,
+    depths: Sequence[int] | None = None,
+    limits: tuple[int, int] = (KNN_TRAIN_IMAGES, KNN_VAL_IMAGES),
+) -> Score:
+    """The same for the weights of every block, as `LocalMIM.state_dict` gives them.
+
+    Args:
+        depths: layers of the variants; None: those at the ends of the blocks.
+        limits: images of the train and of the validation split at most; RankMe takes as many of the train split as both.
+    """
     splits, device, config = inputs.splits, inputs.device, inputs.config
-    variants = {info.depth: trained_variant(backbone, weights, info.depth) for info in backbone.blocks}
+    depths = depths or [info.depth for info in backbone.blocks]
+    variants = {depth: trained_variant(backbone, weights, depth) for depth in depths}
     gather_statistics(variants, inputs)
     embedders = build_embedders(variants, inputs)
     if metric_of(inputs.source, splits) == "rankme":
-        ranks, num_images = rankme_by_depth(embedders, inputs)
+        ranks, num_images = rankme_by_depth(embedders, inputs, limit=min(RANKME_IMAGES, sum(limits)))
         return Score("rankme", ranks, num_images)
-    train, train_y = extract_labeled_features(embedders, inputs, splits.train, KNN_TRAIN_IMAGES)
-    val, val_y = extract_labeled_features(embedders, inputs, splits.val, KNN_VAL_IMAGES)
+    train, train_y = extract_labeled_features(embedders, inputs, splits.train, limits[0])
+    val, val_y = extract_labeled_features(embedders, inputs, splits.val, limits[1])
     train_y, val_y = train_y.to(device), val_y.to(device)
 
     def accuracy(depth: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from bim.orchestrator.evaluation.metric_info import COST, METRICS, QUALITY
 from bim.orchestrator.tables import render
@@ -14,8 +14,17 @@ from bim.orchestrator.tracking.records import DepthRecord
 CURVE_POINTS = 500
 """Points of a curve on a child run; the parent run has all of them."""
 
-VIEW = "depth-variants"
-"""Key of the saved view of the runs table that `runs_view` describes."""
+LEVEL_TAG = "level_with_best"
+"""Tag of a variant, `yes` or `no`: whether its accuracy cannot be told from that of the best depth of its run."""
+
+SCORES_WHILE_TRAINING = ("val_knn_top1", "train_rankme")
+"""Metrics of a variant that is being trained, which has no others yet."""
+
+MAX_TABLE_ROWS = 50
+"""Rows of a table in a description; MLflow takes 8,000 characters, and there are links and pictures behind it."""
+
+VIEW, VIEW_NAME = "depth-variants", "Depth variants"
+"""Key and name of the saved view of the runs table that `runs_view` describes."""
 
 
 def downsample(curve: Sequence[tuple[int, float]], points: int = CURVE_POINTS) -> list[tuple[int, float]]:
@@ -37,11 +46,19 @@ def summary_line(record: DepthRecord) -> str:
     return "; ".join([*quality, *(f"{m.text(values[m.key])} {m.name}" for m in COST if m.key in values)])
 
 
-def depth_rows(records: Sequence[DepthRecord]) -> list[dict[str, str]]:
-    """The results of some variants as rows for `results_table`."""
+def depth_rows(
+    records: Sequence[DepthRecord], raw: Mapping[str, float] | None = None
+) -> list[dict[str, str]]:
+    """The results of some variants as rows for `results_table`; `raw` are those of raw pixels, if they were measured.
+
+    Those of other series, baselines and random starts, are left out where there would be more than `MAX_TABLE_ROWS`.
+    """
+    if len(records) >= MAX_TABLE_ROWS:
+        records = [record for record in records if not record.series]
+    models = [(record.title, record.metrics) for record in records]
+    models += [("raw pixels", raw)] if raw else []
     return [
-        {"model": record.title, **{m.heading: m.cell(record.metrics) for m in METRICS.values()}}
-        for record in records
+        {"model": name, **{m.heading: m.cell(values) for m in METRICS.values()}} for name, values in models
     ]
 
 
@@ -50,15 +67,20 @@ def results_table(rows: Sequence[Mapping[str, str]]) -> str:
     return fenced(render(rows, align="left"))
 
 
-def loading_note(model_name: str, alias: str, store: str | None) -> str:
-    """Markdown that opens a variant where mlflow, torch and timm are installed, and this package is not.
+def registered_name(model_name: str, depth: int) -> str:
+    """The registered model of one depth, of which every run adds a version. `photos`, 6 -> `photos-depth06`"""
+    return f"{model_name}-depth{depth:02d}"
+
+
+def loading_note(registered: str, version: int, store: str | None) -> str:
+    """Markdown that opens a version of a registered model where mlflow, torch and timm are installed, without this package.
 
     store: the tracking URI, if it is not what a reader in the same folder has by default.
     """
     lines = ["import mlflow, timm", ""]
     if store is not None:
         lines.append(f'mlflow.set_tracking_uri("{store}")')
-    lines.append(f'folder = mlflow.artifacts.download_artifacts("models:/{model_name}@{alias}")')
+    lines.append(f'folder = mlflow.artifacts.download_artifacts("models:/{registered}/{version}")')
     lines.append('model = timm.create_model("local-dir:" + folder, pretrained=True)')
     return fenced("\n".join(lines))
 
@@ -73,14 +95,57 @@ def fenced(text: str) -> str:
     return f"```\n{text.rstrip()}\n```"
 
 
+def page_address(page: str, **query: str) -> str:
+    """The address of one of MLflow's pages, relative to the server."""
+    # Without the parameter workflowType the pages of MLflow 3 open as those for language models, where models are hidden.
+    return f"#/{page}?{urlencode({**query, 'workflowType': 'machine_learning'}, quote_via=quote)}"
+
+
+def run_address(experiment_id: str, run_id: str) -> str:
+    """The page of a run."""
+    return page_address(f"experiments/{experiment_id}/runs/{run_id}")
+
+
+def view_address(experiment_id: str) -> str:
+    """The saved view *Depth variants* of an experiment."""
+    return page_address(f"experiments/{experiment_id}/runs", viewStateShareKey=VIEW)
+
+
 def pages(experiment_id: str) -> str:
     """Markdown links from a run to the variants and the models of all runs."""
-    experiment = f"#/experiments/{experiment_id}"
+    models = page_address(f"experiments/{experiment_id}/models")
     return (
-        f"[The depth variants of all runs]({experiment}/runs?viewStateShareKey={VIEW}&workflowType=machine_learning), "
-        "to be sorted by accuracy, latency or size; "
-        f"[their models]({experiment}/models?workflowType=machine_learning)"
+        f"[The depth variants of all runs]({view_address(experiment_id)}), to be sorted by accuracy, latency or size; "
+        f"[their models]({models})"
     )
+
+
+def run_pages(experiment_id: str, run_id: str, losses: Sequence[str]) -> str:
+    """Markdown links from a run to its own depths, and to all its losses in one chart.
+
+    losses: names of the metrics.
+    """
+    depths = page_address(
+        f"experiments/{experiment_id}/runs",
+        searchFilter=f"tags.mlflow.parentRunId = '{run_id}' and tags.variant LIKE '%depth%'",
+        orderByKey=f"metrics.`{QUALITY[0].key}`",
+        orderByAsc="false",
+    )
+    chart = page_address(
+        "metric",
+        runs=json.dumps([run_id]),
+        metric=json.dumps(losses[0]),
+        experiments=json.dumps([experiment_id]),
+        plot_metric_keys=json.dumps(list(losses)),
+        plot_layout="{}",
+        x_axis="step",
+        y_axis_scale="linear",
+        line_smoothness="1",
+        show_point="false",
+        deselected_curves="[]",
+        last_linear_y_axis_range="[]",
+    )
+    return f"[The depths of this run]({depths}); [the losses of all blocks in one chart]({chart})"
 
 
 def runs_view(now: int) -> str:
@@ -88,16 +153,19 @@ def runs_view(now: int) -> str:
 
     MLflow's own page of models can be sorted by date only. now: milliseconds since 1970.
     """
-    keys = [*(metric.key for metric in QUALITY), "latency_b1_ms", "params", "gflops"]
+    scores = [key for metric in QUALITY for key in (metric.key, *[f"{metric.key}_se"] * metric.percent)]
+    keys = [*scores, "latency_b1_ms", "latency_b64_ms", "params", "gflops", *SCORES_WHILE_TRAINING]
     metrics = [f"metrics.`{key}`" for key in keys]
+    level = f"tags.`{LEVEL_TAG}`"
     first = ["attributes.`Run Name`", "runDateAndNestInfo", "duration"]
+    selected = [metrics[0], metrics[1], level, *metrics[2:], "attributes.`Models`"]
     state = {
-        "selectedColumns": ["attributes.`Models`", *metrics],
-        "columnOrder": [*first, "attributes.`Models`", *metrics],
+        "selectedColumns": selected,
+        "columnOrder": [*first, *selected],
         "columnWidths": {first[0]: 280},
         "searchFilter": "tags.variant LIKE '%depth%'",
         "orderByKey": metrics[0],
         "orderByAsc": False,
     }
-    view = {"name": "Depth variants", "createdAt": now, "updatedAt": now, "state": json.dumps(state)}
+    view = {"name": VIEW_NAME, "createdAt": now, "updatedAt": now, "state": json.dumps(state)}
     return json.dumps(view)

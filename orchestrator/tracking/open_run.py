@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
 import time
@@ -28,7 +29,7 @@ from bim.orchestrator.tracking.store import (
 from bim.orchestrator.tracking.variant_runs import source_tags
 
 MAX_MODEL_NAME = 200
-"""Characters: MLflow's databases hold 256, of which the name of a backbone among several may take some."""
+"""Characters: MLflow's databases hold 256, of which the name of a backbone among several and `-depth06` take some."""
 
 log = logging.getLogger(__name__)
 
@@ -182,10 +183,20 @@ def _experiment(client: MlflowClient, name: str, address: StoreAddress) -> str:
             f"the experiment {name!r} of the MLflow store {address} was deleted; choose another --tracking.experiment, "
             f"or bring it back with: mlflow experiments restore -x {experiment.experiment_id}"
         )
-    view = f"mlflow.sharedViewState.{VIEW}"
-    if view not in experiment.tags:
-        client.set_experiment_tag(experiment.experiment_id, view, runs_view(int(1000 * time.time())))
+    view, now = f"mlflow.sharedViewState.{VIEW}", int(1000 * time.time())
+    if _state(experiment.tags.get(view, "")) != _state(
+        runs_view(now)
+    ):  # an earlier version had other columns
+        client.set_experiment_tag(experiment.experiment_id, view, runs_view(now))
     return str(experiment.experiment_id)
+
+
+def _state(view: str) -> object:
+    """What a saved view shows, without its dates; None if it cannot be read."""
+    try:
+        return json.loads(json.loads(view)["state"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _resumed_run(client: MlflowClient, run_id: str, address: StoreAddress) -> Run:

@@ -19,6 +19,20 @@ class MetricPoint(NamedTuple):
     """Unix time at which it was measured."""
 
 
+class UiPages(NamedTuple):
+    """Where a person looks at a run.
+
+    Args:
+        command: that starts MLflow's pages; None if a server shows them already.
+        variants: address of the depths of all runs of the experiment.
+        run: address of the run.
+    """
+
+    command: str | None
+    variants: str
+    run: str
+
+
 @dataclass(frozen=True)
 class StoredRun:
     """What is known of a run in a store, without asking it.
@@ -49,6 +63,8 @@ class DepthRecord:
     pictures: Sequence[Path] = ()
     step: int = 0
     """Optimizer steps that the weights have seen."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Tags of its run and of its registered version."""
     series: str = ""
     """Empty for the variants of this run; "mae" and the like for a baseline's."""
 
@@ -57,7 +73,8 @@ class DepthRecord:
         return f"{self.series} depth {self.depth}".strip()
 
     @property
-    def alias(self) -> str:
+    def variant(self) -> str:
+        """What tells its run from those of the other variants: `depth6`, `mae-depth6`."""
         return f"{self.series}-depth{self.depth}".lstrip("-")
 
     def digest(self) -> str:
@@ -71,6 +88,7 @@ class DepthRecord:
             "folder": relative_path(self.folder, out),
             "metrics": dict(self.metrics),
             "params": {key: str(value) for key, value in self.params.items()},
+            "tags": dict(self.tags),
             "curves": {name: list(curve) for name, curve in self.curves.items()},
             "pictures": [relative_path(path, out) for path in self.pictures],
         }

@@ -47,7 +47,7 @@ class RunWriter:
         self._client, self._run, self._out = client, run, out
         self._trials = TrialRuns(client, run)
         self._depths = DepthRuns(client, run, address.uri_to_set())
-        self._methods: dict[str, Callable[..., None]] = {
+        self._methods: dict[str, Callable[..., object]] = {
             "settings": self.settings,
             "provenance": self.provenance,
             "tags": self.tags,
@@ -55,7 +55,10 @@ class RunWriter:
             "description": self.description,
             "file": self.file,
             "depth": self.depth,
-            "model_note": self._depths.describe_model,
+            "begin_depths": self.begin_depths,
+            "depth_metrics": self.depth_metrics,
+            "end_depth": self.end_depth,
+            "end_children": self.end_children,
             "trial": self.trial,
             "reopen": self.reopen,
             "end": self.end,
@@ -112,8 +115,17 @@ class RunWriter:
         if key in self._client.get_run(self._run.run_id).data.tags:
             self._client.delete_tag(self._run.run_id, key)
 
-    def description(self, text: str) -> None:
-        self.tags({DESCRIPTION_TAG: text})
+    def description(
+        self, text: str, rest: str = "", depth: int | None = None, model_name: str | None = None
+    ) -> None:
+        """Markdown above all else on the page of the run.
+
+        depth, model_name: of a variant whose version in the registry is opened by lines between `text` and `rest`.
+        """
+        parts = [text]
+        if depth is not None and model_name is not None:
+            parts += self._depths.loading_notes(depth, model_name)
+        self.tags({DESCRIPTION_TAG: "\n\n".join([*parts, rest]).rstrip()})
 
     def file(self, path: str, folder: str | None = None) -> None:
         self._client.log_artifact(self._run.run_id, str(self._out / path), folder)
@@ -121,6 +133,30 @@ class RunWriter:
     def depth(self, record: dict[str, Any], model_name: str, dataset: dict[str, str] | None) -> None:
         data = None if dataset is None else Dataset(**dataset)
         self._depths.send(_parsed(DepthRecord.from_plain, record, self._out), model_name, data)
+
+    def begin_depths(
+        self,
+        series: str,
+        params: dict[str, dict[str, str]],
+        milliseconds: int,
+        start: int,
+        dataset: dict[str, str] | None,
+    ) -> None:
+        """Show variants as running. params: depth -> parameters."""
+        data = None if dataset is None else Dataset(**dataset)
+        for depth, values in params.items():
+            record = _parsed(lambda: DepthRecord(int(depth), self._out, {}, values, series=series))  # noqa: B023
+            self._depths.begin(record, milliseconds, start, data)
+
+    def depth_metrics(self, series: str, step: int, values: dict[str, dict[str, float]]) -> None:
+        """Values of one step of the training. values: depth -> name -> value."""
+        for depth, metrics in values.items():
+            record = _parsed(lambda: DepthRecord(int(depth), self._out, metrics, series=series))  # noqa: B023
+            self._depths.add_metrics(record, step)
+
+    def end_depth(self, series: str, depth: int, status: str, milliseconds: int) -> None:
+        """End a variant that is not evaluated. milliseconds: Unix time of its end."""
+        self._depths.end(DepthRecord(depth, self._out, {}, series=series), status, milliseconds)
 
     def trial(self, row: dict[str, Any], metric: str, cut_off: bool = False) -> None:
         self._trials.send(_parsed(row_from_record, row), metric, cut_off)

@@ -89,14 +89,16 @@ class StoreAddress:
             return None
         return (file.parent / "mlruns" / re.sub(r"[^\w.-]+", "-", experiment)).as_uri()
 
-    def ui_hint(self, experiment_id: str, run_id: str) -> tuple[str | None, str]:
-        """The command that starts MLflow's pages, None if a server shows them already, and the address of the run there."""
-        # Without this parameter the pages of MLflow 3 open as those for language models, where models are hidden.
-        page = f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+    def ui_command(self) -> str | None:
+        """The command that starts MLflow's pages; None if a server shows them already."""
         if self.is_http:
-            return None, f"{str(self).rstrip('/')}/{page}"
-        command = "mlflow ui" if self.is_default else f"mlflow ui --backend-store-uri '{self}'"
-        return command, f"http://127.0.0.1:5000/{page}"
+            return None
+        return "mlflow ui" if self.is_default else f"mlflow ui --backend-store-uri '{self}'"
+
+    def page(self, address: str) -> str:
+        """The whole address of one of MLflow's pages, from that relative to the server."""
+        server = str(self).rstrip("/") if self.is_http else "http://127.0.0.1:5000"
+        return f"{server}/{address}"
 
     def probe(self, create: bool = True) -> None:
         """Connect to a store once, and write if it is SQLite.

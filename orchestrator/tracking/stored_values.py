@@ -10,13 +10,13 @@ from mlflow.exceptions import MlflowException
 
 
 def stored_values(uri: str, experiment: str) -> dict[str, object]:
-    """Runs of the experiment, each with its parameters, points and artifacts, and the registered model of the same name.
+    """Runs of the experiment, each with its parameters, points and artifacts, and the registered models named after it.
 
-    Names are RUN/status, RUN/params/KEY, RUN/metrics/KEY (its distinct (step, value)), RUN/artifacts/PATH, models/ALIAS (the
-    digest of the weights) and models (the number of versions).
+    Names are RUN/status, RUN/params/KEY, RUN/metrics/KEY (its distinct (step, value)), RUN/artifacts/PATH and models/NAME
+    (the digests of the weights of its versions).
 
     Raises:
-        ValueError: no such experiment or model, or the store refuses.
+        ValueError: no such experiment, or the store refuses.
     """
     try:
         return dict(_values(MlflowClient(tracking_uri=uri), experiment))
@@ -35,10 +35,10 @@ def _values(client: MlflowClient, name: str) -> Iterator[tuple[str, object]]:
             yield f"{run.info.run_name}/{key}", value
     models = client.search_logged_models([experiment.experiment_id])
     weights = {model.model_id: model.tags.get("weights") for model in models}
-    aliases = client.get_registered_model(name).aliases
-    for alias, version in sorted(aliases.items()):
-        yield f"models/{alias}", weights.get(client.get_model_version(name, version).model_id)
-    yield "models", len(client.search_model_versions(f"name = '{name}'"))
+    for registered in client.search_registered_models(f"name LIKE '{name}-depth%'"):
+        versions = client.search_model_versions(f"name = '{registered.name}'")
+        versions = sorted(versions, key=lambda version: int(version.version))
+        yield f"models/{registered.name}", tuple(weights.get(version.model_id) for version in versions)
 
 
 def _run_values(client: MlflowClient, run: Run) -> Iterator[tuple[str, object]]:

@@ -25,17 +25,11 @@ from bim.orchestrator.runs.provenance import Provenance
 from bim.orchestrator.text import short_path
 from bim.orchestrator.tracking.background_upload import BackgroundUploader
 from bim.orchestrator.tracking.delivery import Delivery
-from bim.orchestrator.tracking.descriptions import (
-    depth_rows,
-    downsample,
-    loading_note,
-    pages,
-    picture,
-    results_table,
-)
+from bim.orchestrator.tracking.depth_uploads import DepthUploads
+from bim.orchestrator.tracking.descriptions import pages, picture, run_address, run_pages, view_address
 from bim.orchestrator.tracking.metric_log import MetricLog
 from bim.orchestrator.tracking.open_run import OpenedRun, check_model_name, open_run
-from bim.orchestrator.tracking.records import DepthRecord, relative_path
+from bim.orchestrator.tracking.records import DepthRecord, UiPages, relative_path
 from bim.orchestrator.tracking.run_record import RunRecord, read_run_record, write_run_record
 from bim.orchestrator.tracking.run_writer import RunWriter, dataset_of, now_ms
 from bim.orchestrator.tracking.store import StoreAddress, http_timeouts, quiet_client_logs
@@ -60,6 +54,9 @@ log = logging.getLogger(__name__)
 END, REOPENING = "the end of the run", "the resumption of the run"
 """Names of the uploads that end a run in the store and show it as running again."""
 
+CHILDREN_END = "the end of its depths and trials"
+"""Name of the upload that ends what an earlier process left running."""
+
 
 class Tracker:
     """One run's record. A context manager: leaving it by an exception ends the run as FAILED or KILLED.
@@ -78,13 +75,14 @@ class Tracker:
         self._metrics = MetricLog(out / "metrics.jsonl", same_store=opened.is_resumed)
         self._queue = UploadQueue(out / FOLDER)
         if opened.is_resumed:
-            self._queue.discard(END)
+            self._queue.discard(END, CHILDREN_END)
         else:  # what an earlier process left was meant for another run
             self._queue.clear()
         if opened.is_resumed and not opened.is_reopened:
             self._queue.put(REOPENING, "reopen", {})
         self._dataset: dict[str, str] | None = None
-        self._depths: dict[str, dict[str, DepthRecord]] = {}
+        self._is_resumed = opened.is_resumed
+        self._depth_uploads = DepthUploads(self._queue, out)
         self._running_trials: dict[int, tuple[TrialRow, str]] = {}
         self._is_ending = self._is_finished = False
         self._writer = RunWriter(opened.client, address, run, out)
@@ -109,7 +107,7 @@ class Tracker:
 
         Args:
             uri: MLflow tracking URI; None is MLflow's own default (MLFLOW_TRACKING_URI, else ./mlflow.db).
-            model_name: the registered model whose versions the depth variants become; None is the experiment's name.
+            model_name: begins the names of the registered models of the depths; None is the experiment's name.
             parent_run_id: the parent of a new run; a run of several backbones has a child run for each.
             interval: seconds between two uploads.
 
@@ -138,9 +136,18 @@ class Tracker:
         """The tracking URI that a reader must set before loading a model; None for MLflow's default."""
         return self._address.uri_to_set()
 
-    def ui_hint(self) -> tuple[str | None, str]:
-        """The command that starts MLflow's pages, None if a server shows them already, and this run's address there."""
-        return self._address.ui_hint(self.experiment_id, self.run_id)
+    def ui_pages(self) -> UiPages:
+        """Where a person looks at this run and at the depths of all runs."""
+        address = self._address
+        return UiPages(
+            address.ui_command(),
+            address.page(view_address(self.experiment_id)),
+            address.page(run_address(self.experiment_id, self.run_id)),
+        )
+
+    def run_links(self, losses: Sequence[str]) -> str:
+        """Markdown links to the depths of this run, and to a chart of these metrics."""
+        return run_pages(self.experiment_id, self.run_id, losses)
 
     # -- while training -----------------------------------------------------------------------------------------
 
@@ -155,6 +162,30 @@ class Tracker:
     def history(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of one metric so far, earlier processes included."""
         return self._metrics.history(name)
+
+    def begin_depths(self, params: Mapping[int, Mapping[str, object]], series: str = "") -> None:
+        """A child run for every depth, shown as running until `log_depth`, or until the end of this run.
+
+        Those of an earlier process are used again.
+
+        Args:
+            params: depth -> the parameters of its run that are known; `log_depth` adds the others.
+            series: as of `DepthRecord`.
+        """
+        self._depth_uploads.begin(params, series, self._dataset)
+
+    def log_depth_metrics(
+        self, step: int, values: Mapping[int, Mapping[str, float]], series: str = ""
+    ) -> None:
+        """Values of one step of the training for the runs of `begin_depths`; a repeated step changes nothing.
+
+        Args:
+            step: optimizer steps.
+            values: depth -> name of the metric -> value. What the evaluation measures of other images, or of fewer,
+                should have another name than there.
+            series: as of `DepthRecord`.
+        """
+        self._depth_uploads.add_metrics(step, values, series)
 
     # -- about the run ------------------------------------------------------------------------------------------
 
@@ -186,14 +217,26 @@ class Tracker:
         """Remove a tag of the parent run, if it exists."""
         self._queue.put(f"the tags {key}", "remove_tag", {"key": key})
 
-    def describe(self, markdown: str, pictures: Sequence[str] = ()) -> None:
+    def describe(
+        self,
+        markdown: str,
+        pictures: Sequence[str] = (),
+        depth: int | None = None,
+        model_name: str | None = None,
+    ) -> None:
         """The description at the top of the parent run's page, with links to related pages.
 
-        pictures: names given to `log_picture`, shown below the text.
+        Args:
+            pictures: names given to `log_picture`, shown below the text.
+            depth: of a variant given to `log_depth` before, of which the description has the lines that open it.
+            model_name: as there.
         """
-        parts = [markdown, pages(self.experiment_id)]
+        parts = [pages(self.experiment_id)]
         parts += [picture(self.run_id, f"pictures/{name}.png") for name in pictures]
-        self._queue.put("the description", "description", {"text": "\n\n".join(parts)})
+        arguments: dict[str, object] = {"text": markdown, "rest": "\n\n".join(parts)}
+        if depth is not None:  # the version of its model is known when it was sent
+            arguments |= {"depth": depth, "model_name": model_name or self._model_name}
+        self._queue.put("the description", "description", arguments)
 
     def log_picture(self, figure: Path | Figure, name: str) -> Path:
         """A picture on the parent run, kept as out/pictures/NAME.png. Returns the file."""
@@ -218,21 +261,10 @@ class Tracker:
         """Child run and logged model of one variant; one of this run (not of a baseline) is also registered.
 
         Finishing a run twice uses the existing child run, and the existing model if its weights are equal.
-        model_name: the registered model of which it becomes a version; None is the experiment's name.
+        model_name: begins the name of the registered model of which it becomes a version, `registered_name`; None is the
+            experiment's name.
         """
-        name = model_name or self._model_name
-        plain = record.to_plain(self.out)
-        plain["curves"] = {key: downsample(curve) for key, curve in record.curves.items()}
-        arguments = {"record": plain, "model_name": name, "dataset": self._dataset}
-        self._queue.put(record.title, "depth", arguments)
-        if record.series:
-            return
-        records = self._depths.setdefault(name, {})
-        records[record.alias] = record
-        table = results_table(depth_rows(list(records.values())))
-        note = f"The variants of {self._run.name}:\n\n{table}\n\nEach has its alias:\n\n"
-        text = note + loading_note(name, record.alias, self.uri_to_set)
-        self._queue.put(f"the description of the model {name}", "model_note", {"name": name, "text": text})
+        self._depth_uploads.add_evaluated(record, model_name or self._model_name, self._dataset)
 
     def log_trial(self, row: TrialRow, metric: str) -> None:
         """A child run for one trial of a search in its present state. metric: the key of its scores."""
@@ -258,6 +290,9 @@ class Tracker:
         self._queue.put(END, "end", {"status": status, "milliseconds": now_ms()}, first=True)
         for row, metric in self._running_trials.values():
             self._put_trial(row, metric, cut_off=True)
+        self._depth_uploads.end(status)
+        if self._is_resumed and self._depth_uploads.is_empty:
+            self._queue.put(CHILDREN_END, "end_children", {})
         self._uploader.request_end()
 
     def finish(
@@ -298,7 +333,10 @@ class Tracker:
         if not self._is_ending:
             milliseconds = now_ms()
             self._queue.put(END, "end", {"status": "KILLED", "milliseconds": milliseconds}, first=True)
+            ends = self._depth_uploads.end("KILLED")
             self._writer.end("KILLED", milliseconds)
+            for end in ends:
+                self._writer.end_depth(**end)
 
     def __enter__(self) -> Self:
         return self

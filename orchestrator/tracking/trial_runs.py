@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 CUT_OFF = "cut off; --resume goes on with it"
 
-END_STATUS = {"finished": "FINISHED", "stopped early": "KILLED", "infeasible": "KILLED", "failed": "FAILED"}
-"""Status of a trial -> status of its MLflow run."""
+END_STATUS = {"finished": "FINISHED", "stopped early": "FINISHED", "infeasible": "KILLED", "failed": "FAILED"}
+"""Status of a trial -> status of its MLflow run, which shows KILLED and FAILED as errors; the tag `status` has the first."""
 
 
 class TrialRuns:

@@ -35,7 +35,10 @@ class EpochReport:
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """How the loop ended. `stopped`: the reason of an early stop; None if all steps were trained."""
+    """How the loop ended.
+
+    `stopped`: the reason of a stop that was requested; None if all steps were trained, or the callback ended it early.
+    """
 
     step: int
     restarts: int
@@ -53,8 +56,8 @@ class Callback(Protocol):
     def on_epoch(self, report: EpochReport) -> None:
         """An epoch ended."""
 
-    def on_checkpoint(self, step: int) -> None:
-        """The checkpoint after `step` updates is committed."""
+    def on_checkpoint(self, step: int) -> bool | None:
+        """The checkpoint after `step` updates is committed. Returns True where the training may end early."""
 
     def on_rewind(self, step: int) -> None:
         """Training continues after `step` updates; metrics of later steps are void."""
@@ -70,7 +73,7 @@ class NullCallback:
 
     def on_epoch(self, report: EpochReport) -> None: ...
 
-    def on_checkpoint(self, step: int) -> None: ...
+    def on_checkpoint(self, step: int) -> bool | None: ...
 
     def on_rewind(self, step: int) -> None: ...
 

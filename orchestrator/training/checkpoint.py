@@ -101,6 +101,7 @@ class CheckpointStore:
         objection: why a checkpoint is not one of this run, e.g. that another run wrote it; None if it is.
         before_commit: called before every commit; what it raises ends the run without the commit.
         after_commit: called after every commit.
+        is_kept: whether the checkpoint of a step stays although it is older.
     """
 
     def __init__(
@@ -110,11 +111,13 @@ class CheckpointStore:
         objection: Callable[[Manifest], str | None] = lambda manifest: None,
         before_commit: Callable[[], None] = lambda: None,
         after_commit: Callable[[], None] = lambda: None,
+        is_kept: Callable[[int], bool] = lambda step: False,
     ) -> None:
         self._root = out / "checkpoints"
         self._keep = keep
         self._objection = objection
         self._before_commit, self._after_commit = before_commit, after_commit
+        self._is_kept = is_kept
 
     @property
     def root(self) -> Path:
@@ -156,7 +159,8 @@ class CheckpointStore:
         superseded = [path for path in committed if step_of(path) > manifest.step]
         self._move_aside(superseded)
         for path in [path for path in committed if path not in superseded][self._keep :]:
-            _remove(path)
+            if not self._is_kept(step_of(path)):
+                _remove(path)
         self._after_commit()
         return directory
 

@@ -124,6 +124,8 @@ class _Loop:
     """Steps that every stage completed."""
     committed_step: int | None = None
     """The step of the last checkpoint; None if there is none."""
+    ends_early: bool = False
+    """Whether the callback has seen enough."""
     bad_images: dict[str, str] = field(default_factory=dict)
     in_flight: deque[tuple[StepRequest, Any]] = field(default_factory=deque)
 
@@ -189,10 +191,13 @@ class _Loop:
                 return manifest
 
     def run(self) -> str | None:
-        """Submit and collect steps until the schedule ends or a stop is requested. Returns the reason of the stop."""
+        """Submit and collect steps until the schedule ends, the callback ends it early or a stop is requested.
+
+        Returns the reason of the stop.
+        """
         assert self.step is not None
         total = self.schedule.total_steps
-        while self.step < total and self.stop.reason is None:
+        while self.step < total and self.stop.reason is None and not self.ends_early:
             if self.schedule.starts_phase(self.step):
                 self._collect(0)  # steps in flight have another image size
                 self.watchdog.reset()
@@ -278,7 +283,9 @@ class _Loop:
         self.on_commit(checkpoint.step)
         if checkpoint.requested:
             log.info("checkpoint saved after step %d of %d", checkpoint.step, self.schedule.total_steps)
-        self.callback.on_checkpoint(checkpoint.step)
+        start = time.perf_counter()
+        self.ends_early |= bool(self.callback.on_checkpoint(checkpoint.step))
+        self.meter.leave_out(time.perf_counter() - start)
 
     def _record(self, report: StepReport) -> None:
         self.meter.add(report)

@@ -59,6 +59,11 @@ class Meter:
         """Throughput since the last rewind."""
         return self._images / max(1e-9, time.perf_counter() - self._start)
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not count the last `seconds`, in which the loop submitted nothing."""
+        self._start += seconds
+        self._epoch_start += seconds
+
     def step_metrics(self, step: int) -> dict[str, float] | None:
         """Means since the last call, `LOGS_PER_EPOCH` times per epoch; None after other steps."""
         phase = self._schedule.phase(step)

@@ -92,6 +92,7 @@ class RemoteCheckpointStore:
         objection: why a checkpoint is not one of this run; None if it is.
         before_commit: called before every commit; what it raises ends the run without the commit.
         after_commit: called after every commit.
+        is_kept: whether the checkpoint of a step stays although it is older.
 
     Every method raises StorageError where the storage refuses, or cannot be reached.
     """
@@ -104,12 +105,14 @@ class RemoteCheckpointStore:
         objection: Callable[[Manifest], str | None] = lambda manifest: None,
         before_commit: Callable[[], None] = lambda: None,
         after_commit: Callable[[], None] = lambda: None,
+        is_kept: Callable[[int], bool] = lambda step: False,
     ) -> None:
         self.url = url.rstrip("/")
         self._objects = ObjectStore(url, retry_for_s)
         self._keep = keep
         self._objection = objection
         self._before_commit, self._after_commit = before_commit, after_commit
+        self._is_kept = is_kept
         self._folders: dict[int, str] = {}
         """Step -> name of the folder, of checkpoints that are written to or were returned by `latest`."""
         self.committed_step: int | None = None
@@ -261,7 +264,8 @@ class RemoteCheckpointStore:
         same_step = [name for name in committed if _step_of(name) == _step_of(newest) and name != newest]
         remaining = [name for name in committed if name not in later + same_step]
         unfinished = folders.keys() - {*committed, *self._folders.values()}
-        obsolete = [*same_step, *remaining[self._keep :], *unfinished]
+        older = [name for name in remaining[self._keep :] if not self._is_kept(_step_of(name))]
+        obsolete = [*same_step, *older, *unfinished]
         self._remove({name: folders[name] for name in obsolete})
 
     def _remove(self, folders: dict[str, dict[str, int]]) -> None:

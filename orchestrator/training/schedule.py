@@ -20,6 +20,7 @@ class TrainingSchedule:
         checkpoint_epochs: epochs, or a fraction of one, between checkpoints; the last step of a phase always has one.
         checkpoint_s: seconds after which there is a checkpoint beside those; None: no such ones.
         max_bad_images: distinct unreadable images above which the run stops.
+        score_epochs: epochs between the scores of a run, each of which needs a checkpoint; None: it is not scored.
     """
 
     epochs: int
@@ -29,6 +30,7 @@ class TrainingSchedule:
     checkpoint_epochs: float
     max_bad_images: int
     checkpoint_s: float | None = None
+    score_epochs: int | None = None
 
     @property
     def total_steps(self) -> int:
@@ -50,7 +52,17 @@ class TrainingSchedule:
             (done - phase.first_step) % every == 0
             or done == self.total_steps
             or (done < self.total_steps and self.starts_phase(done))
+            or self.scored_epoch(done) is not None
         )
+
+    def scored_epoch(self, done: int) -> int | None:
+        """The epoch, counted from 1, that ends after `done` steps, if the run is scored there; never at its end."""
+        if self.score_epochs is None or not 0 < done < self.total_steps:
+            return None
+        phase = self.phase(done - 1)
+        epoch, index = phase.epoch_of(done - 1)
+        is_end = index + 1 == phase.steps_per_epoch
+        return epoch + 1 if is_end and (epoch + 1) % self.score_epochs == 0 else None
 
     def remaining_images(self, done: int) -> float:
         """Images left after `done` steps, each weighted by its pixels relative to those of the current phase."""

@@ -117,3 +117,51 @@ def test_wrong_input_is_a_sentence_before_anything_is_chosen(
     assert done.status == 2
     assert done.stdout == ""
     assert f"error: {told}" in done.stderr
+
+
+def test_several_backbones_share_the_time(
+    labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = "img_size: 16, patch_size: 4, depth: 4, num_heads: 2"
+    entries = [
+        f"{{name: vit_tiny_patch16_224, alias: w{w}, model_args: {{{sizes}, embed_dim: {w}}}}}"
+        for w in (24, 32)
+    ]
+    done = call(
+        [
+            *("--backbones", f"[{', '.join(entries)}]", "--data.source", str(labeled)),
+            *(
+                "--placement.backend",
+                "in_process",
+                "--decoder.num_heads",
+                "1",
+                "--time_budget",
+                "1m",
+                "--dry-run",
+            ),
+        ]
+    )
+    assert done.status == 0, done.stderr
+    assert "settings chosen for 300 images" in done.stdout
+    assert re.search(r"^  \d+ epochs: ", done.stdout, re.MULTILINE)
+    assert "image size" not in done.stdout
+    assert done.stdout.count("of training, ") == 2
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [[], ["--recipe", "digits_demo", "--schedule.warmup_epochs", "0", "--search.trials", "0"]],
+    ids=["automatic", "recipe"],
+)
+def test_the_largest_batch_that_fits_keeps_enough_steps(
+    labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    size = [] if recipe else ["--backbone.model_args.img_size", "16"]
+    done = dry_run(labeled, *recipe, *size, "--data.batch_size", "auto")
+    assert done.status == 0, done.stderr
+    (batch,) = re.findall(
+        r"^batch (\d+): the largest that fits, computed and tried$", done.stdout, re.MULTILINE
+    )
+    assert batch in ("4", "8")

@@ -99,7 +99,10 @@ def test_the_default_command_ends_with_a_table_and_where_everything_is(default_r
     assert rows == ["2", "4", "6", "8"]
     assert re.search(r"^raw pixels +\d\d\.\d±\d\.\d +\d\d\.\d±\d\.\d$", text, re.MULTILINE)
     assert f"models:   runs/{default_run.out.name}/variants/depth02 ... depth08" in text
-    assert "mlflow ui" in text.splitlines()[-2]
+    command, view, run = text.splitlines()[-3:]
+    assert command == "compare:  mlflow ui, then open"
+    assert "viewStateShareKey=depth-variants&workflowType=machine_learning" in view
+    assert run.startswith("this run: http://127.0.0.1:5000/#/experiments/1/runs/")
     assert (default_run.out / "summary.txt").read_text().strip() in text
 
 
@@ -153,9 +156,14 @@ def test_mlflow_has_a_parent_run_a_child_and_a_registered_version_per_depth(defa
         run = children[f"depth{depth}"]
         assert {"knn_top1", "linear_top1", "params", "latency_b1_ms", "loss"} <= run.data.metrics.keys()
         assert f"reconstruction_depth{depth:02d}.png" in artifacts(store, run)
-        version = client(store).get_model_version_by_alias("digits_demo", f"depth{depth}")
+        (version,) = client(store).search_model_versions(f"name = 'digits_demo-depth{depth:02d}'")
         assert version.run_id == run.info.run_id
-    assert len(client(store).search_model_versions("name = 'digits_demo'")) == 4
+    levels = [run.data.tags["level_with_best"] for run in children.values()]
+    assert "yes" in levels
+    assert set(levels) <= {"yes", "no"}
+    note = parent.data.tags["mlflow.note.content"]
+    assert re.search(r"^raw pixels +\d\d\.\d±", note, re.MULTILINE)
+    assert "models:/digits_demo-depth08/1" in note
 
 
 # -- other data, other starts -----------------------------------------------------------------------------------------

@@ -103,7 +103,10 @@ def test_mlflow_shows_every_trial_and_every_depth(searched: tuple[Finished, Fini
         "search/best.yaml",
         "search/trials.csv",
     }
+    depths = [run.info.start_time for run in children if "variant" in run.data.tags]
+    assert min(depths) > max(run.info.start_time for run in trials.values())  # above them in the list
     note = parent.data.tags["mlflow.note.content"]
+    assert note.index("pictures/accuracy_against_latency.png") < note.index("pictures/pareto.png")
     assert "The search: 2 finished; best: trial" in note
     assert "pictures/pareto.png" in note
     assert (out / "pictures" / "pareto.png").stat().st_size > 5000

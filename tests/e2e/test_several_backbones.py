@@ -49,6 +49,7 @@ SWIN = {
     },
 }
 SMALL = {
+    "recipe": "digits_demo",
     "blocks": "2",
     "decoder.dim": "32",
     "decoder.num_heads": "1",
@@ -160,9 +161,8 @@ def test_mlflow_has_both_families_below_one_run_that_compares_them(finished: Fin
         assert run.info.status == "FINISHED"
         assert run.info.run_id in note
         for depth in depths:
-            assert client.get_model_version_by_alias(f"digits_demo-{name}", f"depth{depth}").tags[
-                "depth"
-            ] == str(depth)
+            version = client.get_model_version(f"digits_demo-{name}-depth{depth:02d}", "1")
+            assert version.tags["depth"] == str(depth)
 
 
 # -- one goes wrong -------------------------------------------------------------------------------------------------

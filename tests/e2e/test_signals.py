@@ -15,6 +15,7 @@ import pytest
 
 from bim.orchestrator.training.checkpoint import CheckpointStore
 from tests.e2e.command import (
+    DEPTHS,
     LONG,
     TINY,
     Finished,
@@ -25,7 +26,7 @@ from tests.e2e.command import (
     read_until,
     started,
 )
-from tests.e2e.test_main_job import parent_run
+from tests.e2e.test_main_job import child_runs, parent_run
 
 ON_RAY = {"placement.backend": "ray", "placement.stages": "2"}
 
@@ -55,6 +56,13 @@ def left_over(out: Path) -> list[Path]:
     return [path for path in out.rglob("*") if path.name.endswith(".tmp")]
 
 
+def no_depth_is_running(store: str, out: Path) -> int:
+    """The number of depths that the store knows."""
+    runs = child_runs(store, parent_run(store, out))
+    assert {run.info.status for run in runs} <= {"KILLED", "FINISHED"}
+    return len(runs)
+
+
 @pytest.mark.slow
 def test_sigusr1_saves_and_goes_on_and_sigusr2_saves_and_asks_to_be_resumed(
     tmp_path: Path, unbroken: Finished, unlabeled: Path, store: str
@@ -76,6 +84,7 @@ def test_sigusr1_saves_and_goes_on_and_sigusr2_saves_and_asks_to_be_resumed(
         r"stopped by SIGUSR2 to be resumed; resume me: python \S+ --out \S+ --resume", said[-1]
     )
     assert parent_run(store, out).info.status == "KILLED"
+    assert no_depth_is_running(store, out) == len(DEPTHS)
     latest = CheckpointStore(out).latest()
     assert latest is not None
     assert latest.step == saved[1]
@@ -146,6 +155,7 @@ def test_a_signal_to_the_whole_group_ends_any_phase_in_order_and_leaves_nothing(
     assert stdout.splitlines()[-1].startswith(f"stopped by {name}")
     store = f"sqlite:///{tmp_path}/mlflow.db"
     assert parent_run(store, tmp_path / "run").info.status == "KILLED"
+    no_depth_is_running(store, tmp_path / "run")
     psutil.wait_procs(family, timeout=5)
     left = [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert left == []
@@ -173,3 +183,4 @@ def test_a_second_signal_ends_the_command_within_three_seconds(
     assert [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
     store = f"sqlite:///{tmp_path}/mlflow.db"
     assert parent_run(store, tmp_path / "run").info.status == "KILLED"
+    no_depth_is_running(store, tmp_path / "run")

@@ -95,13 +95,16 @@ def test_a_run_stopped_by_request_on_ray_resumes_to_the_same_weights(tmp_path: P
     assert differing(state(unbroken, 200), state(tmp_path, 200)) == []
 
 
-@pytest.mark.slow
-def test_twenty_kills_at_random_steps_and_in_a_save_leave_the_weights_unchanged(
-    tmp_path: Path, unbroken: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    "count",
+    [pytest.param(3, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.nightly)],
+)
+def test_kills_at_random_steps_and_in_a_save_leave_the_weights_unchanged(
+    tmp_path: Path, unbroken: Path, caplog: pytest.LogCaptureFixture, count: int
 ) -> None:
-    """Stages and the loader are killed (-9) at 20 random steps, one of them while a checkpoint is being written."""
+    """Stages and the loader are killed (-9) at random steps, one of them while a checkpoint is being written."""
     chance = random.Random(7)
-    at = sorted(chance.sample([s for s in range(3, 199) if not 97 <= s <= 101], 19))
+    at = sorted(chance.sample([s for s in range(3, 199) if not 97 <= s <= 101], count - 1))
     stages = ray_stages(tmp_path)
     killed: list[str] = []
     ready = [0]
@@ -137,10 +140,10 @@ def test_twenty_kills_at_random_steps_and_in_a_save_leave_the_weights_unchanged(
         done.set()
         watcher.join()
         stages.close()
-    assert len(killed) == 20
+    assert len(killed) == count
     assert "save" in killed
     # The kill in a save can fall into the rewind after another one; each restart is one line of the log.
-    assert result.restarts in (19, 20)
+    assert result.restarts in (count - 1, count)
     assert sum("died" in text and "restart" in text for text in caplog.messages) == result.restarts
     assert differing(state(unbroken, 200), state(tmp_path, 200)) == []
 

@@ -19,20 +19,19 @@ def test_the_values_of_an_experiment_have_names(client: MlflowClient, home: Path
         client.log_metric(run_id, "loss", 0.5, step=1)
     client.log_text(run_id, "x", "pictures/x.txt")
     client.set_terminated(run_id)
-    client.create_registered_model("kills")
+    model_id = client.create_logged_model(experiment, "m", run_id, {"weights": "a1"}).model_id
+    client.create_registered_model("kills-depth06")
+    client.create_model_version("kills-depth06", f"models:/{model_id}", run_id, model_id=model_id)
     assert stored_values(uri, "kills") == {
         "runs": ["run"],
         "run/status": "FINISHED",
         "run/params/seed": "3",
         "run/metrics/loss": ((1, 0.5),),
         "run/artifacts/pictures/x.txt": True,
-        "models": 0,
+        "models/kills-depth06": ("a1",),
     }
 
 
-@pytest.mark.parametrize("name", ["nothing", "Default"])
-def test_an_experiment_or_a_model_that_is_not_there_is_an_error(
-    client: MlflowClient, home: Path, name: str
-) -> None:
-    with pytest.raises(ValueError, match=name):
-        stored_values(f"sqlite:///{home}/mlflow.db", name)
+def test_an_experiment_that_is_not_there_is_an_error(client: MlflowClient, home: Path) -> None:
+    with pytest.raises(ValueError, match="no experiment nothing"):
+        stored_values(f"sqlite:///{home}/mlflow.db", "nothing")

@@ -37,7 +37,7 @@ def test_timing_adds_latencies_to_the_cards_and_leaves_the_weights(tmp_path: Pat
     run, _, _ = resolve_run(settings, tmp_path)
     layout = resolve_layout(settings, ClusterResources(2.0, 0.0))
     train(run, layout, "fp32", NullCallback(), StopRequest())
-    task = evaluation_task(run, layout, collect(), run.depths, with_baselines=False)
+    task = evaluation_task(run, layout, collect(), run.depths, run.total_steps, with_baselines=False)
     untimed = evaluate_checkpoint(replace(task, evaluation=replace(task.evaluation, latency=False)))
     before = {
         depth: load_file(Path(folder) / "model.safetensors") for depth, folder in untimed.folders.items()

@@ -29,9 +29,10 @@ def test_a_run_holds_its_settings_metrics_provenance_and_files(tmp_path: Path, c
         tracker.describe("# read me", ["a"])
         (tmp_path / "a.png").write_bytes(b"png")
         tracker.log_picture(tmp_path / "a.png", "a")
-        command, page = tracker.ui_hint()
-        assert command == "mlflow ui"
-        assert page.startswith("http://127.0.0.1:5000/#/experiments/")
+        pages = tracker.ui_pages()
+        assert pages.command == "mlflow ui"
+        assert pages.run.startswith("http://127.0.0.1:5000/#/experiments/")
+        assert "viewStateShareKey=depth-variants" in pages.variants
     run = client.get_run(tracker.run_id)
     assert (run.info.run_name, run.info.status) == ("digits", "FINISHED")
     assert run.data.params == {"mask.ratio": "0.75", "blocks": "[2, 2]"}
@@ -75,8 +76,8 @@ def test_a_resumed_run_is_the_same_run_and_nothing_is_doubled(
     (child,) = client.search_runs([first.experiment_id], f"tags.mlflow.parentRunId = '{first.run_id}'")
     assert len(steps(client, child.info.run_id, "loss")) == 500
     assert len(steps(client, child.info.run_id, "knn_top1")) == 1
-    assert len(client.search_logged_models([first.experiment_id], "name = 'resumed_vit-depth2'")) == 1
-    assert len(client.search_model_versions("name = 'resumed_vit'")) == 1
+    assert len(client.search_logged_models([first.experiment_id], "name = 'resumed_vit-depth02'")) == 1
+    assert len(client.search_model_versions("name = 'resumed_vit-depth02'")) == 1
 
 
 def test_without_its_record_a_run_continues_as_a_new_one_with_all_its_metrics(

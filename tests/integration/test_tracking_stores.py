@@ -51,7 +51,7 @@ def test_an_outage_costs_one_line_and_the_store_gets_everything_afterwards(
     assert steps(client, tracker.run_id, "loss") == list(range(50))
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 50
     assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["results.csv"]
-    assert int(client.get_model_version_by_alias("outage_vit", "depth2").version) == 1
+    assert len(client.search_model_versions("name = 'outage_vit-depth02'")) == 1
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
     assert not any(message.count("\n") for message in caplog.messages)
     assert sum("does not take what the run records" in message for message in caplog.messages) == 1
@@ -187,6 +187,18 @@ Tracker.open(None, "bim", out.name, out).finish()
         "two",
         "three",
     }
+
+
+def test_the_view_of_an_earlier_version_gets_the_columns_of_this_one(
+    tmp_path: Path, client: MlflowClient
+) -> None:
+    key = "mlflow.sharedViewState.depth-variants"
+    experiment = client.create_experiment("old", tags={key: '{"state": "{}"}'})
+    Tracker.open(None, "old", "run", tmp_path).finish()
+    view = client.get_experiment(experiment).tags[key]
+    assert "level_with_best" in view
+    Tracker.open(None, "old", "run", tmp_path).finish()
+    assert client.get_experiment(experiment).tags[key] == view
 
 
 def test_a_deleted_experiment_says_how_to_bring_it_back(

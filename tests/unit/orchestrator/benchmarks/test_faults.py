@@ -74,8 +74,7 @@ def test_outcomes_differ_in_what_one_of_them_lacks() -> None:
         ("run/artifacts/summary.csv", True),
         ("run/artifacts/events.log", False),
         ("run/status", True),
-        ("models", True),
-        ("models/depth1", True),
+        ("models/run-depth01", True),
     ],
 )
 def test_what_depends_on_time_and_place_is_not_compared(key: str, is_compared: bool) -> None:

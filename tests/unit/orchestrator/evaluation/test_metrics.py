@@ -15,6 +15,7 @@ from bim.orchestrator.evaluation import metrics
 from bim.orchestrator.evaluation.metrics import (
     feature_covariance,
     fit_logistic_regression,
+    level_with_best,
     linear_probe,
     rankme,
     score,
@@ -180,6 +181,22 @@ def test_scores_carry_the_errors_of_their_own_accuracies() -> None:
     assert scores.knn_top1 == weighted_knn(*train, *test, K, T)
     assert scores.metrics()["knn_top1_se"] == standard_error(scores.knn_top1, 50)
     assert scores.metrics()["linear_top1_se"] == standard_error(scores.linear_top1, 50)
+
+
+def test_models_are_level_by_the_images_on_which_they_differ() -> None:
+    images = np.arange(400)
+    best = images < 360  # 90 %, +- 1.5
+    nested = best & (images >= 3)  # 3 images fewer and none more: an error of 3 / 400 is far from level
+    mixed = np.roll(best, 200) & (images != 0)  # right and wrong on other images: 1 fewer is level
+    assert level_with_best({2: nested, 4: best, 6: mixed, 8: best}) == {2: False, 4: True, 6: True, 8: True}
+    assert level_with_best({2: np.zeros(5, bool), 4: np.zeros(5, bool)}) == {2: True, 4: True}
+
+
+def test_an_accuracy_is_the_share_of_the_images_that_are_right() -> None:
+    x, y = torch.eye(4), torch.arange(4)
+    scores = metrics.score(x, y, x.roll(1, dims=0), torch.tensor([3, 0, 1, 0]), EvalConfig(knn_k=1))
+    assert scores.knn_correct.tolist() == [True, True, True, False]
+    assert scores.knn_top1 == 0.75
 
 
 def test_an_empty_part_is_refused_by_name() -> None:

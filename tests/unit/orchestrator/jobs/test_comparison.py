@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,12 @@ class Recorder:
     def log_picture(self, figure: object, name: str) -> None:
         self.pictures.append(name)
 
-    def describe(self, markdown: str, pictures: list[str]) -> None: ...
+    def describe(
+        self, markdown: str, pictures: list[str], depth: int | None = None, model_name: str | None = None
+    ) -> None: ...
+
+    def run_links(self, losses: Sequence[str]) -> str:
+        return ""
 
 
 def evaluated(
@@ -86,7 +92,7 @@ def evaluated(
     for run in prepared.runs:
         layout = StageLayout(consecutive(run.settings.num_blocks, 1), gpus, 1.0, 0.0, threads=1)
         layouts.append(layout)
-        tasks.append(evaluation_task(run, layout, collect(), (2, 4), with_baselines=False))
+        tasks.append(evaluation_task(run, layout, collect(), (2, 4), run.total_steps, with_baselines=False))
         reports = tuple(DepthReport(depth, 1000 * depth, 0.1 * depth) for depth in (2, 4))
         folders = {depth: str(run.out / "variants" / f"depth{depth:02d}") for depth in (2, 4)}
         evaluations.append(EvaluationResult(reports, (), {}, folders, {}))

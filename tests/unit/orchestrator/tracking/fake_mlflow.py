@@ -5,11 +5,17 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
+
+from bim.orchestrator.tracking.descriptions import runs_view
+from bim.orchestrator.tracking.tracker import Tracker
+
+URI = "http://store:5000"
 
 
 class FakeStore:
@@ -55,7 +61,7 @@ class _Client:
 
     def get_experiment_by_name(self, name: str) -> Any:
         self._store.request("get_experiment_by_name")
-        tags = {"mlflow.sharedViewState.depth-variants": ""}
+        tags = {"mlflow.sharedViewState.depth-variants": runs_view(0)}
         return SimpleNamespace(experiment_id="1", lifecycle_stage="active", tags=tags)
 
     def create_run(
@@ -114,3 +120,10 @@ class _Client:
         self._run("log_artifact", run_id)
         with open(path, "rb"):
             self._store.artifacts.append(path.rpartition("/")[2])
+
+
+def opened(out: Path, resume: bool = False, interval: float = 0.001) -> Tracker:
+    """A tracker on the store of the fixture `store`."""
+    out.mkdir(exist_ok=True)
+    run_id = Tracker.recorded_run(out) if resume else None
+    return Tracker.open(URI, "bim", "a run", out, run_id, interval=interval)

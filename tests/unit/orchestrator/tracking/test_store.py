@@ -17,7 +17,8 @@ from bim.orchestrator.tracking.store import StoreAddress, exclusive_lock, http_t
 def test_passwords_are_never_shown() -> None:
     address = StoreAddress("postgresql://ada:secret@db.example.org:5432/mlflow")
     assert str(address) == "postgresql://ada:***@db.example.org:5432/mlflow"
-    assert "secret" not in str(address.ui_hint("1", "abc"))
+    assert "secret" not in str(address.ui_command())
+    assert StoreAddress("https://ada:secret@example.org").page("#/x") == "https://***@example.org/#/x"
     assert str(StoreAddress("https://ada:secret@example.org")) == "https://***@example.org"
 
 
@@ -26,22 +27,20 @@ def test_the_default_store_opens_with_the_bare_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for uri in (f"sqlite:///{tmp_path}/mlflow.db", "sqlite:///mlflow.db"):
-        command, page = StoreAddress(uri).ui_hint("1", "abc")
-        assert command == "mlflow ui"
-        assert page == "http://127.0.0.1:5000/#/experiments/1/runs/abc?workflowType=machine_learning"
+        assert StoreAddress(uri).ui_command() == "mlflow ui"
+        assert StoreAddress(uri).page("#/x") == "http://127.0.0.1:5000/#/x"
         assert StoreAddress(uri).artifact_folder("bim") is None
 
 
 def test_another_database_keeps_its_files_beside_it(tmp_path: Path) -> None:
     address = StoreAddress(f"sqlite:///{tmp_path}/x.db")
     assert address.artifact_folder("my bim") == f"file://{tmp_path}/mlruns/my-bim"
-    command, _ = address.ui_hint("1", "abc")
-    assert command == f"mlflow ui --backend-store-uri 'sqlite:///{tmp_path}/x.db'"
+    assert address.ui_command() == f"mlflow ui --backend-store-uri 'sqlite:///{tmp_path}/x.db'"
 
 
-def test_a_server_opens_at_the_page_of_the_run() -> None:
-    hint = StoreAddress("http://host:5000/").ui_hint("3", "abc")
-    assert hint == (None, "http://host:5000/#/experiments/3/runs/abc?workflowType=machine_learning")
+def test_a_server_needs_no_command() -> None:
+    assert StoreAddress("http://host:5000/").ui_command() is None
+    assert StoreAddress("http://host:5000/").page("#/x") == "http://host:5000/#/x"
     assert StoreAddress("http://host:5000").artifact_folder("bim") is None
 
 

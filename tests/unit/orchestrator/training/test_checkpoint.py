@@ -60,6 +60,14 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
 
 
+def test_an_older_one_stays_where_it_is_asked_for(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1, is_kept=lambda step: step == 2)
+    for step in (1, 2, 3, 4):
+        commit(store, step)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
+    assert step_of(store) == 4
+
+
 def test_files_without_a_manifest_are_no_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = CheckpointStore(tmp_path)
     commit(store, 3)

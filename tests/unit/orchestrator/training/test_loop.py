@@ -12,7 +12,7 @@ from bim.orchestrator.data.phases import PhaseSpec, constant, phases_on
 from bim.orchestrator.training.callbacks import EpochReport, StopRequest
 from bim.orchestrator.training.checkpoint import CheckpointStore
 from bim.orchestrator.training.messages import StepRequest
-from tests.unit.orchestrator.training.stub_stages import CountingStages, Recorder, run
+from tests.unit.orchestrator.training.stub_stages import CountingStages, Recorder, run, schedule
 
 
 def test_every_step_is_submitted_once_in_order_and_the_end_is_saved(tmp_path: Path) -> None:
@@ -108,3 +108,23 @@ def test_the_pipeline_is_drained_where_a_phase_ends_and_its_last_step_is_saved(t
     assert [r.grad_accum_steps for r in stages.requests] == [1] * 10 + [2] * 10
     assert recorder.checkpoints == [10, 15]
     assert [e.epoch for e in recorder.epochs] == [1, 2, 3]
+
+
+def test_a_callback_that_has_seen_enough_ends_the_training_after_a_checkpoint(tmp_path: Path) -> None:
+    class Satisfied(Recorder):
+        def on_checkpoint(self, step: int) -> bool:
+            super().on_checkpoint(step)
+            return step == 8
+
+    recorder = Satisfied()
+    result = run(CountingStages(), tmp_path, recorder, window=0)
+    assert (result.step, result.stopped) == (8, None)
+    assert recorder.checkpoints == [4, 8]
+
+
+def test_a_run_that_is_scored_has_a_checkpoint_at_the_end_of_those_epochs(tmp_path: Path) -> None:
+    recorder = Recorder()
+    run(CountingStages(), tmp_path, recorder, checkpoint_epochs=3, score_epochs=2)
+    assert recorder.checkpoints == [10, 15]
+    scored = schedule(epochs=4, score_epochs=2)
+    assert [scored.scored_epoch(step) for step in (0, 5, 9, 10, 11, 20)] == [None, None, None, 2, None, None]

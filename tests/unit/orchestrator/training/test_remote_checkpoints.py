@@ -139,6 +139,13 @@ def test_only_the_newest_are_kept_and_other_runs_are_left_alone() -> None:
     assert [step_of(other) for other in others] == [1, 1]
 
 
+def test_an_older_one_stays_where_it_is_asked_for() -> None:
+    store = RemoteCheckpointStore(URL, keep=1, is_kept=lambda step: step == 2)
+    for step in (1, 2, 3, 4):
+        commit(store, step)
+    assert [step for step in (1, 2, 3, 4) if store.committed(step)] == [2, 4]
+
+
 def test_sizes_are_compared_without_a_download(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
