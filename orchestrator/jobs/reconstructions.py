@@ -12,18 +12,27 @@ import torch
 from torch import Tensor
 
 from bim.models.backbones.backbone import Backbone
+from bim.models.targets import PixelTarget, Target
 from bim.models.tokens import denormalize_images
 from bim.orchestrator.data.loader import BadImages, eval_images
 from bim.orchestrator.evaluation.inputs import EvalInputs
-from bim.orchestrator.reporting.figures.reconstruction import Reconstructions, reconstruction_figure
-from bim.orchestrator.reporting.figures.style import write_png
+from bim.orchestrator.reporting.figures.reconstruction import (
+    Reconstructions,
+    reconstruction_figure,
+    reconstruction_grid,
+)
+from bim.orchestrator.reporting.figures.style import data_name, write_png
 from bim.orchestrator.training.build import build_local_mim, mask_plans
 from bim.orchestrator.training.spec import PretrainSpec
 
 PICTURE_ROWS = 6
 
+GRID = "reconstructions"
+"""Name of the picture of all depths."""
 
-@torch.inference_mode()
+LENT = "each patch is shown with the mean and the variance of the true patch, which are no part of what is predicted"
+
+
 def save_all_reconstructions(
     spec: PretrainSpec,
     backbone: Backbone,
@@ -31,28 +40,72 @@ def save_all_reconstructions(
     inputs: EvalInputs,
     folder: Path,
     bad: dict[str, str],
+    title: str = "",
 ) -> dict[int, str]:
-    """One picture per block: test images masked, reconstructed by that block's decoder, and as they are.
+    """A picture of all depths, `reconstructions.png`, and one for every depth by itself, all of the same images.
 
     Args:
         weights: the whole `LocalMIM` state of every block.
         folder: where the pictures are written.
         bad: takes the images that cannot be read, by sample id, with the reason.
+        title: of all pictures, to which the images are added.
 
-    Returns depth -> file; nothing if none of these images can be read.
+    Returns depth -> file; nothing if none of these images can be read. Raises StorageError.
     """
-    splits, device = inputs.splits, inputs.device
-    candidates = splits.test if len(splits.test) else splits.train
-    rows = np.linspace(0, len(candidates) - 1, num=min(PICTURE_ROWS, len(candidates))).astype(int)
+    by_depth = reconstruct(spec, backbone, weights, inputs, bad)
+    if not by_depth:
+        return {}
+    write_png(reconstruction_grid(by_depth, _title(title, by_depth, inputs)), folder / f"{GRID}.png")
+    paths = {}
+    for depth, images in by_depth.items():
+        of_depth = _title(f"{title}, depth {depth}" if title else f"depth {depth}", {depth: images}, inputs)
+        path = folder / f"reconstruction_depth{depth:02d}.png"
+        paths[depth] = str(write_png(reconstruction_figure(images, of_depth), path))
+    return paths
+
+
+def save_reconstruction_grid(
+    spec: PretrainSpec,
+    backbone: Backbone,
+    weights: Sequence[dict[str, Tensor]],
+    inputs: EvalInputs,
+    path: Path,
+    bad: dict[str, str],
+    title: str,
+) -> bool:
+    """The picture of all depths alone, of any checkpoint: the same images under the same mask at every call.
+
+    Arguments as of `save_all_reconstructions`; path: of the picture. Returns whether any of the images can be read; only
+    then is it written. Raises StorageError.
+    """
+    by_depth = reconstruct(spec, backbone, weights, inputs, bad)
+    if by_depth:
+        write_png(reconstruction_grid(by_depth, _title(title, by_depth, inputs)), path)
+    return bool(by_depth)
+
+
+@torch.inference_mode()
+def reconstruct(
+    spec: PretrainSpec,
+    backbone: Backbone,
+    weights: Sequence[dict[str, Tensor]],
+    inputs: EvalInputs,
+    bad: dict[str, str],
+) -> dict[int, Reconstructions]:
+    """Depth -> what the decoder of its block reconstructs of `picture_images`, under the masks of the first step.
+
+    These masks depend on the seed alone. Nothing if none of these images can be read, which `bad` takes.
+    """
     met = BadImages()
-    batches = list(eval_images(inputs.source, candidates[rows], inputs.size, len(rows), met))
+    rows = picture_images(inputs)
+    batches = list(eval_images(inputs.source, rows, inputs.size, len(rows), met))
     bad.update(met.reasons)
     if not batches:
         return {}
-    _, pixels = batches[0]
-    images = inputs.normalized(torch.from_numpy(pixels))
+    device = inputs.device
+    images = inputs.normalized(torch.from_numpy(batches[0][1]))
     plans = mask_plans(spec, backbone, inputs.size, len(images), step=0, micro_step=0)
-    x, paths = images, {}
+    x, by_depth = images, {}
     for k, info in enumerate(backbone.blocks):
         plan = plans[k].to(device)
         module = build_local_mim(replace(spec, init_from=None), k, backbone)
@@ -66,18 +119,48 @@ def save_all_reconstructions(
         target = module.target(images)
         reconstruction = module.target.to_image(_all_tokens(predicted, masked, target), images)
         is_pixels = not spec.targets or spec.targets[k].name == "pixels"
-        reconstructions = Reconstructions(
+        by_depth[info.depth] = Reconstructions(
             original=_rgb(images, spec),
             predicted=_rgb(reconstruction, spec),
             masked=masked.cpu().numpy(),
             grid=plan.token_grid,
             target=None if is_pixels else _rgb(module.target.to_image(target, images), spec),
             thrown=thrown.cpu().numpy(),
+            lent=_lent(module.target),
         )
-        title = f"depth {info.depth}: {count} of {math.prod(plan.token_grid)} patches predicted"
-        figure = reconstruction_figure(reconstructions, title)
-        paths[info.depth] = str(write_png(figure, folder / f"reconstruction_depth{info.depth:02d}.png"))
-    return paths
+    return by_depth
+
+
+def picture_images(inputs: EvalInputs) -> np.ndarray:
+    """(n,) numbers of the images of all pictures, n at most `PICTURE_ROWS`: spread over the test split.
+
+    Over the train split if no image is kept for tests. The same for every checkpoint of a run.
+    """
+    splits = inputs.splits
+    candidates = splits.test if len(splits.test) else splits.train
+    rows = np.linspace(0, len(candidates) - 1, num=min(PICTURE_ROWS, len(candidates))).astype(int)
+    return candidates[rows]
+
+
+def shown_images(inputs: EvalInputs, count: int) -> str:
+    """`6 test images of digits`."""
+    split = "test" if len(inputs.splits.test) else "training"
+    return f"{count} {split} image{'s' * (count > 1)} of {data_name(inputs.source.name)}"
+
+
+def _title(title: str, by_depth: dict[int, Reconstructions], inputs: EvalInputs) -> str:
+    """The title with the images, and how many of their patches are predicted."""
+    first = next(iter(by_depth.values()))
+    shares = sorted({images.masked.shape[1] / math.prod(images.grid) for images in by_depth.values()})
+    predicted = f"{shares[0]:.0%}" + (
+        f" to {shares[-1]:.0%}" if f"{shares[0]:.0%}" != f"{shares[-1]:.0%}" else ""
+    )
+    images = f"{shown_images(inputs, len(first.original))}, {predicted} of the patches predicted"
+    return f"{title}: {images}" if title else images
+
+
+def _lent(target: Target) -> str:
+    return LENT if isinstance(target, PixelTarget) and target.normalize else ""
 
 
 def _all_tokens(predicted: Tensor, masked: Tensor, target: Tensor) -> Tensor:
