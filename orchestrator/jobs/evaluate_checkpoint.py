@@ -154,13 +154,7 @@ def _evaluate(task: EvaluationTask) -> EvaluationResult:
         export_decoder(decoder, out / "decoders" / f"block-{k}.safetensors")
     report_progress("reconstructions")
     pictures = save_all_reconstructions(
-        task.spec,
-        backbone,
-        weights,
-        inputs,
-        out / "pictures",
-        bad,
-        f"{task.card.run}, after step {task.step}",
+        task.spec, backbone, weights, inputs, out / "pictures", bad, task.card.run
     )
     return replace(result, folders=folders, pictures=pictures)
 

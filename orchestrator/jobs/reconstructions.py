@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bim.models.backbones.backbone import Backbone
+from bim.models.targets import PixelTarget, Target
 from bim.models.tokens import denormalize_images
 from bim.orchestrator.data.loader import BadImages, eval_images
 from bim.orchestrator.evaluation.inputs import EvalInputs
@@ -20,15 +21,16 @@ from bim.orchestrator.reporting.figures.reconstruction import (
     reconstruction_figure,
     reconstruction_grid,
 )
-from bim.orchestrator.reporting.figures.style import write_png
+from bim.orchestrator.reporting.figures.style import data_name, write_png
 from bim.orchestrator.training.build import build_local_mim, mask_plans
 from bim.orchestrator.training.spec import PretrainSpec
 
 PICTURE_ROWS = 6
 
+GRID = "reconstructions"
+"""Name of the picture of all depths."""
 
-LENT_STATISTICS = "patches are shown with the true patch's mean and deviation"
-"""What the title says where the target is normalized by patch: the prediction alone has neither."""
+LENT = "each patch is shown with the mean and the variance of the true patch, which are no part of what is predicted"
 
 
 def save_all_reconstructions(
@@ -40,24 +42,25 @@ def save_all_reconstructions(
     bad: dict[str, str],
     title: str = "",
 ) -> dict[int, str]:
-    """One picture per block: test images masked, reconstructed by that block's decoder, and as they are; and one of all.
+    """A picture of all depths, `reconstructions.png`, and one for every depth by itself, all of the same images.
 
     Args:
         weights: the whole `LocalMIM` state of every block.
         folder: where the pictures are written.
         bad: takes the images that cannot be read, by sample id, with the reason.
-        title: of the picture of all blocks, `reconstructions.png`.
+        title: of all pictures, to which the images are added.
 
-    Returns depth -> file of its own picture; nothing if none of these images can be read.
+    Returns depth -> file; nothing if none of these images can be read. Raises StorageError.
     """
-    by_depth = _reconstructions(spec, backbone, weights, inputs, bad)
+    by_depth = reconstruct(spec, backbone, weights, inputs, bad)
+    if not by_depth:
+        return {}
+    write_png(reconstruction_grid(by_depth, _title(title, by_depth, inputs)), folder / f"{GRID}.png")
     paths = {}
     for depth, images in by_depth.items():
-        text = f"depth {depth}: {images.masked.shape[1]} of {math.prod(images.grid)} patches predicted"
-        figure = reconstruction_figure(images, text)
-        paths[depth] = str(write_png(figure, folder / f"reconstruction_depth{depth:02d}.png"))
-    if by_depth:
-        _save_grid(spec, by_depth, folder / "reconstructions.png", title)
+        of_depth = _title(f"{title}, depth {depth}" if title else f"depth {depth}", {depth: images}, inputs)
+        path = folder / f"reconstruction_depth{depth:02d}.png"
+        paths[depth] = str(write_png(reconstruction_figure(images, of_depth), path))
     return paths
 
 
@@ -68,49 +71,39 @@ def save_reconstruction_grid(
     inputs: EvalInputs,
     path: Path,
     bad: dict[str, str],
-    title: str = "",
-) -> None:
-    """One picture of what every block reconstructs of the same images under the same mask, whenever it is made.
+    title: str,
+) -> bool:
+    """The picture of all depths alone, of any checkpoint: the same images under the same mask at every call.
 
-    Args:
-        path: of the picture; not written if none of the images can be read.
+    Arguments as of `save_all_reconstructions`; path: of the picture. Returns whether any of the images can be read; only
+    then is it written. Raises StorageError.
     """
-    by_depth = _reconstructions(spec, backbone, weights, inputs, bad)
+    by_depth = reconstruct(spec, backbone, weights, inputs, bad)
     if by_depth:
-        _save_grid(spec, by_depth, path, title)
-
-
-def _save_grid(spec: PretrainSpec, by_depth: dict[int, Reconstructions], path: Path, title: str) -> None:
-    images = by_depth[min(by_depth)]
-    lines = [title] if title else []
-    if images.target is None and _is_normalized(spec):
-        lines.append(LENT_STATISTICS)
-    write_png(reconstruction_grid(by_depth, "\n".join(lines)), path)
-
-
-def _is_normalized(spec: PretrainSpec) -> bool:
-    return not spec.targets or bool(spec.targets[0].args.get("normalize", True))
+        write_png(reconstruction_grid(by_depth, _title(title, by_depth, inputs)), path)
+    return bool(by_depth)
 
 
 @torch.inference_mode()
-def _reconstructions(
+def reconstruct(
     spec: PretrainSpec,
     backbone: Backbone,
     weights: Sequence[dict[str, Tensor]],
     inputs: EvalInputs,
     bad: dict[str, str],
 ) -> dict[int, Reconstructions]:
-    """Depth -> what the decoder of its block predicts of `PICTURE_ROWS` test images, masked as in the first step."""
-    splits, device = inputs.splits, inputs.device
-    candidates = splits.test if len(splits.test) else splits.train
-    rows = np.linspace(0, len(candidates) - 1, num=min(PICTURE_ROWS, len(candidates))).astype(int)
+    """Depth -> what the decoder of its block reconstructs of `picture_images`, under the masks of the first step.
+
+    These masks depend on the seed alone. Nothing if none of these images can be read, which `bad` takes.
+    """
     met = BadImages()
-    batches = list(eval_images(inputs.source, candidates[rows], inputs.size, len(rows), met))
+    rows = picture_images(inputs)
+    batches = list(eval_images(inputs.source, rows, inputs.size, len(rows), met))
     bad.update(met.reasons)
     if not batches:
         return {}
-    _, pixels = batches[0]
-    images = inputs.normalized(torch.from_numpy(pixels))
+    device = inputs.device
+    images = inputs.normalized(torch.from_numpy(batches[0][1]))
     plans = mask_plans(spec, backbone, inputs.size, len(images), step=0, micro_step=0)
     x, by_depth = images, {}
     for k, info in enumerate(backbone.blocks):
@@ -133,8 +126,41 @@ def _reconstructions(
             grid=plan.token_grid,
             target=None if is_pixels else _rgb(module.target.to_image(target, images), spec),
             thrown=thrown.cpu().numpy(),
+            lent=_lent(module.target),
         )
     return by_depth
+
+
+def picture_images(inputs: EvalInputs) -> np.ndarray:
+    """(n,) numbers of the images of all pictures, n at most `PICTURE_ROWS`: spread over the test split.
+
+    Over the train split if no image is kept for tests. The same for every checkpoint of a run.
+    """
+    splits = inputs.splits
+    candidates = splits.test if len(splits.test) else splits.train
+    rows = np.linspace(0, len(candidates) - 1, num=min(PICTURE_ROWS, len(candidates))).astype(int)
+    return candidates[rows]
+
+
+def shown_images(inputs: EvalInputs, count: int) -> str:
+    """`6 test images of digits`."""
+    split = "test" if len(inputs.splits.test) else "training"
+    return f"{count} {split} image{'s' * (count > 1)} of {data_name(inputs.source.name)}"
+
+
+def _title(title: str, by_depth: dict[int, Reconstructions], inputs: EvalInputs) -> str:
+    """The title with the images, and how many of their patches are predicted."""
+    first = next(iter(by_depth.values()))
+    shares = sorted({images.masked.shape[1] / math.prod(images.grid) for images in by_depth.values()})
+    predicted = f"{shares[0]:.0%}" + (
+        f" to {shares[-1]:.0%}" if f"{shares[0]:.0%}" != f"{shares[-1]:.0%}" else ""
+    )
+    images = f"{shown_images(inputs, len(first.original))}, {predicted} of the patches predicted"
+    return f"{title}: {images}" if title else images
+
+
+def _lent(target: Target) -> str:
+    return LENT if isinstance(target, PixelTarget) and target.normalize else ""
 
 
 def _all_tokens(predicted: Tensor, masked: Tensor, target: Tensor) -> Tensor:

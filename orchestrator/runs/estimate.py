@@ -304,10 +304,10 @@ def _evaluation_seconds(
     seconds_per_gmac = sum(times.stages) / trained
     visible = 1 - max(run.spec.mask_ratios) if run.backbone.encode == "visible" else 1.0
     forward_gmacs = sum(encoder for encoder, _ in gmacs) / visible * (len(gmacs) + 1) / 2
-    embedding_s = forward_gmacs * seconds_per_gmac
-    decoding_s = times.loading / phase.batch_size
-    scored = num_scores(run.settings) * min(
+    embedding_s, decoding_s = forward_gmacs * seconds_per_gmac, times.loading / phase.batch_size
+    scored = min(
         len(splits.train) + len(splits.val), images_of_a_score(run.settings, run.phases, run.total_steps)
     )
     latency_s = LATENCY_S * len(run.depths) if run.settings.evaluation.latency else 0.0
-    return (EVALUATED_SETS * images + scored) * embedding_s + (images + scored) * decoding_s + latency_s
+    while_training_s = num_scores(run.settings) * scored * (embedding_s + decoding_s)
+    return images * (EVALUATED_SETS * embedding_s + decoding_s) + while_training_s + latency_s

@@ -18,8 +18,15 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from bim.orchestrator.evaluation.metric_info import METRICS, same_scale
 from bim.orchestrator.files import atomic_write, make_folder
+from bim.orchestrator.text import redact
 
 DPI = 150
+
+MAX_NAME = 36
+"""Characters of the name of a run, and of its data, in a title."""
+
+TITLE_IN = 0.3
+"""Height of a title, in inches."""
 
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
 
@@ -38,6 +45,33 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
+
+
+def data_name(source: str) -> str:
+    """A source as titles name it: without credentials, of a path the last two parts, at most `MAX_NAME` characters."""
+    parts = [part for part in redact(source).rstrip("/").split("/") if part]
+    name = "/".join(parts[-2:]) or source
+    return name if len(name) <= MAX_NAME else f"...{name[3 - MAX_NAME :]}"
+
+
+def picture_title(run: str, source: str, images: str) -> str:
+    """`demo, digits, n = 359 test images`. images: how many a score is counted on, and of which split."""
+    name = run if len(run) <= MAX_NAME else f"...{run[3 - MAX_NAME :]}"
+    return f"{name}, {data_name(source)}, n = {images}"
+
+
+def add_title(figure: Figure, title: str) -> None:
+    """A line above all else, in space that is added to the figure; nothing for an empty one."""
+    if not title:
+        return
+    height = figure.get_figheight()
+    total = height + TITLE_IN
+    share, edges = height / total, figure.subplotpars
+    figure.set_figheight(total)
+    figure.subplots_adjust(top=edges.top * share, bottom=edges.bottom * share)
+    for legend in figure.legends:
+        legend.set_bbox_to_anchor((0, 0, 1, share), transform=figure.transFigure)
+    figure.text(0.5, 1 - 0.08 / total, title, ha="center", va="top", fontsize=10)
 
 
 def metric_panels(metric: str, height: float, top: float, bottom: float) -> tuple[Figure, dict[str, Axes]]:

@@ -18,13 +18,13 @@ from bim.orchestrator.reporting.figures.accuracy import accuracy_latency_figure
 from bim.orchestrator.reporting.figures.loss_curves import loss_curves_figure
 from bim.orchestrator.reporting.figures.pareto import pareto_figure
 from bim.orchestrator.reporting.figures.reconstruction import (
-    GAP_PX,
     GRAY,
     MIN_IMAGE_PX,
     Reconstructions,
     reconstruction_figure,
 )
 from bim.orchestrator.reporting.figures.style import write_png
+from bim.orchestrator.reporting.figures.tiles import GAP_PX
 from bim.orchestrator.search.results import SearchResult, TrialRow, TrialScore
 
 RAW = {"knn_top1": 0.98, "knn_top1_se": 0.007, "linear_top1": 0.966, "linear_top1_se": 0.01}
