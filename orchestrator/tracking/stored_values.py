@@ -38,7 +38,9 @@ def _values(client: MlflowClient, name: str) -> Iterator[tuple[str, object]]:
     for registered in client.search_registered_models(f"name LIKE '{name}-depth%'"):
         versions = client.search_model_versions(f"name = '{registered.name}'")
         versions = sorted(versions, key=lambda version: int(version.version))
-        yield f"models/{registered.name}", tuple(weights.get(version.model_id) for version in versions)
+        # The stores of MLflow leave `version.model_id` empty; the source is models:/MODEL_ID.
+        digests = (weights.get(version.source.removeprefix("models:/")) for version in versions)
+        yield f"models/{registered.name}", tuple(digests)
 
 
 def _run_values(client: MlflowClient, run: Run) -> Iterator[tuple[str, object]]:
