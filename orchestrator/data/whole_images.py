@@ -15,8 +15,8 @@ from bim.orchestrator.data.errors import DataWorkerError, ImageDecodeError
 from bim.orchestrator.data.prefetch import Prefetcher
 from bim.orchestrator.data.source import Source
 
-WORKERS_FROM_S = 10.0
-"""Seconds of decoding that must be left for workers to take it over: they take two or three to start."""
+WORKERS_FROM_S = 30.0
+"""Seconds of decoding that must be left for workers to take it over: they take seconds to start, on a busy machine many."""
 
 DECIDED_EVERY = 32
 """Images decoded in this process between two estimates of the seconds that are left."""
