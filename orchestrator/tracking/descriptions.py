@@ -148,6 +148,11 @@ def run_pages(experiment_id: str, run_id: str, losses: Sequence[str]) -> str:
     return f"[The depths of this run]({depths}); [the losses of all blocks in one chart]({chart})"
 
 
+def _column_px(column: str) -> int:
+    """Wide enough for the whole heading of a column such as metrics.`knn_top1`."""
+    return max(90, 25 + 8 * len(column.split("`")[1]))
+
+
 def runs_view(now: int) -> str:
     """A saved view of the runs table in the format of MLflow 3.15 and later: the depth variants of all runs, the best first.
 
@@ -162,7 +167,7 @@ def runs_view(now: int) -> str:
     state = {
         "selectedColumns": selected,
         "columnOrder": [*first, *selected],
-        "columnWidths": {first[0]: 280},
+        "columnWidths": {first[0]: 280} | {column: _column_px(column) for column in selected},
         "searchFilter": "tags.variant LIKE '%depth%'",
         "orderByKey": metrics[0],
         "orderByAsc": False,

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 TAGGED_PACKAGES = ("torch", "timm", "ray")
 """Packages whose versions are tags of the run; provenance.json has all of them."""
 
+MAX_PICTURE_PX = 840
+"""Width of a picture in a description; a wider one pushes the list of child runs out of a window of 1,440 pixels."""
+
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 FINISH_TIMEOUTS_S: dict[Status, float] = {"FINISHED": 600.0, "FAILED": 60.0, "KILLED": 12.0}
@@ -246,7 +249,8 @@ class Tracker:
             content = figure.read_bytes()
         else:
             png = io.BytesIO()
-            figure.savefig(png, format="png", dpi=120, bbox_inches="tight")
+            dpi = min(120.0, MAX_PICTURE_PX / figure.get_figwidth())
+            figure.savefig(png, format="png", dpi=dpi, bbox_inches="tight")
             content = png.getvalue()
         atomic_write(path, content)
         self.log_file(path, "pictures")
