@@ -149,14 +149,25 @@ def shown_images(inputs: EvalInputs, count: int) -> str:
 
 
 def _title(title: str, by_depth: dict[int, Reconstructions], inputs: EvalInputs) -> str:
-    """The title with the images, and how many of their patches are predicted."""
+    """The title with the images, how many of their patches are masked, and how many are predicted if that is fewer."""
     first = next(iter(by_depth.values()))
-    shares = sorted({images.masked.shape[1] / math.prod(images.grid) for images in by_depth.values()})
-    predicted = f"{shares[0]:.0%}" + (
-        f" to {shares[-1]:.0%}" if f"{shares[0]:.0%}" != f"{shares[-1]:.0%}" else ""
+    predicted = _shares([images.masked.shape[1] / math.prod(images.grid) for images in by_depth.values()])
+    masked = _shares(
+        [
+            (images.masked.shape[1] + (0 if images.thrown is None else images.thrown.shape[1]))
+            / math.prod(images.grid)
+            for images in by_depth.values()
+        ]
     )
-    images = f"{shown_images(inputs, len(first.original))}, {predicted} of the patches predicted"
+    fewer = f", {predicted} predicted and the rest left gray" if predicted != masked else ""
+    images = f"{shown_images(inputs, len(first.original))}, {masked} of the patches masked{fewer}"
     return f"{title}: {images}" if title else images
+
+
+def _shares(values: Sequence[float]) -> str:
+    """`75%`, or `60% to 75%` where depths differ."""
+    low, high = f"{min(values):.0%}", f"{max(values):.0%}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _lent(target: Target) -> str:

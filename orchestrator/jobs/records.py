@@ -15,10 +15,12 @@ from bim.orchestrator.distributed.placement import ClusterResources, StageLayout
 from bim.orchestrator.evaluation.records import DepthReport, EvaluationResult
 from bim.orchestrator.files import atomic_write
 from bim.orchestrator.jobs.backbone_run import BASELINE_SERIES, BackboneRun, clear_failure
+from bim.orchestrator.jobs.reconstructions import GRID
 from bim.orchestrator.jobs.search_job import search_due
 from bim.orchestrator.reporting.figures.accuracy import accuracy_latency_figure
 from bim.orchestrator.reporting.figures.loss_curves import loss_curves_figure
 from bim.orchestrator.reporting.figures.pareto import pareto_figure
+from bim.orchestrator.reporting.figures.style import add_title, picture_title
 from bim.orchestrator.reporting.log import log_to_file
 from bim.orchestrator.reporting.summary import render_table, summary_rows, write_summary
 from bim.orchestrator.runs.output_dir import Claim
@@ -34,6 +36,9 @@ from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.spec import Precision
 
 EVENTS = "events.log"
+
+SEARCH_PICTURE = "search_score_against_cost"
+"""Name of the picture of a search."""
 
 NAMED_BAD_IMAGES = 10
 """Unreadable images that the line about an evaluation names."""
@@ -276,7 +281,8 @@ def record_search(tracker: Tracker, result: SearchResult) -> None:
         tracker.log_file(tracker.out / FOLDER / name, FOLDER)
     figure = pareto_figure(result)
     if figure is not None:
-        tracker.log_picture(figure, "pareto")
+        add_title(figure, f"{result.images} images, {result.epochs} epochs a trial")
+        tracker.log_picture(figure, SEARCH_PICTURE)
     tags: dict[str, object] = {f"search.best.{key}": value for key, value in changes_of_best(result).items()}
     score = result.best.score
     tags |= {"search.trials": status_counts(result.rows), "search.best": f"trial {result.best.number}"}
@@ -298,15 +304,26 @@ def _record_summary(backbone: BackboneRun) -> str:
     if figure is not None:
         metric = "accuracy" if reports[0].knn_top1 is not None else "rankme"
         pictures.append(f"{metric}_against_latency")
+        counted = reports[0].n_test or reports[0].n_ranked
+        split = "test" if reports[0].n_test else "training"
+        add_title(
+            figure, picture_title(run.settings.name, run.settings.data.source, f"{counted} {split} images")
+        )
         tracker.log_picture(figure, pictures[-1])
     curves = {b.index: tracker.history(f"block{b.index}/loss") for b in run.backbone.blocks}
     pictures.append("loss_by_block")
-    tracker.log_picture(loss_curves_figure(curves), pictures[-1])
+    losses = loss_curves_figure(curves)
+    trained = f"{len(backbone.prepared.splits.train)} training images"
+    add_title(losses, picture_title(run.settings.name, run.settings.data.source, trained))
+    tracker.log_picture(losses, pictures[-1])
+    if (grid := run.out / "pictures" / f"{GRID}.png").exists():
+        tracker.log_file(grid, "pictures")
+        pictures.append(GRID)
     if means := _mean_scores(evaluation):
         tracker.log_metrics(backbone.tasks[0].step, means)
     search_note = ""
     if (searched := finished_search(run.out)) is not None:
-        pictures.append("pareto")
+        pictures.append(SEARCH_PICTURE)
         search_note = (
             f"\n\nThe search: {status_counts(searched.rows)}; {best_line(searched)}\n\n"
             f"{results_table(note_rows(searched))}"

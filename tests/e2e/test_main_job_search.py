@@ -106,10 +106,12 @@ def test_mlflow_shows_every_trial_and_every_depth(searched: tuple[Finished, Fini
     depths = [run.info.start_time for run in children if "variant" in run.data.tags]
     assert min(depths) > max(run.info.start_time for run in trials.values())  # above them in the list
     note = parent.data.tags["mlflow.note.content"]
-    assert note.index("pictures/accuracy_against_latency.png") < note.index("pictures/pareto.png")
+    assert note.index("pictures/accuracy_against_latency.png") < note.index(
+        "pictures/search_score_against_cost.png"
+    )
     assert "The search: 2 finished; best: trial" in note
-    assert "pictures/pareto.png" in note
-    assert (out / "pictures" / "pareto.png").stat().st_size > 5000
+    assert "pictures/search_score_against_cost.png" in note
+    assert (out / "pictures" / "search_score_against_cost.png").stat().st_size > 5000
 
 
 def test_a_finished_search_is_not_repeated(searched: tuple[Finished, Finished]) -> None:

@@ -21,8 +21,8 @@ STATUS_COLORS = {"finished": BLUE, "stopped early": ORANGE}
 def pareto_figure(result: SearchResult) -> Figure | None:
     """Metric of every trial against what a training image costs it, the front joined, every trial named.
 
-    None if no trial has a metric. Trials that were stopped early were trained for fewer epochs: such points are hollow
-    and never on the front.
+    None if no trial has a metric. Trials that were stopped early were trained for fewer epochs: such points are hollow,
+    named with their epochs, and never on the front. Bars are one standard error of an accuracy.
     """
     rows = [row for row in result.rows if row.score is not None and row.gflops is not None]
     if not rows:
@@ -47,7 +47,19 @@ def pareto_figure(result: SearchResult) -> Figure | None:
                 label=f"{status} ({len(group)})",
                 zorder=2,
             )
-    _name_trials(axes, rows, points, result.best.number if front else None)
+    errors = {row.number: result.error_of(row.score or 0.0) for row in rows}
+    for row in rows:
+        x, y = points[row.number]
+        if (error := errors[row.number]) is not None:
+            axes.errorbar(
+                x,
+                y,
+                metric.scale * error,
+                color=STATUS_COLORS.get(row.status, ORANGE),
+                elinewidth=0.9,
+                zorder=1,
+            )
+    _name_trials(axes, rows, points, result.best.number if front else None, result.epochs)
     axes.set_xlabel("forward GFLOPs per training image, mean over the epochs")
     axes.set_ylabel(f"{metric.name}, mean of all depths" + ", %" * metric.percent)
     axes.grid(color="0.9", linewidth=0.8)
@@ -58,13 +70,20 @@ def pareto_figure(result: SearchResult) -> Figure | None:
 
 
 def _name_trials(
-    axes: Axes, rows: Sequence[TrialRow], points: dict[int, tuple[float, float]], best: int | None
+    axes: Axes,
+    rows: Sequence[TrialRow],
+    points: dict[int, tuple[float, float]],
+    best: int | None,
+    epochs: int,
 ) -> None:
-    """Label the points towards the middle of the axes; trials at the same point share a label."""
+    """Label the points towards the middle of the axes; trials at the same point share a label. epochs: of a whole trial."""
     names: dict[tuple[float, float], list[str]] = {}
     for row in rows:
         name = (
-            f"trial {row.number}" + ", baseline config" * (row.number == 0) + ", best" * (row.number == best)
+            f"trial {row.number}"
+            + ", baseline config" * (row.number == 0)
+            + ", best" * (row.number == best)
+            + f", {row.epoch} of {epochs} epochs" * (row.epoch < epochs)
         )
         names.setdefault(points[row.number], []).append(name)
     costs = [x for x, _ in points.values()]

@@ -111,5 +111,5 @@ def test_an_evaluation_writes_a_picture_of_all_depths_and_one_of_each(
         "reconstruction_depth02.png",
     }
     assert (tmp_path / "reconstructions.png").exists()
-    images = "6 test images of digits, 50% of the patches predicted"
+    images = "6 test images of digits, 50% of the patches masked"
     assert titles == [f"run: {images}", f"run, depth 1: {images}", f"run, depth 2: {images}"]

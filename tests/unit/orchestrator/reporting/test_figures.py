@@ -211,7 +211,7 @@ def test_the_pareto_figure_names_every_trial_and_joins_the_front() -> None:
     assert figure is not None
     (axes,) = figure.axes
     names = {text.get_text() for text in axes.texts}
-    assert names == {"trial 0, baseline config", "trial 1, best", "trial 2", "trial 3"}
+    assert names == {"trial 0, baseline config", "trial 1, best", "trial 2", "trial 3, 2 of 4 epochs"}
     (line,) = axes.lines
     assert list(line.get_xdata()) == [0.5, 1.0]
     assert list(line.get_ydata()) == [40.0, 60.0]
