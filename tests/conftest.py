@@ -52,12 +52,13 @@ def own_tracking_uri() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def own_logging() -> Iterator[None]:
-    """A command that runs in this process configures the logger `bim`; the next test finds it as it was."""
+    """A command that runs in this process, also one for a fixture of many tests, configures the logger `bim` for itself."""
     logger = logging.getLogger("bim")
-    handlers, level = list(logger.handlers), logger.level
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
     yield
-    logger.handlers[:] = handlers
-    logger.setLevel(level)
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
 
 
 WITHOUT_RAY = (

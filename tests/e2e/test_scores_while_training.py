@@ -76,6 +76,7 @@ def test_mlflow_has_them_as_curves_of_every_depth(scored: Finished, store: str) 
     assert [point.step for point in mean] == steps
 
 
+@pytest.mark.slow
 def test_scoring_changes_no_weight(scored: Finished, tmp_path: Path, labeled: Path, store: str) -> None:
     plain = main_job(tmp_path / "run", labeled, store, **SCORED | {"evaluation__every_epochs": "0"})
     assert plain.status == 0, plain.stderr
@@ -83,6 +84,7 @@ def test_scoring_changes_no_weight(scored: Finished, tmp_path: Path, labeled: Pa
     assert differing(scored.out, plain.out) == []
 
 
+@pytest.mark.slow
 def test_a_training_that_brings_nothing_more_ends_early_with_its_best_checkpoint(
     tmp_path: Path, labeled: Path, store: str
 ) -> None:

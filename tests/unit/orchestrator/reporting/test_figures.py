@@ -212,9 +212,10 @@ def test_the_pareto_figure_names_every_trial_and_joins_the_front() -> None:
     (axes,) = figure.axes
     names = {text.get_text() for text in axes.texts}
     assert names == {"trial 0, baseline config", "trial 1, best", "trial 2", "trial 3, 2 of 4 epochs"}
-    (line,) = axes.lines
+    (line,) = [line for line in axes.lines if line.get_drawstyle() == "steps-post"]
     assert list(line.get_xdata()) == [0.5, 1.0]
     assert list(line.get_ydata()) == [40.0, 60.0]
+    assert len(axes.containers) == 4  # a bar of the standard error for every trial with a score
     assert legend(figure) == ["finished (3)", "stopped early (1)"]
     nothing = SearchResult("knn_top1", 100, 4, {}, rows=(trial(0, None, 1.0, "failed"),))
     assert pareto_figure(nothing) is None
