@@ -9,9 +9,9 @@ import pytest
 
 from bim.orchestrator.distributed.placement import PlacementError
 from bim.orchestrator.distributed.ray_stage_group import RayStages
-from bim.orchestrator.files import StorageError
 from bim.orchestrator.training import object_store
 from bim.orchestrator.training.callbacks import NullCallback
+from bim.orchestrator.training.errors import TrainingError
 from bim.orchestrator.training.object_store import ObjectStore
 from bim.orchestrator.training.remote_checkpoints import RemoteCheckpointStore, open_remote_folder
 from tests.integration import tiny
@@ -118,7 +118,7 @@ def test_a_storage_that_stays_away_ends_the_run_with_the_checkpoint_that_stays(
         forget_connections()
 
     store = RemoteCheckpointStore(URL, retry_for_s=0.5)
-    with pytest.raises(StorageError, match=r"first-1a2b/step-00000020-\w+ cannot be written to \(Endpoint"):
+    with pytest.raises(TrainingError, match=r"first-1a2b/step-00000020-\w+ cannot be written to \(Endpoint"):
         tiny.train(
             tiny.in_process(tiny.tiny_spec(2), 2), tmp_path, 20, 10, Breaks(10, goes_away), store=store
         )
@@ -158,6 +158,6 @@ def test_a_url_that_means_something_else_on_the_nodes_is_refused(tmp_path: Path)
     stages = RayStages(tiny.tiny_spec(2), tiny.data(), tiny.layout(2, 2), "memory://bucket/first-1a2b")
     try:
         with pytest.raises(PlacementError, match="has other content on the node of stage 0"):
-            stages.start()
+            stages.start(lambda: False)
     finally:
         stages.close()

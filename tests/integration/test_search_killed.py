@@ -64,6 +64,8 @@ def test_a_driver_that_is_killed_again_and_again_ends_with_the_result_of_the_unb
         return subprocess.Popen([sys.executable, "-c", PROGRAM, str(out)], cwd=Path(__file__).parents[2])
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for out in (whole, killed):
+        out.mkdir()
     assert start(whole).wait(timeout=300) == 0
     rng = random.Random(5)
     for moment in (1, 4, 7):
