@@ -32,19 +32,18 @@ from bim.orchestrator.runs.depth_scores import (
     write_scores,
 )
 from bim.orchestrator.runs.lease import LeaseLostError
+from bim.orchestrator.runs.output_dir import open_store
 from bim.orchestrator.runs.prepare import ResolvedRun
 from bim.orchestrator.runs.provenance import Machine
 from bim.orchestrator.runs.resolve import epochs_between_scores
 from bim.orchestrator.runs.train import training_schedule
 from bim.orchestrator.text import duration
+from bim.orchestrator.tracking.descriptions import SCORES_WHILE_TRAINING
 from bim.orchestrator.training.callbacks import EpochReport, StopRequest
 from bim.orchestrator.training.errors import ClusterLostError
 
 POLL_S = 0.5
 """Seconds between two looks at a task that the training waits for."""
-
-METRIC_NAMES = {"knn_top1": "val_knn_top1", "rankme": "train_rankme"}
-"""Metric -> its name in MLflow, which tells the split: the test split serves the end of the run alone."""
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +82,7 @@ class TrainingScores:
         self.every_epochs = epochs_between_scores(run.settings)
         self._schedule = replace(training_schedule(run, layout), score_epochs=self.every_epochs)
         self._patience = run.settings.evaluation.patience
-        self._scores = {score.step: score for score in read_scores(run.out)} if run.settings.resume else {}
+        self._scores = _scores_so_far(run) if run.settings.resume else {}
         self._pending: _Pending | None = None
         self._visible_gpus: str | None = None
         self._beside = True
@@ -127,6 +126,7 @@ class TrainingScores:
 
     def on_rewind(self, step: int) -> None:
         self._progress.on_rewind(step)
+        self._scores = {scored: scores for scored, scores in self._scores.items() if scored <= step}
         self._score_if_due(step)
 
     def finish(self) -> None:
@@ -221,7 +221,7 @@ class TrainingScores:
         line = scores_line(scores, self._run.settings.schedule.epochs)
         log.info(f"{line}{', the best so far' if is_best and len(self._scores) > 1 else ''}")
         self._progress.scores = depths_text(scores)
-        name = METRIC_NAMES[scores.metric]
+        name = SCORES_WHILE_TRAINING[scores.metric]
         tracker.log_depth_metrics(
             step, {depth: {name: value} for depth, value in scores.by_depth.items()}, self._series
         )
@@ -240,6 +240,13 @@ class TrainingScores:
         make_folder(path.parent)
         atomic_write(path, png)
         self._backbone.tracker.log_file(path, "pictures")
+
+
+def _scores_so_far(run: ResolvedRun) -> dict[int, DepthScores]:
+    """By step, up to the checkpoint that the run goes on from: later ones are of checkpoints that are gone."""
+    latest = open_store(run.out, run.record).latest()
+    step = 0 if latest is None else latest.step
+    return {score.step: score for score in read_scores(run.out) if score.step <= step}
 
 
 def scores_line(scores: DepthScores, epochs: int) -> str:

@@ -17,8 +17,8 @@ CURVE_POINTS = 500
 LEVEL_TAG = "level_with_best"
 """Tag of a variant, `yes` or `no`: whether its accuracy cannot be told from that of the best depth of its run."""
 
-SCORES_WHILE_TRAINING = ("val_knn_top1", "train_rankme")
-"""Metrics of a variant that is being trained, which has no others yet."""
+SCORES_WHILE_TRAINING = {"knn_top1": "val_knn_top1", "rankme": "train_rankme"}
+"""Metric -> its name on a variant that is being trained, which tells the split: the test split serves the end alone."""
 
 MAX_TABLE_ROWS = 50
 """Rows of a table in a description; MLflow takes 8,000 characters, and there are links and pictures behind it."""
@@ -159,7 +159,7 @@ def runs_view(now: int) -> str:
     MLflow's own page of models can be sorted by date only. now: milliseconds since 1970.
     """
     scores = [key for metric in QUALITY for key in (metric.key, *[f"{metric.key}_se"] * metric.percent)]
-    keys = [*scores, "latency_b1_ms", "latency_b64_ms", "params", "gflops", *SCORES_WHILE_TRAINING]
+    keys = [*scores, "latency_b1_ms", "latency_b64_ms", "params", "gflops", *SCORES_WHILE_TRAINING.values()]
     metrics = [f"metrics.`{key}`" for key in keys]
     level = f"tags.`{LEVEL_TAG}`"
     first = ["attributes.`Run Name`", "runDateAndNestInfo", "duration"]

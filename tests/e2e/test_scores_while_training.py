@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,12 @@ def test_a_training_that_brings_nothing_more_ends_early_with_its_best_checkpoint
     assert again.status == 0, again.stderr
     assert "epoch 4/6" not in again.stdout
     assert told in again.stdout
+
+    # Scores of checkpoints that are gone end nothing.
+    shutil.rmtree(out / "checkpoints")
+    fresh = main_job(out, labeled, store, **changes, checkpoint__keep="1", resume="true", from_scratch="true")
+    assert fresh.status == 0, fresh.stderr
+    assert score_lines(fresh.stdout) == ["1", "2", "3"]
 
 
 def test_without_labels_they_are_ranked(tmp_path: Path, store: str) -> None:
