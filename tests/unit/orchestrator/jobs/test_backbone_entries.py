@@ -65,14 +65,14 @@ def test_a_recipe_with_several_backbones_needs_no_single_one() -> None:
 
 def test_equal_names_are_told_apart_and_every_one_is_fit_for_a_folder() -> None:
     entries = backbone_entries(
-        settings([VIT, VIT, {"name": "hf-hub:timm/vit", "called": "wide"}, "hf-hub:timm/vit", "pictures"])
+        settings([VIT, VIT, {"name": "hf-hub:timm/vit", "alias": "wide"}, "hf-hub:timm/vit", "pictures"])
     )
     assert list(entries) == [VIT, f"{VIT}-2", "wide", "hf-hub-timm-vit", "pictures-2"]
     assert len({entry.out for entry in entries.values()}) == 5
 
 
 def test_a_name_that_is_taken_is_refused() -> None:
-    told = problem([{"name": VIT, "called": "same"}, {"name": SWIN, "called": "Same"}])
+    told = problem([{"name": VIT, "alias": "same"}, {"name": SWIN, "alias": "Same"}])
     assert told == "backbones: the name 'Same' is taken; give this one another alias"
 
 

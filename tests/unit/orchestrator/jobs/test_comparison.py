@@ -28,7 +28,7 @@ from bim.orchestrator.training.errors import TrainingError
 
 VIT = {
     "name": "vit_tiny_patch16_224",
-    "called": "vit",
+    "alias": "vit",
     "model_args": {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2},
     "blocks": 2,
 }
