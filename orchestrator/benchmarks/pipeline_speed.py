@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from bim.orchestrator.data.phases import constant
-from bim.orchestrator.distributed.actors import LoaderActor, StageActor
+from bim.orchestrator.distributed.loader_actor import LoaderActor
 from bim.orchestrator.distributed.placement import StageLayout, consecutive
 from bim.orchestrator.distributed.ray_stage_group import RayStages
+from bim.orchestrator.distributed.stage_actor import StageActor
 from bim.orchestrator.training.callbacks import NullCallback, StopRequest
 from bim.orchestrator.training.checkpoint import CheckpointStore
 from bim.orchestrator.training.loop import pretrain

@@ -1,4 +1,4 @@
-"""The Ray actors: a pipeline stage and the data loader, each in a process of its own."""
+"""What the Ray actors of a run have in common: where their process lives, and calls in it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,6 @@ from typing import TypeVar
 
 import psutil
 import ray
-
-from bim.orchestrator.data.loader import TrainBatches
-from bim.orchestrator.data.spec import DataSpec
-from bim.orchestrator.training.stage import Stage
-from bim.orchestrator.training.storage import exists
-from bim.orchestrator.training.transport import Payload
 
 Result = TypeVar("Result")
 
@@ -38,7 +32,9 @@ class ActorProcess:
     log: str | None
 
 
-class _Actor:
+class ProcessActor:
+    """What the actors of a run have in common."""
+
     def ping(self) -> ActorProcess:
         """Where this actor lives; returns once the process is up."""
         ip, host = ray.util.get_node_ip_address(), socket.gethostname()
@@ -53,37 +49,3 @@ class _Actor:
     def call(self, function: Callable[[], Result]) -> Result:
         """The result of `function()` in this process."""
         return function()
-
-
-class StageActor(_Actor, Stage):
-    """A stage in its own process."""
-
-    def path_exists(self, path: str) -> bool:
-        """Whether a file of the driver, by its path or URL, is visible on this node."""
-        return exists(path)
-
-
-class LoaderActor(_Actor):
-    """The training batches in their own process."""
-
-    def __init__(self, data: DataSpec) -> None:
-        self._data = data
-        self._batches: TrainBatches | None = None
-
-    def open(self) -> int:
-        """Open the data, with new worker processes if it was open. Returns the steps per epoch."""
-        self.close()
-        self._batches = self._data.train_batches()
-        return self._batches.steps_per_epoch
-
-    def batch(self, step: int, micro_step: int) -> tuple[Payload, tuple[tuple[tuple[str, str], ...], float]]:
-        """One micro-batch, uint8, for the stages; and (bad images, seconds of loading) for the driver."""
-        assert self._batches is not None, "call open before the first batch"
-        batch = self._batches.batch(step, micro_step)
-        return Payload("uint8", batch.images), (batch.bad, batch.load_s)
-
-    def close(self) -> None:
-        """End the worker processes."""
-        if self._batches is not None:
-            self._batches.close()
-        self._batches = None

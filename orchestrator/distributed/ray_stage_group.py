@@ -19,9 +19,10 @@ from ray.util.placement_group import PlacementGroup
 from bim.orchestrator.data.spec import DataSpec
 from bim.orchestrator.distributed.actor_failures import stage_failure
 from bim.orchestrator.distributed.actor_group import ActorGroup, wait_all
-from bim.orchestrator.distributed.actors import LoaderActor, StageActor
 from bim.orchestrator.distributed.cluster import raise_if_cluster_lost
+from bim.orchestrator.distributed.loader_actor import LoaderActor
 from bim.orchestrator.distributed.placement import PlacementError, StageLayout
+from bim.orchestrator.distributed.stage_actor import StageActor
 from bim.orchestrator.files import StorageError
 from bim.orchestrator.training.device_errors import breaks_device_context
 from bim.orchestrator.training.errors import (

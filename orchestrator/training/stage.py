@@ -1,4 +1,4 @@
-"""A pipeline stage: consecutive blocks on one device. Wrapped with `ray.remote` by `distributed/actors.py`."""
+"""A pipeline stage: consecutive blocks on one device. Wrapped with `ray.remote` by `distributed/stage_actor.py`."""
 
 from __future__ import annotations
 

@@ -213,7 +213,13 @@ def parquet_shards(root: Path) -> tuple[Path, str]:
     return root, "train-00000-of-00001.parquet row 17"
 
 
-@pytest.mark.parametrize("make", [nested_folder, parquet_shards], ids=["nested folder", "Parquet"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(nested_folder, id="nested folder", marks=pytest.mark.slow),
+        pytest.param(parquet_shards, id="Parquet"),
+    ],
+)
 def test_a_damaged_image_is_skipped_counted_and_named(
     tmp_path: Path, store: str, make: Callable[[Path], tuple[Path, str]]
 ) -> None:

@@ -24,6 +24,7 @@ from tests.e2e.command import (
 )
 
 SCORED = {"schedule__epochs": "6", "evaluation__every_epochs": "2"}
+BRIEF = {"schedule__epochs": "2", "evaluation__every_epochs": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -111,23 +112,22 @@ def test_a_training_that_brings_nothing_more_ends_early_with_its_best_checkpoint
     assert score_lines(fresh.stdout) == ["1", "2", "3"]
 
 
-def test_without_labels_they_are_ranked(tmp_path: Path, store: str) -> None:
-    images = image_folder(tmp_path / "images", "{number}.png", 60)
-    done = main_job(tmp_path / "run", images, store, **SCORED)
+def test_without_labels_they_are_ranked(tmp_path: Path, unlabeled: Path, store: str) -> None:
+    done = main_job(tmp_path / "run", unlabeled, store, **BRIEF)
     assert done.status == 0, done.stderr
-    assert re.search(r"^epoch 2/6  RankMe by depth .* of \d+ training images  \(", done.stdout, re.M)
+    assert re.search(r"^epoch 1/2  RankMe by depth .* of \d+ training images  \(", done.stdout, re.M)
 
 
 def test_a_score_that_fails_costs_a_line(
-    tmp_path: Path, labeled: Path, store: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, unlabeled: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(task: object) -> None:
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr("bim.orchestrator.jobs.training_scores.score_depths", broken)
-    done = main_job(tmp_path / "run", labeled, store, **SCORED)
+    done = main_job(tmp_path / "run", unlabeled, store, **BRIEF)
     assert done.status == 0, done.stderr
-    assert "epoch 2 cannot be scored: RuntimeError: out of luck; the training goes on" in done.stdout
+    assert "epoch 1 cannot be scored: RuntimeError: out of luck; the training goes on" in done.stdout
 
 
 @pytest.mark.slow

@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from bim.orchestrator.data.errors import DataError
-from bim.orchestrator.distributed.actors import StageActor
 from bim.orchestrator.distributed.placement import consecutive
 from bim.orchestrator.distributed.ray_stage_group import RayStages
+from bim.orchestrator.distributed.stage_actor import StageActor
 from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.errors import NonFiniteLossError, TrainingError
 from bim.orchestrator.training.messages import StepRequest
@@ -282,6 +282,7 @@ def test_a_stopped_process_is_killed_by_the_watchdog_and_costs_one_restart(
     assert differing(state(tmp_path / "here", 50), state(tmp_path, 50)) == []
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_told_with_its_signal_its_node_and_its_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

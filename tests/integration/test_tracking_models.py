@@ -20,6 +20,7 @@ from tests.integration.tracking import ARGS, export, open_tracker, record, steps
 pytestmark = pytest.mark.usefixtures("home")
 
 
+@pytest.mark.slow
 def test_a_registered_variant_opens_without_this_package(
     tmp_path: Path, home: Path, client: MlflowClient
 ) -> None:

@@ -116,6 +116,11 @@ def test_the_training_loop_and_the_stages_load_neither_ray_nor_mlflow_nor_pydant
     assert set(json.loads(done.stdout)) & set(ALONE) == set()
 
 
+def test_the_actor_that_loads_batches_starts_without_timm() -> None:
+    code = "import sys, bim.orchestrator.distributed.loader_actor; sys.exit('timm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_no_script_bears_the_name_of_another_module() -> None:
     # A script's folder comes first on the import path: `select.py` there would break `subprocess`.
     others = sys.stdlib_module_names | importlib.metadata.packages_distributions().keys()
