@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import safetensors.torch
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from bim.orchestrator.evaluation import metrics
 from bim.pipelines import bim_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,9 +65,17 @@ def arguments(*changes: Mapping[str, str]) -> list[str]:
 
 
 def call(argv: Sequence[str], out: Path = Path()) -> Finished:
-    """Run the command in this process."""
+    """Run the command in this process.
+
+    Its linear probes take few iterations: to the optimum they would take most of a tiny run.
+    """
     stdout, stderr = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
+        patch.setattr(metrics, "PROBE_ITERATIONS", 10)
         status = bim_pipeline.main(argv)
     return Finished(status, stdout.getvalue(), stderr.getvalue(), out)
 

@@ -25,3 +25,12 @@ def unlabeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unbroken(tmp_path_factory: pytest.TempPathFactory, unlabeled: Path, store: str) -> Finished:
     """A tiny run from its start to its end, in this process, with what it printed."""
     return main_job(tmp_path_factory.mktemp("unbroken") / "run", unlabeled, store)
+
+
+@pytest.fixture(scope="session")
+def brief(tmp_path_factory: pytest.TempPathFactory, unlabeled: Path, store: str) -> Finished:
+    """The same in two epochs: 10 steps, a checkpoint after the fifth and the last."""
+    changes = {"schedule__epochs": "2", "checkpoint__every_epochs": "1"}
+    done = main_job(tmp_path_factory.mktemp("brief") / "run", unlabeled, store, **changes)
+    assert done.status == 0, done.stderr
+    return done

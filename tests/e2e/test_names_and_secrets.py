@@ -20,6 +20,7 @@ SHORT = {"schedule__epochs": "2", "checkpoint__every_epochs": "1"}
 SECRET_URI = "http://ada:hunter2@store:5000/?token=hunter2"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "darwin", reason="the file system takes UTF-8 alone")
 def test_names_that_are_not_utf8_pass_through_the_run_and_its_resume(
     tmp_path: Path, unlabeled: Path, store: str

@@ -27,18 +27,10 @@ def sentence(done: Finished, status: int) -> str:
     return line.removeprefix("error: ")
 
 
-@pytest.fixture(scope="module")
-def brief(tmp_path_factory: pytest.TempPathFactory, unlabeled: Path, store: str) -> Path:
-    """A run of two epochs that has ended."""
-    done = main_job(tmp_path_factory.mktemp("brief") / "run", unlabeled, store, **SHORT)
-    assert done.status == 0, done.stderr
-    return done.out
-
-
 @pytest.fixture
-def finished(tmp_path: Path, brief: Path) -> Path:
+def finished(tmp_path: Path, brief: Finished) -> Path:
     """A run that has ended, to be spoiled."""
-    return Path(shutil.copytree(brief, tmp_path / "run"))
+    return Path(shutil.copytree(brief.out, tmp_path / "run"))
 
 
 def test_a_directory_that_another_process_holds_is_refused_and_the_process_named(finished: Path) -> None:
@@ -127,9 +119,9 @@ def test_a_full_disk_is_a_sentence_with_the_checkpoint_that_stays(
 
 @pytest.mark.slow
 def test_a_run_is_resumed_without_the_weights_that_it_began_with(
-    tmp_path: Path, brief: Path, unlabeled: Path, store: str
+    tmp_path: Path, brief: Finished, unlabeled: Path, store: str
 ) -> None:
-    weights = Path(shutil.copytree(brief / "variants" / "depth04", tmp_path / "weights"))
+    weights = Path(shutil.copytree(brief.out / "variants" / "depth04", tmp_path / "weights"))
     done = main_job(tmp_path / "run", unlabeled, store, init_from=str(weights), **SHORT)
     assert done.status == 0, done.stderr
     shutil.rmtree(weights)

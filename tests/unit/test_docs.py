@@ -109,7 +109,9 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted(listed(config["nav"])) == [page.name for page in PAGES]
 
 
-@pytest.mark.parametrize("name", ["architecture.md", "python-api.md"])
+@pytest.mark.parametrize(
+    "name", ["architecture.md", pytest.param("python-api.md", marks=pytest.mark.slow, id="python-api.md")]
+)
 def test_code_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block that begins with the name of a file, `# my_parts.py`, is that file in the working directory."""
     from bim.models.decoders import DECODERS
