@@ -8,7 +8,7 @@ the train split takes their place. Random initialization and truncations of anot
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,9 @@ RAW_PIXELS = "raw pixels"
 RAW_VALUES = 2**28
 """Pixel values of a split held at once (float32, 1 GiB): of more images a part is drawn from the seed."""
 
+OnTrainFeatures = Callable[[Mapping[str, SplitFeatures]], None]
+"""Takes the embeddings of training images by the name of the set."""
+
 log = logging.getLogger(__name__)
 
 
@@ -62,6 +65,7 @@ def evaluate_sets(
     bad: dict[str, str] | None = None,
     untimed: Collection[str] = (),
     with_raw_pixels: bool = False,
+    on_train_features: OnTrainFeatures | None = None,
 ) -> tuple[dict[str, list[DepthReport]], Scores | None]:
     """Measure several sets of models, such as trained ones and random starts. Each image is decoded once for all of them.
 
@@ -71,6 +75,7 @@ def evaluate_sets(
         bad: takes the unreadable images, by sample id.
         untimed: sets without latencies, whatever the configuration says.
         with_raw_pixels: also score raw pixels, where there are labels (`raw_pixels`).
+        on_train_features: called with the embeddings of training images by set, before they are scored and let go.
 
     Returns the reports of every set by depth, and the scores of raw pixels. Without labels RankMe is measured in place of
     the accuracies.
@@ -89,12 +94,12 @@ def evaluate_sets(
         embedder_sets = {name: EmbedderSet(by_depth, MAX_IMAGES) for name, by_depth in embedders.items()}
         if with_raw_pixels:
             embedder_sets[RAW_PIXELS] = _raw_pixel_set(inputs.size)
-        scores = _scores(embedder_sets, inputs, bad)
+        scores = _scores(embedder_sets, inputs, bad, on_train_features)
         if with_raw_pixels:
             raw = scores.pop(RAW_PIXELS)[0]
         metrics = {name: _measured(by_depth) for name, by_depth in scores.items()}
     else:
-        ranks = _ranks(embedders, inputs, bad, RANKME_IMAGES)
+        ranks = _ranks(embedders, inputs, bad, RANKME_IMAGES, on_train_features)
         metrics = {
             name: {depth: {"rankme": rank, "n_ranked": count} for depth, rank in by_depth.items()}
             for name, (by_depth, count) in ranks.items()
@@ -156,11 +161,14 @@ def _ranks(
     inputs: EvalInputs,
     bad: dict[str, str] | None,
     limit: int,
+    on_train_features: OnTrainFeatures | None = None,
 ) -> dict[str, tuple[dict[int, float], int]]:
     """RankMe of every embedder of every set by depth, and the number of training images that it is computed on."""
     sets = {name: EmbedderSet(by_depth, limit) for name, by_depth in embedders.items()}
     with part("the train split"):
         features = extract_sets(sets, inputs, inputs.splits.train, bad)
+    if on_train_features is not None:
+        on_train_features(features)
     return {
         name: ({depth: rankme(x.to(inputs.device)) for depth, x in one.by_depth.items()}, len(one.indices))
         for name, one in features.items()
@@ -168,12 +176,17 @@ def _ranks(
 
 
 def _scores(
-    sets: Mapping[str, EmbedderSet], inputs: EvalInputs, bad: dict[str, str] | None = None
+    sets: Mapping[str, EmbedderSet],
+    inputs: EvalInputs,
+    bad: dict[str, str] | None = None,
+    on_train_features: OnTrainFeatures | None = None,
 ) -> dict[str, dict[int, Scores]]:
     """Every embedding of every set fitted on the train split and scored on the test split, by name and depth."""
     source, splits = inputs.source, inputs.splits
     with part("the train split"):
         train = extract_sets(sets, inputs, labeled(source, splits.train), bad)
+    if on_train_features is not None:
+        on_train_features(train)
     with part("the test split"):
         test = extract_sets(sets, inputs, labeled(source, splits.test), bad)
     scores = {}

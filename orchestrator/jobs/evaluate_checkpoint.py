@@ -26,6 +26,7 @@ from bim.orchestrator.evaluation.records import EvalConfig, EvaluationResult
 from bim.orchestrator.export.model_card import CardFacts
 from bim.orchestrator.export.timm_folder import export_decoder, export_variant, folder_name, rewrite_card
 from bim.orchestrator.files import make_folder, storage_errors
+from bim.orchestrator.jobs.neighbors import NeighborPicture
 from bim.orchestrator.jobs.reconstructions import save_all_reconstructions
 from bim.orchestrator.runs.checkpoints import committed_folder
 from bim.orchestrator.runs.prepare import ResolvedRun
@@ -133,7 +134,15 @@ def _evaluate(task: EvaluationTask) -> EvaluationResult:
     sets = {TRAINED: variants}
     if task.with_baselines:
         sets[RANDOM] = random_variants(task.spec, backbone, task.depths)
-    reports, raw = evaluate_sets(sets, inputs, bad, untimed={RANDOM}, with_raw_pixels=task.with_baselines)
+    neighbors = NeighborPicture(variants, inputs, bad)
+    reports, raw = evaluate_sets(
+        sets,
+        inputs,
+        bad,
+        untimed={RANDOM},
+        with_raw_pixels=task.with_baselines,
+        on_train_features=lambda train: neighbors.search(train[TRAINED]),
+    )
     measured, random = tuple(reports[TRAINED]), tuple(reports.get(RANDOM, ()))
     result, folders = EvaluationResult(measured, random, raw.metrics() if raw else {}, bad_images=bad), {}
     for name in ("variants", "decoders"):  # an output directory that is gone by now is not made again
@@ -152,7 +161,8 @@ def _evaluate(task: EvaluationTask) -> EvaluationResult:
             if name.startswith("decoder.")
         }
         export_decoder(decoder, out / "decoders" / f"block-{k}.safetensors")
-    report_progress("reconstructions")
+    report_progress("pictures")
+    neighbors.save(out / "pictures", task.card.run)
     pictures = save_all_reconstructions(
         task.spec, backbone, weights, inputs, out / "pictures", bad, task.card.run
     )

@@ -29,15 +29,14 @@ from bim.orchestrator.jobs.comparison import (
 )
 from bim.orchestrator.jobs.cost import log_estimate
 from bim.orchestrator.jobs.layouts import shared_layouts, single_layouts
-from bim.orchestrator.jobs.prepare import PreparedJob
-from bim.orchestrator.jobs.records import (
+from bim.orchestrator.jobs.open_backbone import (
     describe_beginning,
     log_settings,
     open_backbone_run,
-    record_progress,
-    record_search,
     write_settings,
 )
+from bim.orchestrator.jobs.prepare import PreparedJob
+from bim.orchestrator.jobs.records import record_progress, record_search
 from bim.orchestrator.jobs.search_job import run_search, search_due
 from bim.orchestrator.jobs.train_backbones import train_backbones
 from bim.orchestrator.reporting.closing import closing_lines, following_lines, several_closing_lines
@@ -262,4 +261,4 @@ def _search(backbone: BackboneRun, cluster: ClusterResources, stop: StopRequest)
         log_settings(best.run, backbone.tracker, write_settings(best.run))
     searched = finished_search(run.out)
     if searched is not None:
-        record_search(backbone.tracker, searched)
+        record_search(backbone.tracker, backbone.prepared.run, searched)

@@ -29,7 +29,7 @@ from bim.orchestrator.evaluation.records import EvaluationResult
 from bim.orchestrator.jobs.backbone_run import BackboneRun, scores_line
 from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, evaluate_checkpoint, evaluation_task
 from bim.orchestrator.jobs.measuring import MeasuringLines, ProgressFile, evaluate_with_progress
-from bim.orchestrator.jobs.records import begin_variants
+from bim.orchestrator.jobs.record_variants import begin_variants
 from bim.orchestrator.jobs.remote_evaluation import evaluate_and_send, receive
 from bim.orchestrator.jobs.training_scores import TrainingScores
 from bim.orchestrator.reporting.console import Progress

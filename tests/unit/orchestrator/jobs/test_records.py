@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from bim.orchestrator.evaluation.records import EvaluationResult
-from bim.orchestrator.jobs.records import NAMED_BAD_IMAGES, report_bad_images
+from bim.orchestrator.jobs.record_variants import NAMED_BAD_IMAGES, report_bad_images
 
 
 def evaluation(count: int) -> EvaluationResult:
