@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+LOCK = "lock"
+"""File in a temporary folder, locked as long as its process lives."""
 
 
 class StorageError(OSError):
@@ -64,6 +69,32 @@ def remove_temporary_files(out: Path) -> None:
                 shutil.rmtree(temporary, ignore_errors=True)
             with suppress(OSError):
                 temporary.unlink()
+
+
+@contextmanager
+def temporary_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
+    """A folder that is removed at the end. Those of processes that were killed are removed first.
+
+    It holds a file, `lock`. parent: the folder that it is made in; None: the system's for temporary files.
+    """
+    parent = parent or Path(tempfile.gettempdir())
+    remove_stale_folders(prefix, parent)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    try:
+        # Held as long as this process lives, and not inherited.
+        with open(folder / LOCK, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_stale_folders(prefix: str, parent: Path) -> None:
+    """Remove what `temporary_folder` made for processes that were killed."""
+    for lock_file in parent.glob(f"{prefix}*/{LOCK}"):
+        with suppress(OSError), open(lock_file, "r+") as lock:  # those of other users are not readable
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock_file.parent, ignore_errors=True)
 
 
 def make_folder(path: Path) -> None:

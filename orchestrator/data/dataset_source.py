@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bim.orchestrator.data.decode import DECODER_ERRORS, decoder_message, image_to_rgb
+from bim.orchestrator.data.decode import DECODER_ERRORS, decode_error, decoder_message, image_to_rgb
 from bim.orchestrator.data.errors import DataError, ImageDecodeError
 
 MAX_LABEL_READS = 10_000
@@ -70,7 +70,7 @@ class DatasetSource:
         try:
             return _rgb(_image(self._dataset[index]))
         except DECODER_ERRORS as error:
-            raise ImageDecodeError(self.sample_id(index), decoder_message(error)) from error
+            raise decode_error(self.sample_id(index), error) from error
 
     def sample_id(self, index: int) -> str:
         return f"{self.name} {index}"

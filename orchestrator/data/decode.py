@@ -17,7 +17,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from bim.orchestrator.data.errors import ImageDecodeError
+from bim.orchestrator.data.errors import DataError, ImageDecodeError, is_exhausted, system_reason
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb (2 x 1 GiB / 4 / 3), kept if a user lifts Pillow's
 # No other format is tried: some of Pillow's readers start programs (EPS), and data from the internet is not trusted
@@ -51,6 +51,13 @@ def decode_rgb(data: bytes, sample_id: str) -> Tensor:
         raise ImageDecodeError(sample_id, f"its bytes are none of {', '.join(FORMATS)}") from error
     except DECODER_ERRORS as error:
         raise ImageDecodeError(sample_id, decoder_message(error)) from error
+
+
+def decode_error(sample_id: str, error: Exception) -> ImageDecodeError | DataError:
+    """The error for one of `DECODER_ERRORS`: of the image, unless a limit of the system keeps any image from being read."""
+    if isinstance(error, OSError) and is_exhausted(error):
+        return DataError(f"{sample_id} cannot be read: {system_reason(error)}")
+    return ImageDecodeError(sample_id, decoder_message(error))
 
 
 def decoder_message(error: Exception) -> str:

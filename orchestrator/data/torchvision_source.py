@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from bim.orchestrator.data.dataset_source import labels_of
-from bim.orchestrator.data.decode import DECODER_ERRORS, decoder_message, image_to_rgb
-from bim.orchestrator.data.errors import DataError, ImageDecodeError
+from bim.orchestrator.data.decode import DECODER_ERRORS, decode_error, image_to_rgb
+from bim.orchestrator.data.errors import DataError
 
 DEFAULT_ROOT = "data"
 
@@ -89,7 +89,7 @@ class TorchvisionSource:
                 raise ValueError(f"it is a {type(image).__name__}, not an image")
             return image_to_rgb(image)
         except DECODER_ERRORS as error:
-            raise ImageDecodeError(self.sample_id(index), decoder_message(error)) from error
+            raise decode_error(self.sample_id(index), error) from error
 
     def sample_id(self, index: int) -> str:
         return f"{self._dataset} {index}"

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from bim.orchestrator.distributed.actor_failures import exit_reason
 from bim.orchestrator.distributed.cluster_watch import ClusterWatch, is_reachable
 from bim.orchestrator.distributed.local_ray import ClusterError, local_ray
-from bim.orchestrator.distributed.placement import ClusterResources, StageLayout
+from bim.orchestrator.distributed.placement import ClusterResources, PlacementError, StageLayout
 from bim.orchestrator.signal_masks import kept_signal_handlers
 from bim.orchestrator.training.errors import ClusterLostError, TrainingError
 
@@ -101,15 +101,28 @@ def raise_if_cluster_lost() -> None:
         raise ClusterLostError(_watch.sentence)
 
 
-def run_on_worker(function: Callable[..., Result], layout: StageLayout, *args: object) -> Result:
+def run_on_worker(
+    function: Callable[..., Result], layout: StageLayout, *args: object, within_s: float | None = None
+) -> Result:
     """Run `function(*args)` where the stages ran: on a GPU if they had one, on any node with CPUs for stages if there are
     several nodes, else in this process. Returns its result.
+
+    within_s: seconds that it may take with the wait for a free node; None: any.
+
+    Raises:
+        PlacementError: it took longer.
     """
     if layout.gpus == 0 and len(alive_nodes()) <= 1:
         return function(*args)
     # The head of a cluster that gives Ray no CPUs gets no tasks.
     options = {"num_cpus": max(0.01, layout.cpus), "num_gpus": min(1.0, layout.gpus), "max_retries": 0}
-    result: Result = result_of(ray.remote(function).options(**options).remote(*args))
+    reference = ray.remote(function).options(**options).remote(*args)
+    if within_s is not None and not ray.wait([reference], timeout=within_s, fetch_local=False)[0]:
+        ray.cancel(reference, force=True)
+        raise PlacementError(
+            f"no GPU of the cluster became free within {within_s:.0f} s; end other jobs, or raise placement.wait_s"
+        )
+    result: Result = result_of(reference)
     return result
 
 
@@ -127,11 +140,15 @@ def run_in_bundle(
     bundle = PlacementGroupSchedulingStrategy(placement_group, placement_group_bundle_index=0)
     options = {"num_cpus": layout.cpus, "num_gpus": min(1.0, layout.gpus), "max_retries": 2}
     reference = ray.remote(function).options(scheduling_strategy=bundle, **options).remote(*args)
-    while not ray.wait([reference], timeout=0.5, fetch_local=False)[0]:
-        raise_if_cluster_lost()
-        if should_cancel():
-            ray.cancel(reference, force=True)
-            return None
+    try:
+        while not ray.wait([reference], timeout=0.5, fetch_local=False)[0]:
+            raise_if_cluster_lost()
+            if should_cancel():
+                ray.cancel(reference, force=True)
+                return None
+    except Exception:
+        ray.cancel(reference, force=True)
+        raise
     result: Result = result_of(reference)
     return result
 

@@ -5,14 +5,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
 import secrets
-import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
@@ -21,6 +18,7 @@ from pathlib import Path
 
 import psutil
 
+from bim.orchestrator.files import temporary_folder
 from bim.orchestrator.signal_masks import blocked_in_children, kept_signal_handlers
 from bim.orchestrator.text import first_line
 
@@ -40,7 +38,7 @@ SOCKET_BELOW_TEMP = len("/session_2026-01-01_00-00-00_000000_4194304/sockets/pla
 
 TOKEN_FILE = Path("~/.ray/auth_token")
 
-PRIVATE_TEMP_PREFIX, LOCK = "bim-ray-", "lock"
+PRIVATE_TEMP_PREFIX = "bim-ray-"
 
 SHORT_PARENTS = ("/tmp", "/var/tmp", "/dev/shm")
 
@@ -92,24 +90,9 @@ def short_temp_dir(environment: Mapping[str, str] = os.environ) -> Iterator[str 
     if parent is None:
         yield None  # Ray itself says what is wrong
         return
-    remove_stale_temp_dirs(Path(parent))
-    folder = tempfile.mkdtemp(prefix=PRIVATE_TEMP_PREFIX, dir=parent)
-    log.debug("Ray's sockets and logs are in %s: %s is too long for them, or not writable", folder, usual)
-    try:
-        # Held as long as this process lives, and not inherited.
-        with open(Path(folder) / LOCK, "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove_stale_temp_dirs(parent: Path) -> None:
-    """Remove the directories of `short_temp_dir` whose process was killed."""
-    for lock_file in parent.glob(f"{PRIVATE_TEMP_PREFIX}*/{LOCK}"):
-        with suppress(OSError), open(lock_file, "r+") as lock:  # those of other users are not readable
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock_file.parent, ignore_errors=True)
+    with temporary_folder(PRIVATE_TEMP_PREFIX, Path(parent)) as folder:
+        log.debug("Ray's sockets and logs are in %s: %s is too long for them, or not writable", folder, usual)
+        yield str(folder)
 
 
 def start_error(error: BaseException, store_bytes: int) -> str:
@@ -151,6 +134,7 @@ def local_ray() -> Iterator[None]:
 
     driver = psutil.Process()
     others = {child.pid for child in driver.children()}
+    daemons: list[psutil.Process] | None = None  # processes that the user starts later are none of Ray's
     free = psutil.virtual_memory().available
     store_bytes = int(min(OBJECT_STORE_MAX, max(OBJECT_STORE_MIN, free * OBJECT_STORE_FRACTION)))
     with short_temp_dir() as temp_dir:
@@ -173,17 +157,22 @@ def local_ray() -> Iterator[None]:
                     if not attempts_left or "timed out during startup" not in str(error):
                         raise ClusterError(start_error(error, store_bytes)) from error
                     log.info("Ray is slow to start on this machine; starting it again")
-                    _end(driver, others)
+                    _end(_started(driver, others))
+            daemons = _started(driver, others)
             yield
         finally:
-            _end(driver, others)
+            _end(_started(driver, others) if daemons is None else daemons)
 
 
-def _end(driver: psutil.Process, others: Collection[int]) -> None:
+def _started(driver: psutil.Process, others: Collection[int]) -> list[psutil.Process]:
+    """The processes that this one has started beside `others`."""
+    return [child for child in driver.children() if child.pid not in others]
+
+
+def _end(daemons: list[psutil.Process]) -> None:
     """Disconnect, and kill what Ray started: its daemons do not see SIGTERM, and `ray.shutdown` waits a second for each."""
     import ray
 
-    daemons = [child for child in driver.children() if child.pid not in others]
     family = daemons + [process for daemon in daemons for process in _below(daemon)]
 
     def kill() -> None:

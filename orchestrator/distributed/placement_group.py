@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -21,6 +23,8 @@ from bim.orchestrator.distributed.cluster import (
 from bim.orchestrator.distributed.placement import PlacementError, StageLayout
 
 POLL_INTERVAL_S = 1  # Ray takes whole seconds
+
+log = logging.getLogger(__name__)
 
 
 def release_placement_group(group: PlacementGroup) -> None:
@@ -66,6 +70,43 @@ def create_placement_group(
         release_placement_group(group)
         raise
     return group
+
+
+class LostNodeWatch:
+    """While a task in a placement group is waited for: says that a node of the group is lost, and how long is waited.
+
+    Ray keeps such a task, without a word, until there is another node.
+    """
+
+    def __init__(self, group: PlacementGroup, wait_s: float, action: str) -> None:
+        """action: what the task does, as in "measuring"."""
+        self._group, self._wait_s, self._action = group, wait_s, action
+        self._looked = self._lost_since = -math.inf
+
+    def check(self) -> None:
+        """Look, at most once a second.
+
+        Raises:
+            PlacementError: the node is lost for longer than `wait_s`.
+        """
+        now = time.monotonic()
+        if now - self._looked < POLL_INTERVAL_S:
+            return
+        self._looked = now
+        if not has_lost_bundles(self._group):
+            self._lost_since = -math.inf
+        elif self._lost_since == -math.inf:
+            self._lost_since = now
+            log.warning(
+                "a node of the run is lost while %s; waiting up to %.0f s for another",
+                self._action,
+                self._wait_s,
+            )
+        elif now - self._lost_since > self._wait_s:
+            raise PlacementError(
+                f"a node of the run is lost while {self._action}, and no other came within {self._wait_s:.0f} s; raise "
+                "placement.wait_s if replacing a lost node takes longer"
+            )
 
 
 def has_lost_bundles(group: PlacementGroup) -> bool:

@@ -74,11 +74,15 @@ def _stream(
         .remote(*args)
     )
     while True:
-        while not ray.wait([items], timeout=0.5, fetch_local=False)[0]:
-            raise_if_cluster_lost()
-            if should_cancel():
-                ray.cancel(items, force=True)
-                return
+        try:
+            while not ray.wait([items], timeout=0.5, fetch_local=False)[0]:
+                raise_if_cluster_lost()
+                if should_cancel():
+                    ray.cancel(items, force=True)
+                    return
+        except Exception:
+            ray.cancel(items, force=True)
+            raise
         try:
             reference = next(items)
         except StopIteration:

@@ -15,7 +15,7 @@ import numpy as np
 from bim.orchestrator.evaluation.progress import reported_to
 from bim.orchestrator.evaluation.records import EvaluationResult
 from bim.orchestrator.export.timm_folder import check_replaceable
-from bim.orchestrator.files import atomic_write, make_folder, storage_errors
+from bim.orchestrator.files import atomic_write, make_folder, storage_errors, temporary_folder
 from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, evaluate_checkpoint
 
 PROGRESS_INTERVAL_S = 2.0
@@ -40,14 +40,16 @@ def evaluate_and_send(task: EvaluationTask) -> Iterator[str | SentFile | Evaluat
 
     Yields a few words of progress now and then, the files, then the result with paths relative to that folder.
     """
-    with TemporaryDirectory(prefix="bim-evaluation-") as folder, ThreadPoolExecutor(1) as executor:
+    with temporary_folder("bim-evaluation-") as parent, ThreadPoolExecutor(1) as executor:
+        folder = parent / "out"
+        folder.mkdir()
         progress: deque[str] = deque(maxlen=1)
-        evaluation = executor.submit(_evaluate, replace(task, out=folder), progress)
+        evaluation = executor.submit(_evaluate, replace(task, out=str(folder)), progress)
         while not wait([evaluation], timeout=PROGRESS_INTERVAL_S).done:
             with suppress(IndexError):
                 yield progress.pop()
         result = evaluation.result()
-        for path in sorted(Path(folder).rglob("*")):
+        for path in sorted(folder.rglob("*")):
             if path.is_file():
                 yield SentFile(str(path.relative_to(folder)), np.fromfile(path, np.uint8))
         yield replace(

@@ -19,6 +19,7 @@ import torch
 from bim.orchestrator.distributed.cluster import run_in_bundle
 from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.distributed.placement_group import (
+    LostNodeWatch,
     PlacementGroup,
     create_placement_group,
     release_placement_group,
@@ -265,17 +266,23 @@ def _evaluate(
         # Others compute on the same device.
         backbone.latency_pending = True
         task = replace(task, evaluation=replace(task.evaluation, latency=False))
+    watch = LostNodeWatch(placement_group, placement_timeout_s(backbone.prepared.run.settings), "measuring")
+
+    def should_cancel() -> bool:
+        watch.check()
+        return is_stopped()
+
     if is_url(task.checkpoint):
         # The node of the stages need not see the output directory.
-        items = stream_from_bundle(evaluate_and_send, placement_group, layout, is_stopped, task)
+        items = stream_from_bundle(evaluate_and_send, placement_group, layout, should_cancel, task)
         return receive(items, Path(task.out), MeasuringLines())
     lines, file = MeasuringLines(), ProgressFile(Path(task.out))
 
-    def should_cancel() -> bool:
+    def should_cancel_with_lines() -> bool:
         lines(file.read())
-        return is_stopped()
+        return should_cancel()
 
     try:
-        return run_in_bundle(evaluate_with_progress, placement_group, layout, should_cancel, task)
+        return run_in_bundle(evaluate_with_progress, placement_group, layout, should_cancel_with_lines, task)
     finally:
         file.remove()

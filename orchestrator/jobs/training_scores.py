@@ -7,12 +7,13 @@ process of its own, between two steps. A score that fails costs a line, never th
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from bim.orchestrator.distributed.placement import StageLayout
-from bim.orchestrator.distributed.placement_group import PlacementGroup
+from bim.orchestrator.distributed.placement import PlacementError, StageLayout
+from bim.orchestrator.distributed.placement_group import LostNodeWatch, PlacementGroup
 from bim.orchestrator.distributed.side_task import (
     SideTask,
     start_beside_first_stage,
@@ -44,6 +45,9 @@ from bim.orchestrator.training.errors import ClusterLostError
 
 POLL_S = 0.5
 """Seconds between two looks at a task that the training waits for."""
+
+SCORE_LIMIT_S = 3600.0
+"""Seconds that the training waits for the scores of a checkpoint, at most."""
 
 log = logging.getLogger(__name__)
 
@@ -183,10 +187,24 @@ class TrainingScores:
         return replace(task, threads=self._layout.threads, visible_gpus=self._visible_gpus)
 
     def _wait(self) -> None:
-        """Wait for the score that is being computed. Raises _Stopped."""
+        """Wait for the score that is being computed, unless its node is lost or it takes too long. Raises _Stopped."""
+        if self._pending is None:
+            return
+        assert self._placement_group is not None
+        watch = LostNodeWatch(self._placement_group, wait_s=0.0, action="scoring")
+        end = time.monotonic() + SCORE_LIMIT_S
         while self._pending is not None:
             self._check()
             self._collect(POLL_S)
+            if (pending := self._pending) is None:
+                return
+            try:
+                watch.check()
+                if time.monotonic() > end:
+                    raise TimeoutError(f"no scores within {duration(SCORE_LIMIT_S)}")
+            except (PlacementError, TimeoutError) as error:
+                self.close()
+                self._tell_failure(pending.epoch, error)
 
     def _collect(self, timeout_s: float = 0.0) -> None:
         """Record the score that is being computed, if it is there."""

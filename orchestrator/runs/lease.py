@@ -237,6 +237,8 @@ def take(out: Path, run_id: str, system: System) -> Lease:
             return Lease(path, me, file, previous)
         sighting = _look(path)
         if sighting is None:
+            if path.is_symlink():
+                raise OSError(errno.ENOENT, "it is a link that leads nowhere", str(path))
             continue
         other, now = _parse(sighting), system.monotonic()
         alive = None if other is None else _is_alive(other, system)
@@ -324,8 +326,14 @@ def _create_exclusively(path: Path, content: bytes) -> int | None:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:
         return None
-    os.write(file, content)
-    os.fsync(file)
+    try:
+        os.write(file, content)
+        os.fsync(file)
+    except OSError:  # an empty lease would be waited for
+        os.close(file)
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
     return file
 
 

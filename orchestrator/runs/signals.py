@@ -169,7 +169,7 @@ def at_forced_exit(callback: Callable[[], object]) -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    log.info("no checkpoint within %.0f s; stopping without it", SAVE_TIMEOUT_S)
+    log.info("no orderly end within %.0f s; stopping at once", SAVE_TIMEOUT_S)
     raise KeyboardInterrupt
 
 

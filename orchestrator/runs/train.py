@@ -249,7 +249,10 @@ def resolve_precision(settings: Settings, layout: StageLayout) -> Precision:
         return settings.optim.precision
     if not layout.gpus:
         return "fp32"
-    has_bf16 = run_on_worker(_has_bf16, layout) if settings.placement.backend == "ray" else _has_bf16()
+    if settings.placement.backend != "ray":
+        has_bf16 = _has_bf16()
+    else:
+        has_bf16 = run_on_worker(_has_bf16, layout, within_s=placement_timeout_s(settings))
     return "bf16" if has_bf16 else "fp32"
 
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from bim.orchestrator.config.schema import Settings
@@ -26,7 +25,7 @@ from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.distributed.placement import ClusterResources, StageLayout, gpu_capacity
 from bim.orchestrator.distributed.placement_group import PlacementGroup
 from bim.orchestrator.evaluation.records import EvalConfig
-from bim.orchestrator.files import StorageError
+from bim.orchestrator.files import StorageError, temporary_folder
 from bim.orchestrator.runs.checkpoints import (
     StorageRecord,
     checkpoint_store,
@@ -186,9 +185,9 @@ def _trial_output(trial: TrialSpec, name: str) -> Iterator[Path]:
     if not is_url(trial.folder):
         yield Path(trial.folder) / name
         return
-    with TemporaryDirectory(prefix="bim-trial-") as out:
-        write_storage_record(Path(out), StorageRecord(trial.folder, name))
-        yield Path(out)
+    with temporary_folder("bim-trial-") as out:
+        write_storage_record(out, StorageRecord(trial.folder, name))
+        yield out
 
 
 def remove_trial_checkpoints(trial: TrialSpec, name: str | None = None) -> None:

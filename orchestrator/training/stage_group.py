@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bim.orchestrator.data.loader import Batch
 from bim.orchestrator.training.device_errors import breaks_device_context
-from bim.orchestrator.training.errors import StageFailure, TrainingError
+from bim.orchestrator.training.errors import DeviceMemoryError, StageFailure, TrainingError
 from bim.orchestrator.training.messages import SavedBlocks, StepReport, StepRequest
 from bim.orchestrator.training.spec import PretrainSpec
 from bim.orchestrator.training.stage import Stage, blocks_label
@@ -118,6 +118,8 @@ class InProcessStages:
         Raises:
             TrainingError: a device answers no more, and a process cannot replace itself.
         """
+        if self._broken is not None and isinstance(self._broken.cause, DeviceMemoryError):
+            raise TrainingError(str(self._broken)) from self._broken  # it says what would fit
         if self._broken is not None:
             raise TrainingError(
                 f"{self._broken}; the device answers this process no more: start again with --resume, or let "
@@ -127,8 +129,13 @@ class InProcessStages:
     def restore(self, checkpoint: Location | None, step: int, should_give_up: ShouldGiveUp) -> None:
         self.close()
         self._loader = self._open_loader()
-        for stage in self._stages:
-            stage.restore(None if checkpoint is None else str(checkpoint), step)
+        for component, stage in enumerate(self._stages):
+            try:
+                stage.restore(None if checkpoint is None else str(checkpoint), step)
+            except Exception as error:
+                if not breaks_device_context(error):
+                    raise
+                raise self._failure(component, "while restoring", error, None) from error
 
     def submit(self, request: StepRequest) -> StepReport | BaseException:
         """Run the micro-batch at once; an error is returned and raised by `wait`, as for a remote stage."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,15 @@ def test_an_image_that_cannot_be_read_is_counted_as_any_other() -> None:
         source.load(2)
     first = DatasetSource("mine", Items([OSError("gone"), COLOR]))
     assert len(first) == 2
+
+
+def test_a_limit_of_the_system_is_no_damaged_image() -> None:
+    items = [COLOR, OSError(errno.EMFILE, "Too many open files"), OSError(errno.EIO, "Input/output error")]
+    source = DatasetSource("scans", Items(items))
+    with pytest.raises(DataError, match=r"scans 1 cannot be read: Too many open files; raise the limit"):
+        source.load(1)
+    with pytest.raises(ImageDecodeError, match="Input/output error"):
+        source.load(2)
 
 
 def test_labels_come_from_an_attribute_or_from_the_items() -> None:

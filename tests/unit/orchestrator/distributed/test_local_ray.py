@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from bim.orchestrator.distributed import local_ray
 from bim.orchestrator.distributed.local_ray import secure_local_ray, short_temp_dir, start_error
+from bim.orchestrator.files import LOCK, remove_stale_folders
 
 
 @pytest.fixture
@@ -76,12 +79,12 @@ def test_the_directory_of_a_run_that_was_killed_is_removed_by_the_next_and_that_
     monkeypatch.setattr(local_ray, "SHORT_PARENTS", (str(tmp_path),))
     killed = tmp_path / f"{local_ray.PRIVATE_TEMP_PREFIX}killed"
     (killed / "session").mkdir(parents=True)
-    (killed / local_ray.LOCK).touch()
+    (killed / LOCK).touch()
     long = {"TMPDIR": "/tmp/" + "slurm-job-" * 9}
     with short_temp_dir(long) as living:
         assert living is not None
         assert not killed.exists()
-        local_ray.remove_stale_temp_dirs(tmp_path)
+        remove_stale_folders(local_ray.PRIVATE_TEMP_PREFIX, tmp_path)
         assert Path(living).exists()
     assert not list(tmp_path.iterdir())
 
@@ -104,3 +107,24 @@ def test_why_ray_does_not_start_is_one_sentence_with_a_remedy(error: Exception, 
     assert words in sentence
     assert "\n" not in sentence
     assert sentence.endswith("or train without Ray: --placement.backend in_process")
+
+
+def test_a_process_that_the_user_starts_beside_ray_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    daemons: list[subprocess.Popen[bytes]] = []
+
+    def sleeper() -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+
+    monkeypatch.setattr(ray, "init", lambda **options: daemons.append(sleeper()))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with local_ray.local_ray():
+        of_the_user = sleeper()
+    try:
+        assert not psutil.pid_exists(daemons[0].pid)
+        assert of_the_user.poll() is None
+    finally:
+        of_the_user.kill()
+        of_the_user.wait()

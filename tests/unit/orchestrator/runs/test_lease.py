@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -412,3 +413,29 @@ def test_a_zombie_does_not_run() -> None:
         pytest.fail("a zombie counts as running")
     child.wait()
     assert process_start(child.pid) is None
+
+
+def test_a_link_that_leads_nowhere_is_an_error_and_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / LEASE).symlink_to(tmp_path / "gone")
+    with pytest.raises(OSError, match="a link that leads nowhere"), acquire(tmp_path, "run"):
+        pass
+
+
+def test_a_full_disk_leaves_no_empty_lease_where_there_are_no_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, write = tmp_path / LEASE, os.write
+
+    def full(file: int, data: bytes) -> int:
+        if path.exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, data)
+
+    def refused(*names: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left"), acquire(tmp_path, "run"):
+        pass
+    assert not path.exists()

@@ -13,7 +13,13 @@ from bim.orchestrator.data.loader import Batch
 from bim.orchestrator.training import checkpoint_writer
 from bim.orchestrator.training.build import mask_plans, open_spec_backbone
 from bim.orchestrator.training.checkpoint import load_block_weights, save_block
-from bim.orchestrator.training.errors import NonFiniteLossError, StageFailure, StepOrderError, TrainingError
+from bim.orchestrator.training.errors import (
+    DeviceMemoryError,
+    NonFiniteLossError,
+    StageFailure,
+    StepOrderError,
+    TrainingError,
+)
 from bim.orchestrator.training.manifest import FileRecord
 from bim.orchestrator.training.messages import StepRequest
 from bim.orchestrator.training.spec import DecoderSpec, PretrainSpec
@@ -171,6 +177,34 @@ def test_a_device_that_is_broken_ends_a_run_whose_stages_share_a_process() -> No
     with pytest.raises(
         TrainingError, match=r"stage 1 \(blocks 2-3\) failed .* illegal memory access.*--resume"
     ):
+        group.start(lambda: False)
+
+
+def test_a_full_memory_ends_such_a_run_with_what_would_fit_and_no_word_of_a_broken_device() -> None:
+    group = stages(((0, 1), (2, 3)))
+
+    def full(*arguments: object) -> None:
+        raise DeviceMemoryError(
+            "the device memory of blocks 2-3 is full; a data.batch_size of about 24 would fit"
+        )
+
+    group._stages[1].train_step = full  # type: ignore[assignment]
+    assert isinstance(group.submit(StepRequest(0, 1e-3)), StageFailure)
+    with pytest.raises(TrainingError, match=r"about 24 would fit") as caught:
+        group.start(lambda: False)
+    assert "--resume" not in str(caught.value)
+
+
+def test_a_memory_that_does_not_hold_the_weights_is_told_with_the_stage() -> None:
+    group = stages(((0, 1), (2, 3)))
+
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    group._stages[1].restore = full  # type: ignore[assignment]
+    with pytest.raises(StageFailure, match=r"stage 1 \(blocks 2-3\) failed while restoring .*out of memory"):
+        group.restore(None, 0, lambda: False)
+    with pytest.raises(TrainingError, match=r"stage 1 \(blocks 2-3\) failed while restoring"):
         group.start(lambda: False)
 
 
