@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -15,6 +12,7 @@ from bim.orchestrator.data.spec import DataSpec
 from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.evaluation.inputs import EvalInputs
 from bim.orchestrator.evaluation.records import EvalConfig
+from bim.orchestrator.files import temporary_folder
 from bim.orchestrator.jobs.evaluate_checkpoint import decoding_workers
 from bim.orchestrator.jobs.reconstructions import save_reconstruction_grid
 from bim.orchestrator.runs.checkpoints import committed_folder
@@ -62,14 +60,12 @@ class ScoreResult:
 
     Args:
         metric, by_depth, images: as in `bim.orchestrator.runs.depth_scores.DepthScores`.
-        seconds: that it took.
         picture: PNG of the reconstructions of all depths; empty if no image can be read.
     """
 
     metric: str
     by_depth: dict[int, float]
     images: int
-    seconds: float
     picture: bytes
 
 
@@ -104,7 +100,6 @@ def score_depths(task: ScoreTask) -> ScoreResult:
         UnscorableError: embeddings are not finite.
         StorageError: the checkpoint cannot be read.
     """
-    start = time.monotonic()
     if task.visible_gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = task.visible_gpus
     if task.threads is not None:
@@ -122,8 +117,8 @@ def score_depths(task: ScoreTask) -> ScoreResult:
         workers=decoding_workers(task.data.workers, task.device, task.threads),
     )
     score = score_weights(backbone, weights, inputs, task.depths, task.limits)
-    with TemporaryDirectory(prefix="bim-scores-") as folder:
-        path = Path(folder) / "reconstructions.png"
+    with temporary_folder("bim-scores-") as folder:
+        path = folder / "reconstructions.png"
         save_reconstruction_grid(task.spec, backbone, weights, inputs, path, {}, task.title)
         picture = path.read_bytes() if path.exists() else b""
-    return ScoreResult(score.metric, score.by_depth, score.images, time.monotonic() - start, picture)
+    return ScoreResult(score.metric, score.by_depth, score.images, picture)

@@ -61,6 +61,8 @@ class _Pending:
     step: int
     epoch: int
     task: SideTask[ScoreResult]
+    started: float
+    """By `time.monotonic`."""
 
 
 class TrainingScores:
@@ -164,21 +166,23 @@ class TrainingScores:
                 self._tell_failure(epoch, error)
 
     def _score(self, step: int, epoch: int) -> None:
+        started = time.monotonic()
         task = score_task(self._run, self._layout, self._backbone.prepared.run.depths, step, epoch)
         if self._placement_group is None:
             with reported_to(lambda text: self._check()):
-                self._record(step, epoch, score_depths(task))
+                self._record(step, epoch, score_depths(task), started)
             return
         if self._beside:
             on_one_core = task if self._layout.gpus else replace(task, threads=1)
             side_task = start_in_free_resources(score_depths, self._layout, on_one_core)
             if side_task is not None:
-                self._pending = _Pending(step, epoch, side_task)
+                self._pending = _Pending(step, epoch, side_task, started)
                 return
         self._pending = _Pending(
             step,
             epoch,
             start_beside_first_stage(score_depths, self._placement_group, self._beside_stages(task)),
+            started,
         )
         self._wait()
 
@@ -212,7 +216,7 @@ class TrainingScores:
         if pending is None or not pending.task.is_done(timeout_s):
             return
         try:
-            self._record(pending.step, pending.epoch, pending.task.result())
+            self._record(pending.step, pending.epoch, pending.task.result(), pending.started)
         except (LeaseLostError, ClusterLostError):
             raise
         except Exception as error:
@@ -231,8 +235,9 @@ class TrainingScores:
     def _tell_failure(self, epoch: int, error: Exception) -> None:
         log.warning("epoch %d cannot be scored: %s; the training goes on", epoch, format_error(error))
 
-    def _record(self, step: int, epoch: int, result: ScoreResult) -> None:
-        scores = DepthScores(step, epoch, result.metric, result.by_depth, result.images, result.seconds)
+    def _record(self, step: int, epoch: int, result: ScoreResult, started: float) -> None:
+        seconds = time.monotonic() - started  # with the start of a process, for which the training may wait
+        scores = DepthScores(step, epoch, result.metric, result.by_depth, result.images, seconds)
         self._scores[step] = scores
         out, tracker = self._run.out, self._backbone.tracker
         is_best = self.best == scores

@@ -39,12 +39,15 @@ class Meter:
         self._step_means, self._epoch_means = RunningMeans(), RunningMeans()
         self._images = self._epoch_images = 0
         self._start = self._epoch_start = time.perf_counter()
+        self._pause_s, self._reports_left = 0.0, 0
 
     def add(self, report: StepReport) -> None:
         """Add one micro-batch; after the last one of a step also count the step's images."""
-        values = {"data/wait_s": report.data_wait_s, "data/load_s": report.load_s}
+        pause_s = self._pause_in(report)
+        values = {"data/wait_s": report.data_wait_s - pause_s, "data/load_s": report.load_s}
         for number, stage in enumerate(report.stages):
-            values[f"stage{number}/busy_share"] = stage.busy_s / max(1e-9, stage.busy_s + stage.idle_s)
+            idle_s = max(0.0, stage.idle_s - pause_s)
+            values[f"stage{number}/busy_share"] = stage.busy_s / max(1e-9, stage.busy_s + idle_s)
             values[f"stage{number}/mask_wait_s"] = stage.mask_wait_s
             for block, metrics in stage.blocks.items():
                 values |= {f"block{block}/{name}": value for name, value in metrics.items()}
@@ -63,6 +66,17 @@ class Meter:
         """Do not count the last `seconds`, in which the loop submitted nothing."""
         self._start += seconds
         self._epoch_start += seconds
+        self._pause_s, self._reports_left = seconds, self._schedule.window + 1
+
+    def _pause_in(self, report: StepReport) -> float:
+        """Seconds of the last pause that the report counts as waiting for data: most of it, of one report."""
+        if not self._reports_left:
+            return 0.0
+        self._reports_left -= 1
+        if report.data_wait_s < self._pause_s / 2:
+            return 0.0
+        self._reports_left = 0
+        return min(self._pause_s, report.data_wait_s)
 
     def step_metrics(self, step: int) -> dict[str, float] | None:
         """Means since the last call, `LOGS_PER_EPOCH` times per epoch; None after other steps."""
