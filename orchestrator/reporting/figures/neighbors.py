@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from bim.orchestrator.reporting.figures.tiles import Group, tiled_figure
 
-SIDES = (96, 128)
+SIDES = (64, 72)
 """Least and largest side at which an image is shown, in pixels."""
 
 DEPTHS_ABREAST = 2

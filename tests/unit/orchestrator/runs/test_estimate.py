@@ -13,6 +13,8 @@ from bim.orchestrator.distributed.placement import ClusterResources, StageLayout
 from bim.orchestrator.reporting.estimate import byte_text, estimate_lines
 from bim.orchestrator.runs.estimate import (
     RAY_CPU_S,
+    SHARED_CPU_S,
+    SHARED_FACTOR,
     StepTimes,
     estimate_run,
     micro_batch_seconds,
@@ -44,7 +46,7 @@ def test_stages_on_gpus_work_at_the_same_time_and_those_on_cpus_share_them() -> 
         0.3 + RAY_CPU_S
     )
     assert micro_batch_seconds(times, layout(3), "ray", 2, workers=0) == pytest.approx(
-        (0.7 + 3 * RAY_CPU_S) / 2
+        (SHARED_FACTOR * 0.7 + 4 * SHARED_CPU_S) / 2
     )
     assert micro_batch_seconds(times, layout(3), "ray", 64, workers=0) == pytest.approx(0.3 + RAY_CPU_S)
 
