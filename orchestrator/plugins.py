@@ -58,7 +58,7 @@ def _sentence(name: str, folder: str, error: BaseException) -> str:
     frame = next(
         (f for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename[:1] != "<"), None
     )
-    place = "" if frame is None else f" ({frame.filename}, line {frame.lineno})"
+    location = "" if frame is None else f" ({frame.filename}, line {frame.lineno})"
     if isinstance(error, SyntaxError):
-        place = ""  # its own text has the place
-    return f"plugins: '{name}' cannot be imported: {type(error).__name__}: {first_line(error)}{place}"
+        location = ""  # its own text has the location
+    return f"plugins: '{name}' cannot be imported: {type(error).__name__}: {first_line(error)}{location}"

@@ -1,9 +1,9 @@
 """Worker processes that fill batches ahead of their consumer; every worker fills a slice of each batch.
 
 Workers are new interpreters, not forks, so that a process with threads (a Ray actor, a notebook) can have them, and
-they do not import the caller's main script. They import the plugins
-that it has imported. Batches travel through a ring of slots in one anonymous memory file,
-messages through a pipe per worker; the end of a pipe ends its worker, so workers end with their consumer. POSIX only.
+they do not import the caller's main script. They import the plugins that it has imported. Batches travel through a
+ring of slots in one anonymous memory file, messages through a pipe per worker; the end of a pipe ends its worker, so
+workers end with their consumer. POSIX only.
 
 `torch.utils.data.DataLoader` is slower: it puts every batch into a new shared-memory file, whose pages cost about a
 seventh of the work of a batch, and the 64 MB of /dev/shm in a container hold three batches of 128 x 224 x 224. A killed

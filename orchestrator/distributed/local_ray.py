@@ -173,14 +173,14 @@ def _end(daemons: list[psutil.Process]) -> None:
     """Disconnect, and kill what Ray started: its daemons do not see SIGTERM, and `ray.shutdown` waits a second for each."""
     import ray
 
-    family = daemons + [process for daemon in daemons for process in _below(daemon)]
+    process_tree = daemons + [process for daemon in daemons for process in _below(daemon)]
 
     def kill() -> None:
         end = time.monotonic() + DISCONNECT_TIMEOUT_S
         while ray.is_initialized() and time.monotonic() < end:
             time.sleep(0.02)
         time.sleep(DISCONNECT_TIMEOUT_S / 10)  # until the driver's own part of Ray has ended
-        for process in family:
+        for process in process_tree:
             with suppress(psutil.Error):
                 process.kill()
 
@@ -190,7 +190,7 @@ def _end(daemons: list[psutil.Process]) -> None:
         ray.shutdown()
     finally:
         killer.join()
-        psutil.wait_procs(family, timeout=DISCONNECT_TIMEOUT_S)
+        psutil.wait_procs(process_tree, timeout=DISCONNECT_TIMEOUT_S)
 
 
 def _below(process: psutil.Process) -> list[psutil.Process]:

@@ -124,10 +124,10 @@ def _device_bytes(layout: StageLayout) -> float:
     """Memory of a GPU of the stages, or of this machine. Raises SettingsError if it is unknown."""
     if layout.gpus and os.environ.get("RAY_ADDRESS"):
         with ray_cluster():
-            found = run_on_worker(hardware, layout)
+            device_hardware = run_on_worker(hardware, layout)
     else:
-        found = hardware()
-    memory = gpu_bytes(found.gpus) if layout.gpus else (found.memory_gib or 0) * 2**30
+        device_hardware = hardware()
+    memory = gpu_bytes(device_hardware.gpus) if layout.gpus else (device_hardware.memory_gib or 0) * 2**30
     if not memory:
         raise SettingsError("data.batch_size auto: the memory of the device is unknown; give a number")
     return memory

@@ -242,7 +242,7 @@ class TrainingScores:
         out, tracker = self._run.out, self._backbone.tracker
         is_best = self.best == scores
         line = scores_line(scores, self._run.settings.schedule.epochs)
-        log.info(f"{line}{', the best so far' if is_best and len(self._scores) > 1 else ''}")
+        log.info(f"{line}{'  new best' if is_best and len(self._scores) > 1 else ''}")
         self._progress.scores = depths_text(scores)
         name = SCORES_WHILE_TRAINING[scores.metric]
         tracker.log_depth_metrics(

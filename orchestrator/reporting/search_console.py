@@ -90,13 +90,13 @@ def opening(
     grace: int,
     space: Space,
     trials: int,
-    run_concurrently: int,
+    concurrent: int,
 ) -> list[str]:
     """What is searched, and the metric that ranks trials."""
-    concurrent = f", {run_concurrently} at a time" if run_concurrently > 1 else ""
+    suffix = f", {concurrent} at a time" if concurrent > 1 else ""
     images = "validation images" if result.metric == "knn_top1" else "training images, without labels"
     lines = [
-        f"search: {trials} trials of {result.epochs} epochs{concurrent}, ranked by {METRICS[result.metric].name} of "
+        f"search: {trials} trials of {result.epochs} epochs{suffix}, ranked by {METRICS[result.metric].name} of "
         f"{result.images} {images}, mean over all depths; ASHA, grace period {grace} epochs"
     ]
     for key, values in space.items():

@@ -40,7 +40,10 @@ def largest_batch(
         per_image.append(max(memory.activations for memory in of_stage) / batch_size)
     if layout.gpus:
         room = MEMORY_SHARE * device_bytes * min(1.0, layout.gpus)
-        most = min((room - kept) / saved for kept, saved in zip(fixed, per_image, strict=True))
+        most = min(
+            (room - fixed_bytes) / image_bytes
+            for fixed_bytes, image_bytes in zip(fixed, per_image, strict=True)
+        )
     else:
         most = (MEMORY_SHARE * device_bytes - sum(fixed)) / sum(per_image)
     most = min(most, limit)

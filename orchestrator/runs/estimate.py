@@ -5,6 +5,7 @@ The probe trains a few micro-batches in this process, on the images and with the
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -112,11 +113,10 @@ def _timed(
         stages.close()
     timed = reports[1:] or reports  # the first one allocates
 
-    def middle(values: list[float]) -> float:
-        return sorted(values)[len(values) // 2]
-
-    busy = tuple(middle([r.stages[k].busy_s for r in timed]) for k in range(len(layout.stage_blocks)))
-    return StepTimes(busy, middle([r.load_s for r in timed]))
+    busy = tuple(
+        statistics.median_high([r.stages[k].busy_s for r in timed]) for k in range(len(layout.stage_blocks))
+    )
+    return StepTimes(busy, statistics.median_high([r.load_s for r in timed]))
 
 
 def micro_batch_seconds(

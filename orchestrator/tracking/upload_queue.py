@@ -57,7 +57,7 @@ class UploadQueue:
                     int(path.stem), str(record["name"]), str(record["kind"]), arguments, bool(record["first"])
                 )
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                log.warning("%s is no upload and is passed over (%s)", path, error)
+                log.warning("skipped %s, which is not an upload (%s)", path, error)
                 continue
             self._uploads[upload.number] = upload
         self._next = 1 + max(self._uploads, default=0)

@@ -204,7 +204,9 @@ def test_a_recipe_that_cannot_be_trained_ends_the_search_with_the_cause(
     assert nothing_runs()
 
 
-def test_optuna_draws_settings_and_goes_on_with_what_it_has_learnt(ray_cluster: None, tmp_path: Path) -> None:
+def test_optuna_draws_settings_and_goes_on_with_what_it_has_learned(
+    ray_cluster: None, tmp_path: Path
+) -> None:
     space = "{optim.blr: {low: 0.001, high: 0.1, log: true}, decoder.throw_ratio: [0.0, 0.25, 0.5]}"
     changes = {"search__searcher": "optuna", "search__trials": 3, "search__grace_epochs": 1}
     settings = recipe(tmp_path, space, **changes)

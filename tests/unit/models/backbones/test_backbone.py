@@ -83,7 +83,7 @@ def test_a_model_that_cannot_be_cut_is_refused_by_name_with_the_reason(name: str
         ({"depth": 3}, "has 3 layers"),
     ],
 )
-def test_overrides_that_cannot_be_honoured_are_refused(args: dict[str, Any], reason: str) -> None:
+def test_overrides_that_cannot_be_honored_are_refused(args: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         open_backbone("vit_tiny_patch16_224", 4, args)
 

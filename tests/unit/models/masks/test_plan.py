@@ -99,7 +99,7 @@ def test_visible_counts_are_not_lowered_by_the_rounding_of_decimal_ratios() -> N
         (16, [], "empty"),
     ],
 )
-def test_ratios_that_cannot_be_honoured_are_refused(units: int, ratios: list[float], reason: str) -> None:
+def test_ratios_that_cannot_be_honored_are_refused(units: int, ratios: list[float], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         visible_counts(units, ratios)
 
@@ -206,7 +206,7 @@ def test_a_partial_plan_can_be_divided_again() -> None:
     assert torch.equal(again.masked.sort(dim=1).values, plan.masked.sort(dim=1).values)
 
 
-def test_partial_plans_that_cannot_be_honoured_are_refused() -> None:
+def test_partial_plans_that_cannot_be_honored_are_refused() -> None:
     plan = block_plans(random_permutation(2, 16, generator(0)), (4, 4), [4])[0]
     with pytest.raises(ValueError, match=r"decoder\.sampler is 'nearest'; it must be one of furthest"):
         partial_plan(plan, 0.0, "nearest", generator(0))

@@ -111,7 +111,7 @@ def test_the_opening_reads_like_its_snapshot() -> None:
         "optim.blr": Range(1e-3, 1e-1, log=True, is_integer=False),
         "decoder.throw_ratio": Choice((0.0,)),
     }
-    lines = opening(EMPTY, 6, space, trials=4, run_concurrently=2)
+    lines = opening(EMPTY, 6, space, trials=4, concurrent=2)
     assert_snapshot("search_opening", "\n".join(lines))
     assert max(map(len, lines)) <= 98
 

@@ -103,7 +103,7 @@ def test_of_a_step_written_twice_the_last_value_counts(metrics: MetricLog) -> No
     assert metrics.history("loss") == [(1, 1.0), (2, 2.5), (3, 3.0)]
 
 
-def test_a_rewind_while_a_batch_is_under_way_is_honoured(metrics: MetricLog, store: Store) -> None:
+def test_a_rewind_while_a_batch_is_under_way_is_honored(metrics: MetricLog, store: Store) -> None:
     for step in range(5):
         metrics.append(step, {"loss": float(step)})
 
