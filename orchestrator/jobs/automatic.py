@@ -59,7 +59,8 @@ def automatic_settings(given: Mapping[str, Any], budget_s: float | None = None) 
     for choice in chosen.lines:
         for line in wrapped(f"  {choice}"):
             log.info(line)
-    log.info("  no search: --search.trials 8 would cost about half of the training's time again, or more")
+    if not {"search.trials", "backbones"} & given.keys():
+        log.info("  no search: --search.trials 8 would cost about half of the training's time again, or more")
     return nested({"data.source": given["data.source"], **chosen.values})
 
 

@@ -262,7 +262,7 @@ class TrainingScores:
         path = self._run.out / "pictures" / f"reconstructions_epoch{epoch:0{max(3, digits)}d}.png"
         make_folder(path.parent)
         atomic_write(path, png)
-        self._backbone.tracker.log_file(path, "pictures")
+        self._backbone.tracker.log_file(path, f"pictures/{self._series}" if self._series else "pictures")
 
 
 def _scores_so_far(run: ResolvedRun) -> dict[int, DepthScores]:

@@ -92,23 +92,29 @@ class _Chooser:
         train = self._splits()
         if train < rules.few_images and "init_from" not in self._given:
             self._chosen.lines.append(
-                f"{train} training images are few: where timm's weights can be had, a warm start from them (--init_from "
-                "TIMM_NAME) is likely to be better than any training from scratch"
+                f"{train} training images are few: where timm's weights can be had, a warm start from them "
+                "(--backbone.name NAME --init_from NAME, as timm calls them) is likely to be better than any training "
+                "from scratch"
             )
-        images_per_step = self._step(train)
+        batch_size = self._step(train)
         wanted = self._wanted_epochs(train)
+        needed = wanted if "schedule.epochs" in self._given else min(wanted, rules.epochs.min)
         candidates = list(self._candidates(train))
         first = candidates[0]
         for candidate in candidates:
-            values = self._values_of(candidate) | {"schedule.epochs": 1}
+            values = self._values_of(candidate) | {
+                "schedule.epochs": wanted,
+                "schedule.warmup_epochs": 0.0,
+                "data.workers": self._workers,
+            }
             epoch_s = self._epoch_seconds(self._chosen.values | values | self._given)
             fitting = int(self._budget_s / epoch_s) if epoch_s > 0 else wanted
-            if fitting >= min(wanted, rules.epochs.min) or candidate is candidates[-1]:
+            if fitting >= needed or candidate is candidates[-1]:
                 break
         self._backbone(candidate, first, train)
-        self._epochs(wanted, max(1, min(wanted, fitting)), epoch_s)
+        self._epochs(wanted, min(wanted, fitting), epoch_s)
         self._loading()
-        self._chosen.values["data.batch_size"] = self._given.get("data.batch_size", images_per_step)
+        self._chosen.values["data.batch_size"] = batch_size
         return self._chosen
 
     def _set(self, values: Mapping[str, Any], line: str | None = None) -> None:
@@ -142,23 +148,25 @@ class _Chooser:
         return max(train, 1)
 
     def _step(self, train: int) -> int:
-        """Images of an optimizer step: so many that an epoch has enough steps."""
+        """The batch, so that an epoch has enough steps, and the learning rate for it. Returns `data.batch_size`."""
         steps = self._rules.steps
         most = min(steps.images_per_step[self._device], train // steps.min_per_epoch)
         images = 2 ** max(0, int(math.log2(max(most, 1))))
-        if "data.batch_size" in self._given:
-            images = int(self._given["data.batch_size"]) * int(self._given.get("data.accumulate", 1))
+        accumulate = int(self._given.get("data.accumulate", 1))
+        batch_size = int(self._given.get("data.batch_size", max(1, images // accumulate)))
+        images = batch_size * accumulate
         rate = next(row.lr for row in self._rules.learning_rate if images <= row.max_images_per_step)
         self._set(
-            {"data.batch_size": images, "data.accumulate": 1},
-            f"batch {images}: {train // images} steps an epoch of {train} training images",
+            {"data.batch_size": batch_size, "data.accumulate": 1},
+            f"batch {batch_size}{f' x {accumulate}' if accumulate > 1 else ''}: {train // images} steps an epoch of "
+            f"{train} training images",
         )
         blr = float(f"{rate * 256 / images:.3g}")
         self._set(
             {"optim.blr": blr},
             f"learning rate {rate:g} at its peak (optim.blr {blr:g}): for {images} images a step",
         )
-        return images
+        return batch_size
 
     def _wanted_epochs(self, train: int) -> int:
         rule = self._rules.epochs
@@ -241,22 +249,37 @@ class _Chooser:
 
     def _epochs(self, wanted: int, epochs: int, epoch_s: float) -> None:
         rule = self._rules.epochs
-        if epochs < wanted:
-            epochs = max(1, epochs // rule.round_to * rule.round_to) if epochs > rule.round_to else epochs
+        if epochs < wanted and "schedule.epochs" in self._given:
+            self._chosen.lines.append(
+                f"{wanted} epochs would take {duration(wanted * epoch_s)}: more than the {duration(self._budget_s)} of the "
+                "time budget, in which " + (f"{epochs} are done" if epochs else "not even one is done")
+            )
+        if epochs < 1:
+            epochs = 1
+            why = (
+                f"it takes {duration(epoch_s)}, and the time budget of {duration(self._budget_s)} is for less"
+            )
+        elif epochs < wanted:
+            epochs = epochs // rule.round_to * rule.round_to if epochs > rule.round_to else epochs
             why = f"what {duration(self._budget_s)} allow; {wanted} would take {duration(wanted * epoch_s)}"
         else:
             why = f"about {duration(epochs * epoch_s)} of training"
-        self._set({"schedule.epochs": epochs}, f"{epochs} epochs: {why}")
+        self._set({"schedule.epochs": epochs}, f"{epochs} epoch{'s' * (epochs > 1)}: {why}")
         epochs = int(self._given.get("schedule.epochs", epochs))
         warmup = round(min(rule.max_warmup, rule.warmup_fraction * epochs), 1)
         self._set({"schedule.warmup_epochs": warmup}, f"{warmup:g} epochs of warm-up")
         every = max(1.0, round(epochs / self._rules.checkpoints))
         self._set({"checkpoint.every_epochs": every}, f"a checkpoint every {every:g} epochs")
 
+    @property
+    def _workers(self) -> int:
+        rule = self._rules.workers
+        return min(rule.max, int(rule.per_cpu[self._device] * self._machine.cpus))
+
     def _loading(self) -> None:
-        rule, cpus = self._rules.workers, self._machine.cpus
-        workers = min(rule.max, int(rule.per_cpu[self._device] * cpus))
-        self._set({"data.workers": workers}, f"{workers} data workers beside the loader, for {cpus} CPUs")
+        workers = self._workers
+        line = f"{workers} data workers beside the loader, for {self._machine.cpus} CPUs"
+        self._set({"data.workers": workers}, line)
 
 
 def _run_name(source: str) -> str:

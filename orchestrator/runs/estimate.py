@@ -15,12 +15,16 @@ import torch
 from bim.models.initialization import NoInitialization
 from bim.orchestrator.data.loader import TrainBatches
 from bim.orchestrator.data.source import Source
-from bim.orchestrator.data.splits import Splits
+from bim.orchestrator.data.splits import Splits, can_score
 from bim.orchestrator.distributed.placement import StageLayout
+from bim.orchestrator.evaluation.evaluate import RANKME_IMAGES
+from bim.orchestrator.evaluation.features import MAX_IMAGES
 from bim.orchestrator.evaluation.model_cost import block_gflops, num_params
 from bim.orchestrator.runs.depth_scores import images_of_a_score, num_scores
 from bim.orchestrator.runs.prepare import ResolvedRun
 from bim.orchestrator.training.build import build_local_mim
+from bim.orchestrator.training.device_errors import breaks_device_context
+from bim.orchestrator.training.errors import StageFailure, TrainingError
 from bim.orchestrator.training.memory import BlockMemory, block_memories
 from bim.orchestrator.training.messages import StepRequest
 from bim.orchestrator.training.spec import Precision, PretrainSpec
@@ -68,8 +72,17 @@ def probe_steps(
     device = "cuda" if layout.gpus and torch.cuda.is_available() else "cpu"
     try:
         times, batch = None, min(2, phase.batch_size)
+        timed_batch = batch
         while True:
-            times = _timed(run, images, layout, spec, device, batch)
+            try:
+                times = _timed(run, images, layout, spec, device, batch)
+            except StageFailure as error:
+                if not breaks_device_context(error):
+                    raise
+                if times is None:
+                    raise TrainingError(str(error)) from error
+                break  # a smaller one tells enough
+            timed_batch = batch
             step_s = sum(times.stages) + times.loading
             larger = min(phase.batch_size, max(2 * batch, int(batch * PROBE_S / (4 * max(step_s, 1e-6)))))
             if batch == phase.batch_size or step_s * larger / batch > PROBE_S:
@@ -77,7 +90,9 @@ def probe_steps(
             batch = larger
     finally:
         torch.set_num_threads(threads)
-    scale = phase.batch_size / batch
+        if device == "cuda":
+            torch.cuda.empty_cache()  # the stages of the run start on the same device
+    scale = phase.batch_size / timed_batch
     return StepTimes(tuple(scale * s for s in times.stages), scale * times.loading, scale)
 
 
@@ -232,6 +247,9 @@ cores (README)."""
 EVALUATED_SETS = 2
 """Model sets of an evaluation that compute embeddings: trained and random weights."""
 
+SCORE_START_S = 8.0
+"""Seconds in which the process of a score starts on Ray: it imports torch and timm beside the stages."""
+
 LATENCY_S = 2 * (0.2 + 0.6)
 """Seconds in which the latency of a depth is measured, at two batch sizes."""
 
@@ -266,7 +284,7 @@ def estimate_run(
         images_per_s=phase.batch_size / micro_s,
         epoch_s=epoch_seconds(run, micro_s),
         training_s=training_seconds(run, micro_s),
-        evaluation_s=_evaluation_seconds(run, images[1], times, gmacs, layout),
+        evaluation_s=_evaluation_seconds(run, images, times, gmacs),
         checkpoint_bytes=checkpoint_bytes(memories, settings.checkpoint.keep),
         is_measured=is_probed and times.scale == 1,
         separate_ratio=separate_ratio(gmacs),
@@ -300,16 +318,19 @@ def separate_ratio(gmacs: Sequence[tuple[float, float]]) -> float:
 
 def _evaluation_seconds(
     run: ResolvedRun,
-    splits: Splits,
+    images: tuple[Source, Splits],
     times: StepTimes,
     gmacs: Sequence[tuple[float, float]],
-    layout: StageLayout,
 ) -> float:
     """Training and test images decoded once and embedded by every set, those of the scores while it trains, and latencies.
 
     kNN and probes come on top.
     """
-    phase, images = run.phases[-1], len(splits.train) + len(splits.test)
+    phase, (source, splits) = run.phases[-1], images
+    if can_score(source, splits):
+        measured = sum(min(len(split), MAX_IMAGES) for split in (splits.train, splits.test))
+    else:
+        measured = min(len(splits.train), RANKME_IMAGES)
     trained = TRAINING_FACTOR * sum(map(sum, gmacs)) * phase.batch_size
     seconds_per_gmac = sum(times.stages) / trained
     visible = 1 - max(run.spec.mask_ratios) if run.backbone.encode == "visible" else 1.0
@@ -319,5 +340,6 @@ def _evaluation_seconds(
         len(splits.train) + len(splits.val), images_of_a_score(run.settings, run.phases, run.total_steps)
     )
     latency_s = LATENCY_S * len(run.depths) if run.settings.evaluation.latency else 0.0
-    while_training_s = num_scores(run.settings) * scored * (embedding_s + decoding_s)
-    return images * (EVALUATED_SETS * embedding_s + decoding_s) + while_training_s + latency_s
+    start_s = SCORE_START_S if run.settings.placement.backend == "ray" else 0.0
+    while_training_s = num_scores(run.settings) * (start_s + scored * (embedding_s + decoding_s))
+    return measured * (EVALUATED_SETS * embedding_s + decoding_s) + while_training_s + latency_s

@@ -31,6 +31,7 @@ def choose(
     """epoch_s: of the largest candidate's width and image size; the cost of others is scaled."""
 
     def seconds(values: Mapping[str, Any]) -> float:
+        settings_from_mapping(nested({"data.source": "photos", **values}))  # as the probe needs them
         width, size = values["backbone.model_args.embed_dim"], values["backbone.model_args.img_size"]
         return epoch_s * width * size**2 / (192 * 64**2)
 
@@ -86,7 +87,7 @@ def test_each_choice_is_a_line_with_its_reason() -> None:
 def test_few_images_get_large_enough_splits_and_the_advice_to_start_from_weights() -> None:
     chosen = choose(facts(300))
     assert chosen.values["data.test_fraction"] == pytest.approx(1 / 3, abs=1e-3)
-    assert any("--init_from TIMM_NAME" in line for line in chosen.lines)
+    assert any("--backbone.name NAME --init_from NAME" in line for line in chosen.lines)
     given = choose(facts(300), given={"init_from": "vit_tiny_patch16_224"})
     assert not any("--init_from" in line for line in given.lines)
 
@@ -128,3 +129,52 @@ def test_what_the_user_gave_is_left_alone() -> None:
     )
     assert not any(key.startswith("backbone.name") for key in other.values)
     assert other.values["backbone.model_args"] == {}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"schedule.warmup_epochs": 5.0},
+        {"schedule.resolution": [[0, 32], [0.5, 64]]},
+        {"search.trials": 4, "search.grace_epochs": 4},
+    ],
+    ids=["warm-up", "resolution", "search"],
+)
+def test_candidates_are_costed_with_settings_that_fit_together(given: dict[str, Any]) -> None:
+    chosen = choose(facts(20_000), given=given)
+    settings = settings_from_mapping(nested({"data.source": "photos", **chosen.values, **given}))
+    assert settings.schedule.epochs == 145
+
+
+def test_the_data_workers_of_the_run_are_part_of_its_cost() -> None:
+    workers = []
+
+    def seconds(values: Mapping[str, Any]) -> float:
+        workers.append(values["data.workers"])
+        return 1.0
+
+    chosen = choose_settings(facts(20_000), GPU, {}, 1e9, seconds)
+    assert workers == [chosen.values["data.workers"]]
+
+
+def test_given_parts_of_a_batch_divide_it() -> None:
+    whole, parts = choose(facts(20_000)), choose(facts(20_000), given={"data.accumulate": 4})
+    assert parts.values["data.batch_size"] * 4 == whole.values["data.batch_size"]
+    assert parts.values["optim.blr"] == whole.values["optim.blr"]
+    assert any(line.startswith("batch 16 x 4: ") for line in parts.lines)
+
+
+def test_given_epochs_that_the_time_does_not_hold_shrink_the_rest_and_are_told() -> None:
+    given = {"schedule.epochs": 100}
+    first = choose(facts(20_000), given=given)
+    shrunk = choose(facts(20_000), given=given, budget_s=50)
+    size = "backbone.model_args.img_size"
+    assert shrunk.values[size] < first.values[size]
+    assert not any("100 epochs would take" in line for line in shrunk.lines)
+    hopeless = choose(facts(20_000), given=given, budget_s=1)
+    assert any(line.startswith("100 epochs would take ") for line in hopeless.lines)
+
+
+def test_a_budget_of_less_than_an_epoch_is_told_as_that() -> None:
+    lines = choose(facts(20_000), budget_s=0.01).lines
+    assert any(line.startswith("1 epoch: it takes ") and "is for less" in line for line in lines)

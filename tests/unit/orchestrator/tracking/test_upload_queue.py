@@ -59,7 +59,7 @@ def test_a_file_that_is_no_upload_is_passed_over(
     (tmp_path / "00000009.json").write_text(content)
     (tmp_path / "notes.json").write_text('{"name": "a", "kind": "b", "arguments": {}, "first": false}')
     assert names(UploadQueue(tmp_path)) == ["good"]
-    assert sum("is no upload" in message for message in caplog.messages) == 2
+    assert sum("which is not an upload" in message for message in caplog.messages) == 2
 
 
 def test_a_full_disk_is_one_line_and_the_upload_is_still_sent_by_this_process(
