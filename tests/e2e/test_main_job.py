@@ -135,7 +135,8 @@ def test_the_output_directory_holds_settings_summary_decoders_and_pictures(defau
     assert all(0 <= row["knn_top1"] <= 1 and 0 <= row["linear_top1"] <= 1 for row in rows)
     assert all(row["latency_b1_ms"] > 0 for row in rows[:4])
     names = {f"reconstruction_depth{depth:02d}.png" for depth in (2, 4, 6, 8)}
-    names |= {"accuracy_against_latency.png", "loss_by_block.png", "reconstructions.png"}
+    names |= {f"{name}.png" for name in ("accuracy_against_latency", "loss_by_block", "nearest_neighbors")}
+    names.add("reconstructions.png")
     assert {file.name for file in (default_run.out / "pictures").iterdir()} == names
     assert len(list((default_run.out / "decoders").iterdir())) == 4
     assert "epochs: 2\n" in (default_run.out / "settings.yaml").read_text()
