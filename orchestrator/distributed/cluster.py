@@ -146,6 +146,8 @@ def run_in_bundle(
             if should_cancel():
                 ray.cancel(reference, force=True)
                 return None
+    except ClusterLostError:
+        raise  # nobody is there to cancel it
     except Exception:
         ray.cancel(reference, force=True)
         raise

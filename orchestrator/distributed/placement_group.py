@@ -75,7 +75,7 @@ def create_placement_group(
 class LostNodeWatch:
     """While a task in a placement group is waited for: says that a node of the group is lost, and how long is waited.
 
-    Ray keeps such a task, without a word, until there is another node.
+    Ray keeps such a task pending, without a message, until there is another node.
     """
 
     def __init__(self, group: PlacementGroup, wait_s: float, action: str) -> None:
@@ -95,7 +95,7 @@ class LostNodeWatch:
         self._looked = now
         if not has_lost_bundles(self._group):
             self._lost_since = -math.inf
-        elif self._lost_since == -math.inf:
+        elif self._wait_s and self._lost_since == -math.inf:
             self._lost_since = now
             log.warning(
                 "a node of the run is lost while %s; waiting up to %.0f s for another",
@@ -103,6 +103,8 @@ class LostNodeWatch:
                 self._wait_s,
             )
         elif now - self._lost_since > self._wait_s:
+            if not self._wait_s:
+                raise PlacementError(f"a node of the run is lost while {self._action}")
             raise PlacementError(
                 f"a node of the run is lost while {self._action}, and no other came within {self._wait_s:.0f} s; raise "
                 "placement.wait_s if replacing a lost node takes longer"

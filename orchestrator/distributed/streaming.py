@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from bim.orchestrator.distributed.cluster import died, raise_if_cluster_lost, task_result
 from bim.orchestrator.distributed.placement import StageLayout
+from bim.orchestrator.training.errors import ClusterLostError
 
 Item = TypeVar("Item")
 
@@ -80,6 +81,8 @@ def _stream(
                 if should_cancel():
                     ray.cancel(items, force=True)
                     return
+        except ClusterLostError:
+            raise  # nobody is there to cancel it
         except Exception:
             ray.cancel(items, force=True)
             raise

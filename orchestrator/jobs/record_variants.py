@@ -1,4 +1,4 @@
-"""The depth variants of a run in MLflow: a child run of each from its start, and what an evaluation tells of it."""
+"""The depth variants of a run in MLflow: a child run of each from its start, and the results of its evaluation."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import statistics
 from pathlib import Path
 
@@ -28,8 +27,6 @@ from bim.orchestrator.tracking.tracker import Tracker
 
 SEARCH_PICTURE = "search_score_against_cost"
 """Name of the picture of a search."""
-
-log = logging.getLogger(__name__)
 
 
 def record_progress(backbone: BackboneRun) -> None:

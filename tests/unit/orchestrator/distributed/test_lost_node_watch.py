@@ -59,6 +59,15 @@ def test_it_is_not_waited_for_longer(monkeypatch: pytest.MonkeyPatch, clock: Clo
         watch.check()
 
 
+def test_without_time_to_wait_it_is_an_error_at_once(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    states(monkeypatch, True)
+    with pytest.raises(PlacementError, match="^a node of the run is lost while scoring$"):
+        LostNodeWatch(GROUP, 0.0, "scoring").check()
+    assert caplog.messages == []
+
+
 def test_ray_is_asked_once_a_second_at_most(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     left: Any = states(monkeypatch, *[False] * 9)
     watch = LostNodeWatch(GROUP, 10.0, "measuring")
