@@ -63,7 +63,7 @@ def test_without_time_to_wait_it_is_an_error_at_once(
     monkeypatch: pytest.MonkeyPatch, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     states(monkeypatch, True)
-    with pytest.raises(PlacementError, match="^a node of the run is lost while scoring$"):
+    with pytest.raises(PlacementError, match=r"^a node of the run is lost while scoring$"):
         LostNodeWatch(GROUP, 0.0, "scoring").check()
     assert caplog.messages == []
 
