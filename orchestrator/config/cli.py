@@ -155,6 +155,12 @@ def load_settings(
     return settings
 
 
+def recipe_file(argv: Sequence[str]) -> Path | None:
+    """The file that `--recipe` names; None for a recipe that comes with the package, or without one."""
+    recipe = _split([token for token in argv if token not in FLAGS]).recipe
+    return None if recipe is None or recipe in bundled_recipes() else Path(recipe).expanduser()
+
+
 def _with_largest_batch(settings: Settings, largest_batch: LargestBatch, is_automatic: bool) -> Settings:
     """With the largest batch that fits; images of an optimizer step that were chosen for the data stay as many."""
     batch_size = largest_batch(settings)

@@ -22,6 +22,10 @@ EpochSeconds = Callable[[Mapping[str, Any]], float]
 """From settings, by dotted key, to the seconds of an epoch of theirs on this machine."""
 
 
+ROUNDED_FROM = 4
+"""Epochs that the time allows are rounded down from so many steps of rounding on."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """What the stages may use; without a GPU they run on the CPUs."""
@@ -260,7 +264,8 @@ class _Chooser:
                 f"it takes {duration(epoch_s)}, and the time budget of {duration(self._budget_s)} is for less"
             )
         elif epochs < wanted:
-            epochs = epochs // rule.round_to * rule.round_to if epochs > rule.round_to else epochs
+            if epochs >= ROUNDED_FROM * rule.round_to:  # of fewer, too many would be lost
+                epochs = epochs // rule.round_to * rule.round_to
             why = f"what {duration(self._budget_s)} allow; {wanted} would take {duration(wanted * epoch_s)}"
         else:
             why = f"about {duration(epochs * epoch_s)} of training"

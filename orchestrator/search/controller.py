@@ -22,7 +22,7 @@ from bim.orchestrator.search.proposals import Proposer
 from bim.orchestrator.search.record import FOLDER, RECORD, save_result
 from bim.orchestrator.search.results import SearchResult, TrialRow, TrialScore
 from bim.orchestrator.search.space import Space
-from bim.orchestrator.search.trial import TrialSpec, remove_trial_checkpoints
+from bim.orchestrator.search.trial import TrialSpec, remove_trial_checkpoints, trial_epochs
 from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.errors import TrainingError
 
@@ -54,8 +54,19 @@ def grace_period(settings: Settings, epochs: int) -> int:
     """
     grace = settings.search.grace_epochs
     if grace is None:
-        grace = max(math.ceil(epochs / 2), math.ceil(settings.schedule.warmup_epochs))
+        warmup = (
+            settings.schedule.warmup_epochs * epochs / settings.schedule.epochs
+        )  # as `trial_settings` has it
+        grace = max(math.ceil(epochs / 2), math.ceil(warmup))
     return min(max(grace, settings.search.every_epochs), epochs)
+
+
+def epochs_of_trials(settings: Settings) -> tuple[float, int]:
+    """Epochs of all trials together: if ASHA ends what it can at the first rung, and if it ends none."""
+    search, epochs = settings.search, trial_epochs(settings)
+    grace = grace_period(settings, epochs)
+    going_on = math.ceil(search.trials / search.reduction_factor)
+    return search.trials * grace + going_on * (epochs - grace), search.trials * epochs
 
 
 class SearchCallback(Protocol):
