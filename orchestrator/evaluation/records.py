@@ -87,7 +87,7 @@ class DepthReport:
 
 
 @dataclass(frozen=True)
-class Probe:
+class LinearProbeResult:
     """Test accuracy of a linear probe, and the L2 penalty (on the mean loss) that the validation part chose."""
 
     accuracy: float

@@ -27,7 +27,8 @@ from bim.orchestrator.runs.batch_size import computed_batch, gpu_bytes, tried_ba
 from bim.orchestrator.runs.estimate import seconds_in_turns
 from bim.orchestrator.runs.prepare import resolve_run
 from bim.orchestrator.runs.provenance import hardware
-from bim.orchestrator.runs.step_times import Probe, epoch_seconds, micro_batch_seconds
+from bim.orchestrator.runs.step_probe import Probe
+from bim.orchestrator.runs.step_times import epoch_seconds, micro_batch_seconds
 from bim.orchestrator.runs.train import resolve_layout
 from bim.orchestrator.search.controller import epochs_of_trials
 from bim.orchestrator.text import wrapped

@@ -14,7 +14,7 @@ from bim.orchestrator.distributed.placement import PlacementError, StageLayout
 from bim.orchestrator.evaluation.metric_info import METRICS
 from bim.orchestrator.evaluation.records import DepthReport, EvaluationResult
 from bim.orchestrator.files import StorageError, atomic_write
-from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask
+from bim.orchestrator.jobs.evaluation_task import EvaluationTask
 from bim.orchestrator.reporting.log import line_prefix
 from bim.orchestrator.runs.lease import Lease, LeaseLostError
 from bim.orchestrator.runs.output_dir import OutputError

@@ -14,7 +14,8 @@ from bim.orchestrator.evaluation.features import MAX_IMAGES
 from bim.orchestrator.evaluation.model_cost import block_gflops, num_params
 from bim.orchestrator.runs.depth_scores import images_of_a_score, num_scores
 from bim.orchestrator.runs.prepare import ResolvedRun
-from bim.orchestrator.runs.step_times import StepTimes, epoch_seconds, micro_batch_seconds, training_seconds
+from bim.orchestrator.runs.step_probe import StepTimes
+from bim.orchestrator.runs.step_times import epoch_seconds, micro_batch_seconds, training_seconds
 from bim.orchestrator.training.build import build_local_mim
 from bim.orchestrator.training.memory import BlockMemory, block_memories
 from bim.orchestrator.training.spec import Precision

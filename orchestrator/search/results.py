@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,26 @@ from bim.orchestrator.evaluation.pareto import pareto_front
 from bim.orchestrator.search.space import changes_text
 
 Status = Literal["finished", "stopped early", "infeasible", "failed", "running", "waiting"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """The metric of every depth variant of a checkpoint; higher is better.
+
+    Args:
+        metric: "knn_top1" (0..1) or "rankme" (1..width of the embedding).
+        by_depth: depth in layers -> the metric of that variant.
+        images: how many it was counted on.
+    """
+
+    metric: str
+    by_depth: dict[int, float]
+    images: int
+
+    @property
+    def mean(self) -> float:
+        """The mean over the depths: the score of a trial."""
+        return statistics.mean(self.by_depth.values())
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from bim.orchestrator.evaluation.records import DepthReport, EvaluationResult
 from bim.orchestrator.jobs import comparison
 from bim.orchestrator.jobs.backbone_run import BackboneRun, record_failure, scores_line
 from bim.orchestrator.jobs.comparison import measure_pending_latencies
-from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, evaluation_task
+from bim.orchestrator.jobs.evaluation_task import EvaluationTask, evaluation_task
 from bim.orchestrator.jobs.prepare import prepare
 from bim.orchestrator.jobs.records import record_progress
 from bim.orchestrator.runs.lease import LeaseLostError
