@@ -13,11 +13,18 @@ from bim.orchestrator.reporting.figures.tiles import Group, tiled_figure
 GRAY = 0.5
 """Value of masked pixels: neither the black background of scans nor the white of drawings."""
 
+CHECKERS = (0.35, 0.65)
+"""Values of the quarters of a patch that is not predicted."""
+
 MIN_IMAGE_PX, MAX_IMAGE_PX = 190, 448
 """Least and largest side at which an image of one depth is shown."""
 
 GRID_SIDES = (150, 256)
 """The same where all depths share a picture."""
+
+THROWN_NOTE = "checkered patches are thrown (decoder.throw_ratio): the decoder predicts nothing there"
+
+NESTED_NOTE = "masks grow with the depth: each depth sees a part of what the depth before it sees"
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class Reconstructions:
         masked: (B, M) indices of tokens that are predicted.
         grid: (rows, columns) of tokens.
         target: (B, H, W, 3), an image of the true target if it is not pixels.
-        thrown: (B, T) indices of masked tokens that are not predicted; they stay gray.
+        thrown: (B, T) indices of masked tokens that are not predicted; they are checkered among the predictions.
         lent: what the picture takes from the true image where a prediction does not hold it, in words.
     """
 
@@ -44,24 +51,29 @@ class Reconstructions:
     @property
     def masked_input(self) -> np.ndarray:
         """(B, H, W, 3), what the encoder sees."""
-        return np.where(self._is_predicted, GRAY, self._without_thrown)
+        return np.where(self._is_predicted | self._is_thrown, GRAY, self.original)
 
     @property
     def reconstructed(self) -> np.ndarray:
         """(B, H, W, 3), the predictions among the visible patches of the image or, of another target, alone on gray."""
-        return np.where(
-            self._is_predicted, self.predicted, self._without_thrown if self.target is None else GRAY
-        )
+        visible = self.original if self.target is None else np.full_like(self.original, GRAY)
+        unpredicted = np.where(self._is_thrown, _checkers(self.grid, self.original.shape[1:3]), visible)
+        return np.where(self._is_predicted, self.predicted, unpredicted)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the picture should know."""
+        return [note for note in (self.lent, THROWN_NOTE if self._is_thrown.any() else "") if note]
 
     @property
     def _is_predicted(self) -> np.ndarray:
         return _is_masked(self.masked, self.grid, self.original.shape[1:3])
 
     @property
-    def _without_thrown(self) -> np.ndarray:
+    def _is_thrown(self) -> np.ndarray:
         if self.thrown is None:
-            return self.original
-        return np.where(_is_masked(self.thrown, self.grid, self.original.shape[1:3]), GRAY, self.original)
+            return np.zeros((*self.original.shape[:3], 1), dtype=bool)
+        return _is_masked(self.thrown, self.grid, self.original.shape[1:3])
 
 
 def reconstruction_figure(images: Reconstructions, title: str = "") -> Figure:
@@ -75,39 +87,42 @@ def reconstruction_figure(images: Reconstructions, title: str = "") -> Figure:
     else:
         groups += [Group("predicted", [images.reconstructed]), Group("target", [images.target])]
     groups.append(Group("original", [images.original]))
-    return tiled_figure([groups], (MIN_IMAGE_PX, MAX_IMAGE_PX), title, _lent_note({0: images}))
+    return tiled_figure([groups], (MIN_IMAGE_PX, MAX_IMAGE_PX), title, _note({0: images}))
 
 
 def reconstruction_grid(by_depth: Mapping[int, Reconstructions], title: str = "") -> Figure:
     """One row per image: original | masked | a column for every depth, all of the same images under the same mask.
 
-    Where the mask of a depth differs from that of the depth before it, its own masked images stand before it; likewise
-    the images of a target that is not pixels.
+    Where the mask of a depth differs from that of the depth before it, its own masked images stand before it, and the note
+    says so; likewise the images of a target that is not pixels.
     """
     first = next(iter(by_depth.values()))
     groups = [Group("original", [first.original])]
+    note = _note(by_depth)
     masked: np.ndarray | None = None
     target: np.ndarray | None = None
     for depth, images in sorted(by_depth.items()):
         if masked is None or not np.array_equal(masked, images.masked_input):
+            if masked is not None and NESTED_NOTE not in note:
+                note = "; ".join(filter(None, (NESTED_NOTE, note)))
             masked = images.masked_input
             groups.append(Group("masked", [masked]))
         if images.target is not None and (target is None or not np.array_equal(target, images.target)):
             target = images.target
             groups.append(Group("target", [target]))
         groups.append(Group(f"depth {depth}", [images.reconstructed]))
-    return tiled_figure([groups], GRID_SIDES, title, _lent_note(by_depth))
+    return tiled_figure([groups], GRID_SIDES, title, note)
 
 
-def _lent_note(by_depth: Mapping[int, Reconstructions]) -> str:
-    """What is lent, with the depths if not all of them borrow the same."""
+def _note(by_depth: Mapping[int, Reconstructions]) -> str:
+    """The notes of all depths, each with the depths that it is about if those are not all."""
     depths: dict[str, list[int]] = {}
     for depth, images in sorted(by_depth.items()):
-        depths.setdefault(images.lent, []).append(depth)
-    depths.pop("", None)
+        for note in images.notes:
+            depths.setdefault(note, []).append(depth)
     return "; ".join(
-        lent + (f" (depth {', '.join(map(str, of))})" if len(of) < len(by_depth) else "")
-        for lent, of in depths.items()
+        note + (f" (depth {', '.join(map(str, of))})" if len(of) < len(by_depth) else "")
+        for note, of in depths.items()
     )
 
 
@@ -117,3 +132,9 @@ def _is_masked(masked: np.ndarray, grid: tuple[int, int], size: tuple[int, ...])
     np.put_along_axis(units, masked, True, axis=1)
     pixels = units.reshape(len(masked), *grid)
     return pixels.repeat(size[0] // grid[0], axis=1).repeat(size[1] // grid[1], axis=2)[..., None]
+
+
+def _checkers(grid: tuple[int, int], size: tuple[int, ...]) -> np.ndarray:
+    """(H, W, 1), every unit of the grid in two times two quarters of two grays."""
+    rows, columns = (2 * np.arange(side) * units // side for side, units in zip(size, grid, strict=True))
+    return np.asarray(np.where((rows[:, None] + columns) % 2, *CHECKERS[::-1]))[..., None]
