@@ -24,7 +24,10 @@ GRID_SIDES = (150, 256)
 
 THROWN_NOTE = "checkered patches are thrown (decoder.throw_ratio): the decoder predicts nothing there"
 
-NESTED_NOTE = "masks grow with the depth: each depth sees a part of what the depth before it sees"
+VEIL = 0.6
+"""Share of gray in patches that some of the depths see."""
+
+VEILED_NOTE = "veiled patches are seen by the shallower depths alone, as in their training"
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,14 @@ class Reconstructions:
     lent: str = ""
 
     @property
+    def is_visible(self) -> np.ndarray:
+        """(B, H, W, 1) bool, the pixels that the encoder sees."""
+        return ~(self._is_predicted | self._is_thrown)
+
+    @property
     def masked_input(self) -> np.ndarray:
         """(B, H, W, 3), what the encoder sees."""
-        return np.where(self._is_predicted | self._is_thrown, GRAY, self.original)
+        return np.where(self.is_visible, self.original, GRAY)
 
     @property
     def reconstructed(self) -> np.ndarray:
@@ -87,43 +95,45 @@ def reconstruction_figure(images: Reconstructions, title: str = "") -> Figure:
     else:
         groups += [Group("predicted", [images.reconstructed]), Group("target", [images.target])]
     groups.append(Group("original", [images.original]))
-    return tiled_figure([groups], (MIN_IMAGE_PX, MAX_IMAGE_PX), title, _note({0: images}))
+    return tiled_figure([groups], (MIN_IMAGE_PX, MAX_IMAGE_PX), title, "; ".join(images.notes))
 
 
 def reconstruction_grid(by_depth: Mapping[int, Reconstructions], title: str = "") -> Figure:
-    """One row per image: original | masked | a column for every depth, all of the same images under the same mask.
+    """One row per image: original | masked | a column for every depth, all of the same images under one mask.
 
-    Where the mask of a depth differs from that of the depth before it, its own masked images stand before it, and the note
-    says so; likewise the images of a target that is not pixels.
+    Where mask ratios grow with the depth, the masked images show what all depths see, and veiled what some of them see.
+    Images of a target that is not pixels stand before the first depth that has it.
     """
-    first = next(iter(by_depth.values()))
-    groups = [Group("original", [first.original])]
-    note = _note(by_depth)
-    masked: np.ndarray | None = None
+    depths = sorted(by_depth)
+    first = by_depth[depths[0]]
+    visible = np.stack([by_depth[depth].is_visible for depth in depths])
+    by_all, by_some = visible.all(axis=0), visible.any(axis=0)
+    unseen = np.where(by_some, VEIL * GRAY + (1 - VEIL) * first.original, GRAY)
+    groups = [
+        Group("original", [first.original]),
+        Group("masked", [np.where(by_all, first.original, unseen)]),
+    ]
     target: np.ndarray | None = None
-    for depth, images in sorted(by_depth.items()):
-        if masked is None or not np.array_equal(masked, images.masked_input):
-            if masked is not None and NESTED_NOTE not in note:
-                note = "; ".join(filter(None, (NESTED_NOTE, note)))
-            masked = images.masked_input
-            groups.append(Group("masked", [masked]))
+    for depth in depths:
+        images = by_depth[depth]
         if images.target is not None and (target is None or not np.array_equal(target, images.target)):
             target = images.target
             groups.append(Group("target", [target]))
         groups.append(Group(f"depth {depth}", [images.reconstructed]))
-    return tiled_figure([groups], GRID_SIDES, title, note)
+    notes = [VEILED_NOTE] if (by_some != by_all).any() else []
+    return tiled_figure([groups], GRID_SIDES, title, "; ".join([*notes, *_notes(by_depth)]))
 
 
-def _note(by_depth: Mapping[int, Reconstructions]) -> str:
+def _notes(by_depth: Mapping[int, Reconstructions]) -> list[str]:
     """The notes of all depths, each with the depths that it is about if those are not all."""
     depths: dict[str, list[int]] = {}
     for depth, images in sorted(by_depth.items()):
         for note in images.notes:
             depths.setdefault(note, []).append(depth)
-    return "; ".join(
+    return [
         note + (f" (depth {', '.join(map(str, of))})" if len(of) < len(by_depth) else "")
         for note, of in depths.items()
-    )
+    ]
 
 
 def _is_masked(masked: np.ndarray, grid: tuple[int, int], size: tuple[int, ...]) -> np.ndarray:

@@ -27,7 +27,11 @@ from bim.orchestrator.jobs.reconstructions import (
     save_all_reconstructions,
     save_reconstruction_grid,
 )
-from bim.orchestrator.reporting.figures.reconstruction import NESTED_NOTE, THROWN_NOTE, reconstruction_grid
+from bim.orchestrator.reporting.figures.reconstruction import (
+    THROWN_NOTE,
+    VEILED_NOTE,
+    reconstruction_grid,
+)
 from bim.orchestrator.training.build import build_local_mim, mask_plans, open_spec_backbone
 from bim.orchestrator.training.spec import DecoderSpec, PretrainSpec, TargetSpec
 
@@ -81,12 +85,12 @@ def test_another_checkpoint_is_shown_by_the_same_images_and_mask() -> None:
     assert picture_images(inputs).tolist() == [100, 107, 115, 123, 131, 139]
 
 
-def test_masks_that_grow_with_the_depth_are_nested_and_each_stands_before_its_depth() -> None:
+def test_masks_that_grow_with_the_depth_are_nested_and_shown_as_one_with_a_veil() -> None:
     spec = small_spec((0.5, 0.75))
     texts = headings(spec)
-    assert texts[1:6] == ["original", "masked", "depth 1", "masked", "depth 2"]
-    assert NESTED_NOTE in " ".join(texts[6:])
-    assert NESTED_NOTE not in " ".join(headings(small_spec()))
+    assert texts[1:5] == ["original", "masked", "depth 1", "depth 2"]
+    assert VEILED_NOTE in " ".join(texts[5:])
+    assert VEILED_NOTE not in " ".join(headings(small_spec()))
     backbone, weights, inputs = opened(spec)
     by_depth = reconstruct(spec, backbone, weights, inputs, {})
     for shallow, deep in zip(by_depth[1].masked, by_depth[2].masked, strict=True):

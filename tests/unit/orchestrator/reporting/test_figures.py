@@ -20,10 +20,14 @@ from bim.orchestrator.reporting.figures.pareto import pareto_figure
 from bim.orchestrator.reporting.figures.reconstruction import (
     CHECKERS,
     GRAY,
+    GRID_SIDES,
     MIN_IMAGE_PX,
     THROWN_NOTE,
+    VEIL,
+    VEILED_NOTE,
     Reconstructions,
     reconstruction_figure,
+    reconstruction_grid,
 )
 from bim.orchestrator.reporting.figures.style import write_png
 from bim.orchestrator.reporting.figures.tiles import GAP_PX
@@ -105,6 +109,23 @@ def test_the_picture_shows_masked_reconstructed_and_original_side_by_side(
     assert blue**0.5 % 1 == 0  # one square unit of whole pixels is predicted, in the second of three columns
     assert red == red_units * blue
     assert gray_units * blue <= gray < gray_units * blue + 200  # the edges of letters are gray too
+
+
+def test_the_masked_images_of_all_depths_veil_what_the_deeper_ones_do_not_see() -> None:
+    original, predicted = np.full((1, 2, 6, 3), 1.0), np.zeros((1, 2, 6, 3))
+    grid = {
+        depth: Reconstructions(original, predicted, np.array([masked]), (1, 3))
+        for depth, masked in ((2, [0]), (4, [0, 1]))
+    }
+    figure = reconstruction_grid(grid, "title")
+    canvas = np.asarray(figure.axes[0].images[0].get_array())
+    scale = -(-GRID_SIDES[0] // 6)
+    left = 6 * scale + GAP_PX
+    masked = canvas[0, left + scale : left + 6 * scale : 2 * scale, 0]
+    assert masked.tolist() == pytest.approx([GRAY, VEIL * GRAY + 1 - VEIL, 1.0])
+    texts = [text.get_text() for text in figure.texts]
+    assert texts[:5] == ["title", "original", "masked", "depth 2", "depth 4"]
+    assert " ".join(texts[5:]) == VEILED_NOTE
 
 
 @pytest.mark.parametrize("target", [None, np.ones((1, 4, 6, 3))])
