@@ -15,7 +15,7 @@ from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.config.transforms import overlaid, with_changes
 from bim.orchestrator.config.validate import settings_from_mapping
 from bim.orchestrator.data.facts import ImageFacts, image_facts
-from bim.orchestrator.data.source import Source, given_source, open_source
+from bim.orchestrator.data.source import Source, open_source
 from bim.orchestrator.data.splits import make_splits
 from bim.orchestrator.distributed.cluster import ray_cluster, run_on_worker
 from bim.orchestrator.distributed.placement import ClusterResources, StageLayout, concurrent_backbones
@@ -51,7 +51,7 @@ def automatic_settings(given: Mapping[str, Any], budget_s: float | None = None) 
     """
     name, columns = given["data.source"], (given.get("data.image_column"), given.get("data.label_column"))
     import_plugins(given.get("plugins") or ())
-    source = given_source(name) or open_source(name, *columns)
+    source = open_source(name, *columns)
     facts, cluster = image_facts(source), machine_resources()
     machine = Machine(
         int(cluster.cpus), int(cluster.gpus) if given.get("placement.gpus_per_stage") != 0 else 0
@@ -106,7 +106,7 @@ def largest_batch_size(settings: Settings) -> int:
     """
     import_plugins(settings.plugins)
     data = settings.data
-    source = given_source(data.source) or open_source(data.source, data.image_column, data.label_column)
+    source = open_source(data.source, data.image_column, data.label_column)
     batch_size = min(_fitting_batches(settings, source, is_tried=True))
     if not batch_size:
         raise SettingsError(
