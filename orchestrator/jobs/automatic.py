@@ -22,7 +22,7 @@ from bim.orchestrator.distributed.placement import ClusterResources, StageLayout
 from bim.orchestrator.jobs.backbone_entries import backbone_entries
 from bim.orchestrator.jobs.cost import cpus_of_each, expected_precision, on_device, step_times
 from bim.orchestrator.plugins import import_plugins
-from bim.orchestrator.runs.auto_settings import Chosen, Machine, choose_settings
+from bim.orchestrator.runs.auto_settings import Chosen, StageResources, choose_settings
 from bim.orchestrator.runs.batch_size import computed_batch, gpu_bytes, tried_batch
 from bim.orchestrator.runs.estimate import seconds_in_turns
 from bim.orchestrator.runs.prepare import resolve_run
@@ -53,7 +53,7 @@ def automatic_settings(given: Mapping[str, Any], budget_s: float | None = None) 
     import_plugins(given.get("plugins") or ())
     source = open_source(name, *columns)
     facts, cluster = image_facts(source), machine_resources()
-    machine = Machine(
+    machine = StageResources(
         int(cluster.cpus), int(cluster.gpus) if given.get("placement.gpus_per_stage") != 0 else 0
     )
     chosen = choose_settings(

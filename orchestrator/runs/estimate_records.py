@@ -62,8 +62,8 @@ class RunEstimate:
         Each block is trained to the end of its backward pass before the next one begins.
         """
         memories = [self.blocks[k].memory for k in self.stages[stage]]
-        kept = sum(memory.total - memory.activations for memory in memories)
-        return kept + max(memory.activations for memory in memories)
+        lasting = sum(memory.total - memory.activations for memory in memories)
+        return lasting + max(memory.activations for memory in memories)
 
 
 @dataclass(frozen=True)

@@ -135,8 +135,8 @@ class SearchResult:
     def pareto_front(self) -> tuple[TrialRow, ...]:
         """The trials trained for all epochs that no other beats in both score and cost, the cheapest first."""
         rows = self.completed
-        front = pareto_front([row.gflops or 0.0 for row in rows], [row.score or 0.0 for row in rows])
-        return tuple(rows[index] for index in front)
+        optimal = pareto_front([row.gflops or 0.0 for row in rows], [row.score or 0.0 for row in rows])
+        return tuple(rows[index] for index in optimal)
 
     def scores_at(self, epoch: int) -> dict[int, float]:
         """Trial number -> score after `epoch` epochs, of those that have one."""
@@ -166,11 +166,11 @@ class SearchResult:
 def table_rows(result: SearchResult) -> list[dict[str, str | int | float]]:
     """The trials for a table, the best first, then by status and score; a column per searched setting and per depth."""
     best = result.best if result.completed else None
-    front = {row.number for row in result.pareto_front}
-    order = get_args(Status)
+    optimal = {row.number for row in result.pareto_front}
+    statuses = get_args(Status)
     depths = sorted({depth for row in result.rows for score in row.curve for depth in score.by_depth})
     rows = []
-    for row in sorted(result.rows, key=lambda r: (order.index(r.status), -(r.score or 0.0), r.number)):
+    for row in sorted(result.rows, key=lambda r: (statuses.index(r.status), -(r.score or 0.0), r.number)):
         by_depth = row.curve[-1].by_depth if row.curve else {}
         cells: dict[str, str | int | float] = {"trial": row.number}
         cells |= {key: _cell(value) for key, value in row.changes.items()}
@@ -185,7 +185,7 @@ def table_rows(result: SearchResult) -> list[dict[str, str | int | float]]:
             "status": row.status,
             "status_reason": row.status_reason,
             "best": "best" if row == best else "",
-            "pareto_front": "pareto_front" if row.number in front else "",
+            "pareto_front": "pareto_front" if row.number in optimal else "",
         }
         rows.append(cells)
     return rows
