@@ -112,7 +112,7 @@ def _what_it_is(backbone: Backbone, depth: int, facts: CardFacts) -> str:
         method = "MAE" if backbone.encode == "visible" else "SimMIM"
         text += f"by masked image modeling end to end ({method})"
         cut = depth < blocks[0].depth
-        return text + (f" at {blocks[0].depth} layers, and cut to {depth} afterwards." if cut else ".")
+        return text + (f" at {blocks[0].depth} layers, and cut to {depth} afterward." if cut else ".")
     blocks_used = (
         f"the first {len(used)} of {len(blocks)} blocks"
         if len(used) > 1

@@ -76,7 +76,7 @@ def _name_trials(
     best: int | None,
     epochs: int,
 ) -> None:
-    """Label the points towards the middle of the axes; trials at the same point share a label. epochs: of a whole trial."""
+    """Label the points toward the middle of the axes; trials at the same point share a label. epochs: of a whole trial."""
     names: dict[tuple[float, float], list[str]] = {}
     for row in rows:
         name = (
