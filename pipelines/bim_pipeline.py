@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,32 +47,32 @@ def _main(argv: Sequence[str], stop: StopRequest) -> int:
 
 def _automatic(given: Mapping[str, Any], budget_s: float | None) -> Mapping[str, Any]:
     """See `jobs.automatic.automatic_settings`. Raises SettingsError for everything that is wrong with the input."""
-    from bim.orchestrator.distributed.local_ray import before_ray_is_imported
+    with _only_settings_errors():
+        from bim.orchestrator.jobs.automatic import automatic_settings
 
-    before_ray_is_imported()
-    from bim.orchestrator.config.schema import SettingsError
-    from bim.orchestrator.jobs.automatic import automatic_settings
-    from bim.orchestrator.jobs.job import BAD_INPUT
-    from bim.orchestrator.plugins import PluginError
-
-    try:
         return automatic_settings(given, budget_s)
-    except (*BAD_INPUT, PluginError) as error:
-        raise SettingsError(str(error)) from error
 
 
 def _largest_batch(settings: Settings) -> int:
     """See `jobs.automatic.largest_batch_size`. Raises SettingsError for everything that is wrong with the input."""
+    with _only_settings_errors():
+        from bim.orchestrator.jobs.automatic import largest_batch_size
+
+        return largest_batch_size(settings)
+
+
+@contextmanager
+def _only_settings_errors() -> Iterator[None]:
+    """For settings that depend on images and machine: what is wrong with the input is raised as SettingsError."""
     from bim.orchestrator.distributed.local_ray import before_ray_is_imported
 
     before_ray_is_imported()
     from bim.orchestrator.config.schema import SettingsError
-    from bim.orchestrator.jobs.automatic import largest_batch_size
     from bim.orchestrator.jobs.job import BAD_INPUT
     from bim.orchestrator.plugins import PluginError
 
     try:
-        return largest_batch_size(settings)
+        yield
     except (*BAD_INPUT, PluginError) as error:
         raise SettingsError(str(error)) from error
 

@@ -15,19 +15,20 @@ from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.config.transforms import overlaid, with_changes
 from bim.orchestrator.config.validate import settings_from_mapping
 from bim.orchestrator.data.facts import ImageFacts, image_facts
-from bim.orchestrator.data.source import Source, given_source, open_source
+from bim.orchestrator.data.source import Source, open_source
 from bim.orchestrator.data.splits import make_splits
 from bim.orchestrator.distributed.cluster import ray_cluster, run_on_worker
 from bim.orchestrator.distributed.placement import ClusterResources, StageLayout, concurrent_backbones
 from bim.orchestrator.jobs.backbone_entries import backbone_entries
 from bim.orchestrator.jobs.cost import cpus_of_each, expected_precision, on_device, step_times
 from bim.orchestrator.plugins import import_plugins
-from bim.orchestrator.runs.auto_settings import Chosen, Machine, choose_settings
+from bim.orchestrator.runs.auto_settings import Chosen, StageResources, choose_settings
 from bim.orchestrator.runs.batch_size import computed_batch, gpu_bytes, tried_batch
 from bim.orchestrator.runs.estimate import seconds_in_turns
 from bim.orchestrator.runs.prepare import resolve_run
 from bim.orchestrator.runs.provenance import hardware
-from bim.orchestrator.runs.step_times import Probe, epoch_seconds, micro_batch_seconds
+from bim.orchestrator.runs.step_probe import Probe
+from bim.orchestrator.runs.step_times import epoch_seconds, micro_batch_seconds
 from bim.orchestrator.runs.train import resolve_layout
 from bim.orchestrator.search.controller import epochs_of_trials
 from bim.orchestrator.text import wrapped
@@ -50,9 +51,9 @@ def automatic_settings(given: Mapping[str, Any], budget_s: float | None = None) 
     """
     name, columns = given["data.source"], (given.get("data.image_column"), given.get("data.label_column"))
     import_plugins(given.get("plugins") or ())
-    source = given_source(name) or open_source(name, *columns)
+    source = open_source(name, *columns)
     facts, cluster = image_facts(source), machine_resources()
-    machine = Machine(
+    machine = StageResources(
         int(cluster.cpus), int(cluster.gpus) if given.get("placement.gpus_per_stage") != 0 else 0
     )
     chosen = choose_settings(
@@ -105,7 +106,7 @@ def largest_batch_size(settings: Settings) -> int:
     """
     import_plugins(settings.plugins)
     data = settings.data
-    source = given_source(data.source) or open_source(data.source, data.image_column, data.label_column)
+    source = open_source(data.source, data.image_column, data.label_column)
     batch_size = min(_fitting_batches(settings, source, is_tried=True))
     if not batch_size:
         raise SettingsError(

@@ -16,11 +16,11 @@ from bim.orchestrator.distributed.placement import ClusterResources, StageLayout
 from bim.orchestrator.files import StorageError
 from bim.orchestrator.jobs.backbone_run import BackboneRun
 from bim.orchestrator.reporting.estimate import summary_lines
-from bim.orchestrator.runs.estimate import BackboneEstimate, SearchEstimate, estimate_run, times_of_another
+from bim.orchestrator.runs.estimate import estimate_run, times_of_another
+from bim.orchestrator.runs.estimate_records import BackboneEstimate, SearchEstimate
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun
+from bim.orchestrator.runs.step_probe import Probe, StepTimes
 from bim.orchestrator.runs.step_times import (
-    Probe,
-    StepTimes,
     known_times,
     micro_batch_seconds,
     probe_steps,

@@ -33,9 +33,11 @@ from bim.orchestrator.jobs.open_backbone import (
     describe_beginning,
     log_settings,
     open_backbone_run,
+    undecided_settings,
     write_settings,
 )
 from bim.orchestrator.jobs.prepare import PreparedJob
+from bim.orchestrator.jobs.record_variants import begin_variants
 from bim.orchestrator.jobs.records import record_progress, record_search
 from bim.orchestrator.jobs.search_job import run_search, search_due
 from bim.orchestrator.jobs.train_backbones import train_backbones
@@ -125,6 +127,9 @@ def _run(job: PreparedJob, stop: StopRequest) -> JobResult:
             raise TrainingError(
                 f"{os_error_text(error)}; make room or repair it; the run has not begun"
             ) from error
+        for backbone in backbones:
+            run = backbone.prepared.run
+            begin_variants(backbone.tracker, run, run.depths, undecided=undecided_settings(run))
         _log_opening(job, backbones)
         if comparison is not None:
             describe_comparison(job, comparison)

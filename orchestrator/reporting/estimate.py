@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bim.orchestrator.runs.estimate import BackboneEstimate, RunEstimate, seconds_in_turns
+from bim.orchestrator.runs.estimate import seconds_in_turns
+from bim.orchestrator.runs.estimate_records import BackboneEstimate, RunEstimate
 from bim.orchestrator.tables import Key, render
 from bim.orchestrator.text import duration, params_text, three_digits, wrapped
 

@@ -28,7 +28,7 @@ ROUNDED_FROM = 4
 
 
 @dataclass(frozen=True)
-class Machine:
+class StageResources:
     """What the stages may use; without a GPU they run on the CPUs."""
 
     cpus: int
@@ -57,7 +57,7 @@ class _Candidate:
 
 def choose_settings(
     facts: ImageFacts,
-    machine: Machine,
+    machine: StageResources,
     given: Mapping[str, Any],
     budget_s: float | None,
     epoch_seconds: EpochSeconds,
@@ -78,7 +78,7 @@ class _Chooser:
     def __init__(
         self,
         facts: ImageFacts,
-        machine: Machine,
+        machine: StageResources,
         given: Mapping[str, Any],
         budget_s: float | None,
         epoch_seconds: EpochSeconds,

@@ -13,7 +13,7 @@ from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.runs.estimate import run_memories
 from bim.orchestrator.runs.prepare import ResolvedRun
-from bim.orchestrator.runs.step_times import Probe
+from bim.orchestrator.runs.step_probe import Probe
 from bim.orchestrator.training.errors import StageFailure
 from bim.orchestrator.training.memory import BlockMemory
 from bim.orchestrator.training.messages import StepRequest

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,30 +21,13 @@ from bim.orchestrator.search.asha import rung_to_stop_at
 from bim.orchestrator.search.proposals import Proposer
 from bim.orchestrator.search.record import FOLDER, RECORD, save_result
 from bim.orchestrator.search.results import SearchResult, TrialRow, TrialScore
-from bim.orchestrator.search.space import Space
-from bim.orchestrator.search.trial import TrialSpec, remove_trial_checkpoints, trial_epochs
+from bim.orchestrator.search.spec import SearchSpec
+from bim.orchestrator.search.trial import remove_trial_checkpoints, trial_epochs
 from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.errors import TrainingError
 
 PLACEMENT_TIMEOUT_S = 120.0
 """Seconds without any started trial, after which the search gives up; `placement.wait_s` gives more."""
-
-
-@dataclass(frozen=True)
-class SearchSpec:
-    """A search that is ready to start.
-
-    Args:
-        settings: the recipe.
-        space: the values that are tried.
-        trial: what every trial shares.
-        initial: the record of this search so far; without rows before its first trial.
-    """
-
-    settings: Settings
-    space: Space
-    trial: TrialSpec
-    initial: SearchResult
 
 
 def grace_period(settings: Settings, epochs: int) -> int:

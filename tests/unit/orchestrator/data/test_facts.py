@@ -11,7 +11,7 @@ from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.data.facts import image_facts
 from bim.orchestrator.data.splits import can_score, make_splits
 from bim.orchestrator.jobs.automatic import nested
-from bim.orchestrator.runs.auto_settings import Machine, choose_settings
+from bim.orchestrator.runs.auto_settings import StageResources, choose_settings
 
 
 class Gray:
@@ -66,7 +66,7 @@ def test_chosen_splits_are_those_that_a_run_makes(
     facts = image_facts(source)
     assert facts.unlabeled_splits == unlabeled_splits
     assert facts.splits.keys() == {"train", "val", "test"} - unlabeled_splits.keys()
-    chosen = choose_settings(facts, Machine(2), {}, 1e9, lambda values: 1.0)
+    chosen = choose_settings(facts, StageResources(2), {}, 1e9, lambda values: 1.0)
     data = settings_from_mapping(nested({"data.source": "gray", **chosen.values})).data
     splits = make_splits(source, data.split_seed, data.val_fraction, data.test_fraction)
     assert can_score(source, splits) == has_scores

@@ -19,7 +19,7 @@ from bim.orchestrator.jobs.dry_run import dry_run_lines
 from bim.orchestrator.jobs.layouts import single_layouts
 from bim.orchestrator.jobs.prepare import prepare
 from bim.orchestrator.reporting.estimate import sum_lines, summary_lines
-from bim.orchestrator.runs.step_times import Probe, StepTimes
+from bim.orchestrator.runs.step_probe import Probe, StepTimes
 from tests.e2e.command import image_folder
 
 ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2}

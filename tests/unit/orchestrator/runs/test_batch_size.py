@@ -13,7 +13,7 @@ from bim.orchestrator.data.splits import make_splits
 from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.runs.batch_size import MEMORY_SHARE, gpu_bytes, largest_batch, tried_batch
 from bim.orchestrator.runs.prepare import resolve_run
-from bim.orchestrator.runs.step_times import Probe
+from bim.orchestrator.runs.step_probe import Probe
 from bim.orchestrator.training.block_trainer import BlockTrainer
 from bim.orchestrator.training.memory import BlockMemory
 

@@ -12,9 +12,11 @@ import torch
 from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.distributed.placement import ClusterResources
 from bim.orchestrator.reporting.estimate import byte_text, estimate_lines
-from bim.orchestrator.runs.estimate import BackboneEstimate, estimate_run, seconds_in_turns, separate_ratio
+from bim.orchestrator.runs.estimate import estimate_run, seconds_in_turns, separate_ratio
+from bim.orchestrator.runs.estimate_records import BackboneEstimate
 from bim.orchestrator.runs.prepare import resolve_run
-from bim.orchestrator.runs.step_times import Probe, probe_steps
+from bim.orchestrator.runs.step_probe import Probe
+from bim.orchestrator.runs.step_times import probe_steps
 from bim.orchestrator.runs.train import resolve_layout
 
 ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2}

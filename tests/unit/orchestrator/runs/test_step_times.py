@@ -10,13 +10,12 @@ import pytest
 from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.runs.prepare import resolve_run
+from bim.orchestrator.runs.step_probe import Probe, StepTimes
 from bim.orchestrator.runs.step_times import (
     RAY_CPU_S,
     SHARED_CPU_S,
     SHARED_FACTOR,
     STEP_TIMES,
-    Probe,
-    StepTimes,
     known_times,
     micro_batch_seconds,
     probe_steps,

@@ -16,10 +16,10 @@ from bim.orchestrator.distributed.placement import PlacementError, StageLayout
 from bim.orchestrator.evaluation.records import EvalConfig
 from bim.orchestrator.runs.lease import LeaseLostError
 from bim.orchestrator.search import controller as controller_module
-from bim.orchestrator.search.controller import SearchController, SearchSpec, epochs_of_trials, grace_period
+from bim.orchestrator.search.controller import SearchController, epochs_of_trials, grace_period
 from bim.orchestrator.search.record import load_result
 from bim.orchestrator.search.results import SearchResult, TrialRow, best_line
-from bim.orchestrator.search.trial import TrialSpec
+from bim.orchestrator.search.spec import SearchSpec, TrialSpec
 from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.errors import TrainingError
 
