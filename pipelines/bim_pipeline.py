@@ -34,7 +34,7 @@ def _main(argv: Sequence[str], stop: StopRequest) -> int:
     from bim.orchestrator.reporting.log import configure_console
 
     verbose, quiet = "--verbose" in argv, "--quiet" in argv
-    configure_console(verbose, quiet)
+    configure_console(verbose, quiet, on_stderr="--print-config" in argv)
     try:
         settings = load_settings(argv, _automatic, _largest_batch)
         recipe = recipe_file(argv)

@@ -30,16 +30,18 @@ def line_prefix(prefix: str) -> Iterator[None]:
         _prefix.reset(token)
 
 
-def configure_console(verbose: bool = False, quiet: bool = False) -> None:
+def configure_console(verbose: bool = False, quiet: bool = False, on_stderr: bool = False) -> None:
     """Print what is logged from now on: plain lines on stdout, errors as `error: ...` on stderr.
 
     Args:
         verbose: also the debug level.
         quiet: only warnings and errors.
+        on_stderr: every line, where stdout is for what the command prints.
     """
     for handler in [handler for handler in ROOT.handlers if isinstance(handler, _ConsoleHandler)]:
         ROOT.removeHandler(handler)
     console = _ConsoleHandler(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    console.stderr_level = logging.NOTSET if on_stderr else logging.ERROR
     console.addFilter(lambda record: not getattr(record, "in_live_display", False))
     console.setFormatter(_LineFormatter())
     ROOT.addHandler(console)
@@ -89,10 +91,12 @@ def log_to_file(path: Path, prefix: str = "") -> Iterator[None]:
 
 
 class _ConsoleHandler(logging.Handler):
+    stderr_level = logging.ERROR
+
     def emit(self, record: logging.LogRecord) -> None:
         try:
             # sys.stdout is looked up at every line: it may be redirected in between.
-            stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
+            stream = sys.stderr if record.levelno >= self.stderr_level else sys.stdout
             print(self.format(record), file=stream, flush=True)
         except Exception:
             self.handleError(record)

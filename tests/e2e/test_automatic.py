@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bim.orchestrator.config.recipes import read_recipe
+from bim.pipelines import bim_pipeline
 from tests.e2e.command import Finished, arguments, call, image_folder
 
 QUICK = {
@@ -119,6 +120,25 @@ def test_wrong_input_is_a_sentence_before_anything_is_chosen(
     assert done.status == 2
     assert done.stdout == ""
     assert f"error: {told}" in done.stderr
+
+
+def test_the_largest_batch_of_a_recipe_is_printed_as_a_recipe(
+    labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = "img_size: 16, patch_size: 4, embed_dim: 24, depth: 4, num_heads: 2"
+    (tmp_path / "mine.yaml").write_text(
+        f"name: mine\nbackbone: {{name: vit_tiny_patch16_224, model_args: {{{sizes}}}}}\n"
+        f"data: {{source: '{labeled}', batch_size: auto}}\nschedule: {{epochs: 1}}\ndecoder: {{num_heads: 1}}\n"
+        "placement: {backend: in_process, threads_per_stage: 1}\n"
+    )
+    with pytest.raises(SystemExit) as left:
+        bim_pipeline.main(["--recipe", "mine.yaml", "--print-config"])
+    assert left.value.code == 0
+    printed = capsys.readouterr()
+    (tmp_path / "printed.yaml").write_text(printed.out)
+    assert read_recipe("printed.yaml")["data"]["batch_size"] == 8
+    assert printed.err == "batch 8: the largest that fits, computed and tried\n"
 
 
 def test_several_backbones_share_the_time(

@@ -47,6 +47,14 @@ def test_lines_go_to_stdout_and_errors_to_stderr(
     assert capsys.readouterr() == (stdout, "error: one cause\nerror: another cause\n")
 
 
+def test_every_line_goes_to_stderr_where_stdout_is_for_what_the_command_prints(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    configure_console(on_stderr=True)
+    log_one_of_each()
+    assert capsys.readouterr() == ("", "a line\na warning\nerror: one cause\nerror: another cause\n")
+
+
 def test_a_file_has_the_details_that_the_console_leaves_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
