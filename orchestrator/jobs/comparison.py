@@ -17,7 +17,8 @@ from bim.orchestrator.evaluation.features import MAX_IMAGES
 from bim.orchestrator.evaluation.records import DepthReport, EvaluationResult
 from bim.orchestrator.files import atomic_write
 from bim.orchestrator.jobs.backbone_run import BackboneRun, format_error
-from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, add_latency, rewrite_cards
+from bim.orchestrator.jobs.evaluate_checkpoint import add_latency, rewrite_cards
+from bim.orchestrator.jobs.evaluation_task import EvaluationTask
 from bim.orchestrator.jobs.open_backbone import EVENTS, cluster_text, data_record
 from bim.orchestrator.jobs.prepare import PreparedJob
 from bim.orchestrator.jobs.records import record_progress

@@ -27,7 +27,7 @@ from bim.orchestrator.jobs.comparison import (
     open_comparison,
     record_comparison,
 )
-from bim.orchestrator.jobs.cost import log_estimate
+from bim.orchestrator.jobs.cost import cpus_of_each, log_estimate
 from bim.orchestrator.jobs.layouts import shared_layouts, single_layouts
 from bim.orchestrator.jobs.open_backbone import (
     describe_beginning,
@@ -135,9 +135,10 @@ def _run(job: PreparedJob, stop: StopRequest) -> JobResult:
             describe_comparison(job, comparison)
         for line in following_lines((comparison or backbones[0].tracker).ui_pages()):
             log.info(line)
+        cpus = cpus_of_each(len(backbones), cluster, job.settings.placement.gpus_per_stage)
         for backbone in backbones:
             with backbone.lines():
-                describe_beginning(backbone, log_estimate(backbone, cluster))
+                describe_beginning(backbone, log_estimate(backbone, cluster, cpus))
         if not job.compares:
             _search(backbones[0], cluster, stop)
         if stop.reason is None:

@@ -22,8 +22,12 @@ EpochSeconds = Callable[[Mapping[str, Any]], float]
 """From settings, by dotted key, to the seconds of an epoch of theirs on this machine."""
 
 
+ROUNDED_FROM = 4
+"""Epochs that the time allows are rounded down from so many steps of rounding on."""
+
+
 @dataclass(frozen=True)
-class Machine:
+class StageResources:
     """What the stages may use; without a GPU they run on the CPUs."""
 
     cpus: int
@@ -52,7 +56,7 @@ class _Candidate:
 
 def choose_settings(
     facts: ImageFacts,
-    machine: Machine,
+    machine: StageResources,
     given: Mapping[str, Any],
     budget_s: float | None,
     epoch_seconds: EpochSeconds,
@@ -73,7 +77,7 @@ class _Chooser:
     def __init__(
         self,
         facts: ImageFacts,
-        machine: Machine,
+        machine: StageResources,
         given: Mapping[str, Any],
         budget_s: float | None,
         epoch_seconds: EpochSeconds,
@@ -260,7 +264,8 @@ class _Chooser:
                 f"it takes {duration(epoch_s)}, and the time budget of {duration(self._budget_s)} is for less"
             )
         elif epochs < wanted:
-            epochs = epochs // rule.round_to * rule.round_to if epochs > rule.round_to else epochs
+            if epochs >= ROUNDED_FROM * rule.round_to:  # of fewer, too many would be lost
+                epochs = epochs // rule.round_to * rule.round_to
             why = f"what {duration(self._budget_s)} allow; {wanted} would take {duration(wanted * epoch_s)}"
         else:
             why = f"about {duration(epochs * epoch_s)} of training"

@@ -32,23 +32,32 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize(
-    "step",
-    [
-        pytest.param(7, id="before the first checkpoint", marks=pytest.mark.slow),
-        pytest.param(20, id="on a mark"),
-        pytest.param(21, id="one after", marks=pytest.mark.slow),
-        pytest.param(47, id="last epoch", marks=pytest.mark.slow),
-    ],
-)
-def test_cut_off_at_a_step_and_resumed(tmp_path: Path, unbroken: Path, step: int) -> None:
+def cut_off_at(*steps: int) -> AtStep:
+    """Ends the training once at each of these steps."""
+    left = list(steps)
+
     def at_step(done: int) -> None:
-        if done == step:
+        if left and done == left[0]:
+            left.pop(0)
             raise CutOff
 
-    with pytest.raises(CutOff):
-        train(in_process(), tmp_path, callback=AtStep(at_step))
-    train(in_process(), tmp_path)
+    return AtStep(at_step)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        pytest.param([20], id="on a mark"),
+        # Before the first checkpoint, one step after it, in the last epoch.
+        pytest.param([7, 21, 47], id="three times", marks=pytest.mark.slow),
+    ],
+)
+def test_cut_off_at_a_step_and_resumed(tmp_path: Path, unbroken: Path, steps: list[int]) -> None:
+    callback = cut_off_at(*steps)
+    for _ in steps:
+        with pytest.raises(CutOff):
+            train(in_process(), tmp_path, callback=callback)
+    train(in_process(), tmp_path, callback=callback)
     assert differing(state(unbroken, 50), state(tmp_path, 50)) == []
 
 
@@ -58,13 +67,9 @@ def test_accumulated_micro_batches_resume_too(tmp_path: Path) -> None:
         two_micro_batches = data(phases=(PhaseSpec(0, (16, 16), 16, grad_accum_steps=2),))
         return InProcessStages(tiny_spec(), two_micro_batches.train_batches, ((0, 1), (2, 3)), threads=1)
 
-    def at_step(done: int) -> None:
-        if done == 13:
-            raise CutOff
-
     train(stages(), tmp_path / "whole", steps=20, every=6, grad_accum_steps=2)
     with pytest.raises(CutOff):
-        train(stages(), tmp_path / "cut", steps=20, every=6, grad_accum_steps=2, callback=AtStep(at_step))
+        train(stages(), tmp_path / "cut", steps=20, every=6, grad_accum_steps=2, callback=cut_off_at(13))
     train(stages(), tmp_path / "cut", steps=20, every=6, grad_accum_steps=2)
     assert differing(state(tmp_path / "whole", 20), state(tmp_path / "cut", 20)) == []
 
@@ -78,17 +83,13 @@ def test_a_run_of_growing_resolution_resumes_inside_any_phase(tmp_path: Path) ->
         return InProcessStages(spec, images.train_batches, ((0, 1), (2, 3)), threads=1)
 
     train(stages(), tmp_path / "whole", steps=21, every=5, phases=phases)
-    for step in (2, 4, 7, 12, 14):
-        out = tmp_path / f"cut{step}"
-
-        def at_step(done: int, step: int = step) -> None:
-            if done == step:
-                raise CutOff
-
+    cuts = (2, 4, 7, 12, 14)
+    callback, out = cut_off_at(*cuts), tmp_path / "cut"
+    for _ in cuts:
         with pytest.raises(CutOff):
-            train(stages(), out, steps=21, every=5, phases=phases, callback=AtStep(at_step))
-        train(stages(), out, steps=21, every=5, phases=phases)
-        assert differing(state(tmp_path / "whole", 21), state(out, 21)) == []
+            train(stages(), out, steps=21, every=5, phases=phases, callback=callback)
+    train(stages(), out, steps=21, every=5, phases=phases, callback=callback)
+    assert differing(state(tmp_path / "whole", 21), state(out, 21)) == []
 
 
 @pytest.mark.slow
@@ -99,12 +100,8 @@ def test_a_hierarchy_of_growing_resolution_resumes_in_its_second_phase(tmp_path:
     def stages() -> InProcessStages:
         return InProcessStages(spec, images.train_batches, ((0, 1), (2, 3)), threads=1)
 
-    def at_step(done: int) -> None:
-        if done == 6:
-            raise CutOff
-
     train(stages(), tmp_path / "whole", steps=8, every=5, phases=phases)
     with pytest.raises(CutOff):
-        train(stages(), tmp_path / "cut", steps=8, every=5, phases=phases, callback=AtStep(at_step))
+        train(stages(), tmp_path / "cut", steps=8, every=5, phases=phases, callback=cut_off_at(6))
     train(stages(), tmp_path / "cut", steps=8, every=5, phases=phases)
     assert differing(state(tmp_path / "whole", 8), state(tmp_path / "cut", 8)) == []

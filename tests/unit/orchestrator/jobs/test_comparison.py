@@ -25,7 +25,7 @@ from bim.orchestrator.jobs.comparison import (
     measure_pending_latencies,
     record_comparison,
 )
-from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, evaluation_task
+from bim.orchestrator.jobs.evaluation_task import EvaluationTask, evaluation_task
 from bim.orchestrator.jobs.prepare import PreparedJob, prepare
 from bim.orchestrator.jobs.records import record_progress
 from bim.orchestrator.runs.lease import LeaseLostError

@@ -18,7 +18,7 @@ from bim.orchestrator.jobs.backbone_run import BackboneRun
 from bim.orchestrator.jobs.job import run_job
 from bim.orchestrator.jobs.prepare import PreparedJob, prepare
 from bim.orchestrator.runs.provenance import collect
-from bim.orchestrator.runs.run_record import OutputError
+from bim.orchestrator.runs.run_identity import OutputError
 from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.errors import TrainingError
 

@@ -11,10 +11,10 @@ from bim.orchestrator.config.auto_rules import auto_rules
 from bim.orchestrator.config.validate import settings_from_mapping
 from bim.orchestrator.data.facts import ImageFacts
 from bim.orchestrator.jobs.automatic import nested
-from bim.orchestrator.runs.auto_settings import Chosen, Machine, choose_settings
+from bim.orchestrator.runs.auto_settings import Chosen, StageResources, choose_settings
 from bim.orchestrator.runs.resolve import resolve
 
-CPU, GPU = Machine(cpus=2), Machine(cpus=16, gpus=1)
+CPU, GPU = StageResources(cpus=2), StageResources(cpus=16, gpus=1)
 
 
 def facts(images: int, side: int = 300, **splits: int) -> ImageFacts:
@@ -23,7 +23,7 @@ def facts(images: int, side: int = 300, **splits: int) -> ImageFacts:
 
 def choose(
     images: ImageFacts,
-    machine: Machine = CPU,
+    machine: StageResources = CPU,
     given: Mapping[str, Any] | None = None,
     budget_s: float = 1e9,
     epoch_s: float = 1.0,
@@ -41,7 +41,7 @@ def choose(
 @pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("side", [20, 60, 100, 500])
 @pytest.mark.parametrize("images", [200, 3_000, 300_000])
-def test_every_choice_is_a_run_that_can_be_trained(machine: Machine, side: int, images: int) -> None:
+def test_every_choice_is_a_run_that_can_be_trained(machine: StageResources, side: int, images: int) -> None:
     chosen = choose(facts(images, side), machine)
     settings = settings_from_mapping(nested({"data.source": "photos", **chosen.values}))
     resolve(settings)
