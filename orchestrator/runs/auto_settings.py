@@ -283,7 +283,7 @@ class _Chooser:
         rule, key = self._rules.scores, "evaluation.every_epochs"
         if self._is_given("evaluation.patience"):
             return
-        epochs = int(self._given.get("schedule.epochs", self._chosen.values.get("schedule.epochs")))
+        epochs = int((self._chosen.values | self._given)["schedule.epochs"])
         every = spread_scores(epochs, rule.most)
         if epoch_s > 0:
             every = max(every, math.ceil(rule.min_seconds_between / epoch_s))
