@@ -109,6 +109,13 @@ class WorkersRule(_Rules):
     max: int
 
 
+class ScoresRule(_Rules):
+    """Scores before the end, at most, and seconds of training between two."""
+
+    most: int = Field(ge=1)
+    min_seconds_between: float
+
+
 class AutoRules(_Rules):
     """Everything of `auto.yaml`; what each part means stands there."""
 
@@ -124,6 +131,7 @@ class AutoRules(_Rules):
     splits: Mapping[Literal["test", "val"], SplitRule]
     workers: WorkersRule
     checkpoints: int = Field(ge=1)
+    scores: ScoresRule
     few_images: int
 
     @property

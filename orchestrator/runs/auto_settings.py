@@ -17,6 +17,7 @@ from bim.orchestrator.config.auto_rules import AutoRules, BackboneRule, Device, 
 from bim.orchestrator.config.durations import seconds
 from bim.orchestrator.config.messages import format_value
 from bim.orchestrator.data.facts import ImageFacts
+from bim.orchestrator.runs.resolve import spread_scores
 from bim.orchestrator.text import duration
 
 EpochSeconds = Callable[[Mapping[str, Any]], float]
@@ -118,6 +119,7 @@ class _Chooser:
                 break
         self._backbone(candidate, first, train)
         self._epochs(wanted, min(wanted, fitting), epoch_s)
+        self._scores(epoch_s)
         self._loading()
         self._always()
         self._chosen.values["data.batch_size"] = batch_size
@@ -298,6 +300,24 @@ class _Chooser:
         self._set({"schedule.warmup_epochs": warmup}, f"{warmup:g} epochs of warm-up")
         every = max(1.0, round(epochs / self._rules.checkpoints))
         self._set({"checkpoint.every_epochs": every}, f"a checkpoint every {every:g} epochs")
+
+    def _scores(self, epoch_s: float) -> None:
+        """How often the depths are scored while they train; a given patience counts scores, so their number stays."""
+        rule, key = self._rules.scores, "evaluation.every_epochs"
+        if self._is_given("evaluation.patience"):
+            return
+        epochs = int((self._chosen.values | self._given)["schedule.epochs"])
+        every = spread_scores(epochs, rule.most)
+        if epoch_s > 0:
+            every = max(every, math.ceil(rule.min_seconds_between / epoch_s))
+        if every < epochs:
+            spacing = f"{every} epochs" if every > 1 else "epoch"
+            line = f"depths are scored every {spacing}, about {duration(every * epoch_s)} of training"
+            self._set({key: every}, line)
+        else:
+            apart = duration(rule.min_seconds_between)
+            why = f"scores would be less than {apart} apart" if epochs > 1 else "it has one epoch"
+            self._set({key: 0}, f"depths are scored at the end of the training alone: {why}")
 
     @property
     def _workers(self) -> int:

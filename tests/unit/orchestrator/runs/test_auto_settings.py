@@ -241,3 +241,35 @@ def test_given_epochs_that_the_time_does_not_hold_shrink_the_rest_and_are_told()
 def test_a_budget_of_less_than_an_epoch_is_told_as_that() -> None:
     lines = choose(facts(20_000), budget_s=0.01).lines
     assert any(line.startswith("1 epoch: it takes ") and "is for less" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "epoch_s", "every", "line"),
+    [
+        (200, 10.0, 20, "depths are scored every 20 epochs, about 3 min 20 s of training"),
+        (200, 2.0, 20, "depths are scored every 20 epochs, about 40 s of training"),
+        (200, 1.0, 30, "depths are scored every 30 epochs, about 30 s of training"),
+        (200, 0.25, 120, "depths are scored every 120 epochs, about 30 s of training"),
+        (5, 40.0, 1, "depths are scored every epoch, about 40 s of training"),
+        (
+            100,
+            0.25,
+            0,
+            "depths are scored at the end of the training alone: scores would be less than 30 s apart",
+        ),
+        (1, 99.0, 0, "depths are scored at the end of the training alone: it has one epoch"),
+    ],
+)
+def test_scores_while_it_trains_leave_time_for_training(
+    epochs: int, epoch_s: float, every: int, line: str
+) -> None:
+    chosen = choose_settings(facts(20_000), CPU, {"schedule.epochs": epochs}, 1e9, lambda values: epoch_s)
+    assert chosen.values["evaluation.every_epochs"] == every
+    assert line in chosen.lines
+
+
+@pytest.mark.parametrize("given", [{"evaluation.every_epochs": 3}, {"evaluation.patience": 2}])
+def test_scores_that_are_given_or_counted_are_left_alone(given: dict[str, Any]) -> None:
+    chosen = choose(facts(20_000), given=given)
+    assert "evaluation.every_epochs" not in chosen.values
+    assert not any("depths are scored" in line for line in chosen.lines)
