@@ -27,7 +27,8 @@ WORDS = {
     "val_fraction": ["val split "],
     "epochs": [" epochs: "],
     "warmup_epochs": [" epochs of warm-up"],
-    "every_epochs": ["a checkpoint every "],
+    "checkpoint.every_epochs": ["a checkpoint every "],
+    "evaluation.every_epochs": ["depths are scored every "],
     "workers": [" data workers"],
     "name": ["backbone vit_"],
 }
@@ -142,7 +143,7 @@ def test_every_choice_is_named_in_a_line_or_said_where_the_run_is_opened() -> No
     unnamed = {
         key
         for key in chosen.values.keys() - {"name"}
-        if not any(word in text for word in (key, *WORDS.get(key.rsplit(".", 1)[-1], ())))
+        if not any(word in text for word in (key, *WORDS.get(key, WORDS.get(key.rsplit(".", 1)[-1], ()))))
     }
     assert unnamed == {"search.trials"}
 
