@@ -136,7 +136,7 @@ def faults(arguments: argparse.Namespace) -> int:
 
     Returns 1 if a run does not.
     """
-    from bim.orchestrator.benchmarks.fault_run import KINDS
+    from bim.orchestrator.benchmarks.fault_plan import KINDS
     from bim.orchestrator.benchmarks.faults import run_kills
 
     kinds = KINDS if arguments.kinds is None else tuple(arguments.kinds.split(","))
@@ -145,8 +145,7 @@ def faults(arguments: argparse.Namespace) -> int:
         return 2
     folder = arguments.work or Path(tempfile.mkdtemp(prefix="bim-faults-"))
     folder.mkdir(parents=True, exist_ok=True)
-    reports = run_kills(arguments.kills, arguments.seed, kinds, folder)
-    is_good = all(report.is_good for report in reports)
+    is_good = run_kills(arguments.kills, arguments.seed, kinds, folder)
     if is_good and arguments.work is None:
         shutil.rmtree(folder)
     else:
@@ -209,7 +208,7 @@ def _main(argv: Sequence[str]) -> int:
 
     killing = command(faults)
     killing.add_argument(
-        "--kills", type=int, default=100, help="runs with one kill each (default: %(default)s)"
+        "--kills", type=int, default=100, help="in runs of up to eight each (default: %(default)s)"
     )
     killing.add_argument("--seed", type=int, default=0, help="of kinds and moments (default: %(default)s)")
     killing.add_argument(

@@ -1,6 +1,6 @@
 """The tiny job that `pipelines/benchmark.py faults` interrupts, and what a finished run of it leaves, to be compared.
 
-Two blocks on the scanned digits, 114 steps, a checkpoint every 10, a loader with a worker process of its own.
+Two blocks on the scanned digits, 228 steps, a checkpoint every 10, a loader with a worker process of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
+from bim.orchestrator.data.digits import DigitsSource
 from bim.orchestrator.tracking.stored_values import stored_values
 from bim.orchestrator.training.checkpoint import CheckpointStore
 
@@ -27,7 +30,7 @@ JOB = {
     "data.test_fraction": "0.8",
     "data.batch_size": "9",
     "data.workers": "1",
-    "schedule.epochs": "6",
+    "schedule.epochs": "12",
     "schedule.warmup_epochs": "1",
     "checkpoint.every_epochs": "0.5",
     "checkpoint.every_minutes": "1000",  # on a slow machine too, checkpoints are those of the epochs
@@ -37,11 +40,16 @@ JOB = {
 }
 """Settings of the job."""
 
-COMMITS = 12
-"""Checkpoints of the job."""
+STEPS, CHECKPOINT_STEPS = 228, 10
+"""Of the job, and from one checkpoint to the next."""
 
 TIMINGS = ("stage", "data/wait_s", "data/load_s", "images_per_s")
 """What the names of metrics that are measured in seconds begin with."""
+
+IMAGES = 199
+
+UNLABELED = {"data.test_fraction": "0"}
+"""What differs for the images in a folder; without labels, no probe is trained, which would take most of the time."""
 
 PLACE_KEYS = ("out", "resume", "placement.", "tracking.")
 """Settings that say where a run takes place, and not what it computes."""
@@ -50,13 +58,25 @@ MAY_BE_MISSING = ("events.log",)
 """Artifacts that a run has if something happened to it."""
 
 
-def command(out: Path, tracking_uri: str, name: str, resume: bool) -> list[str]:
+def write_images(folder: Path) -> None:
+    """Write the first digits as `IMAGES` files below a new folder, without labels."""
+    source = DigitsSource()
+    folder.mkdir()
+    for number in range(IMAGES):
+        image = Image.fromarray(source.load(number).permute(1, 2, 0).numpy())
+        image.save(folder / f"{number:04d}.png")
+
+
+def command(out: Path, tracking_uri: str, name: str, resume: bool, images: Path | None = None) -> list[str]:
     """The command that starts or resumes the job.
 
     name: of its experiment and its registered model.
+    images: the folder of `write_images`; None: all digits, with their labels.
     """
     where = {"out": str(out), "tracking.uri": tracking_uri}
     where |= {"tracking.experiment": name, "tracking.model_name": name}
+    if images is not None:
+        where |= UNLABELED | {"data.source": str(images)}
     words = [word for key, value in (JOB | where).items() for word in (f"--{key}", value)]
     return [sys.executable, "-m", "bim.pipelines.bim_pipeline", *words, *(["--resume"] if resume else [])]
 

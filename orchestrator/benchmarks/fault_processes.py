@@ -122,13 +122,23 @@ class Remains:
                 continue
 
     def files(self, ignored: Iterable[str] = ()) -> list[str]:
-        """Temporary files and the lease in the output directory, and shared memory that no running process maps."""
+        """Temporary files and the lease in the output directory, and shared memory that no running process maps.
+
+        Other programs have files there too, for moments: what is gone within `END_TIMEOUT_S` is not left behind, nor are
+        directories, as servers of MLflow have them.
+        """
         left = [*self._out.rglob("*.tmp"), *self._out.glob("lease*"), *self._out.glob(".lease*")]
+        deadline = time.monotonic() + END_TIMEOUT_S
+        while (shared := self._unused_memory(ignored)) and time.monotonic() < deadline:
+            time.sleep(POLL_INTERVAL_S)
+        return [str(path) for path in [*left, *shared]]
+
+    def _unused_memory(self, ignored: Iterable[str]) -> list[Path]:
         new = _names(SHARED_MEMORY) - self._shared_before - set(ignored)
-        if new:
-            held = set(_mapped_names())
-            left += [SHARED_MEMORY / name for name in new if name not in held]
-        return [str(path) for path in left]
+        if not new:
+            return []
+        held = set(_mapped_names())
+        return [path for name in new - held if (path := SHARED_MEMORY / name).is_file()]
 
     def _alive(self) -> list[psutil.Process]:
         alive = [process for process in self._seen.values() if _is_running(process)]

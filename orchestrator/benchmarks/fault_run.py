@@ -1,66 +1,72 @@
-"""One run of the tiny job, with a kill or without: starts its drivers, watches its processes, strikes when it is time."""
+"""One run of the tiny job, with kills or without: starts its drivers, watches its processes, strikes when it is time."""
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from bim.orchestrator.benchmarks.fault_job import command
+from bim.orchestrator.benchmarks.fault_plan import LIVE_WHILE_MEASURING, Kill
 from bim.orchestrator.benchmarks.fault_processes import TOKEN, ProcessTree, Remains, title, victims
 from bim.orchestrator.benchmarks.mlflow_server import MlflowServer
 from bim.orchestrator.distributed.nodes_on_one_machine import NodesOnOneMachine
 from bim.orchestrator.training.manifest import MANIFEST
 
-KINDS = ("stage", "loader", "data-worker", "driver", "raylet", "mlflow-server")
-"""What is killed."""
-
-RESTART_SERVER_AFTER_S = 2.0
+RESTART_AFTER_S = 2.0
+"""Seconds until a killed MLflow server or node is replaced."""
 
 WATCH_INTERVAL_S, POLL_INTERVAL_S, COMMIT_INTERVAL_S = 0.25, 0.02, 0.001
 """Seconds between two looks at the processes, at the driver, and at the checkpoints while one is waited for."""
 
+MEASURING = b"measuring and exporting"
+"""What a driver prints when its training is done."""
 
-@dataclass(frozen=True)
-class Kill:
-    """What is killed, where and when.
+IN_FLIGHT = 4
+"""Steps that may have begun after the last recorded one: the window of two stages."""
+
+TAIL_BYTES = 4096
+"""More than a line of metrics."""
+
+
+@dataclass
+class Strike:
+    """A kill that was done.
 
     Args:
-        kind: one of `KINDS`.
-        fraction: of the time that such a process lives in an unbroken run; None: in a commit.
-        commit: the number of the checkpoint, from 0, whose folder has no manifest yet.
-        delay_s: from the moment that the folder is seen.
-        choice: which of several victims, in [0, 1).
-        on_cluster: whether the job joins a cluster of several nodes instead of starting Ray.
+        victim: process id and title.
+        step: the last one that the run had recorded.
+        at: monotonic time.
+        driver: the number of the driver process, from 0.
+        recovered_s: seconds until a later checkpoint was committed; None if the training was over.
     """
 
-    kind: str
-    fraction: float | None = None
-    commit: int = 0
-    delay_s: float = 0.0
-    choice: float = 0.0
-    on_cluster: bool = False
-
-    def __str__(self) -> str:
-        moment = f"commit {self.commit + 1}" if self.fraction is None else f"at {100 * self.fraction:.0f} %"
-        return f"{self.kind:<13}  {'cluster' if self.on_cluster else 'local':<7}  {moment:<9}"
+    kill: Kill
+    victim: str
+    step: int
+    at: float
+    driver: int
+    recovered_s: float | None = None
 
 
 class FaultRun:
     """The driver processes of one run, one after the other, below a folder of its own.
 
+    Each kill waits until the run has recovered from the one before it, which is when it has committed a checkpoint beyond
+    the steps in flight at that one.
+
     Args:
         cluster: that the run joins; None: its driver starts Ray.
-        lifetimes: seconds that a victim of each kind lives in an unbroken run at this place.
-        watches_all: whether the processes of all kinds are looked for, as in the unbroken run.
+        images: that it trains on.
+        kills: in their order.
     """
 
     def __init__(
@@ -68,14 +74,15 @@ class FaultRun:
         server: MlflowServer,
         cluster: NodesOnOneMachine | None,
         folder: Path,
-        lifetimes: Mapping[str, float],
-        watches_all: bool,
+        images: Path,
+        kills: Sequence[Kill],
     ) -> None:
         self.out, self._output = folder / "run", folder / "output.txt"
-        self._server, self._cluster, self._folder = server, cluster, folder
-        self._lifetimes, self._watches_all = lifetimes, watches_all
-        self.lived: dict[str, float] = {}
-        """Seconds for which processes of a kind were seen."""
+        self._server, self._cluster, self._folder, self._images = server, cluster, folder, images
+        self._pending = list(kills)
+        self.strikes: list[Strike] = []
+        self.missed: list[Kill] = []
+        """Kills for which the run was over too early."""
         token = secrets.token_hex(8)
         self.remains = Remains(token, self.out, self._raylets)
         self._environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
@@ -83,13 +90,18 @@ class FaultRun:
         if cluster is not None:
             self._environment["RAY_ADDRESS"] = cluster.address
         self._server_start: float | None = None
-        self._commits: set[str] = set()
+        self._node_start: float | None = None
+        self._drivers = 0
+        self._output_start = 0  # of the present driver, in bytes
+        self._measuring_since: float | None = None
 
-    def drive(self, kill: Kill | None, resume: bool, deadline: float) -> tuple[int | None, str]:
-        """One driver to its end. Returns its exit status, None if it hung, and the victim if there was one."""
+    def drive(self, resume: bool, deadline: float) -> int | None:
+        """One driver to its end, struck by the kills that are due. Returns its exit status, None if it hung."""
+        self._measuring_since = None
         with self._output.open("ab") as output:
+            self._output_start = output.tell()
             driver = subprocess.Popen(
-                command(self.out, self._server.uri, self._folder.name, resume),
+                command(self.out, self._server.uri, self._folder.name, resume, self._images),
                 cwd=self._folder,
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
@@ -98,38 +110,46 @@ class FaultRun:
                 start_new_session=True,
             )
         try:
-            victim = self._watch(driver, kill, deadline)
+            self._watch(driver, deadline)
         finally:
             status = driver.poll()
             driver.kill()
             driver.wait()
-        return status, victim
+            self._drivers += 1
+        return status
 
-    def _watch(self, driver: subprocess.Popen[bytes], kill: Kill | None, deadline: float) -> str:
-        """Look at the processes until the driver or the time has ended, and strike once. Returns the victim."""
-        kinds = KINDS if self._watches_all else () if kill is None else (kill.kind,)
+    def close(self) -> None:
+        """What was not killed was missed."""
+        self.missed += self._pending
+        self._pending = []
+
+    def _watch(self, driver: subprocess.Popen[bytes], deadline: float) -> None:
+        """Look at the processes until the driver or the time has ended, and strike."""
         first_seen: dict[str, float] = {}
         candidates: list[psutil.Process] = []
-        victim, next_look = "", 0.0
-        while driver.poll() is None and time.monotonic() < deadline:
-            if time.monotonic() >= next_look:
-                now = time.monotonic()
+        kill: Kill | None = None
+        next_look = 0.0
+        while driver.poll() is None and (now := time.monotonic()) < deadline:
+            if now >= next_look:
                 next_look = now + WATCH_INTERVAL_S
                 tree = ProcessTree()
                 self.remains.look(tree, driver.pid)
-                self._start_server_if_due(now)
-                for kind in kinds:
-                    candidates = self._candidates(kind, tree, driver.pid)
-                    if candidates:
-                        self.lived[kind] = now - first_seen.setdefault(kind, now)
-            if kill is None or victim:
+                self._restart_what_is_due(now)
+                self._note_progress(now)
+                kill = self._pending[0] if self._pending else None
+                candidates = [] if kill is None else self._candidates(kill.kind, tree, driver.pid)
+                if kill is not None and candidates:
+                    first_seen.setdefault(kill.kind, now)
+            if kill is None or not candidates:
                 time.sleep(POLL_INTERVAL_S)
                 continue
-            if candidates and self._is_due(kill, first_seen[kill.kind]):
-                victim = self._strike(kill, candidates)
-            time.sleep(COMMIT_INTERVAL_S if kill.fraction is None else POLL_INTERVAL_S)
+            if self._is_due(kill, first_seen[kill.kind]) and self._strike(kill, candidates):
+                self._pending.pop(0)
+                kill, next_look = None, 0.0
+                continue
+            time.sleep(COMMIT_INTERVAL_S if kill.moment == "commit" else POLL_INTERVAL_S)
         self.remains.look(ProcessTree(), driver.pid)
-        return victim
+        self._note_progress(time.monotonic())
 
     def sync_if_asked(self) -> bool:
         """Deliver what the run could not, if it says so. Returns whether it did."""
@@ -145,13 +165,17 @@ class FaultRun:
 
     def ensure_server(self) -> None:
         """Start the MLflow server again if it was killed, and wait until it answers."""
-        self._start_server_if_due(float("inf"))
+        if self._server_start is not None:
+            self._restart_what_is_due(float("inf"))
         self._server.wait_until_it_answers()
 
-    def _start_server_if_due(self, now: float) -> None:
+    def _restart_what_is_due(self, now: float) -> None:
         if self._server_start is not None and now >= self._server_start:
             self._server_start = None
             self._server.start()
+        if self._cluster is not None and self._node_start is not None and now >= self._node_start:
+            self._node_start = None
+            self._cluster.complete()
 
     def _raylets(self) -> list[int]:
         return [] if self._cluster is None else self._cluster.raylets()
@@ -161,30 +185,84 @@ class FaultRun:
             return self._server.processes() if (self.out / "tracking.json").exists() else []
         return victims(kind, tree, driver, self._raylets())
 
+    def _note_progress(self, now: float) -> None:
+        """Whether the training has recovered, or is over, and with it the time of kills in it."""
+        if self.strikes and self.strikes[-1].recovered_s is None and self._has_recovered():
+            self.strikes[-1].recovered_s = now - self.strikes[-1].at
+        if self._measuring_since is None and MEASURING in self._printed():
+            self._measuring_since = now
+        if self._measuring_since is not None:
+            late = [kill for kill in self._pending if not _can_be_measuring(kill)]
+            self.missed += late
+            self._pending = [kill for kill in self._pending if kill not in late]
+
     def _is_due(self, kill: Kill, first_seen: float) -> bool:
-        if kill.fraction is None:
-            return self._is_committing(kill.commit)
-        return time.monotonic() >= first_seen + kill.fraction * self._lifetimes.get(kill.kind, 0.0)
+        now = time.monotonic()
+        if kill.moment == "start":
+            return now >= first_seen + kill.delay_s
+        if self._measuring_since is not None:
+            return now >= self._measuring_since + kill.delay_s
+        if kill.moment == "measuring" or not self._has_recovered():
+            return False
+        if kill.moment == "step":
+            return self._step() >= kill.step
+        newest = self._checkpoint_steps(committed=True)
+        return self._checkpoint_steps(committed=False) > max(newest, kill.step - 1)
 
-    def _is_committing(self, number: int) -> bool:
-        """Whether the folder of checkpoint `number` of this run, or of a later one, has no manifest."""
-        for folder in (self.out / "checkpoints").glob("step-*"):
-            if folder.name not in self._commits and not (folder / MANIFEST).exists():
-                self._commits.add(folder.name)
-                return len(self._commits) > number
-        return False
+    def _has_recovered(self) -> bool:
+        """Whether a checkpoint beyond the last kill is committed, which gives the run its restarts back."""
+        if not self.strikes:
+            return True
+        return self._checkpoint_steps(committed=True) > self.strikes[-1].step + IN_FLIGHT
 
-    def _strike(self, kill: Kill, candidates: Sequence[psutil.Process]) -> str:
-        """Kill one of the candidates. Returns which one; empty if it has just ended by itself."""
-        if kill.fraction is None:
+    def _checkpoint_steps(self, committed: bool) -> int:
+        """Of the newest checkpoint that has a manifest, or has none; 0 if there is none."""
+        folders = (self.out / "checkpoints").glob("step-*")
+        found = (int(folder.name[5:13]) for folder in folders if (folder / MANIFEST).exists() == committed)
+        return max(found, default=0)
+
+    def _step(self) -> int:
+        """The last one in `metrics.jsonl`; 0 if there is none."""
+        try:
+            with (self.out / "metrics.jsonl").open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+                lines = file.read().split(b"\n")
+        except OSError:
+            return 0
+        return int(json.loads(lines[-2])["step"]) if len(lines) > 1 else 0
+
+    def _printed(self) -> bytes:
+        """Output of the present driver."""
+        with self._output.open("rb") as file:
+            file.seek(self._output_start)
+            return file.read()
+
+    def _strike(self, kill: Kill, candidates: Sequence[psutil.Process]) -> bool:
+        """Kill one of the candidates. Returns whether it was there, and had not just ended by itself."""
+        if kill.moment == "commit":
             time.sleep(kill.delay_s)
         process = candidates[int(kill.choice * len(candidates))]
-        description = f"{process.pid} {title(process)[:40]}".strip()
+        strike = Strike(
+            kill,
+            f"{process.pid} {title(process)[:40]}".strip(),
+            self._step(),
+            time.monotonic(),
+            self._drivers,
+        )
         if kill.kind == "mlflow-server":
             self._server.kill()
-            self._server_start = time.monotonic() + RESTART_SERVER_AFTER_S
-            return description
-        with suppress(psutil.Error):
-            process.kill()
-            return description
-        return ""
+            self._server_start = strike.at + RESTART_AFTER_S
+        else:
+            try:
+                process.kill()
+            except psutil.Error:
+                return False
+        if kill.kind == "raylet":
+            self._node_start = strike.at + RESTART_AFTER_S
+        self.strikes.append(strike)
+        return True
+
+
+def _can_be_measuring(kill: Kill) -> bool:
+    """Whether a kill that did not come in the training may come after it."""
+    return kill.kind in LIVE_WHILE_MEASURING and kill.moment != "commit"

@@ -45,16 +45,23 @@ class MlflowServer:
         """Raises TimeoutError if it does not within `START_TIMEOUT_S`."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
-            with suppress(OSError):
-                socket.create_connection(("127.0.0.1", self._port), timeout=1).close()
+            if self.answers():
                 return
             time.sleep(0.2)
         raise TimeoutError(f"the MLflow server did not start; see {self._folder}/server.log")
 
+    def answers(self) -> bool:
+        """Whether it takes connections."""
+        with suppress(OSError):
+            socket.create_connection(("127.0.0.1", self._port), timeout=1).close()
+            return True
+        return False
+
     def processes(self) -> list[psutil.Process]:
-        """The server itself, if it runs."""
+        """The server itself, if it runs and answers."""
         assert self._process is not None
-        return [psutil.Process(self._process.pid)] if self._process.poll() is None else []
+        is_running = self._process.poll() is None and self.answers()
+        return [psutil.Process(self._process.pid)] if is_running else []
 
     def kill(self) -> None:
         """Kill it with all its worker processes, as when memory runs out."""

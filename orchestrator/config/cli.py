@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -26,7 +27,9 @@ from bim.orchestrator.config.auto_batch import (
     with_largest_batches,
     without_auto,
 )
+from bim.orchestrator.config.auto_rules import LEAST_SETTINGS
 from bim.orchestrator.config.durations import seconds
+from bim.orchestrator.config.help_page import WIDTH as HELP_WIDTH
 from bim.orchestrator.config.help_page import help_text
 from bim.orchestrator.config.messages import SettingInfo, format_value, is_section, shortened, unknown
 from bim.orchestrator.config.recipes import (
@@ -49,14 +52,6 @@ _BRACKETS = {"[": "]", "{": "}"}
 
 FLAGS = ("--help", "-h", "--help-all", "--version", "--print-config", "--dry-run", "--verbose", "--quiet")
 """Options that are no settings and take no value."""
-
-_LEAST = {
-    "name": "images",
-    "backbone": {"name": "vit_tiny_patch16_224"},
-    "data": {"source": "images", "batch_size": 1},
-    "schedule": {"epochs": 1_000_000},
-}
-"""Settings that contradict none that is typed: what is typed is checked in them before any is chosen."""
 
 
 @dataclass
@@ -95,14 +90,15 @@ def load_settings(
     _resumed_recipe(arguments)
     problems = arguments.problems
     recipe = arguments.recipe or DEFAULT_RECIPE
+    is_automatic = automatic is not None and _is_automatic(arguments)
     if flags & {"--help", "-h", "--help-all"}:
+        own_images = arguments.overrides["data.source"] if is_automatic else None
         try:
-            _print_and_exit(help_text(recipe, every_setting="--help-all" in flags))
+            _print_and_exit(help_text(recipe, "--help-all" in flags, own_images, _terminal_width()))
         except RecipeError as error:
             raise SettingsError(str(error)) from None
-    is_automatic = automatic is not None and _is_automatic(arguments)
     try:
-        values = deepcopy(_LEAST) if is_automatic else read_recipe(recipe)
+        values = deepcopy(dict(LEAST_SETTINGS)) if is_automatic else read_recipe(recipe)
     except RecipeError as error:
         raise SettingsError("\n".join([*problems, str(error)])) from None
 
@@ -210,6 +206,11 @@ def _of_no_backbone(settings: Settings, typed: Mapping[str, str], recipe: str) -
         f"{listed}: {recipe} trains several backbones ({names}); add --backbones null to train a single one, or name "
         "them all with --backbones"
     ]
+
+
+def _terminal_width() -> int:
+    """Columns for `--help`: those of the terminal, within reason."""
+    return min(HELP_WIDTH, max(60, shutil.get_terminal_size((HELP_WIDTH, 24)).columns))
 
 
 def _print_and_exit(text: str) -> NoReturn:

@@ -209,7 +209,8 @@ class EvaluationSettings(Section):
     batch_size: Count = Field(default=256, description="images per forward pass")
     latency: bool = Field(default=True, description="measure ms per forward pass at batch 1 and 64")
     every_epochs: Annotated[int, Field(ge=0)] | None = Field(
-        default=None, description="epochs between two scores while it trains; 0: none; null: ten in a run"
+        default=None,
+        description="epochs between two scores while it trains; 0: none; null: up to ten in a run",
     )
     patience: Count | None = Field(
         default=None,

@@ -66,7 +66,7 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Short hash that identifies the data; cheap, equal for equal data on another machine."""
+        """Short hash that identifies the data, equal for equal data on another machine; `computed_once` keeps it."""
         ...
 
 

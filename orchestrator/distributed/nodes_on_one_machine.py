@@ -9,6 +9,8 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 
+from bim.orchestrator.signal_masks import kept_signal_handlers
+
 WORKER_NODES, CPUS_PER_NODE = 3, 2
 """Two nodes hold the stages and the loader of the job; the third is the spare."""
 
@@ -17,7 +19,8 @@ class NodesOnOneMachine:
     """A head without CPUs and some worker nodes, each a raylet of its own on this machine."""
 
     def __init__(self) -> None:
-        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+        with kept_signal_handlers():  # Ray's would drain the node for half a minute
+            self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
         self.address = str(self._cluster.address)
         self._nodes: list[Any] = []
         self.complete()
@@ -27,8 +30,11 @@ class NodesOnOneMachine:
         for node in [node for node in self._nodes if _raylet(node).poll() is not None]:
             self._nodes.remove(node)
             self._cluster.remove_node(node, allow_graceful=False)
-        while len(self._nodes) < WORKER_NODES:
-            self._nodes.append(self._cluster.add_node(num_cpus=CPUS_PER_NODE, object_store_memory=80 << 20))
+        with kept_signal_handlers():
+            while len(self._nodes) < WORKER_NODES:
+                self._nodes.append(
+                    self._cluster.add_node(num_cpus=CPUS_PER_NODE, object_store_memory=80 << 20)
+                )
 
     def raylets(self) -> list[int]:
         """Process ids of the raylets of the worker nodes that are alive."""

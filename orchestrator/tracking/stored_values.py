@@ -12,8 +12,8 @@ from mlflow.exceptions import MlflowException
 def stored_values(uri: str, experiment: str) -> dict[str, object]:
     """Runs of the experiment, each with its parameters, points and artifacts, and the registered models named after it.
 
-    Names are RUN/status, RUN/params/KEY, RUN/metrics/KEY (its distinct (step, value)), RUN/artifacts/PATH and models/NAME
-    (the digests of the weights of its versions).
+    Names are RUN/status, RUN/params/KEY, RUN/metrics/KEY (its distinct (step, value)), RUN/artifacts/PATH and models/DEPTH
+    (the digests of the weights of the versions of EXPERIMENT-DEPTH).
 
     Raises:
         ValueError: no such experiment, or the store refuses.
@@ -40,7 +40,7 @@ def _values(client: MlflowClient, name: str) -> Iterator[tuple[str, object]]:
         versions = sorted(versions, key=lambda version: int(version.version))
         # The stores of MLflow leave `version.model_id` empty; the source is models:/MODEL_ID.
         digests = (weights.get(version.source.removeprefix("models:/")) for version in versions)
-        yield f"models/{registered.name}", tuple(digests)
+        yield f"models/{registered.name.removeprefix(f'{name}-')}", tuple(digests)
 
 
 def _run_values(client: MlflowClient, run: Run) -> Iterator[tuple[str, object]]:

@@ -60,11 +60,6 @@ def test_the_table_of_plans(benchmark: ModuleType, capsys: pytest.CaptureFixture
     assert float(row(lines, "one mask per sample, full sweep").split()[-1]) > 0
 
 
-@pytest.mark.nightly
-def test_ten_seeded_kills_change_nothing(benchmark: ModuleType, tmp_path: Path) -> None:
-    assert benchmark.main(["faults", "--kills", "10", "--seed", "1", "--work", str(tmp_path)]) == 0
-
-
 @pytest.mark.slow
 def test_an_unknown_kind_of_kill_is_bad_input(
     benchmark: ModuleType, capsys: pytest.CaptureFixture[str]

@@ -84,7 +84,7 @@ def median(taken: Sequence[Sample], name: str, field: str) -> float:
     return statistics.median(getattr(each.processes[name], field) for each in taken)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # minutes for what the soak below shows too, and shows of more
 def test_private_memory_at_step_2000_is_within_5_percent_of_step_500(tmp_path: Path) -> None:
     early, late = samples(tmp_path, 2000, (500, 2000))
     growth = {name: late.processes[name].uss / use.uss for name, use in early.processes.items()}

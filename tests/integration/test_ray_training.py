@@ -41,7 +41,8 @@ from tests.integration.tiny import (
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-def ray_stages(out: Path, stages: int = 4) -> RayStages:
+def ray_stages(out: Path, stages: int = 2) -> RayStages:
+    """Two blocks a stage, while the oracles have one: where the blocks are placed does not change the weights."""
     out.mkdir(parents=True, exist_ok=True)
     return RayStages(tiny_spec(), data(), layout(stages), shared=out)
 
@@ -54,25 +55,23 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_ray_and_in_process_stages_give_bitwise_equal_weights_after_50_steps(tmp_path: Path) -> None:
-    train(in_process(), tmp_path / "here", steps=50)
-    stages = ray_stages(tmp_path / "ray")
-    try:
-        train(stages, tmp_path / "ray", steps=50)
-    finally:
-        stages.close()
-    assert differing(state(tmp_path / "here", 50), state(tmp_path / "ray", 50)) == []
+@pytest.fixture(scope="module")
+def unbroken_50(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 50 steps in this process."""
+    out = tmp_path_factory.mktemp("unbroken-50")
+    train(in_process(), out, steps=50)
+    return out
 
 
-@pytest.mark.slow
-def test_placement_does_not_change_the_weights(tmp_path: Path) -> None:
-    train(in_process(), tmp_path / "here", steps=20)
-    stages = ray_stages(tmp_path / "ray", stages=2)
+def test_ray_and_in_process_stages_give_bitwise_equal_weights_after_50_steps(
+    tmp_path: Path, unbroken_50: Path
+) -> None:
+    stages = ray_stages(tmp_path, stages=4)
     try:
-        train(stages, tmp_path / "ray", steps=20)
+        train(stages, tmp_path, steps=50)
     finally:
         stages.close()
-    assert differing(state(tmp_path / "here", 20), state(tmp_path / "ray", 20)) == []
+    assert differing(state(unbroken_50, 50), state(tmp_path, 50)) == []
 
 
 @pytest.mark.slow
@@ -95,17 +94,14 @@ def test_a_run_stopped_by_request_on_ray_resumes_to_the_same_weights(tmp_path: P
     assert differing(state(unbroken, 200), state(tmp_path, 200)) == []
 
 
-@pytest.mark.parametrize(
-    "count",
-    [pytest.param(3, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.nightly)],
-)
+@pytest.mark.nightly  # three kills a run are among those of the slow tests of tests/e2e/test_kills.py
 def test_kills_at_random_steps_and_in_a_save_leave_the_weights_unchanged(
-    tmp_path: Path, unbroken: Path, caplog: pytest.LogCaptureFixture, count: int
+    tmp_path: Path, unbroken: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Stages and the loader are killed (-9) at random steps, one of them while a checkpoint is being written."""
-    chance = random.Random(7)
+    chance, count = random.Random(7), 20
     at = sorted(chance.sample([s for s in range(3, 199) if not 97 <= s <= 101], count - 1))
-    stages = ray_stages(tmp_path)
+    stages = ray_stages(tmp_path, stages=4)
     killed: list[str] = []
     ready = [0]
 
@@ -152,7 +148,7 @@ def test_kills_at_random_steps_and_in_a_save_leave_the_weights_unchanged(
 def test_a_killed_data_worker_costs_one_rewind(
     tmp_path: Path, unbroken: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stages = RayStages(tiny_spec(), data(workers=1), layout(), shared=tmp_path)
+    stages = RayStages(tiny_spec(), data(workers=1), layout(2), shared=tmp_path)
     killed: list[int] = []
 
     def at_step(step: int) -> None:
@@ -176,7 +172,7 @@ def test_a_killed_data_worker_costs_one_rewind(
 def test_data_that_cannot_be_opened_ends_the_run_before_any_step_and_without_a_restart(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stages = RayStages(tiny_spec(), data(source=str(tmp_path / "gone")), layout(), shared=tmp_path)
+    stages = RayStages(tiny_spec(), data(source=str(tmp_path / "gone")), layout(1), shared=tmp_path)
     try:
         with pytest.raises(DataError, match="gone"):
             train(stages, tmp_path / "out", max_restarts=3)
@@ -196,7 +192,7 @@ def test_a_stage_that_keeps_dying_ends_the_run_with_one_sentence(tmp_path: Path)
                 os.kill(stages.pids()[2], signal.SIGKILL)
 
     try:
-        with pytest.raises(TrainingError, match=r"stage 1 \(block 1\) died .*, after 1 restart without"):
+        with pytest.raises(TrainingError, match=r"stage 1 \(blocks 2-3\) died .*, after 1 restart without"):
             train(stages, tmp_path, callback=AtStep(at_step), max_restarts=1)
     finally:
         stages.close()
@@ -205,7 +201,7 @@ def test_a_stage_that_keeps_dying_ends_the_run_with_one_sentence(tmp_path: Path)
 @pytest.mark.slow
 def test_what_a_step_raises_in_an_actor_is_what_the_user_sees(tmp_path: Path) -> None:
     out = tmp_path
-    stages = RayStages(tiny_spec(mean=(float("nan"),) * 3), data(), layout(), shared=out)
+    stages = RayStages(tiny_spec(mean=(float("nan"),) * 3), data(), layout(2), shared=out)
     try:
         with pytest.raises(NonFiniteLossError, match="loss of block 0 is not finite at step 0"):
             train(stages, out, max_restarts=3)
@@ -214,13 +210,13 @@ def test_what_a_step_raises_in_an_actor_is_what_the_user_sees(tmp_path: Path) ->
 
 
 class StickyStage(StageActor):
-    """Block 1's device breaks once, at step 30; from then on every call of that process fails."""
+    """The device of blocks 2 and 3 breaks once, at step 30; from then on every call of that process fails."""
 
     broken = False
     is_second_process = False
 
     def train_step(self, request: StepRequest, images: Payload, incoming: Payload | None) -> Any:
-        if self._blocks == (1,) and request.step == 30 and not self.is_second_process:
+        if self._blocks == (2, 3) and request.step == 30 and not self.is_second_process:
             self.broken = True
         self._raise_if_broken()
         return super().train_step(request, images, incoming)
@@ -241,9 +237,9 @@ class StickyStages(RayStages):
 
 @pytest.mark.slow
 def test_a_process_whose_device_is_broken_is_replaced_in_one_restart(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, unbroken_50: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stages = StickyStages(tiny_spec(), data(), layout(), shared=tmp_path)
+    stages = StickyStages(tiny_spec(), data(), layout(2), shared=tmp_path)
     try:
         # With several marks before step 30 one of them is committed by then, however slow the disk is.
         result = train(stages, tmp_path, steps=50, every=8, max_restarts=1)
@@ -251,21 +247,20 @@ def test_a_process_whose_device_is_broken_is_replaced_in_one_restart(
         stages.close()
     assert result.restarts == 1
     assert any(
-        "stage 1 (block 1) failed at step 30 (RuntimeError: CUDA error" in text for text in caplog.messages
+        "stage 1 (blocks 2-3) failed at step 30 (RuntimeError: CUDA error" in text for text in caplog.messages
     )
-    train(in_process(), tmp_path / "here", steps=50)
-    assert differing(state(tmp_path / "here", 50), state(tmp_path, 50)) == []
+    assert differing(state(unbroken_50, 50), state(tmp_path, 50)) == []
 
 
 @pytest.mark.slow
 def test_a_stopped_process_is_killed_by_the_watchdog_and_costs_one_restart(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, unbroken_50: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stages, stopped = ray_stages(tmp_path), list[int]()
 
     def at_step(step: int) -> None:
         if step == 30 and not stopped:
-            stopped.append(stages.pids()[3])
+            stopped.append(stages.pids()[2])
             os.kill(stopped[0], signal.SIGSTOP)
 
     watchdog = Watchdog(WatchdogLimits(least_s=15, unknown_s=300))
@@ -276,10 +271,9 @@ def test_a_stopped_process_is_killed_by_the_watchdog_and_costs_one_restart(
     finally:
         stages.close()
     assert result.restarts == 1
-    assert any("stage 2 (block 2) died (hung)" in text for text in caplog.messages)
+    assert any("stage 1 (blocks 2-3) died (hung)" in text for text in caplog.messages)
     assert not psutil.pid_exists(stopped[0])
-    train(in_process(), tmp_path / "here", steps=50)
-    assert differing(state(tmp_path / "here", 50), state(tmp_path, 50)) == []
+    assert differing(state(unbroken_50, 50), state(tmp_path, 50)) == []
 
 
 @pytest.mark.slow
@@ -287,7 +281,7 @@ def test_a_killed_process_is_told_with_its_signal_its_node_and_its_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG", logger="bim")
-    stages, killed = ray_stages(tmp_path, stages=2), list[int]()
+    stages, killed = ray_stages(tmp_path), list[int]()
 
     def at_step(step: int) -> None:
         if not killed:
@@ -313,7 +307,7 @@ def test_growing_resolution_and_thrown_tokens_give_bitwise_equal_weights_on_ray(
     here = InProcessStages(spec, images.train_batches, consecutive(4, 4), threads=1)
     train(here, tmp_path / "here", steps=21, phases=phases)
     (tmp_path / "ray").mkdir()
-    stages = RayStages(spec, images, layout(4), shared=tmp_path / "ray")
+    stages = RayStages(spec, images, layout(2), shared=tmp_path / "ray")
     try:
         train(stages, tmp_path / "ray", steps=21, phases=phases)
     finally:

@@ -28,7 +28,7 @@ def test_the_values_of_an_experiment_have_names(client: MlflowClient, home: Path
         "run/params/seed": "3",
         "run/metrics/loss": ((1, 0.5),),
         "run/artifacts/pictures/x.txt": True,
-        "models/kills-depth06": ("a1",),
+        "models/depth06": ("a1",),
     }
 
 
