@@ -32,8 +32,8 @@ CUT_OFF = "cut off; --resume goes on with it"
 STARTED_TAG = "started_at"
 """Tag of a trial with the time at which it began, in ISO 8601."""
 
-MAX_LISTED = 999
-"""Trials that MLflow lists by their number: as many as there are milliseconds between the search and its depths."""
+MAX_LISTED = 998
+"""Highest number by which MLflow lists a trial: there are as many milliseconds between the search and its depths."""
 
 END_STATUS = {"finished": "FINISHED", "stopped early": "FINISHED", "infeasible": "KILLED", "failed": "FAILED"}
 """Status of a trial -> status of its MLflow run, which shows KILLED and FAILED as errors; the tag `status` has the first."""
@@ -114,7 +114,7 @@ class TrialRuns:
             )
         now = datetime.now(UTC)
         # A record of an earlier version does not have the start of its run.
-        start = (parent.start_time or int(1000 * now.timestamp())) + min(row.number, MAX_LISTED)
+        start = (parent.start_time or int(1000 * now.timestamp())) + 1 + min(row.number, MAX_LISTED)
         tags = {
             "mlflow.parentRunId": parent.run_id,
             "trial": str(row.number),
