@@ -37,6 +37,7 @@ CHOSEN_SETTINGS = (
     "schedule.warmup_epochs",
     "optim.blr",
     "checkpoint.every_epochs",
+    "evaluation.every_epochs",
 )
 """Settings that depend on the images and the machine, beside those of `AutoRules.always`."""
 
