@@ -16,15 +16,17 @@ _LIST, _NO_BREAK = re.compile(r"\[(?:[^\[\]]|\[[^\[\]]*\])*\]"), "\0"
 
 
 def duration(seconds: float) -> str:
-    """`45 s`, `1 min 12 s`, `3 h 05 min`, `2 d 04 h`."""
+    """`45 s`, `1 min 12 s`, `2 min`, `3 h 05 min`, `2 d 04 h`."""
     s = round(seconds)
     if s < 60:
         return f"{s} s"
     if s < 3600:
-        return f"{s // 60} min {s % 60:02d} s"
-    if s < 86400:
-        return f"{s // 3600} h {s % 3600 // 60:02d} min"
-    return f"{s // 86400} d {s % 86400 // 3600:02d} h"
+        (large, unit), (small, small_unit) = (s // 60, "min"), (s % 60, "s")
+    elif s < 86400:
+        (large, unit), (small, small_unit) = (s // 3600, "h"), (s % 3600 // 60, "min")
+    else:
+        (large, unit), (small, small_unit) = (s // 86400, "d"), (s % 86400 // 3600, "h")
+    return f"{large} {unit} {small:02d} {small_unit}" if small else f"{large} {unit}"
 
 
 def short_path(path: Path) -> str:

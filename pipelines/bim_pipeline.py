@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bim.orchestrator.runs.signals import exit_status, leave
@@ -27,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _main(argv: Sequence[str], stop: StopRequest) -> int:
-    from bim.orchestrator.config.cli import load_settings
+    from bim.orchestrator.config.cli import load_settings, recipe_file
     from bim.orchestrator.config.schema import SettingsError
     from bim.orchestrator.reporting.log import configure_console
 
@@ -35,52 +37,61 @@ def _main(argv: Sequence[str], stop: StopRequest) -> int:
     configure_console(verbose, quiet)
     try:
         settings = load_settings(argv, _automatic, _largest_batch)
-        return estimate(settings) if "--dry-run" in argv else run(settings, live=not quiet, stop=stop)
+        recipe = recipe_file(argv)
+        if "--dry-run" in argv:
+            return estimate(settings, recipe)
+        return run(settings, live=not quiet, stop=stop, recipe=recipe)
     except SettingsError as error:
         return fail(error, 2)
 
 
 def _automatic(given: Mapping[str, Any], budget_s: float | None) -> Mapping[str, Any]:
     """See `jobs.automatic.automatic_settings`. Raises SettingsError for everything that is wrong with the input."""
-    from bim.orchestrator.distributed.local_ray import before_ray_is_imported
+    with _only_settings_errors():
+        from bim.orchestrator.jobs.automatic import automatic_settings
 
-    before_ray_is_imported()
-    from bim.orchestrator.config.schema import SettingsError
-    from bim.orchestrator.jobs.automatic import automatic_settings
-    from bim.orchestrator.jobs.job import BAD_INPUT
-    from bim.orchestrator.plugins import PluginError
-
-    try:
         return automatic_settings(given, budget_s)
-    except (*BAD_INPUT, PluginError) as error:
-        raise SettingsError(str(error)) from error
 
 
 def _largest_batch(settings: Settings) -> int:
     """See `jobs.automatic.largest_batch_size`. Raises SettingsError for everything that is wrong with the input."""
+    with _only_settings_errors():
+        from bim.orchestrator.jobs.automatic import largest_batch_size
+
+        return largest_batch_size(settings)
+
+
+@contextmanager
+def _only_settings_errors() -> Iterator[None]:
+    """For settings that depend on images and machine: what is wrong with the input is raised as SettingsError."""
     from bim.orchestrator.distributed.local_ray import before_ray_is_imported
 
     before_ray_is_imported()
     from bim.orchestrator.config.schema import SettingsError
-    from bim.orchestrator.jobs.automatic import largest_batch_size
     from bim.orchestrator.jobs.job import BAD_INPUT
     from bim.orchestrator.plugins import PluginError
 
     try:
-        return largest_batch_size(settings)
+        yield
     except (*BAD_INPUT, PluginError) as error:
         raise SettingsError(str(error)) from error
 
 
-def estimate(settings: Settings) -> int:
-    """Print what a job with these settings would do and cost. Returns the exit status."""
+def estimate(settings: Settings, recipe: Path | None = None) -> int:
+    """Print what a job with these settings would do and cost. Returns the exit status.
+
+    recipe: the file that they are from; times that a run left beside it are not measured again.
+    """
     from bim.orchestrator.distributed.local_ray import before_ray_is_imported
 
     before_ray_is_imported()
     from bim.orchestrator.jobs.dry_run import dry_run_lines
     from bim.orchestrator.jobs.job import BAD_INPUT
     from bim.orchestrator.jobs.prepare import prepare
+    from bim.orchestrator.runs.step_times import read_times
 
+    if recipe is not None:
+        read_times(recipe.parent)
     try:
         print(*dry_run_lines(prepare(settings)), sep="\n", flush=True)
     except BAD_INPUT as error:
@@ -88,8 +99,15 @@ def estimate(settings: Settings) -> int:
     return 0
 
 
-def run(settings: Settings, live: bool = True, stop: StopRequest | None = None) -> int:
-    """The job for settings that are known to be well-formed. live: whether a terminal shows its progress live."""
+def run(
+    settings: Settings, live: bool = True, stop: StopRequest | None = None, recipe: Path | None = None
+) -> int:
+    """The job for settings that are known to be well-formed.
+
+    Args:
+        live: whether a terminal shows its progress live.
+        recipe: as in `estimate`.
+    """
     from bim.orchestrator.distributed.local_ray import before_ray_is_imported
 
     before_ray_is_imported()
@@ -97,9 +115,12 @@ def run(settings: Settings, live: bool = True, stop: StopRequest | None = None) 
     from bim.orchestrator.jobs.prepare import prepare
     from bim.orchestrator.reporting.closing import stopped_line
     from bim.orchestrator.reporting.console import console
+    from bim.orchestrator.runs.step_times import read_times
     from bim.orchestrator.training.errors import TrainingError
 
     console().quiet = not live
+    if recipe is not None:
+        read_times(recipe.parent)
     try:
         result = run_job(prepare(settings), stop)
     except BAD_INPUT as error:

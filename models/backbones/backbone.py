@@ -241,7 +241,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def _extract_block(self, model: Any, index: int, seed: int) -> nn.Module:
-        """The block made of modules of `model`, which cannot be used afterwards."""
+        """The block made of modules of `model`, which cannot be used afterward."""
 
     @abstractmethod
     def _check_weights(self, weights: Weights, block: Any, index: int, tensors: Mapping[str, Tensor]) -> None:

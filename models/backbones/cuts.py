@@ -57,13 +57,13 @@ def block_boundaries(
             return tuple(level_ends[end - 1] for end in accumulate(equal_sizes(len(layers), blocks)))
         longest = max(range(len(layers)), key=lambda level: layers[level])
         inside = rule.cuts_inside(layers[longest])
-        most = len(layers) + len(inside)
-        if blocks > most:
+        max_blocks = len(layers) + len(inside)
+        if blocks > max_blocks:
             several = rule.step is not None and len(layers) > 1
             raise ValueError(
                 f"blocks is {blocks}, but '{name}' has {' + '.join(map(str, layers))} layers and can be cut only "
-                f"{rule.description}{'; a number of blocks cuts the longest level only' if several else ''}; ask for {most} "
-                f"at most{', or give a list of sizes' if several else ''}"
+                f"{rule.description}{'; a number of blocks cuts the longest level only' if several else ''}; ask for "
+                f"{max_blocks} at most{', or give a list of sizes' if several else ''}"
             )
         start = level_ends[longest] - layers[longest]
         pieces = accumulate(equal_sizes(len(inside) + 1, blocks - len(layers) + 1))

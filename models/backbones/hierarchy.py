@@ -26,7 +26,7 @@ from bim.models.masks.level_indices import LevelRequirements, block_indices
 from bim.models.masks.plan import MaskPlan
 from bim.models.masks.window_groups import Pair, WindowGroups
 
-# Divisible by every sensible mask unit: timm builds the model, and the user's size is checked against the unit afterwards.
+# Divisible by every sensible mask unit: timm builds the model, and the user's size is checked against the unit afterward.
 PROBE_IMAGE_SIZE = 40320
 
 

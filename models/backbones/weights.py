@@ -72,10 +72,10 @@ class Weights:
         fitting = Counter(
             key[: -len(name)] for name in names for key in self.shapes if key.endswith(f".{name}")
         )
-        most = max(fitting.values(), default=0)
-        if 2 * most < len(names):
+        matches = max(fitting.values(), default=0)
+        if 2 * matches < len(names):
             return self
-        prefixes = [prefix for prefix, count in fitting.items() if count == most]
+        prefixes = [prefix for prefix, count in fitting.items() if count == matches]
         averaged = [prefix for prefix in prefixes if any(word in prefix.lower() for word in AVERAGED)]
         if len(prefixes) > 1 and len(averaged) != 1:
             listed = " and ".join(f"'{prefix}'" for prefix in sorted(prefixes))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 Sampler = Callable[[Tensor, Tensor, tuple[int, int], int, Tensor], Tensor]
-"""(masked (B, Nm), visible (B, Nv), grid of tokens, number to keep, rank (B, N)) -> (B, kept), a subset of `masked`.
+"""(masked (B, Nm), visible (B, Nv), grid of tokens, number to keep, rank (B, N)) -> (B, num_kept), a subset of `masked`.
 
 `rank` is a random permutation of 0..N-1 per sample that breaks ties.
 """
@@ -28,14 +28,14 @@ def kept_count(tokens: int, visible_tokens: int, throw_ratio: float) -> int:
     decoded = int(tokens * (1.0 - throw_ratio) + 1e-9) if 0.0 <= throw_ratio < 1.0 else 0
     if decoded > visible_tokens:
         return decoded - visible_tokens
-    most = max_throw_ratio(tokens, visible_tokens)
+    max_ratio = max_throw_ratio(tokens, visible_tokens)
     if not 0.0 <= throw_ratio < 1.0:
         raise ValueError(
-            f"decoder.throw_ratio is {throw_ratio}; it is a fraction of all tokens, from 0 to at most {most:g} here"
+            f"decoder.throw_ratio is {throw_ratio}; it is a fraction of all tokens, from 0 to at most {max_ratio:g} here"
         )
     raise ValueError(
         f"decoder.throw_ratio {throw_ratio} of {tokens} tokens leaves the decoder {decoded}, of which {visible_tokens} are "
-        f"visible, so that no masked one is decoded; the most is {most:g} at this mask.ratio"
+        f"visible, so that no masked one is decoded; the most is {max_ratio:g} at this mask.ratio"
     )
 
 
@@ -45,37 +45,39 @@ def max_throw_ratio(tokens: int, visible_tokens: int) -> float:
 
 
 def farthest_point_sampling(
-    masked: Tensor, visible: Tensor, grid: tuple[int, int], kept: int, rank: Tensor
+    masked: Tensor, visible: Tensor, grid: tuple[int, int], num_kept: int, rank: Tensor
 ) -> Tensor:
     """PR-MIM's furthest sampling: start at a random masked token, then add the masked token farthest from those kept.
 
     At N = 196, 75 % masked and t = 0.5 every thrown token has a kept neighbor, which a 3 x 3 recovery needs.
     """
-    return _spread(masked, None, grid, kept, rank)
+    return _spread(masked, None, grid, num_kept, rank)
 
 
 def farthest_from_visible(
-    masked: Tensor, visible: Tensor, grid: tuple[int, int], kept: int, rank: Tensor
+    masked: Tensor, visible: Tensor, grid: tuple[int, int], num_kept: int, rank: Tensor
 ) -> Tensor:
     """As `farthest_point_sampling`, with the visible tokens counted as kept: for a recovery that reads both."""
-    return _spread(masked, visible, grid, kept, rank)
+    return _spread(masked, visible, grid, num_kept, rank)
 
 
-def uniform(masked: Tensor, visible: Tensor, grid: tuple[int, int], kept: int, rank: Tensor) -> Tensor:
+def uniform(masked: Tensor, visible: Tensor, grid: tuple[int, int], num_kept: int, rank: Tensor) -> Tensor:
     """A uniformly random subset."""
-    return masked.gather(1, rank.gather(1, masked).argsort(dim=1)[:, :kept])
+    return masked.gather(1, rank.gather(1, masked).argsort(dim=1)[:, :num_kept])
 
 
-def checkerboard(masked: Tensor, visible: Tensor, grid: tuple[int, int], kept: int, rank: Tensor) -> Tensor:
+def checkerboard(
+    masked: Tensor, visible: Tensor, grid: tuple[int, int], num_kept: int, rank: Tensor
+) -> Tensor:
     """VideoMAE V2's running cells (arXiv 2303.16727): one diagonal of each 2 x 2 square of tokens, drawn per sample.
 
-    Exactly `kept` tokens are returned: those on the diagonals first, then others, both in random order.
+    Exactly `num_kept` tokens are returned: those on the diagonals first, then others, both in random order.
     """
     tokens = rank.shape[1]
     diagonal = (masked // grid[1] + masked % grid[1]) % 2
     drawn_diagonal = rank[:, :1] % 2  # the parity of one token's rank is a fair coin
     is_off = (diagonal != drawn_diagonal).to(rank.dtype)
-    return masked.gather(1, (rank.gather(1, masked) + is_off * tokens).argsort(dim=1)[:, :kept])
+    return masked.gather(1, (rank.gather(1, masked) + is_off * tokens).argsort(dim=1)[:, :num_kept])
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -94,8 +96,10 @@ def complement(masked: Tensor, kept: Tensor, tokens: int) -> Tensor:
     return masked.gather(1, kept_last[:, : masked.shape[1] - kept.shape[1]])
 
 
-def _spread(masked: Tensor, seeds: Tensor | None, grid: tuple[int, int], kept: int, rank: Tensor) -> Tensor:
-    """Greedy farthest-point sampling of `kept` tokens out of `masked`, away from `seeds` too, for the whole batch.
+def _spread(
+    masked: Tensor, seeds: Tensor | None, grid: tuple[int, int], num_kept: int, rank: Tensor
+) -> Tensor:
+    """Greedy farthest-point sampling of `num_kept` tokens out of `masked`, away from `seeds` too, for the whole batch.
 
     The score of a token is N d^2 + rank, d its distance to the nearest token kept so far: a whole number, different
     for each token of a sample, so that the maximum is the same on every device. d^2 is a sum over rows and columns,
@@ -113,8 +117,8 @@ def _spread(masked: Tensor, seeds: Tensor | None, grid: tuple[int, int], kept: i
     candidates = torch.zeros_like(rank, dtype=torch.bool).scatter_(1, masked, True)
     score = (nearest * tokens + rank).where(candidates, -1)
     row_gaps, column_gaps = row_gaps * tokens, column_gaps * tokens
-    chosen = torch.empty(batch, kept, dtype=torch.int64, device=masked.device)
-    for step in range(kept):
+    chosen = torch.empty(batch, num_kept, dtype=torch.int64, device=masked.device)
+    for step in range(num_kept):
         token = score.argmax(dim=1)  # (B,)
         chosen[:, step] = token
         gaps = row_gaps[token // columns].unsqueeze(2) + column_gaps[token % columns].unsqueeze(1)

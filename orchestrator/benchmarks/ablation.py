@@ -26,6 +26,7 @@ from bim.orchestrator.config.validate import settings_from_mapping
 from bim.orchestrator.distributed.placement import ClusterResources
 from bim.orchestrator.evaluation.evaluate import evaluate_variants, raw_pixels
 from bim.orchestrator.evaluation.inputs import EvalInputs
+from bim.orchestrator.evaluation.metric_info import ACCURACIES
 from bim.orchestrator.evaluation.records import DepthReport, Scores
 from bim.orchestrator.files import atomic_write
 from bim.orchestrator.runs.checkpoints import committed_folder
@@ -95,7 +96,7 @@ ROWS = {
 EXTRA_MEASUREMENTS = {TRUNCATED_MAE: (FRESH_NORM,)}
 """Case -> rows that the same training also yields."""
 
-SCORES = ("knn_top1", "linear_top1")
+SCORES = tuple(metric.key for metric in ACCURACIES)
 
 FORMER_DEFAULTS: dict[str, Scalar] = {"mask.ratio": 0.75, "decoder.recovery": "aggregate"}
 """Defaults that have changed since the first results were written; digests use the old ones."""

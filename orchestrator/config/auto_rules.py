@@ -14,9 +14,42 @@ from bim.orchestrator.config.recipes import parse_value
 
 Device = Literal["cpu", "gpu"]
 
+LEAST_SETTINGS: Mapping[str, Any] = {
+    "name": "images",
+    "backbone": {"name": "vit_tiny_patch16_224"},
+    "data": {"source": "images", "batch_size": 1},
+    "schedule": {"epochs": 1_000_000},
+}
+"""Settings that contradict none that is typed: what is typed is checked in them before any is chosen."""
+
+CHOSEN_SETTINGS = (
+    "name",
+    "backbone.name",
+    "backbone.model_args",
+    "decoder.dim",
+    "data.batch_size",
+    "data.accumulate",
+    "data.workers",
+    "data.crop_scale",
+    "data.val_fraction",
+    "data.test_fraction",
+    "schedule.epochs",
+    "schedule.warmup_epochs",
+    "optim.blr",
+    "checkpoint.every_epochs",
+)
+"""Settings that depend on the images and the machine, beside those of `AutoRules.always`."""
+
 
 class _Rules(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AlwaysRule(_Rules):
+    """Settings of every automatic run, by dotted key, and why; null: their line is printed elsewhere."""
+
+    settings: Mapping[str, Any]
+    reason: str | None
 
 
 class SizeRule(_Rules):
@@ -76,10 +109,17 @@ class WorkersRule(_Rules):
     max: int
 
 
+class ScoresRule(_Rules):
+    """Scores before the end, at most, and seconds of training between two."""
+
+    most: int = Field(ge=1)
+    min_seconds_between: float
+
+
 class AutoRules(_Rules):
     """Everything of `auto.yaml`; what each part means stands there."""
 
-    always: Mapping[str, Any]
+    always: tuple[AlwaysRule, ...]
     time_budget: Mapping[Device, str]
     image_size: SizeRule
     patch_size: tuple[PatchRule, ...]
@@ -91,7 +131,13 @@ class AutoRules(_Rules):
     splits: Mapping[Literal["test", "val"], SplitRule]
     workers: WorkersRule
     checkpoints: int = Field(ge=1)
+    scores: ScoresRule
     few_images: int
+
+    @property
+    def always_values(self) -> dict[str, Any]:
+        """Dotted key -> value of every rule of `always`."""
+        return {key: value for rule in self.always for key, value in rule.settings.items()}
 
     @field_validator("time_budget")
     @classmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +19,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
+from bim.orchestrator.config.auto_batch import (
+    ACCUMULATE,
+    BATCH_SIZE,
+    AutoBatches,
+    LargestBatch,
+    with_largest_batches,
+    without_auto,
+)
+from bim.orchestrator.config.auto_rules import LEAST_SETTINGS
 from bim.orchestrator.config.durations import seconds
+from bim.orchestrator.config.help_page import WIDTH as HELP_WIDTH
 from bim.orchestrator.config.help_page import help_text
 from bim.orchestrator.config.messages import SettingInfo, format_value, is_section, shortened, unknown
 from bim.orchestrator.config.recipes import (
@@ -32,7 +43,7 @@ from bim.orchestrator.config.recipes import (
 )
 from bim.orchestrator.config.renamed import new_key
 from bim.orchestrator.config.schema import Settings, SettingsError, all_settings
-from bim.orchestrator.config.transforms import overlaid, settings_to_yaml, with_changes
+from bim.orchestrator.config.transforms import overlaid, settings_to_yaml
 from bim.orchestrator.config.validate import settings_from_mapping
 
 log = logging.getLogger(__name__)
@@ -41,17 +52,6 @@ _BRACKETS = {"[": "]", "{": "}"}
 
 FLAGS = ("--help", "-h", "--help-all", "--version", "--print-config", "--dry-run", "--verbose", "--quiet")
 """Options that are no settings and take no value."""
-
-
-BATCH_SIZE = "data.batch_size"
-
-_LEAST = {
-    "name": "images",
-    "backbone": {"name": "vit_tiny_patch16_224"},
-    "data": {"source": "images", "batch_size": 1},
-    "schedule": {"epochs": 1_000_000},
-}
-"""Settings that contradict none that is typed: what is typed is checked in them before any is chosen."""
 
 
 @dataclass
@@ -68,10 +68,6 @@ Automatic = Callable[[Mapping[str, Any], float | None], Mapping[str, Any]]
 """From what the user set, by dotted key, and the seconds of training that are allowed, to nested settings."""
 
 
-LargestBatch = Callable[[Settings], int]
-"""From settings to the largest `data.batch_size` that fits; what they have there does not count."""
-
-
 def load_settings(
     argv: Sequence[str], automatic: Automatic | None = None, largest_batch: LargestBatch | None = None
 ) -> Settings:
@@ -82,7 +78,7 @@ def load_settings(
 
     Args:
         automatic: gives the settings for images that no recipe is named for; None: the default recipe does.
-        largest_batch: what `--data.batch_size auto` stands for; None: it is refused.
+        largest_batch: what `data.batch_size: auto` stands for; None: it is refused.
 
     Raises:
         SettingsError: all that is wrong with the arguments, the recipe or the settings, one sentence a line.
@@ -94,22 +90,20 @@ def load_settings(
     _resumed_recipe(arguments)
     problems = arguments.problems
     recipe = arguments.recipe or DEFAULT_RECIPE
+    is_automatic = automatic is not None and _is_automatic(arguments)
     if flags & {"--help", "-h", "--help-all"}:
+        own_images = arguments.overrides["data.source"] if is_automatic else None
         try:
-            _print_and_exit(help_text(recipe, every_setting="--help-all" in flags))
+            _print_and_exit(help_text(recipe, "--help-all" in flags, own_images, _terminal_width()))
         except RecipeError as error:
             raise SettingsError(str(error)) from None
-    is_automatic = automatic is not None and _is_automatic(arguments)
     try:
-        values = deepcopy(_LEAST) if is_automatic else read_recipe(recipe)
+        values = deepcopy(dict(LEAST_SETTINGS)) if is_automatic else read_recipe(recipe)
     except RecipeError as error:
         raise SettingsError("\n".join([*problems, str(error)])) from None
 
     if name := arguments.overrides.get("backbone.name"):
         values = _without_the_arguments_of_another(values, name)
-    fits_batch = largest_batch is not None and arguments.overrides.get(BATCH_SIZE) == "auto"
-    if fits_batch:
-        arguments.overrides[BATCH_SIZE] = "1"
     typed: dict[str, str] = {}
     given: dict[str, Any] = {}
     for given_key, text in arguments.overrides.items():
@@ -126,6 +120,9 @@ def load_settings(
         typed[key] = "true" if text is None else text
         given[key] = value
         values = overlaid(values, key.split(".", 2), value)
+    auto = AutoBatches()
+    if largest_batch is not None:
+        values, auto = without_auto(values)
 
     file = None if recipe in bundled_recipes() else recipe
     try:
@@ -138,14 +135,17 @@ def load_settings(
         raise SettingsError("\n".join(problems))
     if automatic is not None and is_automatic:
         budget_s = None if arguments.time_budget is None else seconds(arguments.time_budget)
-        if fits_batch:
+        if auto.run:
             del given[BATCH_SIZE]
+        if auto.entries:
+            given["backbones"] = values["backbones"]
         values = dict(automatic(given, budget_s))
         for key, value in given.items():
             values = overlaid(values, key.split(".", 2), value)
         settings = settings_from_mapping(values, typed=typed)
-    if largest_batch is not None and fits_batch:
-        settings = _with_largest_batch(settings, largest_batch, is_automatic)
+    if largest_batch is not None and auto:
+        chosen = {BATCH_SIZE, ACCUMULATE} - given.keys() if is_automatic else ()
+        settings = with_largest_batches(settings, auto, largest_batch, frozenset(chosen))
     if not settings.search.trials and settings.backbones is None:
         for key in typed:
             if key.startswith("search.") and key not in ("search.trials", "search.resume"):
@@ -155,17 +155,10 @@ def load_settings(
     return settings
 
 
-def _with_largest_batch(settings: Settings, largest_batch: LargestBatch, is_automatic: bool) -> Settings:
-    """With the largest batch that fits; images of an optimizer step that were chosen for the data stay as many."""
-    batch_size = largest_batch(settings)
-    changes = {BATCH_SIZE: batch_size}
-    if is_automatic:
-        images_per_step = settings.data.batch_size * settings.data.accumulate
-        changes = {
-            BATCH_SIZE: min(batch_size, images_per_step),
-            "data.accumulate": max(1, images_per_step // batch_size),
-        }
-    return with_changes(settings, changes)
+def recipe_file(argv: Sequence[str]) -> Path | None:
+    """The file that `--recipe` names; None for a recipe that comes with the package, or without one."""
+    recipe = _split([token for token in argv if token not in FLAGS]).recipe
+    return None if recipe is None or recipe in bundled_recipes() else Path(recipe).expanduser()
 
 
 def _is_automatic(arguments: _Arguments) -> bool:
@@ -213,6 +206,11 @@ def _of_no_backbone(settings: Settings, typed: Mapping[str, str], recipe: str) -
         f"{listed}: {recipe} trains several backbones ({names}); add --backbones null to train a single one, or name "
         "them all with --backbones"
     ]
+
+
+def _terminal_width() -> int:
+    """Columns for `--help`: those of the terminal, within reason."""
+    return min(HELP_WIDTH, max(60, shutil.get_terminal_size((HELP_WIDTH, 24)).columns))
 
 
 def _print_and_exit(text: str) -> NoReturn:

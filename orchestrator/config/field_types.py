@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from bim.orchestrator.config.messages import format_value
 
@@ -49,7 +49,27 @@ def _path_if_text(value: object) -> object:
     return Path(os.path.expanduser(value)) if isinstance(value, str) and value else value
 
 
+AUTO = "auto"
+"""In place of a batch size: the largest that fits. `auto_batch.py` puts a number in its place."""
+
+
+def _batch_size(value: object) -> object:
+    """Raises ValueError for `auto` where nothing can compute it."""
+    if value == AUTO:
+        raise ValueError(
+            "data.batch_size: auto is for the settings of a run, as the command and bim.orchestrator.pretrain read them; "
+            "give a number here"
+        )
+    return value
+
+
 Count = Annotated[int, Field(ge=1)]
+BatchSize = Annotated[
+    int,
+    Field(ge=1),
+    BeforeValidator(_batch_size),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "const": AUTO}]}),
+]
 Seed = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]

@@ -6,13 +6,15 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from bim.orchestrator.config.auto_rules import CHOSEN_SETTINGS, LEAST_SETTINGS, auto_rules
 from bim.orchestrator.config.messages import SettingInfo, format_value
 from bim.orchestrator.config.recipes import DEFAULT_RECIPE, bundled_recipes, read_recipe
 from bim.orchestrator.config.schema import all_settings, setting_sections
-from bim.orchestrator.config.transforms import settings_to_mapping
+from bim.orchestrator.config.transforms import overlaid, settings_to_mapping
 from bim.orchestrator.config.validate import settings_from_mapping
 
-WIDTH = 100  # columns
+WIDTH = 100
+"""Columns, where the terminal has as many or there is none."""
 
 COMMON = {
     "Images and output": ("data.source", "out", "resume", "seed"),
@@ -42,37 +44,76 @@ COMMON = {
 }
 """The settings that people set, in the order in which they are needed: topic -> dotted keys."""
 
-EXAMPLES = """\
-Examples
-  python pipelines/bim_pipeline.py
-      a smoke test on the scanned digits of scikit-learn: the whole job in minutes on a laptop
-  python pipelines/bim_pipeline.py --data.source DIR --out runs/a
-      your images, with settings chosen from them: DIR holds image files, at any depth, or shards
-  python pipelines/bim_pipeline.py --recipe vit_base_imagenet --data.source DIR --out runs/b
-      a ViT-B in four blocks, as for ImageNet
-  python pipelines/bim_pipeline.py --out runs/a --resume
-      continue an interrupted run with the settings it was started with
-  python pipelines/bim_pipeline.py --blocks '[2,2,2,2]' --mask.ratio '[0.6,0.65,0.7,0.75]'
-      one value per block; values are YAML, quote brackets in a shell
-  python pipelines/bim_pipeline.py --recipe vit_base_imagenet --data.source DIR \\
-      --backbones vit_small_patch16_224,swin_tiny_patch4_window7_224
-      two backbones in one run, compared in one table; --recipe digits_backbones takes minutes
-  python pipelines/bim_pipeline.py --baseline mae --seed 1
-      also one ordinary MAE run with the same decoder and epochs, truncated at every depth
+EXAMPLES = (
+    (
+        "",
+        "a smoke test on the scanned digits of scikit-learn: the whole job in minutes on a laptop",
+    ),
+    (
+        "--data.source DIR --dry-run",
+        "your images: print the settings chosen for them and what they cost, and train nothing; DIR holds image files, at "
+        "any depth, or shards",
+    ),
+    (
+        "--data.source DIR --out runs/a \\\n--time_budget 6h",
+        "train on your images with settings chosen from them, for about six hours at most",
+    ),
+    (
+        "--recipe vit_base_imagenet \\\n--data.source DIR --out runs/b",
+        "a ViT-B in four blocks, as for ImageNet",
+    ),
+    ("--out runs/a --resume", "continue an interrupted run with the settings it was started with"),
+    (
+        "--blocks '[2,2,2,2]' \\\n--mask.ratio '[0.6,0.65,0.7,0.75]'",
+        "one value per block; values are YAML, quote brackets in a shell",
+    ),
+    (
+        "--recipe vit_base_imagenet \\\n--data.source DIR "
+        "\\\n--backbones vit_small_patch16_224,swin_tiny_patch4_window7_224",
+        "two backbones in one run, compared in one table; --recipe digits_backbones takes minutes",
+    ),
+    (
+        "--baseline mae --seed 1",
+        "also one ordinary MAE run with the same decoder and epochs, truncated at every depth",
+    ),
+)
+"""Arguments of the command, broken where a line of 80 columns needs it, and what they are for."""
 
-A recipe of your own is a YAML file with the same settings, nested (mask: {ratio: 0.6}). Start from
-a copy of pipelines/recipes/digits_demo.yaml and run it with --recipe my.yaml."""
+NO_BREAK = "\xa0"  # a space at which no line ends
+USAGE = f"usage: python pipelines/bim_pipeline.py [--recipe{NO_BREAK}NAME|FILE] [--SETTING{NO_BREAK}VALUE{NO_BREAK}...]"
+ABOUT = (
+    "Pretrain a family of timm backbones of different depth in one run: block-wise masked image modeling, each block with "
+    "its own loss. Evaluates, exports and records every depth."
+)
+OWN_IMAGES = (
+    "Your images: with --data.source and without --recipe, settings are chosen from the images and the machine, and "
+    "printed with their reasons; any option goes before what is chosen. --dry-run shows what is chosen and what the run "
+    "would cost, and trains nothing. --time_budget bounds the training ({gpu} with a GPU and {cpu} without one, if it is "
+    "not given): what does not fit shrinks."
+)
+OWN_RECIPE = (
+    "A recipe of your own is a YAML file with the same settings, nested (mask: {ratio: 0.6}). Start from a copy of "
+    "pipelines/recipes/digits_demo.yaml and run it with --recipe my.yaml."
+)
 
 
-def help_text(recipe: str = DEFAULT_RECIPE, every_setting: bool = False) -> str:
-    """Settings with type, description and their value in `recipe`, in 100 columns.
+def help_text(
+    recipe: str = DEFAULT_RECIPE,
+    every_setting: bool = False,
+    own_images: str | None = None,
+    width: int = WIDTH,
+) -> str:
+    """Settings with type, description and their value in `recipe`.
 
-    every_setting: all of them by section; otherwise those of `COMMON`.
+    Args:
+        every_setting: all of them by section; otherwise those of `COMMON`.
+        own_images: `data.source` of images that settings are chosen for, in place of those of `recipe`.
+        width: columns, at least 60.
 
     Raises:
         RecipeError, SettingsError: the recipe cannot be read, or is wrong.
     """
-    values = settings_to_mapping(settings_from_mapping(read_recipe(recipe)))
+    values, heading = _values_and_heading(recipe, own_images)
     infos = all_settings()
     if every_setting:
         titles = {"": "Run"} | {
@@ -86,32 +127,75 @@ def help_text(recipe: str = DEFAULT_RECIPE, every_setting: bool = False) -> str:
         topics = {title: list(keys) for title, keys in COMMON.items()}
     shown = [infos[key] for keys in topics.values() for key in keys]
     column = max(len(_option(info)) for info in shown if "|" not in info.kind) + 4
+    budget = auto_rules().time_budget
+
+    def entry(left: str, right: str) -> list[str]:
+        return _entry(left, right, column, width)
+
     lines = [
-        "usage: python pipelines/bim_pipeline.py [--recipe NAME|FILE] [--SETTING VALUE ...]",
+        *textwrap.wrap(USAGE, width, subsequent_indent=" " * 7, break_on_hyphens=False),
         "",
-        "Pretrain a family of timm backbones of different depth in one run: block-wise masked image modeling,",
-        "each block with its own loss. Evaluates, exports and records every depth.",
+        *_paragraph(ABOUT, width),
         "",
-        *_entry("--recipe NAME|FILE", "a recipe below, or a YAML file of settings", column),
-        *_entry("--time_budget 10m|6h|2d", "bound of the training, where no recipe is given", column),
-        *_entry("--dry-run", "print what the run would do and cost, and exit", column),
-        *_entry("--print-config", "print the resolved settings as YAML and exit", column),
-        *_entry("--verbose, --quiet", "more messages; only warnings and results", column),
-        *_entry("--help, -h", "the settings that people set", column),
-        *_entry("--help-all", "every setting", column),
-        *_entry("--version", "the version of the package", column),
+        *_paragraph(OWN_IMAGES.format(gpu=budget["gpu"], cpu=budget["cpu"]), width),
+        "",
+        *entry("--recipe NAME|FILE", "a recipe below, or a YAML file of settings"),
+        *entry(
+            "--time_budget 10m|6h|2d",
+            "bound of the training, where settings are chosen from your images "
+            f"[{budget['gpu']} with a GPU, {budget['cpu']} without]",
+        ),
+        *entry("--dry-run", "print what the run would do and cost, and exit"),
+        *entry("--print-config", "print the resolved settings as YAML and exit"),
+        *entry("--verbose, --quiet", "more messages; only warnings and results"),
+        *entry("--help, -h", "the settings that people set"),
+        *entry("--help-all", "every setting"),
+        *entry("--version", "the version of the package"),
         "",
         "Recipes",
     ]
     for name, title in bundled_recipes().items():
-        lines += _entry(name + (" (default)" if name == DEFAULT_RECIPE else ""), title, column)
-    lines += ["", f"Settings, each with its value in {recipe} in brackets"]
+        lines += entry(name + (" (default)" if name == DEFAULT_RECIPE else ""), title)
+    lines += ["", *_paragraph(heading, width)]
     for title, keys in topics.items():
         lines += ["", title]
         for key in keys:
-            description = f"{infos[key].description} {_bracketed(values, key)}"
-            lines += _entry(_option(infos[key]), description, column)
-    return "\n".join([*lines, "", EXAMPLES])
+            lines += entry(_option(infos[key]), f"{infos[key].description} {_bracketed(values, key)}")
+    text = "\n".join([*lines, "", *_examples(width), "", *_paragraph(OWN_RECIPE, width)])
+    return text.replace(NO_BREAK, " ")
+
+
+def _values_and_heading(recipe: str, own_images: str | None) -> tuple[Mapping[str, Any], str]:
+    """Nested values to show, "chosen" in place of those that nobody knows before the images are opened."""
+    if own_images is None:
+        values = settings_to_mapping(settings_from_mapping(read_recipe(recipe)))
+        return values, f"Settings, each with its value in {recipe} in brackets"
+    least = dict(LEAST_SETTINGS)
+    for key, value in {**auto_rules().always_values, "data.source": own_images}.items():
+        least = overlaid(least, key.split("."), value)
+    values = settings_to_mapping(settings_from_mapping(least))
+    for key in CHOSEN_SETTINGS:
+        values = overlaid(values, key.split("."), "chosen")
+    heading = (
+        "Settings, each with its value for your images in brackets; [chosen] depends on the images and the machine, and "
+        "--dry-run prints it"
+    )
+    return values, heading
+
+
+def _examples(width: int) -> list[str]:
+    lines = ["Examples"]
+    for arguments, purpose in EXAMPLES:
+        command = f"  python pipelines/bim_pipeline.py {arguments}".rstrip()
+        lines += command.replace("\n", "\n      ").split("\n")
+        lines += textwrap.wrap(
+            purpose, width, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
+        )
+    return lines
+
+
+def _paragraph(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def _bracketed(values: Mapping[str, Any], key: str) -> str:
@@ -126,12 +210,12 @@ def _option(info: SettingInfo) -> str:
     return f"--{info.key} {info.kind}"
 
 
-def _entry(left: str, right: str, column: int) -> list[str]:
+def _entry(left: str, right: str, column: int, width: int) -> list[str]:
     """One entry of --help: an option too long for its column pushes its own text to the right."""
     head = f"  {left}".ljust(column - 2) + "  "
     return textwrap.wrap(
         right,
-        WIDTH,
+        width,
         initial_indent=head,
         subsequent_indent=" " * column,
         break_long_words=False,

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from bim.orchestrator.config.backbone_entry import BackboneEntries, parse_backbone_entries
 from bim.orchestrator.config.field_types import (
+    BatchSize,
     Betas,
     Count,
     Counts,
@@ -137,7 +138,9 @@ class DataSettings(Section):
     label_column: Text | None = Field(
         default=None, description="label column of Parquet files; null: 'label' if present"
     )
-    batch_size: Count = Field(description="images per micro-batch, of the whole run, not per GPU")
+    batch_size: BatchSize = Field(
+        description="images per micro-batch, of the whole run, not per GPU; auto: the largest that fits"
+    )
     accumulate: Count = Field(default=1, description="micro-batches per optimizer step")
     workers: Annotated[int, Field(ge=0)] = Field(
         default=2, description="data loading processes; 0: load in the loader itself"
@@ -206,7 +209,8 @@ class EvaluationSettings(Section):
     batch_size: Count = Field(default=256, description="images per forward pass")
     latency: bool = Field(default=True, description="measure ms per forward pass at batch 1 and 64")
     every_epochs: Annotated[int, Field(ge=0)] | None = Field(
-        default=None, description="epochs between two scores while it trains; 0: none; null: ten in a run"
+        default=None,
+        description="epochs between two scores while it trains; 0: none; null: up to ten in a run",
     )
     patience: Count | None = Field(
         default=None,

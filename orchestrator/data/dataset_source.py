@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bim.orchestrator.data.decode import DECODER_ERRORS, decode_error, decoder_message, image_to_rgb
 from bim.orchestrator.data.errors import DataError, ImageDecodeError
+from bim.orchestrator.data.fingerprint import computed_once
 
 MAX_LABEL_READS = 10_000
 """Images of a data set that keeps its labels in its items alone, up to which all items are read for them."""
@@ -75,6 +76,7 @@ class DatasetSource:
     def sample_id(self, index: int) -> str:
         return f"{self.name} {index}"
 
+    @computed_once
     def fingerprint(self) -> str:
         """SHA-256 over the number of images, the labels and the pixels of a few images, first 32 hexadecimal digits."""
         digest = hashlib.sha256(str(len(self)).encode())

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bim.orchestrator.data.fingerprint import computed_once
+
 
 class DigitsSource:
     """1,797 gray digits, 8 x 8, ten classes. Values 0..16 are scaled to 0..255 and repeated to RGB."""
@@ -37,6 +39,7 @@ class DigitsSource:
     def sample_id(self, index: int) -> str:
         return f"digit {index}"
 
+    @computed_once
     def fingerprint(self) -> str:
         """SHA-256 of all pixels and labels, first 32 hexadecimal digits."""
         digest = hashlib.sha256(self._images.tobytes())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from bim.orchestrator.data.errors import DataError, ImageDecodeError
 from bim.orchestrator.data.source import Source
-from bim.orchestrator.data.splits import labeled
+from bim.orchestrator.data.splits import labeled, unlabeled_splits
 
 SAMPLED_IMAGES = 48
 
@@ -24,10 +24,11 @@ class ImageFacts:
 
     Args:
         source: as the user names it.
-        splits: images of each split that the data brings along; `{"train": n}` if it brings none.
+        splits: images of each split that the data brings along and `make_splits` takes; `{"train": n}` if it brings none.
         short_side_px: median of the shorter sides of some images.
         decode_s: median seconds of decoding one of them.
         is_labeled: whether training images have labels.
+        unlabeled_splits: images of the splits that are left out, because they have no labels and training images have.
     """
 
     source: str
@@ -35,6 +36,7 @@ class ImageFacts:
     short_side_px: int
     decode_s: float
     is_labeled: bool
+    unlabeled_splits: dict[str, int] = field(default_factory=dict)
 
 
 def image_facts(source: Source, sampled: int = SAMPLED_IMAGES) -> ImageFacts:
@@ -65,10 +67,12 @@ def image_facts(source: Source, sampled: int = SAMPLED_IMAGES) -> ImageFacts:
         raise DataError(
             f"none of {len(indices)} images of the train split of {source.name} can be read; the first: {reasons[0]}"
         )
+    unlabeled = unlabeled_splits(source)
     return ImageFacts(
         source.name,
-        {name: len(members) for name, members in fixed.items() if len(members)},
+        {name: len(members) for name, members in fixed.items() if len(members) and name not in unlabeled},
         int(statistics.median_low(sides)),
         statistics.median(seconds),
         len(labeled(source, pool)) > 0,
+        unlabeled,
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from bim.orchestrator.data.decode import decode_rgb
 from bim.orchestrator.data.errors import DataError, ImageDecodeError, is_exhausted, system_reason
 from bim.orchestrator.data.file_listing import IMAGE_EXTENSIONS, walk
+from bim.orchestrator.data.fingerprint import computed_once
 from bim.orchestrator.data.folder_layout import read_layout
 
 
@@ -60,6 +61,7 @@ class FolderSource:
     def sample_id(self, index: int) -> str:
         return os.fsdecode(self._names[index].as_py())
 
+    @computed_once
     def fingerprint(self) -> str:
         """SHA-256 over the count, names and sizes of the files, first 32 hexadecimal digits; reads no image.
 

@@ -56,10 +56,10 @@ def read_layout(names: Sequence[str]) -> FolderLayout:
         part.classes = _classes(part.names, split if has_splits else "", notes)
     train_classes = {name for name in parts.get("train", _Part()).classes if name is not None}
     for split, part in parts.items():
-        own = {name for name in part.classes if name is not None}
-        if has_splits and split != "train" and train_classes and own and not own & train_classes:
+        classes = {name for name in part.classes if name is not None}
+        if has_splits and split != "train" and train_classes and classes and not classes & train_classes:
             notes.append(
-                f"no folder of {split} (such as '{min(own)}') is a class of train, so its images have no labels"
+                f"no folder of {split} (such as '{min(classes)}') is a class of train, so its images have no labels"
             )
             part.classes = [None] * len(part.numbers)
     class_names = sorted({name for part in parts.values() for name in part.classes if name is not None})
@@ -75,9 +75,9 @@ def read_layout(names: Sequence[str]) -> FolderLayout:
                 if label is None and name not in strays
             ]
             if 0 < len(without) < len(part.names) - len(strays) * (split == "train"):
-                where = f" of {split}" if has_splits else ""
+                of_split = f" of {split}" if has_splits else ""
                 notes.append(
-                    f"{len(without)} of {len(part.names)} images{where} lie in no class folder (such as {without[0]}); "
+                    f"{len(without)} of {len(part.names)} images{of_split} lie in no class folder (such as {without[0]}); "
                     "they are used without labels"
                 )
     splits = {split: np.array(sorted(part.numbers), dtype=np.int64) for split, part in parts.items()}
@@ -142,9 +142,9 @@ def _classes(names: Sequence[str], split: str, notes: list[str]) -> list[str | N
     num_direct = sum(len(folder) == 1 for folder in nested)
     if len(inner) > 1 and 2 * num_direct < len(nested):
         deep = next(folder for folder in nested if len(folder) > 1)
-        where = f"of {split} " if split else ""
+        of_split = f"of {split} " if split else ""
         notes.append(
-            f"folders {where}are nested in several levels (such as {'/'.join(deep)}), so none is taken for a class; "
+            f"folders {of_split}are nested in several levels (such as {'/'.join(deep)}), so none is taken for a class; "
             "arrange images as CLASS/FILE to have labels"
         )
         return [None] * len(names)

@@ -24,6 +24,7 @@ from torch import Tensor
 from bim.orchestrator.data.decode import decode_rgb
 from bim.orchestrator.data.errors import DataError, ImageDecodeError, is_exhausted, system_reason
 from bim.orchestrator.data.file_listing import hive_values, split_of_shard
+from bim.orchestrator.data.fingerprint import computed_once
 from bim.orchestrator.data.parquet_columns import LABEL_NAMES, Columns, find_columns
 from bim.orchestrator.data.parquet_labels import ShardLabels, read_labels
 from bim.orchestrator.data.sampler import Chunks
@@ -102,6 +103,7 @@ class ParquetSource:
         first = self._group_of(index) - group
         return f"{self._names[file]} row {index - int(self._starts[first])}"
 
+    @computed_once
     def fingerprint(self) -> str:
         """SHA-256 over schema, and names, sizes, row counts and row groups of the shards; 32 hexadecimal digits.
 

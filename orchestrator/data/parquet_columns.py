@@ -137,12 +137,12 @@ def _label_column(
         for name in LABEL_NAMES
         if name in schema.names
     ]
-    alike = [
+    label_like = [
         name for name in usable if name.lower() in LABEL_LIKE or name.lower().endswith(("_label", "_class"))
     ]
-    if not notes and alike:
+    if not notes and label_like:
         notes.append(
-            f"column '{alike[0]}' looks like labels and is not used; --data.label_column {alike[0]} takes it"
+            f"column '{label_like[0]}' looks like labels and is not used; --data.label_column {label_like[0]} takes it"
         )
     return None, tuple(notes)
 

@@ -91,9 +91,9 @@ MIN_STEPS = 20
 
 def _remedy(images: int, spec: PhaseSpec) -> str:
     """Sizes with which an epoch has `MIN_STEPS` steps, or as many as there are images; accumulation falls first."""
-    most = max(1, images // MIN_STEPS)
-    batch = spec.batch_size if spec.batch_size <= most else 2 ** (most.bit_length() - 1)
-    accumulate = max(1, min(spec.grad_accum_steps, most // batch))
+    max_images = max(1, images // MIN_STEPS)
+    batch = spec.batch_size if spec.batch_size <= max_images else 2 ** (max_images.bit_length() - 1)
+    accumulate = max(1, min(spec.grad_accum_steps, max_images // batch))
     sizes = f"data.batch_size {batch}"
     if spec.grad_accum_steps > 1:
         sizes = f"data.accumulate {accumulate} and {sizes}"

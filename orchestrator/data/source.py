@@ -66,7 +66,7 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Short hash that identifies the data; cheap, equal for equal data on another machine."""
+        """Short hash that identifies the data, equal for equal data on another machine; `computed_once` keeps it."""
         ...
 
 
@@ -126,17 +126,19 @@ def dataset_object(dataset: Any) -> Source:
 
 
 def open_source(source: str, image_column: str | None = None, label_column: str | None = None) -> Source:
-    """Open `data.source`.
+    """Open `data.source`; a data set that `given` names in this process is open already, and is returned.
 
     source: "digits"; "torchvision:NAME[:ROOT]"; "synthetic:COUNTxWIDTHxHEIGHT"; a folder of images; a Parquet file or a
     folder of them (a folder called "digits" is given as "./digits"); or what is registered in `SOURCES`. The columns apply
     to Parquet. Raises DataError for a path that does not exist, a folder without images, a Parquet file without an image
     column, ...
     """
+    held = given_source(source)
+    if held is not None:
+        return held
     scheme, _, argument = source.partition(":")
     if scheme in SOURCES:
-        held = given_source(source)
-        opened = _open_registered(source, scheme, argument) if held is None else held
+        opened = _open_registered(source, scheme, argument)
     else:
         path = Path(os.path.expanduser(source))
         kind = _kind(path, source)

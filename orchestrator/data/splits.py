@@ -39,6 +39,18 @@ def can_score(source: Source, splits: Splits) -> bool:
     return len(labeled(source, splits.train)) > 0 and len(labeled(source, splits.test)) > 0
 
 
+def unlabeled_splits(source: Source) -> dict[str, int]:
+    """Name -> images of the fixed splits val and test that are not used: without labels, where training images have some."""
+    fixed = source.fixed_splits or {}
+    if not len(labeled(source, fixed.get("train", np.arange(0)))):
+        return {}
+    return {
+        name: len(fixed[name])
+        for name in ("val", "test")
+        if len(fixed.get(name, ())) and not len(labeled(source, fixed[name]))
+    }
+
+
 def make_splits(source: Source, seed: int, val_fraction: float, test_fraction: float) -> Splits:
     """Split `source`. The fractions are of all images, or of the fixed train split where a split is cut from it.
 
@@ -59,17 +71,15 @@ def make_splits(source: Source, seed: int, val_fraction: float, test_fraction: f
         )
     pool, notes = parts["train"], list[str]()
     is_labeled = len(labeled(source, pool)) > 0
-    for name in ("val", "test") if is_labeled else ():
-        if name in parts and not len(labeled(source, parts[name])):
-            fraction = val_fraction if name == "val" else test_fraction
-            instead = (
-                f"{fraction:g} of the training images take their place"
-                if fraction
-                else "nothing takes their place"
-            )
-            notes.append(
-                f"the {len(parts.pop(name))} images of the {name} split have no labels and are not used; {instead}"
-            )
+    for name, count in unlabeled_splits(source).items():
+        del parts[name]
+        fraction = val_fraction if name == "val" else test_fraction
+        instead = (
+            f"{fraction:g} of the training images take their place"
+            if fraction
+            else "nothing takes their place"
+        )
+        notes.append(f"the {count} images of the {name} split have no labels and are not used; {instead}")
     cut_sizes: dict[str, int] = {}
     for name, fraction in (("val", val_fraction), ("test", test_fraction)):
         if name in parts:

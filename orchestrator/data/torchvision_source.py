@@ -16,6 +16,7 @@ from torch import Tensor
 from bim.orchestrator.data.dataset_source import labels_of
 from bim.orchestrator.data.decode import DECODER_ERRORS, decode_error, image_to_rgb
 from bim.orchestrator.data.errors import DataError
+from bim.orchestrator.data.fingerprint import computed_once
 
 DEFAULT_ROOT = "data"
 
@@ -94,6 +95,7 @@ class TorchvisionSource:
     def sample_id(self, index: int) -> str:
         return f"{self._dataset} {index}"
 
+    @computed_once
     def fingerprint(self) -> str:
         """SHA-256 over name, part sizes and labels, first 32 hexadecimal digits."""
         digest = hashlib.sha256(f"{self._dataset} {self._starts.tolist()}".encode())

@@ -60,7 +60,7 @@ def exit_reason(error: RayError, process: ActorProcess | None = None, log: str =
     text = str(error).strip()
     node = re.search(r"\bip: ([^\s,]+)", text, re.IGNORECASE)
     address = process.address if process else node[1] if node else None
-    where = f"(node {address})" if address else ""
+    node_text = f"(node {address})" if address else ""
     path = f"its log: {process.log}" if process and process.log else ""
     crash = next((name for name in CRASH_SIGNALS if re.search(rf"\b{name}\b|{_FATAL[name]}", log)), None)
     exit_code = re.search(r"exit code (-?\d+)", text)
@@ -82,7 +82,7 @@ def exit_reason(error: RayError, process: ActorProcess | None = None, log: str =
         reason = f"the process ended with exit status {exit_code[1]}"
     else:
         reason = text.splitlines()[-1].split(". ")[0].rstrip(".") if text else type(error).__name__
-    return ", ".join(filter(None, [f"{reason} {where}".strip(), path]))
+    return ", ".join(filter(None, [f"{reason} {node_text}".strip(), path]))
 
 
 _FATAL = {

@@ -157,16 +157,23 @@ def shares(
     as many stages as CPUs, but in two, so that there is a pipeline.
     """
     gpus = default_gpus(cluster) if gpus_per_stage is None else gpus_per_stage
+    concurrent = concurrent_backbones(len(blocks), cluster, gpus_per_stage)
     if gpus > 0:
-        capacity = gpu_capacity(cluster.gpus, gpus)
-        concurrent = max(1, min(len(blocks), capacity))
-        each, remainder = divmod(capacity, concurrent)
+        each, remainder = divmod(gpu_capacity(cluster.gpus, gpus), concurrent)
         stages = [min(b, max(1, each + (i < remainder))) for i, b in enumerate(blocks)]
     else:
-        concurrent = max(1, min(len(blocks), int(cluster.cpus)))
         stages = [min(b, max(2, int(cluster.cpus / concurrent))) for b in blocks]
     part = ClusterResources(cluster.cpus / concurrent, cluster.gpus, cluster.nodes)
     return tuple(ResourceShare(part, count) for count in stages)
+
+
+def concurrent_backbones(
+    backbones: int, cluster: ClusterResources, gpus_per_stage: float | None = None
+) -> int:
+    """How many of several backbones train at a time, each on its share of the cluster."""
+    gpus = default_gpus(cluster) if gpus_per_stage is None else gpus_per_stage
+    capacity = gpu_capacity(cluster.gpus, gpus) if gpus > 0 else int(cluster.cpus)
+    return max(1, min(backbones, capacity))
 
 
 def default_gpus(cluster: ClusterResources) -> float:

@@ -114,3 +114,15 @@ class LostNodeWatch:
 def has_lost_bundles(group: PlacementGroup) -> bool:
     """Whether bundles of a placement group that was scheduled wait for a node again."""
     return str(placement_group_table(group).get("state")) in ("PENDING", "PREPARED", "RESCHEDULING")
+
+
+def node_of_first_bundle(group: PlacementGroup) -> str:
+    """Ray's id of the node that has the first bundle of a placement group that was scheduled.
+
+    Raises:
+        PlacementError: the node is lost.
+    """
+    node = placement_group_table(group).get("bundles_to_node_id", {}).get(0)
+    if not node or has_lost_bundles(group):
+        raise PlacementError("a node of the run is lost")
+    return str(node)

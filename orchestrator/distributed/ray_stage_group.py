@@ -146,7 +146,7 @@ class RayStages:
             if isinstance(error, GetTimeoutError) and not isinstance(error, RayTaskError):
                 return None
             step = pending.request.step
-            results = self._settle(f"at step {step}", references, step)
+            results = self._drain(f"at step {step}", references, step)
         (bad, load_s), *reports = results
         stages: tuple[StageReport, ...] = tuple(reports)
         # Stages also wait for each other; only the time in which all of them are idle is a wait for data.
@@ -215,12 +215,12 @@ class RayStages:
             Interrupted: `should_give_up()`.
         """
         if wait_all(references, RESTORE_TIMEOUT_S, should_give_up):
-            return self._settle(context, references, None, drain_s=0)
+            return self._drain(context, references, None, drain_s=0)
         with contextlib.suppress(RayError):
             return ray.get(references)
-        return self._settle(context, references, None)
+        return self._drain(context, references, None)
 
-    def _settle(
+    def _drain(
         self, context: str, references: list[Any], step: int | None, drain_s: float | None = None
     ) -> list[Any]:
         """Results after one could not be had: all of them if that was for the moment only.

@@ -5,7 +5,7 @@ To add a metric: one entry of `METRICS`, and a field of `DepthReport` with its k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from bim.orchestrator.text import NOT_MEASURED, params_text, three_digits
@@ -36,6 +36,11 @@ class MetricInfo:
     title: str = ""
 
     @property
+    def keys(self) -> tuple[str, ...]:
+        """The key, and that of the standard error if it has one: the columns of a table for programs."""
+        return (self.key, f"{self.key}_se") if self.percent else (self.key,)
+
+    @property
     def scale(self) -> float:
         """Factor from a value to what tables and figures show."""
         return 100.0 if self.percent else 1.0
@@ -49,6 +54,11 @@ class MetricInfo:
             return self.text(value)
         shown = f"{100 * value:.1f}".replace("100.0", "100")
         return shown if error is None else f"{shown}±{100 * error:.1f}"
+
+    def by_depth(self, values: Iterable[float]) -> str:
+        """`kNN top-1 by depth 41.0, 52.3 %`. values: of every depth, in order."""
+        numbers = ", ".join(f"{self.scale * value:.1f}" for value in values)
+        return f"{self.name} by depth {numbers}{' %' * self.percent}"
 
 
 def _fraction(value: float) -> str:
@@ -91,6 +101,7 @@ METRICS = {
 """Key -> metric, in the order of the columns of a table: quality first, then cost."""
 
 QUALITY = tuple(info for info in METRICS.values() if info.higher_is_better)
+ACCURACIES = tuple(info for info in QUALITY if info.percent)
 COST = tuple(info for info in METRICS.values() if not info.higher_is_better)
 
 RANKED_BY = ("knn_top1", "rankme")

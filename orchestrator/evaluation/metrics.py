@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bim.orchestrator.evaluation.progress import report_again
-from bim.orchestrator.evaluation.records import EvalConfig, Probe, Scores
+from bim.orchestrator.evaluation.records import EvalConfig, LinearProbeResult, Scores
 
 KNN_CHUNK = 2**26
 """Similarities, or votes, held at once (float32, 256 MB), however large the two sets are."""
@@ -125,7 +125,9 @@ def level_with_best(correct: Mapping[int, np.ndarray]) -> dict[int, bool]:
     return levels
 
 
-def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int) -> Probe:
+def linear_probe(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int
+) -> LinearProbeResult:
     """Multinomial logistic regression on standardized features, scored on the test part.
 
     Shapes as in `weighted_knn`. Features are standardized with mean and standard deviation of the training part. A fifth
@@ -145,7 +147,7 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
 
 def _linear_probe(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, num_classes: int, seed: int
-) -> Probe:
+) -> LinearProbeResult:
     mean, std = train_x.mean(dim=0), train_x.std(dim=0, unbiased=False)
     scale = torch.where(std > 1e-6, std, torch.ones_like(std))  # a constant feature stays 0
     train_x, test_x = (train_x - mean).div_(scale), (test_x - mean).div_(scale)
@@ -170,7 +172,7 @@ def _linear_probe(
     del val_x, fit_x
     l2, weight = chosen
     weight = fit_logistic_regression(train_x, train_y, feature_covariance(train_x), weight, l2)
-    return Probe(_accuracy_and_loss(test_x, test_y, weight)[0], l2)
+    return LinearProbeResult(_accuracy_and_loss(test_x, test_y, weight)[0], l2)
 
 
 def rankme(embeddings: Tensor) -> float:

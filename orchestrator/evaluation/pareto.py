@@ -11,9 +11,9 @@ def pareto_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
 
     costs: lower is better. values: higher is better, one for each cost. Of equal points the first is on the front.
     """
-    front, best = [], -math.inf
+    indices, best = [], -math.inf
     for index in sorted(range(len(costs)), key=lambda i: (costs[i], -values[i], i)):
         if values[index] > best:
-            front.append(index)
+            indices.append(index)
             best = values[index]
-    return front
+    return indices

@@ -87,7 +87,7 @@ class DepthReport:
 
 
 @dataclass(frozen=True)
-class Probe:
+class LinearProbeResult:
     """Test accuracy of a linear probe, and the L2 penalty (on the mean loss) that the validation part chose."""
 
     accuracy: float
@@ -115,6 +115,5 @@ class Scores:
 
 def _metrics(record: DepthReport | Scores) -> dict[str, float]:
     """The fields that are metrics and were measured; a field has the key of its metric, or `<key>_se`."""
-    names = (name for key in METRICS for name in (key, f"{key}_se"))
-    values = {name: getattr(record, name, None) for name in names}
+    values = {key: getattr(record, key, None) for info in METRICS.values() for key in info.keys}
     return {name: float(value) for name, value in values.items() if value is not None}

@@ -112,7 +112,7 @@ def _what_it_is(backbone: Backbone, depth: int, facts: CardFacts) -> str:
         method = "MAE" if backbone.encode == "visible" else "SimMIM"
         text += f"by masked image modeling end to end ({method})"
         cut = depth < blocks[0].depth
-        return text + (f" at {blocks[0].depth} layers, and cut to {depth} afterwards." if cut else ".")
+        return text + (f" at {blocks[0].depth} layers, and cut to {depth} afterward." if cut else ".")
     blocks_used = (
         f"the first {len(used)} of {len(blocks)} blocks"
         if len(used) > 1
@@ -183,7 +183,7 @@ def _evaluation(depth: int, evaluation: EvaluationResult) -> str:
     references |= {"raw pixels": evaluation.raw} if evaluation.raw else {}
     if any(metric.key in report.metrics() for report in evaluation.reports for metric in QUALITY):
         rows += [{"layers": name, **_cells(values, QUALITY)} for name, values in references.items()]
-    return f"{render(rows, 'markdown')}\n\n{_how_measured(evaluation.reports)}"
+    return f"{render(rows, 'markdown')}\n\n{_measurement_note(evaluation.reports)}"
 
 
 def _cells(values: Mapping[str, float], metrics: Sequence[MetricInfo]) -> dict[str, str]:
@@ -192,7 +192,7 @@ def _cells(values: Mapping[str, float], metrics: Sequence[MetricInfo]) -> dict[s
     return {m.heading if m.higher_is_better else m.name: m.cell(values) for m in measured}
 
 
-def _how_measured(reports: Sequence[DepthReport]) -> str:
+def _measurement_note(reports: Sequence[DepthReport]) -> str:
     size = next((report.image_size for report in reports if report.image_size), None)
     num_test = max((report.n_test for report in reports), default=0)
     num_ranked = max((report.n_ranked for report in reports), default=0)

@@ -15,20 +15,26 @@ from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.config.transforms import overlaid, with_changes
 from bim.orchestrator.config.validate import settings_from_mapping
 from bim.orchestrator.data.facts import ImageFacts, image_facts
-from bim.orchestrator.data.source import Source, given_source, open_source
+from bim.orchestrator.data.source import Source, open_source
 from bim.orchestrator.data.splits import make_splits
 from bim.orchestrator.distributed.cluster import ray_cluster, run_on_worker
-from bim.orchestrator.distributed.placement import ClusterResources, StageLayout
+from bim.orchestrator.distributed.placement import ClusterResources, StageLayout, concurrent_backbones
 from bim.orchestrator.jobs.backbone_entries import backbone_entries
+from bim.orchestrator.jobs.cost import cpus_of_each, expected_precision, on_device, step_times
 from bim.orchestrator.plugins import import_plugins
-from bim.orchestrator.runs.auto_settings import Chosen, Machine, choose_settings
+from bim.orchestrator.runs.auto_settings import Chosen, StageResources, choose_settings
 from bim.orchestrator.runs.batch_size import computed_batch, gpu_bytes, tried_batch
-from bim.orchestrator.runs.estimate import epoch_seconds, micro_batch_seconds, probe_steps
+from bim.orchestrator.runs.estimate import seconds_in_turns
 from bim.orchestrator.runs.prepare import resolve_run
 from bim.orchestrator.runs.provenance import hardware
+from bim.orchestrator.runs.step_probe import Probe
+from bim.orchestrator.runs.step_times import epoch_seconds, micro_batch_seconds
 from bim.orchestrator.runs.train import resolve_layout
+from bim.orchestrator.search.controller import epochs_of_trials
 from bim.orchestrator.text import wrapped
-from bim.orchestrator.training.spec import Precision
+
+SEARCH_TRIALS, SEARCH_SHARE = 8, 0.5
+"""Of the search whose cost is told: its number of trials, and their epochs over those of the run."""
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +51,9 @@ def automatic_settings(given: Mapping[str, Any], budget_s: float | None = None) 
     """
     name, columns = given["data.source"], (given.get("data.image_column"), given.get("data.label_column"))
     import_plugins(given.get("plugins") or ())
-    source = given_source(name) or open_source(name, *columns)
+    source = open_source(name, *columns)
     facts, cluster = image_facts(source), machine_resources()
-    machine = Machine(
+    machine = StageResources(
         int(cluster.cpus), int(cluster.gpus) if given.get("placement.gpus_per_stage") != 0 else 0
     )
     chosen = choose_settings(
@@ -60,8 +66,20 @@ def automatic_settings(given: Mapping[str, Any], budget_s: float | None = None) 
         for line in wrapped(f"  {choice}"):
             log.info(line)
     if not {"search.trials", "backbones"} & given.keys():
-        log.info("  no search: --search.trials 8 would cost about half of the training's time again, or more")
+        log.info("  %s", _search_line(settings_from_mapping(nested({**chosen.values, **given}))))
     return nested({"data.source": given["data.source"], **chosen.values})
+
+
+def _search_line(settings: Settings) -> str:
+    """What a search of short trials would cost."""
+    epochs = settings.schedule.epochs
+    options = {
+        "search.trials": SEARCH_TRIALS,
+        "search.trial_epochs": max(1, round(epochs * SEARCH_SHARE / SEARCH_TRIALS)),
+    }
+    expected, most = epochs_of_trials(with_changes(settings, options))
+    flags = " ".join(f"--{key} {value}" for key, value in options.items())
+    return f"no search: {flags} would train for {expected:.0f} to {most} epochs more, beside {epochs}"
 
 
 def _split_batch(chosen: Chosen, given: Mapping[str, Any], source: Source) -> None:
@@ -88,7 +106,7 @@ def largest_batch_size(settings: Settings) -> int:
     """
     import_plugins(settings.plugins)
     data = settings.data
-    source = given_source(data.source) or open_source(data.source, data.image_column, data.label_column)
+    source = open_source(data.source, data.image_column, data.label_column)
     batch_size = min(_fitting_batches(settings, source, is_tried=True))
     if not batch_size:
         raise SettingsError(
@@ -110,13 +128,14 @@ def _fitting_batches(settings: Settings, source: Source, is_tried: bool) -> list
     for entry in entries:
         run, _, _ = resolve_run(entry, Path("unused"), (source, splits))
         layout = resolve_layout(entry, cluster)
-        precision = local_precision(entry, layout.gpus)
+        precision = expected_precision(entry, layout)
         limit = len(splits.train) // (steps.min_per_epoch * entry.data.accumulate)
         if not layout.gpus:
             limit = min(limit, steps.images_per_step["cpu"] // entry.data.accumulate)
         batch_size = computed_batch(run, layout, precision, _device_bytes(layout), max(1, limit))
         if is_tried:
-            batch_size = tried_batch(run, (source, splits), layout, precision, batch_size)
+            probe = Probe.of(run, layout, precision)
+            batch_size = on_device(tried_batch, layout, entry, probe, batch_size, images=(source, splits))
         batches.append(batch_size)
     return batches
 
@@ -148,14 +167,6 @@ def machine_resources() -> ClusterResources:
     return ClusterResources(float(os.cpu_count() or 1), float(torch.cuda.device_count()))
 
 
-def local_precision(settings: Settings, gpus: float) -> Precision:
-    """The precision of the probe: that of the run if this machine has its device, else float32."""
-    if settings.optim.precision != "auto":
-        return settings.optim.precision
-    has_bf16 = gpus and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if has_bf16 else "fp32"
-
-
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys as sections within sections."""
     result: dict[str, Any] = {}
@@ -165,19 +176,25 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _epoch_seconds(values: Mapping[str, Any], source: Source, cluster: ClusterResources) -> float:
-    """Seconds of an epoch; of several backbones together, which share the machine."""
+    """Seconds of an epoch; of several backbones together, which divide the machine."""
     settings = settings_from_mapping(values)
-    if settings.backbones is None:
-        return _epoch_seconds_of_one(settings, source, cluster)
-    entries = backbone_entries(with_changes(settings, {"out": "unused"}))
-    return sum(_epoch_seconds_of_one(entry, source, cluster) for entry in entries.values())
+    entries = [settings]
+    if settings.backbones is not None:
+        entries = list(backbone_entries(with_changes(settings, {"out": "unused"})).values())
+    gpus_per_stage = settings.placement.gpus_per_stage
+    cpus = cpus_of_each(len(entries), cluster, gpus_per_stage)
+    concurrent = concurrent_backbones(len(entries), cluster, gpus_per_stage)
+    return seconds_in_turns([_epoch_seconds_of_one(e, source, cluster, cpus) for e in entries], concurrent)
 
 
-def _epoch_seconds_of_one(settings: Settings, source: Source, cluster: ClusterResources) -> float:
+def _epoch_seconds_of_one(
+    settings: Settings, source: Source, cluster: ClusterResources, cpus: float
+) -> float:
     data = settings.data
     splits = make_splits(source, data.split_seed, data.val_fraction, data.test_fraction)
     run, _, _ = resolve_run(settings, Path("unused"), (source, splits))
     layout = resolve_layout(settings, cluster)
-    times = probe_steps(run, (source, splits), layout, local_precision(settings, layout.gpus))
-    backend = settings.placement.backend
-    return epoch_seconds(run, micro_batch_seconds(times, layout, backend, int(cluster.cpus), data.workers))
+    times = step_times(run, (source, splits), layout, expected_precision(settings, layout))
+    return epoch_seconds(
+        run, micro_batch_seconds(times, layout, settings.placement.backend, cpus, data.workers)
+    )

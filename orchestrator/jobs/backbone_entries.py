@@ -160,7 +160,7 @@ def _names(entries: Sequence[BackboneEntry]) -> list[str]:
 
 def _is_taken(name: str, names: Iterable[str]) -> bool:
     # Some file systems do not tell capitals from small letters.
-    taken = {other.casefold() for other in (*RESERVED_NAMES, *names)}
-    return name.casefold() in taken or name.casefold().startswith(
+    names_in_use = {other.casefold() for other in (*RESERVED_NAMES, *names)}
+    return name.casefold() in names_in_use or name.casefold().startswith(
         ("settings.", "summary.", "tracking.", "run.", "lease.", "checkpoints.", "storage.")
     )

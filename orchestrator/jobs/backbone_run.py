@@ -11,10 +11,10 @@ from pathlib import Path
 
 from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.distributed.placement import PlacementError, StageLayout
-from bim.orchestrator.evaluation.metric_info import METRICS
+from bim.orchestrator.evaluation.metric_info import METRICS, RANKED_BY
 from bim.orchestrator.evaluation.records import DepthReport, EvaluationResult
 from bim.orchestrator.files import StorageError, atomic_write
-from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask
+from bim.orchestrator.jobs.evaluation_task import EvaluationTask
 from bim.orchestrator.reporting.log import line_prefix
 from bim.orchestrator.runs.lease import Lease, LeaseLostError
 from bim.orchestrator.runs.output_dir import OutputError
@@ -138,12 +138,10 @@ def format_error(error: Exception) -> str:
 
 def scores_line(reports: tuple[DepthReport, ...]) -> str:
     """`kNN top-1 by depth 41.0, 52.3 %`, of what was measured."""
-    accuracies = [100 * report.knn_top1 for report in reports if report.knn_top1 is not None]
-    if len(accuracies) == len(reports):
-        return f"kNN top-1 by depth {', '.join(f'{accuracy:.1f}' for accuracy in accuracies)} %"
-    ranks = [METRICS["rankme"].text(report.rankme) for report in reports if report.rankme is not None]
-    if len(ranks) == len(reports):
-        return f"RankMe by depth {', '.join(ranks)}"
+    measured = [report.metrics() for report in reports]
+    for metric in (METRICS[key] for key in RANKED_BY):
+        if all(metric.key in values for values in measured):
+            return metric.by_depth(values[metric.key] for values in measured)
     return f"measured and exported {len(reports)} depths"
 
 

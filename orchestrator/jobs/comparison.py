@@ -12,11 +12,13 @@ from bim.orchestrator.config.recipes import SAVED_SETTINGS
 from bim.orchestrator.config.transforms import settings_to_yaml, with_changes
 from bim.orchestrator.distributed.cluster import run_on_worker
 from bim.orchestrator.distributed.placement import ClusterResources, StageLayout
+from bim.orchestrator.evaluation.evaluate import RANKME_IMAGES
 from bim.orchestrator.evaluation.features import MAX_IMAGES
-from bim.orchestrator.evaluation.records import EvaluationResult
+from bim.orchestrator.evaluation.records import DepthReport, EvaluationResult
 from bim.orchestrator.files import atomic_write
 from bim.orchestrator.jobs.backbone_run import BackboneRun, format_error
-from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, add_latency, rewrite_cards
+from bim.orchestrator.jobs.evaluate_checkpoint import add_latency, rewrite_cards
+from bim.orchestrator.jobs.evaluation_task import EvaluationTask
 from bim.orchestrator.jobs.open_backbone import EVENTS, cluster_text, data_record
 from bim.orchestrator.jobs.prepare import PreparedJob
 from bim.orchestrator.jobs.records import record_progress
@@ -25,9 +27,11 @@ from bim.orchestrator.reporting.comparison import (
     MemberResult,
     comparison_rows,
     comparison_table,
+    quality_key,
     read_rows,
 )
 from bim.orchestrator.reporting.figures.backbones import comparison_figure
+from bim.orchestrator.reporting.figures.style import add_title, picture_title
 from bim.orchestrator.reporting.log import log_to_file
 from bim.orchestrator.reporting.summary import write_summary
 from bim.orchestrator.runs.output_dir import Claim
@@ -135,10 +139,24 @@ def record_comparison(
         tracker.log_file(path)
     figure = comparison_figure(results, device)
     if figure is not None:
+        counted = _counted_images(job, results, reports, num_test)
+        add_title(figure, picture_title(job.settings.name, job.settings.data.source, counted))
         tracker.log_picture(figure, "backbones")
     tracker.set_tags({f"backbone.{r.name}": "failed" if r.failed else "finished" for r in results})
     describe_comparison(job, tracker, table, [] if figure is None else ["backbones"])
     return table, results
+
+
+def _counted_images(
+    job: PreparedJob, results: Sequence[MemberResult], reports: Sequence[DepthReport], num_test: int
+) -> str:
+    """`359 test images`, or the training images of RankMe."""
+    if quality_key(results) == "knn_top1":
+        return f"{num_test} test images"
+    num_ranked = max(
+        (report.n_ranked for report in reports), default=0
+    )  # an earlier process may have counted
+    return f"{num_ranked or min(len(job.backbones[0].splits.train), RANKME_IMAGES)} training images"
 
 
 def describe_comparison(
@@ -154,8 +172,20 @@ def describe_comparison(
         for name, run_id in run_ids.items()
         if run_id is not None
     )
-    parts = [f"{len(run_ids)} backbones side by side: {links}", *([fenced(table)] if table else [])]
-    tracker.describe("\n\n".join(parts), pictures)
+    source, images = redact(job.settings.data.source), len(job.backbones[0].splits.train)
+    text = (
+        f"{len(run_ids)} backbone{'s' * (len(run_ids) > 1)} side by side, "
+        f"{_epochs(job)} epochs of {images:,} images of {source}: {links}. "
+        "The page of each has its estimate, its depths and its losses."
+    )
+    tracker.describe("\n\n".join([text, *([fenced(table)] if table else [])]), pictures)
+
+
+def _epochs(job: PreparedJob) -> str:
+    """`100`, or `50 to 100` where backbones differ."""
+    epochs = [prepared.run.settings.schedule.epochs for prepared in job.backbones]
+    low, high = min(epochs), max(epochs)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _recorded_run(out: Path) -> str | None:

@@ -6,99 +6,32 @@ Runs where the GPU is, in a process of its own, and returns plain records.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from bim.models.backbones.backbone import Backbone
-from bim.orchestrator.config.transforms import recorded_mapping
 from bim.orchestrator.data.errors import DataError
-from bim.orchestrator.data.spec import DataSpec
-from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.evaluation.evaluate import evaluate_sets
 from bim.orchestrator.evaluation.inputs import EvalInputs
 from bim.orchestrator.evaluation.metrics import UnscorableError
 from bim.orchestrator.evaluation.model_cost import device_name, latencies_ms
 from bim.orchestrator.evaluation.progress import report as report_progress
-from bim.orchestrator.evaluation.records import EvalConfig, EvaluationResult
-from bim.orchestrator.export.model_card import CardFacts
+from bim.orchestrator.evaluation.records import EvaluationResult
 from bim.orchestrator.export.timm_folder import export_decoder, export_variant, folder_name, rewrite_card
 from bim.orchestrator.files import make_folder, storage_errors
+from bim.orchestrator.jobs.evaluation_task import EvaluationTask
 from bim.orchestrator.jobs.neighbors import NeighborPicture
 from bim.orchestrator.jobs.reconstructions import save_all_reconstructions
-from bim.orchestrator.runs.checkpoints import committed_folder
-from bim.orchestrator.runs.prepare import ResolvedRun
-from bim.orchestrator.runs.provenance import Provenance
-from bim.orchestrator.runs.resolve import eval_config
-from bim.orchestrator.text import redact
 from bim.orchestrator.training.build import open_spec_backbone
 from bim.orchestrator.training.checkpoint import load_weights
 from bim.orchestrator.training.depth_variants import random_variants, trained_variant
 from bim.orchestrator.training.errors import TrainingError
-from bim.orchestrator.training.spec import PretrainSpec
 
 TRAINED, RANDOM = "trained models", "random starts"
 """Names of the model sets of an evaluation, in its progress."""
-
-
-@dataclass(frozen=True)
-class EvaluationTask:
-    """A checkpoint and how it is evaluated.
-
-    Args:
-        checkpoint: committed folder, or its URL.
-        out: `variants/`, `decoders/` and `pictures/` are written below it.
-        depths: cumulative layers of the variants; need not be block boundaries (a K = 1 run truncated).
-        device: "cpu" or "cuda".
-        threads: torch CPU threads at most, for honest latencies; None: as the process has them.
-        with_baselines: also measure random starts and raw pixels.
-        step: updates in the checkpoint.
-    """
-
-    spec: PretrainSpec
-    data: DataSpec
-    evaluation: EvalConfig
-    checkpoint: str
-    out: str
-    depths: tuple[int, ...]
-    card: CardFacts
-    device: str = "cpu"
-    threads: int | None = None
-    with_baselines: bool = True
-    step: int = 0
-
-
-def evaluation_task(
-    run: ResolvedRun,
-    layout: StageLayout,
-    provenance: Provenance,
-    depths: tuple[int, ...],
-    step: int,
-    with_baselines: bool = True,
-) -> EvaluationTask:
-    """The evaluation of a trained run. step: of the checkpoint that is its result."""
-    settings = run.settings
-    return EvaluationTask(
-        spec=run.spec,
-        data=run.data,
-        evaluation=eval_config(settings),
-        checkpoint=str(committed_folder(run.out, step)),
-        out=str(run.out),
-        depths=depths,
-        card=CardFacts(
-            run=settings.name,
-            seed=settings.seed,
-            settings=recorded_mapping(settings),
-            data=provenance.data,
-            code=provenance.code,
-            init_from=None if settings.init_from is None else redact(settings.init_from),
-        ),
-        device="cuda" if layout.gpus else "cpu",
-        with_baselines=with_baselines,
-        step=step,
-    )
 
 
 def evaluate_checkpoint(task: EvaluationTask) -> EvaluationResult:

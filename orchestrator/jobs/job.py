@@ -27,15 +27,17 @@ from bim.orchestrator.jobs.comparison import (
     open_comparison,
     record_comparison,
 )
-from bim.orchestrator.jobs.cost import log_estimate
+from bim.orchestrator.jobs.cost import cpus_of_each, log_estimate
 from bim.orchestrator.jobs.layouts import shared_layouts, single_layouts
 from bim.orchestrator.jobs.open_backbone import (
     describe_beginning,
     log_settings,
     open_backbone_run,
+    undecided_settings,
     write_settings,
 )
 from bim.orchestrator.jobs.prepare import PreparedJob
+from bim.orchestrator.jobs.record_variants import begin_variants
 from bim.orchestrator.jobs.records import record_progress, record_search
 from bim.orchestrator.jobs.search_job import run_search, search_due
 from bim.orchestrator.jobs.train_backbones import train_backbones
@@ -125,14 +127,18 @@ def _run(job: PreparedJob, stop: StopRequest) -> JobResult:
             raise TrainingError(
                 f"{os_error_text(error)}; make room or repair it; the run has not begun"
             ) from error
+        for backbone in backbones:
+            run = backbone.prepared.run
+            begin_variants(backbone.tracker, run, run.depths, undecided=undecided_settings(run))
         _log_opening(job, backbones)
         if comparison is not None:
             describe_comparison(job, comparison)
         for line in following_lines((comparison or backbones[0].tracker).ui_pages()):
             log.info(line)
+        cpus = cpus_of_each(len(backbones), cluster, job.settings.placement.gpus_per_stage)
         for backbone in backbones:
             with backbone.lines():
-                describe_beginning(backbone, log_estimate(backbone, cluster))
+                describe_beginning(backbone, log_estimate(backbone, cluster, cpus))
         if not job.compares:
             _search(backbones[0], cluster, stop)
         if stop.reason is None:

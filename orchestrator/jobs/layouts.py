@@ -30,17 +30,17 @@ def shared_layouts(
     blocks = [backbone.run.settings.num_blocks for backbone in backbones]
     layouts: list[list[StageLayout]] = []
     errors = ErrorCollector(PlacementError)
-    for backbone, share in zip(backbones, shares(blocks, cluster, gpus_per_stage), strict=True):
+    for backbone, resources in zip(backbones, shares(blocks, cluster, gpus_per_stage), strict=True):
         with errors.of(backbone.name):
             layouts.append(
-                [_layout(run.settings, cluster, share.cluster, share.stages) for run in backbone.runs]
+                [_layout(run.settings, cluster, resources.cluster, resources.stages) for run in backbone.runs]
             )
     errors.raise_if_any()
     return layouts
 
 
 def _layout(
-    settings: Settings, cluster: ClusterResources, share: ClusterResources, stages: int
+    settings: Settings, cluster: ClusterResources, part: ClusterResources, stages: int
 ) -> StageLayout:
     if settings.placement.backend != "ray":
         return resolve_layout(settings, cluster)
@@ -50,6 +50,6 @@ def _layout(
         shared = with_changes(settings, {"placement.stages": min(stages, settings.num_blocks)})
     try:
         # GPUs are divided by the number of stages, CPUs by the share.
-        return resolve_layout(shared, ClusterResources(share.cpus, cluster.gpus, share.nodes))
+        return resolve_layout(shared, ClusterResources(part.cpus, cluster.gpus, part.nodes))
     except PlacementError:
         return resolve_layout(settings, cluster)

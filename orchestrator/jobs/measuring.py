@@ -11,7 +11,8 @@ from pathlib import Path
 from bim.orchestrator.evaluation.progress import reported_to
 from bim.orchestrator.evaluation.records import EvaluationResult
 from bim.orchestrator.files import atomic_write
-from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, evaluate_checkpoint
+from bim.orchestrator.jobs.evaluate_checkpoint import evaluate_checkpoint
+from bim.orchestrator.jobs.evaluation_task import EvaluationTask
 
 LINE_EVERY_S = 10.0
 """Seconds between two lines."""

@@ -55,10 +55,14 @@ def open_backbone_run(
     stack.enter_context(at_forced_exit(tracker.end_at_once))
     stack.enter_context(log_to_file(run.out / EVENTS, label))
     # MLflow never changes a parameter, so those that the search decides wait for its end.
-    undecided = tuple(run.settings.search.space) if search_due(run.settings, run.out) else ()
-    log_settings(run, tracker, text, undecided)
+    log_settings(run, tracker, text, undecided_settings(run))
     tracker.log_provenance(provenance)
     return BackboneRun(prepared, layouts, precision, provenance, tracker, label, lease=claim.lease)
+
+
+def undecided_settings(run: ResolvedRun) -> tuple[str, ...]:
+    """The settings that a search before the training is to choose."""
+    return tuple(run.settings.search.space) if search_due(run.settings, run.out) else ()
 
 
 def open_tracker(run: ResolvedRun, run_name: str, parent_run_id: str | None) -> Tracker:
@@ -130,7 +134,10 @@ def describe_beginning(backbone: BackboneRun, estimate: Sequence[str]) -> None:
     run = backbone.prepared.run
     parts = [f"{summary_sentence(backbone)} {links(backbone)}."]
     if search_due(run.settings, run.out):
-        parts.append(f"Before it a search of {run.settings.search.trials} trials.")
+        searched = ", ".join(run.settings.search.space)
+        parts.append(
+            f"Before it a search of up to {run.settings.search.trials} trials over {searched}; they stand below the depths."
+        )
     if estimate:
         parts.append(fenced("\n".join(estimate)))
     backbone.tracker.describe("\n\n".join(parts))

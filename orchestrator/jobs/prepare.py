@@ -35,7 +35,7 @@ from bim.orchestrator.runs.output_dir import (
 )
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun, resolve_backbone
 from bim.orchestrator.runs.resolve import load_plugins
-from bim.orchestrator.runs.run_record import read_record
+from bim.orchestrator.runs.run_identity import read_identity
 from bim.orchestrator.search.record import finished_search
 from bim.orchestrator.search.results import with_best
 from bim.orchestrator.text import short_path
@@ -145,7 +145,7 @@ def _prepare_backbone(
     )
     if settings.resume and backbone.baseline is not None and backbone.baseline.out.exists():
         baseline = backbone.baseline.out
-        record = read_record(baseline) or replace(resumed_record(out), has_checkpoint=False)
+        record = read_identity(baseline) or replace(resumed_record(out), has_checkpoint=False)
         check_resumable(open_store(baseline, record), record, settings.from_scratch)
     check_search(backbone)
     return backbone

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # What takes long to import is imported where it is needed; Ray reads its environment when it is imported.
-from bim.orchestrator.config.cli import load_settings
+from bim.orchestrator.config.cli import load_settings, recipe_file
 from bim.orchestrator.config.messages import SettingInfo, format_value, unknown
 from bim.orchestrator.config.schema import Settings, SettingsError, all_settings, setting_sections
 from bim.orchestrator.plugins import import_plugins
@@ -126,6 +126,7 @@ def pretrain(
     from bim.orchestrator.jobs.job import run_job
     from bim.orchestrator.jobs.prepare import prepare
     from bim.orchestrator.reporting.console import console
+    from bim.orchestrator.runs.step_times import read_times
 
     with ExitStack() as stack:
         stack.enter_context(console_unless_configured(quiet))
@@ -139,6 +140,8 @@ def pretrain(
         if time_budget is not None:
             options.append(f"--time_budget={time_budget}")
         job = prepare(load_settings(options, automatic_settings, largest_batch_size))
+        if file := recipe_file(options):
+            read_times(file.parent)
         ended = run_job(job)
     if ended.stopped is not None and threading.current_thread() is threading.main_thread():
         signal.raise_signal(signal.Signals[ended.stopped])

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from bim.models.backbones.backbone import Backbone
+from bim.models.masks.plan import MaskPlan, partial_plan
+from bim.models.seeding import generator
 from bim.models.targets import PixelTarget, Target
 from bim.models.tokens import denormalize_images
 from bim.orchestrator.data.loader import BadImages, eval_images
@@ -92,9 +94,9 @@ def reconstruct(
     inputs: EvalInputs,
     bad: dict[str, str],
 ) -> dict[int, Reconstructions]:
-    """Depth -> what the decoder of its block reconstructs of `picture_images`, under the masks of the first step.
+    """Depth -> what the decoder of its block reconstructs of `picture_images`, under `picture_plans`.
 
-    These masks depend on the seed alone. Nothing if none of these images can be read, which `bad` takes.
+    Nothing if none of these images can be read, which `bad` takes.
     """
     met = BadImages()
     rows = picture_images(inputs)
@@ -104,7 +106,7 @@ def reconstruct(
         return {}
     device = inputs.device
     images = inputs.normalized(torch.from_numpy(batches[0][1]))
-    plans = mask_plans(spec, backbone, inputs.size, len(images), step=0, micro_step=0)
+    plans = picture_plans(spec, backbone, inputs.size, len(images))
     x, by_depth = images, {}
     for k, info in enumerate(backbone.blocks):
         plan = plans[k].to(device)
@@ -129,6 +131,23 @@ def reconstruct(
             lent=_lent(module.target),
         )
     return by_depth
+
+
+def picture_plans(
+    spec: PretrainSpec, backbone: Backbone, size: tuple[int, int], count: int
+) -> dict[int, MaskPlan]:
+    """Block -> mask plan of `count` images of `size` (height, width): the masks of the first step.
+
+    They depend on the seed alone. What decoders throw is drawn for all blocks alike, unlike in the training: blocks with
+    the same mask and the same grid that throw as many tokens throw the same ones, and one that throws more throws those of
+    the others too. Each block still sees what it is trained with: as many tokens, chosen by its sampler.
+    """
+    whole = replace(spec, decoders=tuple(replace(decoder, throw_ratio=0.0) for decoder in spec.decoders))
+    plans = mask_plans(whole, backbone, size, count, step=0, micro_step=0)
+    return {
+        k: partial_plan(plan, decoder.throw_ratio, decoder.sampler, generator(spec.seed, "decode", 0, 0, 0))
+        for (k, plan), decoder in zip(plans.items(), spec.decoders, strict=True)
+    }
 
 
 def picture_images(inputs: EvalInputs) -> np.ndarray:
@@ -159,7 +178,7 @@ def _title(title: str, by_depth: dict[int, Reconstructions], inputs: EvalInputs)
             for images in by_depth.values()
         ]
     )
-    fewer = f", {predicted} predicted and the rest left gray" if predicted != masked else ""
+    fewer = f", {predicted} predicted and the rest thrown" if predicted != masked else ""
     images = f"{shown_images(inputs, len(first.original))}, {masked} of the patches masked{fewer}"
     return f"{title}: {images}" if title else images
 

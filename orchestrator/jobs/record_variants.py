@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from bim.models.backbones.backbone import BlockInfo
@@ -16,6 +16,9 @@ from bim.orchestrator.tracking.tracker import Tracker
 
 NAMED_BAD_IMAGES = 10
 """Unreadable images that the line about an evaluation names."""
+
+SECTIONS = {"mask_ratio": "mask", "decoder": "decoder"}
+"""Parameter of a variant -> section of the settings that a search may change it by; it changes no other parameter."""
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +63,30 @@ def _level_tag(report: DepthReport) -> dict[str, str]:
     return {LEVEL_TAG: "yes" if report.level_with_best else "no"}
 
 
-def begin_variants(tracker: Tracker, run: ResolvedRun, depths: Sequence[int], series: str = "") -> None:
-    """A child run for every variant, before it is trained; `series` names a baseline's."""
-    tracker.begin_depths({depth: _variant_params(run, depth) for depth in depths}, series)
+def begin_variants(
+    tracker: Tracker,
+    run: ResolvedRun,
+    depths: Sequence[int],
+    series: str = "",
+    undecided: Collection[str] = (),
+) -> None:
+    """A child run for every variant, before it is trained.
+
+    Args:
+        series: of a baseline.
+        undecided: settings that a search is still to choose. MLflow never changes a parameter, so those that depend on
+            them come with another call.
+    """
+    tracker.begin_depths({depth: _known_params(run, depth, undecided) for depth in depths}, series)
+
+
+def _known_params(run: ResolvedRun, depth: int, undecided: Collection[str]) -> dict[str, object]:
+    sections = {key.partition(".")[0] for key in undecided}
+    return {
+        name: value
+        for name, value in _variant_params(run, depth).items()
+        if SECTIONS.get(name) not in sections
+    }
 
 
 def _variant_params(run: ResolvedRun, depth: int) -> dict[str, object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+from bim.orchestrator.evaluation.metric_info import QUALITY
 from bim.orchestrator.evaluation.records import EvaluationResult
 from bim.orchestrator.files import atomic_write
 from bim.orchestrator.jobs.backbone_run import BASELINE_SERIES, BackboneRun, clear_failure
@@ -135,7 +136,7 @@ def _record_summary(backbone: BackboneRun) -> str:
 def _mean_scores(evaluation: EvaluationResult) -> dict[str, float]:
     """Accuracies, or RankMe without labels, averaged over the depths: one number per run to sort the runs by."""
     return {
-        f"mean_{key}": statistics.mean(report.metrics()[key] for report in evaluation.reports)
-        for key in ("knn_top1", "linear_top1", "rankme")
-        if all(key in report.metrics() for report in evaluation.reports)
+        f"mean_{info.key}": statistics.mean(report.metrics()[info.key] for report in evaluation.reports)
+        for info in QUALITY
+        if all(info.key in report.metrics() for report in evaluation.reports)
     }

@@ -16,7 +16,8 @@ from bim.orchestrator.evaluation.progress import reported_to
 from bim.orchestrator.evaluation.records import EvaluationResult
 from bim.orchestrator.export.timm_folder import check_replaceable
 from bim.orchestrator.files import atomic_write, make_folder, storage_errors, temporary_folder
-from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, evaluate_checkpoint
+from bim.orchestrator.jobs.evaluate_checkpoint import evaluate_checkpoint
+from bim.orchestrator.jobs.evaluation_task import EvaluationTask
 
 PROGRESS_INTERVAL_S = 2.0
 """Seconds between two looks at the progress."""

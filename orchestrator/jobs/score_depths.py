@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
+from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.spec import DataSpec
+from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.evaluation.inputs import EvalInputs
 from bim.orchestrator.evaluation.records import EvalConfig
@@ -92,7 +95,10 @@ def score_limits(run: ResolvedRun) -> tuple[int, int]:
     return min(KNN_TRAIN_IMAGES, images - val), val
 
 
-def score_depths(task: ScoreTask) -> ScoreResult:
+OpenData = Callable[[DataSpec], tuple[Source, Splits]]
+
+
+def score_depths(task: ScoreTask, open_data: OpenData = DataSpec.open) -> ScoreResult:
     """Score every depth and draw the reconstructions.
 
     Raises:
@@ -108,7 +114,7 @@ def score_depths(task: ScoreTask) -> ScoreResult:
     weights = load_weights(task.checkpoint, task.spec)
     device = torch.device(task.device)
     inputs = EvalInputs(
-        *task.data.open(),
+        *open_data(task.data),
         size=backbone.image_size,
         mean=task.spec.mean,
         std=task.spec.std,
@@ -122,3 +128,13 @@ def score_depths(task: ScoreTask) -> ScoreResult:
         save_reconstruction_grid(task.spec, backbone, weights, inputs, path, {}, task.title)
         picture = path.read_bytes() if path.exists() else b""
     return ScoreResult(score.metric, score.by_depth, score.images, picture)
+
+
+def score_depths_of_one_run(task: ScoreTask) -> ScoreResult:
+    """`score_depths` in a process that scores the checkpoints of one run and nothing else: its images stay open."""
+    return score_depths(task, _opened)
+
+
+@lru_cache(maxsize=1)
+def _opened(data: DataSpec) -> tuple[Source, Splits]:
+    return data.open()

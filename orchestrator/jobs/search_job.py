@@ -19,7 +19,7 @@ from bim.orchestrator.runs.output_dir import OutputError, open_store
 from bim.orchestrator.runs.prepare import PreparedBackbone, resolve_backbone, resolve_run
 from bim.orchestrator.runs.resolve import eval_config
 from bim.orchestrator.runs.signals import stop_on_signals
-from bim.orchestrator.search.controller import SearchSpec, grace_period
+from bim.orchestrator.search.controller import grace_period
 from bim.orchestrator.search.objective import (
     KNN_VAL_IMAGES,
     SCORED_BY,
@@ -28,7 +28,8 @@ from bim.orchestrator.search.objective import (
 from bim.orchestrator.search.record import BEST, FOLDER, finished_search, load_result
 from bim.orchestrator.search.results import SearchResult, with_best
 from bim.orchestrator.search.space import Space, baseline_values, combinations, space_of
-from bim.orchestrator.search.trial import TrialSpec, trial_epochs, trial_placement, trial_settings
+from bim.orchestrator.search.spec import SearchSpec, TrialSpec
+from bim.orchestrator.search.trial import trial_epochs, trial_placement, trial_settings
 from bim.orchestrator.text import short_path
 from bim.orchestrator.tracking.tracker import Tracker
 from bim.orchestrator.training.callbacks import StopRequest

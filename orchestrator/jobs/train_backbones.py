@@ -28,7 +28,8 @@ from bim.orchestrator.distributed.streaming import stream_from_bundle
 from bim.orchestrator.evaluation.progress import reported_to
 from bim.orchestrator.evaluation.records import EvaluationResult
 from bim.orchestrator.jobs.backbone_run import BackboneRun, scores_line
-from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, evaluate_checkpoint, evaluation_task
+from bim.orchestrator.jobs.evaluate_checkpoint import evaluate_checkpoint
+from bim.orchestrator.jobs.evaluation_task import EvaluationTask, evaluation_task
 from bim.orchestrator.jobs.measuring import MeasuringLines, ProgressFile, evaluate_with_progress
 from bim.orchestrator.jobs.record_variants import begin_variants
 from bim.orchestrator.jobs.remote_evaluation import evaluate_and_send, receive

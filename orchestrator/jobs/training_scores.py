@@ -1,7 +1,7 @@
 """The depths scored while they train: a callback that has checkpoints scored, and tells when that is enough.
 
-On Ray a checkpoint is scored in resources that no stage holds, while the training goes on; where there are none, and in a
-process of its own, between two steps. A score that fails costs a line, never the training.
+On Ray a checkpoint is scored in another process: in resources that no stage holds, while the training goes on; where there
+are none, between two steps. A score that fails costs a line, never the training.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from dataclasses import dataclass, replace
 
 from bim.orchestrator.distributed.placement import PlacementError, StageLayout
 from bim.orchestrator.distributed.placement_group import LostNodeWatch, PlacementGroup
-from bim.orchestrator.distributed.side_task import (
-    SideTask,
-    start_beside_first_stage,
-    start_in_free_resources,
-)
+from bim.orchestrator.distributed.side_task import SideProcess, SideTask
 from bim.orchestrator.evaluation.metric_info import METRICS
 from bim.orchestrator.evaluation.progress import reported_to
 from bim.orchestrator.files import StorageError, atomic_write, make_folder
 from bim.orchestrator.jobs.backbone_run import BackboneRun, format_error
-from bim.orchestrator.jobs.score_depths import ScoreResult, ScoreTask, score_depths, score_task
+from bim.orchestrator.jobs.score_depths import (
+    ScoreResult,
+    ScoreTask,
+    score_depths,
+    score_depths_of_one_run,
+    score_task,
+)
 from bim.orchestrator.reporting.console import Progress
 from bim.orchestrator.runs.depth_scores import (
     DepthScores,
@@ -85,6 +87,7 @@ class TrainingScores:
     ) -> None:
         self._progress, self._backbone, self._run, self._layout = progress, backbone, run, layout
         self._placement_group, self._stop, self._series = placement_group, stop, series
+        self._process = None if placement_group is None else SideProcess(layout, placement_group)
         self.every_epochs = epochs_between_scores(run.settings)
         self._schedule = replace(training_schedule(run, layout), score_epochs=self.every_epochs)
         self._patience = run.settings.evaluation.patience
@@ -141,7 +144,12 @@ class TrainingScores:
             self._wait()
 
     def close(self) -> None:
-        """End a score that is being computed."""
+        """End a score that is being computed, and the process that computes scores."""
+        self._cancel()
+        if self._process is not None:
+            self._process.close()
+
+    def _cancel(self) -> None:
         if self._pending is not None:
             self._pending.task.cancel()
             self._pending = None
@@ -168,22 +176,18 @@ class TrainingScores:
     def _score(self, step: int, epoch: int) -> None:
         started = time.monotonic()
         task = score_task(self._run, self._layout, self._backbone.prepared.run.depths, step, epoch)
-        if self._placement_group is None:
+        if self._process is None:
             with reported_to(lambda text: self._check()):
                 self._record(step, epoch, score_depths(task), started)
             return
         if self._beside:
             on_one_core = task if self._layout.gpus else replace(task, threads=1)
-            side_task = start_in_free_resources(score_depths, self._layout, on_one_core)
+            side_task = self._process.start_in_free_resources(score_depths_of_one_run, on_one_core)
             if side_task is not None:
                 self._pending = _Pending(step, epoch, side_task, started)
                 return
-        self._pending = _Pending(
-            step,
-            epoch,
-            start_beside_first_stage(score_depths, self._placement_group, self._beside_stages(task)),
-            started,
-        )
+        side_task = self._process.start_beside_first_stage(score_depths_of_one_run, self._beside_stages(task))
+        self._pending = _Pending(step, epoch, side_task, started)
         self._wait()
 
     def _beside_stages(self, task: ScoreTask) -> ScoreTask:
@@ -207,7 +211,7 @@ class TrainingScores:
                 if time.monotonic() > end:
                     raise TimeoutError(f"no scores within {duration(SCORE_LIMIT_S)}")
             except (PlacementError, TimeoutError) as error:
-                self.close()
+                self._cancel()
                 self._tell_failure(pending.epoch, error)
 
     def _collect(self, timeout_s: float = 0.0) -> None:
@@ -229,7 +233,7 @@ class TrainingScores:
         if self._backbone.lease is not None:
             self._backbone.lease.raise_if_lost()
         if self._stop.reason is not None:
-            self.close()
+            self._cancel()
             raise _Stopped
 
     def _tell_failure(self, epoch: int, error: Exception) -> None:

@@ -105,8 +105,8 @@ def pareto_depths(results: Sequence[MemberResult], metric: str | None = None) ->
         for row in result.trained
         if row.get(metric) is not None
     )
-    front = pareto_front([point[0] for point in points], [-point[1] for point in points])
-    return [points[index][2:] for index in front]
+    optimal = pareto_front([point[0] for point in points], [-point[1] for point in points])
+    return [points[index][2:] for index in optimal]
 
 
 def comparison_rows(results: Sequence[MemberResult]) -> list[Row]:
@@ -119,10 +119,8 @@ def comparison_rows(results: Sequence[MemberResult]) -> list[Row]:
             rows.append(common | {"status": "failed", "cause": result.failed})
             continue
         for row in result.rows:
-            pareto_front = (
-                int((result.name, row["depth"]) in optimal) if row["weights"] == "trained" else None
-            )
-            rows.append(common | row | {"pareto_front": pareto_front})
+            is_optimal = int((result.name, row["depth"]) in optimal) if row["weights"] == "trained" else None
+            rows.append(common | row | {"pareto_front": is_optimal})
     return rows
 
 

@@ -2,42 +2,80 @@
 
 from __future__ import annotations
 
-from bim.orchestrator.runs.estimate import RunEstimate
+from collections.abc import Sequence
+
+from bim.orchestrator.runs.estimate import seconds_in_turns
+from bim.orchestrator.runs.estimate_records import BackboneEstimate, RunEstimate
 from bim.orchestrator.tables import Key, render
 from bim.orchestrator.text import duration, params_text, three_digits, wrapped
 
 
-def estimate_lines(estimate: RunEstimate, gpus: float, price_per_gpu_hour: float | None) -> list[str]:
-    """A table of the blocks, one of the stages, and the times. gpus: of all stages."""
+def estimate_lines(estimate: BackboneEstimate, price_per_gpu_hour: float | None) -> list[str]:
+    """A table of the blocks, one of the stages, and the times."""
     return [
-        *_blocks(estimate).splitlines(),
+        *_blocks(estimate.run).splitlines(),
         "",
-        *_stages(estimate).splitlines(),
+        *_stages(estimate.run).splitlines(),
         "",
-        *summary_lines(estimate, gpus, price_per_gpu_hour),
+        *summary_lines(estimate, price_per_gpu_hour),
     ]
 
 
-def summary_lines(estimate: RunEstimate, gpus: float, price_per_gpu_hour: float | None) -> list[str]:
+def summary_lines(estimate: BackboneEstimate, price_per_gpu_hour: float | None) -> list[str]:
     """Time, disk, money, and the comparison with separate runs."""
-    mark = "" if estimate.is_measured else " (estimated)"
-    lines = [
-        f"about {estimate.images_per_s:.0f} images/s{mark}: {duration(estimate.epoch_s)} an epoch, "
-        f"{duration(estimate.training_s)} of training, {duration(estimate.evaluation_s)} of measuring",
-        f"checkpoints: {byte_text(estimate.checkpoint_bytes)} of disk",
-    ]
-    if gpus:
-        hours = gpus * (estimate.training_s + estimate.evaluation_s) / 3600
-        lines.append(f"GPU hours: {hours:.1f}")
-        if price_per_gpu_hour is not None:
-            lines[-1] += f", {hours * price_per_gpu_hour:.2f} at {price_per_gpu_hour:g} an hour"
-    depths = len(estimate.blocks)
+    run, search, baseline = estimate.run, estimate.search, estimate.baseline
+    mark = "" if run.is_measured else " (estimated)"
+    lines = [f"about {run.images_per_s:.0f} images/s{mark}: {duration(run.epoch_s)} an epoch, {_times(run)}"]
+    if search is not None:
+        lines.append(
+            f"search: {search.trials} trials of {search.epochs} epochs before it, about {duration(search.expected_s)}, "
+            f"at most {duration(search.longest_s)}, and their scores"
+        )
+    if baseline is not None:
+        lines.append(f"baseline: one end-to-end MAE run after it, {_times(baseline)}")
+    if len(lines) > 1:
+        lines.append(f"in all about {duration(estimate.total_s)}")
+    lines.append(f"checkpoints: {byte_text(estimate.checkpoint_bytes)} of disk")
+    lines += _gpu_hours(estimate.gpu_hours, price_per_gpu_hour)
+    depths = len(run.blocks)
     if depths > 1:
         lines.append(
-            f"{depths} separate MAE runs, one for each depth, with the same decoder: {estimate.separate_ratio:.2f} times "
-            f"the arithmetic, about {duration(estimate.training_s * estimate.separate_ratio)}"
+            f"{depths} separate MAE runs, one for each depth, with the same decoder: {run.separate_ratio:.2f} times "
+            f"the arithmetic, about {duration(run.training_s * run.separate_ratio)}"
         )
     return [part for line in lines for part in wrapped(line)]
+
+
+def sum_lines(
+    estimates: Sequence[BackboneEstimate], concurrent: int, price_per_gpu_hour: float | None
+) -> list[str]:
+    """Of several backbones. concurrent: how many train at a time."""
+    seconds = seconds_in_turns([estimate.total_s for estimate in estimates], concurrent)
+    disk = byte_text(sum(estimate.checkpoint_bytes for estimate in estimates))
+    at_a_time = f"{concurrent} at a time" if concurrent > 1 else "one after another"
+    line = (
+        f"all {len(estimates)} backbones, {at_a_time}: about {duration(seconds)}; checkpoints: {disk} of disk"
+    )
+    hours = _gpu_hours(sum(estimate.gpu_hours for estimate in estimates), price_per_gpu_hour)
+    return [part for line in (line, *hours) for part in wrapped(line)]
+
+
+def _times(run: RunEstimate) -> str:
+    parts = [f"{duration(run.training_s)} of training"]
+    if run.scores_s:
+        parts.append(f"{duration(run.scores_s)} of scores in between")
+    return ", ".join([*parts, f"{duration(run.evaluation_s)} of measuring"])
+
+
+def _gpu_hours(hours: float, price_per_gpu_hour: float | None) -> list[str]:
+    if not hours:
+        return []
+    price = (
+        ""
+        if price_per_gpu_hour is None
+        else f", {hours * price_per_gpu_hour:.2f} at {price_per_gpu_hour:g} an hour"
+    )
+    return [f"GPU hours: {hours:.1f}{price}"]
 
 
 def byte_text(count: float) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bim.orchestrator.evaluation.metric_info import COST, QUALITY, MetricInfo
+from bim.orchestrator.evaluation.metric_info import ACCURACIES, COST, QUALITY, MetricInfo
 from bim.orchestrator.files import atomic_write, make_folder
 from bim.orchestrator.tables import Key, note_lines, render
 
@@ -27,11 +27,7 @@ COLUMNS = (
     "weights",
     "depth",
     *(metric.key for metric in COST),
-    "knn_top1",
-    "knn_top1_se",
-    "linear_top1",
-    "linear_top1_se",
-    "rankme",
+    *(key for metric in QUALITY for key in metric.keys),
 )
 
 NOTES = {
@@ -146,9 +142,7 @@ def improvements_over_random(runs: Sequence[Sequence[Row]]) -> list[ImprovementO
     depths = sorted(
         {depth for weights, depth in tables[0] if weights == "trained" and isinstance(depth, int)}
     )
-    return [
-        _improvement(tables, depth, metric.key) for metric in QUALITY if metric.percent for depth in depths
-    ]
+    return [_improvement(tables, depth, metric.key) for metric in ACCURACIES for depth in depths]
 
 
 def _improvement(

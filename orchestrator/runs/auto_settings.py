@@ -15,15 +15,21 @@ from typing import Any
 
 from bim.orchestrator.config.auto_rules import AutoRules, BackboneRule, Device, auto_rules
 from bim.orchestrator.config.durations import seconds
+from bim.orchestrator.config.messages import format_value
 from bim.orchestrator.data.facts import ImageFacts
+from bim.orchestrator.runs.resolve import spread_scores
 from bim.orchestrator.text import duration
 
 EpochSeconds = Callable[[Mapping[str, Any]], float]
 """From settings, by dotted key, to the seconds of an epoch of theirs on this machine."""
 
 
+ROUNDED_FROM = 4
+"""Epochs that the time allows are rounded down from so many steps of rounding on."""
+
+
 @dataclass(frozen=True)
-class Machine:
+class StageResources:
     """What the stages may use; without a GPU they run on the CPUs."""
 
     cpus: int
@@ -52,7 +58,7 @@ class _Candidate:
 
 def choose_settings(
     facts: ImageFacts,
-    machine: Machine,
+    machine: StageResources,
     given: Mapping[str, Any],
     budget_s: float | None,
     epoch_seconds: EpochSeconds,
@@ -73,7 +79,7 @@ class _Chooser:
     def __init__(
         self,
         facts: ImageFacts,
-        machine: Machine,
+        machine: StageResources,
         given: Mapping[str, Any],
         budget_s: float | None,
         epoch_seconds: EpochSeconds,
@@ -88,7 +94,7 @@ class _Chooser:
     def choose(self) -> Chosen:
         rules, facts = self._rules, self._facts
         self._set({"name": _run_name(facts.source)})
-        self._set(dict(rules.always))
+        self._set(rules.always_values)
         train = self._splits()
         if train < rules.few_images and "init_from" not in self._given:
             self._chosen.lines.append(
@@ -113,7 +119,9 @@ class _Chooser:
                 break
         self._backbone(candidate, first, train)
         self._epochs(wanted, min(wanted, fitting), epoch_s)
+        self._scores(epoch_s)
         self._loading()
+        self._always()
         self._chosen.values["data.batch_size"] = batch_size
         return self._chosen
 
@@ -130,6 +138,21 @@ class _Chooser:
             for given in self._given
         )
 
+    def _always(self) -> None:
+        """A line for each group of settings that every automatic run has, with those that the user has not given."""
+        for rule in self._rules.always:
+            self._line_of(rule.settings, rule.reason)
+
+    def _line_of(self, values: Mapping[str, Any], reason: str | None) -> None:
+        """`decoder.depth 1, target.name pixels: REASON`, of what the user has not given, if there is a reason."""
+        free = [
+            f"{key} {value if isinstance(value, str) else format_value(value)}"
+            for key, value in values.items()
+            if not self._is_given(key)
+        ]
+        if free and reason is not None:
+            self._chosen.lines.append(f"{', '.join(free)}: {reason}")
+
     def _splits(self) -> int:
         """Fractions of the splits that the data has not; returns the number of training images that remain."""
         splits = self._facts.splits
@@ -138,11 +161,14 @@ class _Chooser:
             key, rule = f"data.{name}_fraction", self._rules.splits[name]
             if name in splits:
                 continue
+            why = "the data has none"
+            if name in self._facts.unlabeled_splits:
+                why = f"the {self._facts.unlabeled_splits[name]} of the data's own have no labels"
             images = min(rule.max_images, max(rule.min_images, round(rule.fraction * pool)))
             fraction = min(math.ceil(1e4 * images / pool) / 1e4, 0.5 if name == "test" else 0.25)
             self._set(
                 {key: fraction},
-                f"{name} split {fraction:g}: {round(fraction * pool)} of {pool} images, as the data has none",
+                f"{name} split {fraction:g}: {round(fraction * pool)} of {pool} images, as {why}",
             )
             train -= round(self._given.get(key, fraction) * pool)
         return max(train, 1)
@@ -222,6 +248,7 @@ class _Chooser:
         backbone, size = candidate.backbone, candidate.size
         if backbone is None or size is None:
             self._set(values)
+            self._line_of({"decoder.dim": values["decoder.dim"]}, "the default")
             return
         shrunk = f"; {duration(self._budget_s)} of training do not suffice for more"
         width = self._given.get("backbone.model_args.embed_dim", backbone.width)
@@ -246,6 +273,8 @@ class _Chooser:
             f"backbone {backbone.name}, width {width}, {depth} layers: the largest for {train} training "
             f"images on a {self._device.upper()}{shrunk if backbone != first.backbone else ''}",
         )
+        beside = {key: value for key, value in values.items() if key in ("decoder.dim", "data.crop_scale")}
+        self._line_of(beside, "by the width of the backbone and the image size")
 
     def _epochs(self, wanted: int, epochs: int, epoch_s: float) -> None:
         rule = self._rules.epochs
@@ -260,7 +289,8 @@ class _Chooser:
                 f"it takes {duration(epoch_s)}, and the time budget of {duration(self._budget_s)} is for less"
             )
         elif epochs < wanted:
-            epochs = epochs // rule.round_to * rule.round_to if epochs > rule.round_to else epochs
+            if epochs >= ROUNDED_FROM * rule.round_to:  # of fewer, too many would be lost
+                epochs = epochs // rule.round_to * rule.round_to
             why = f"what {duration(self._budget_s)} allow; {wanted} would take {duration(wanted * epoch_s)}"
         else:
             why = f"about {duration(epochs * epoch_s)} of training"
@@ -270,6 +300,24 @@ class _Chooser:
         self._set({"schedule.warmup_epochs": warmup}, f"{warmup:g} epochs of warm-up")
         every = max(1.0, round(epochs / self._rules.checkpoints))
         self._set({"checkpoint.every_epochs": every}, f"a checkpoint every {every:g} epochs")
+
+    def _scores(self, epoch_s: float) -> None:
+        """How often the depths are scored while they train; a given patience counts scores, so their number stays."""
+        rule, key = self._rules.scores, "evaluation.every_epochs"
+        if self._is_given("evaluation.patience"):
+            return
+        epochs = int((self._chosen.values | self._given)["schedule.epochs"])
+        every = spread_scores(epochs, rule.most)
+        if epoch_s > 0:
+            every = max(every, math.ceil(rule.min_seconds_between / epoch_s))
+        if every < epochs:
+            spacing = f"{every} epochs" if every > 1 else "epoch"
+            line = f"depths are scored every {spacing}, about {duration(every * epoch_s)} of training"
+            self._set({key: every}, line)
+        else:
+            apart = duration(rule.min_seconds_between)
+            why = f"scores would be less than {apart} apart" if epochs > 1 else "it has one epoch"
+            self._set({key: 0}, f"depths are scored at the end of the training alone: {why}")
 
     @property
     def _workers(self) -> int:

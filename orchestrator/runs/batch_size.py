@@ -13,6 +13,7 @@ from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.runs.estimate import run_memories
 from bim.orchestrator.runs.prepare import ResolvedRun
+from bim.orchestrator.runs.step_probe import Probe
 from bim.orchestrator.training.errors import StageFailure
 from bim.orchestrator.training.memory import BlockMemory
 from bim.orchestrator.training.messages import StepRequest
@@ -62,36 +63,27 @@ def computed_batch(
     return largest_batch(run_memories(with_batch_size(run, 4), precision), 4, layout, device_bytes, limit)
 
 
-def tried_batch(
-    run: ResolvedRun,
-    images: tuple[Source, Splits],
-    layout: StageLayout,
-    precision: Precision,
-    batch_size: int,
-) -> int:
-    """The first of `batch_size` and its halves of which one micro-batch can be trained in this process; 0 if none can."""
-    while batch_size and not _fits(run, images, layout, precision, batch_size):
+def tried_batch(probe: Probe, batch_size: int, images: tuple[Source, Splits] | None = None) -> int:
+    """The first of `batch_size` and its halves of which one micro-batch can be trained in this process; 0 if none can.
+
+    images: those of the run, if they are open already.
+    """
+    images = images or probe.data.open()
+    while batch_size and not _fits(probe, images, batch_size):
         batch_size //= 2
     return batch_size
 
 
-def _fits(
-    run: ResolvedRun,
-    images: tuple[Source, Splits],
-    layout: StageLayout,
-    precision: Precision,
-    batch_size: int,
-) -> bool:
-    spec = replace(run.spec, init_from=None, optim=replace(run.spec.optim, precision=precision))
-    phase = replace(run.data.phases[-1], first_epoch=0, batch_size=batch_size, grad_accum_steps=1)
-    device = "cuda" if layout.gpus and torch.cuda.is_available() else "cpu"
+def _fits(probe: Probe, images: tuple[Source, Splits], batch_size: int) -> bool:
+    phase = replace(probe.data.phases[0], batch_size=batch_size)
+    device = "cuda" if probe.layout.gpus and torch.cuda.is_available() else "cpu"
     threads = torch.get_num_threads()
     stages = InProcessStages(
-        spec,
-        lambda: replace(run.data, phases=(phase,), workers=0).batches_of(*images),
-        layout.stage_blocks,
+        probe.spec,
+        lambda: replace(probe.data, phases=(phase,)).batches_of(*images),
+        probe.layout.stage_blocks,
         device,
-        layout.threads,
+        probe.layout.threads,
     )
     try:
         stages.restore(None, 0, lambda: False)

@@ -17,13 +17,13 @@ from bim.orchestrator.config.validate import settings_from_mapping
 from bim.orchestrator.files import remove_temporary_files
 from bim.orchestrator.runs.checkpoints import RunCheckpoints, checkpoint_store
 from bim.orchestrator.runs.lease import LEASE, Lease, LeaseHeldError, LeaseLostError, System, acquire, holder
-from bim.orchestrator.runs.run_record import (
-    RUN_RECORD,
+from bim.orchestrator.runs.run_identity import (
+    RUN_FILE,
     OutputError,
-    RunRecord,
-    new_record,
-    read_record,
-    write_record,
+    RunIdentity,
+    new_identity,
+    read_identity,
+    write_identity,
 )
 from bim.orchestrator.training.manifest import MANIFEST
 
@@ -71,7 +71,7 @@ def check_output(
     _check_same(out, settings, fingerprint, remedy, apply_search)
 
 
-def check_resumable(store: RunCheckpoints, record: RunRecord, from_scratch: bool) -> None:
+def check_resumable(store: RunCheckpoints, record: RunIdentity, from_scratch: bool) -> None:
     """Refuse to begin again at step 0 where there were checkpoints, unless that is asked for.
 
     Raises:
@@ -105,30 +105,30 @@ def saved_settings(out: Path) -> dict[str, Any]:
         raise OutputError(f"{error}; put the settings of the run back") from error
 
 
-def resumed_record(out: Path) -> RunRecord:
+def resumed_record(out: Path) -> RunIdentity:
     """The record of a run that is resumed; where it has none, an id is taken from its checkpoints, or made.
 
     Raises:
         OutputError: the record cannot be read; or it is missing, and the checkpoints are of several runs.
     """
-    record = read_record(out)
+    record = read_identity(out)
     if record is not None:
         return record
     store = checkpoint_store(out)
     ids = store.run_ids()
-    record = new_record(adopted=not ids or "" in ids, has_checkpoint=(out / "summary.json").exists())
+    record = new_identity(adopted=not ids or "" in ids, has_checkpoint=(out / "summary.json").exists())
     ids.discard("")
     if len(ids) > 1:
         raise OutputError(
-            f"{out / RUN_RECORD} is missing, and the checkpoints in {store.root} are of several runs "
+            f"{out / RUN_FILE} is missing, and the checkpoints in {store.root} are of several runs "
             f"({', '.join(sorted(ids))}); remove those of the others"
         )
     return replace(record, run_id=ids.pop(), has_checkpoint=True) if ids else record
 
 
-def open_store(out: Path, record: RunRecord | None = None) -> RunCheckpoints:
+def open_store(out: Path, record: RunIdentity | None = None) -> RunCheckpoints:
     """The checkpoints of an output directory that are of the run in it, or of `record`. Raises StorageError."""
-    record = record or read_record(out)
+    record = record or read_identity(out)
     return checkpoint_store(out) if record is None else checkpoint_store(out, objection=record.objection)
 
 
@@ -140,14 +140,14 @@ class Claim:
         begun: whether the run has begun: what is in a directory that is new stays.
     """
 
-    def __init__(self, out: Path, lease: Lease, record: RunRecord) -> None:
+    def __init__(self, out: Path, lease: Lease, record: RunIdentity) -> None:
         self.out, self.lease, self.record = out, lease, record
         self.begun = False
 
     @contextmanager
     def begin(self) -> Iterator[None]:
         """Write the record of the run; inside, what makes it one is written. If that raises, it has not begun."""
-        write_record(self.out, self.record)
+        write_identity(self.out, self.record)
         yield
         self.begun = True
 
@@ -161,14 +161,14 @@ def claim(out: Path, settings: Settings, fingerprint: str = "") -> Iterator[Clai
     Raises:
         OutputError: another process holds it, or used it meanwhile; or the system refuses it.
     """
-    record = resumed_record(out) if settings.resume else new_record(fingerprint)
+    record = resumed_record(out) if settings.resume else new_identity(fingerprint)
     new: list[Path] = []
     claimed: Claim | None = None
     try:
         with ExitStack() as stack:
             lease = _make_and_hold(out, record.run_id, new, stack)
             if settings.resume:
-                now = read_record(out)
+                now = read_identity(out)
                 if now is not None and now.run_id != record.run_id:
                     raise OutputError(f"another process has used {out} meanwhile; try again")
                 record = replace(now or record, data=(now or record).data or fingerprint)
@@ -262,7 +262,7 @@ def _check_same(
     remedy: str,
     apply_search: Callable[[Settings], Settings],
 ) -> None:
-    record = read_record(out)
+    record = read_identity(out)
     store = open_store(out, record)
     latest = store.latest()
     saved = saved_settings(out) if latest is None else latest.settings
@@ -288,7 +288,7 @@ def _check_same(
             f"give the same ones, or {remedy}"
         )
     if recorded and fingerprint and recorded != fingerprint:
-        where = f"{Path(store.directory(latest.step)).name}/{MANIFEST}" if latest is not None else RUN_RECORD
+        file = f"{Path(store.directory(latest.step)).name}/{MANIFEST}" if latest is not None else RUN_FILE
         raise OutputError(
-            f"the images behind data.source have changed since the last checkpoint in {out} ({where}); {remedy}"
+            f"the images behind data.source have changed since the last checkpoint in {out} ({file}); {remedy}"
         )

@@ -18,7 +18,7 @@ from bim.orchestrator.data.spec import DataSpec
 from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.runs.output_dir import open_store
 from bim.orchestrator.runs.resolve import data_spec, resolve
-from bim.orchestrator.runs.run_record import RunRecord
+from bim.orchestrator.runs.run_identity import RunIdentity
 from bim.orchestrator.training.spec import PretrainSpec
 
 
@@ -37,7 +37,7 @@ class ResolvedRun:
     data: DataSpec
     phases: tuple[Phase, ...]
     out: Path
-    record: RunRecord | None = None
+    record: RunIdentity | None = None
     search_run_id: str = ""
 
     @property
@@ -83,7 +83,7 @@ class PreparedBackbone:
         """What is trained, in this order."""
         return (self.run,) if self.baseline is None else (self.run, self.baseline)
 
-    def recorded_as(self, record: RunRecord) -> PreparedBackbone:
+    def recorded_as(self, record: RunIdentity) -> PreparedBackbone:
         """The same, trained as the run of this record."""
         baseline = None if self.baseline is None else replace(self.baseline, record=record)
         return replace(self, run=replace(self.run, record=record), baseline=baseline)

@@ -1,6 +1,11 @@
 """What a run was made from: code revision, package versions, machine, data, as plain records.
 
 Nothing here fails: what is unknown is None, because a record must never stop a training.
+
+`torch.utils.collect_env` is not used: it takes 3.7 s of CPU time where `collect` takes 0.2 s (pip, lscpu, gcc, CMake in
+processes of their own), asks torch for CUDA in the driver, and adds compilers, cuDNN and CPU flags. It lacks the revision
+of the code, memory and CPUs as the container limits them, and the versions of timm, Ray, MLflow, scikit-learn, PyArrow and
+Pillow.
 """
 
 from __future__ import annotations

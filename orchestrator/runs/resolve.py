@@ -5,6 +5,7 @@ Makes the checks that need the backbone, so that they fail before anything start
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain
@@ -38,7 +39,7 @@ MAX_PARAMS = 2 * 10**11
 """Bounds that no machine reaches: bytes of the images of a micro-batch, tokens of an image, parameters of a run."""
 
 SCORES_PER_RUN = 10
-"""Scores while a run trains, where the settings leave it open."""
+"""Scores while a run trains, before its end, at most, where the settings leave it open."""
 
 
 def resolve(
@@ -280,11 +281,16 @@ def data_spec(settings: Settings, backbone: Backbone) -> DataSpec:
     )
 
 
+def spread_scores(epochs: int, most: int) -> int:
+    """Epochs between two scores, so that a run of `epochs` has `most` before its end, or fewer; one if there is an epoch."""
+    return max(1, math.ceil((epochs - 1) / most))
+
+
 def epochs_between_scores(settings: Settings) -> int | None:
     """Epochs between two scores of the depths while they train; None: they are scored at the end alone."""
     every = settings.evaluation.every_epochs
     if every is None:
-        every = max(1, settings.schedule.epochs // SCORES_PER_RUN)
+        every = spread_scores(settings.schedule.epochs, SCORES_PER_RUN)
     return every or None
 
 

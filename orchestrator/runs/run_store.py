@@ -20,7 +20,7 @@ from bim.orchestrator.runs.checkpoints import (
 from bim.orchestrator.runs.lease import Lease
 from bim.orchestrator.runs.output_dir import check_resumable, open_store
 from bim.orchestrator.runs.prepare import ResolvedRun
-from bim.orchestrator.runs.run_record import OutputError, RunRecord, read_record, write_record
+from bim.orchestrator.runs.run_identity import OutputError, RunIdentity, read_identity, write_identity
 from bim.orchestrator.text import first_line
 from bim.orchestrator.training.manifest import Manifest
 from bim.orchestrator.training.remote_checkpoints import RemoteCheckpointStore
@@ -52,7 +52,7 @@ def open_run_store(
         make_folder(out.parent)  # of the trials of a search
     make_folder(out)
     record_storage(out, settings)
-    record = None if run.record is None else read_record(out) or replace(run.record, has_checkpoint=False)
+    record = None if run.record is None else read_identity(out) or replace(run.record, has_checkpoint=False)
     marked = record is None or record.has_checkpoint
 
     def objection(manifest: Manifest) -> str | None:
@@ -62,7 +62,7 @@ def open_run_store(
         nonlocal marked
         if not marked and record is not None:
             try:
-                write_record(out, replace(record, has_checkpoint=True))
+                write_identity(out, replace(record, has_checkpoint=True))
             except StorageError as error:  # the checkpoint is committed; the next one marks it
                 log.warning("%s", error)
             else:
@@ -88,13 +88,13 @@ def open_run_store(
         if record.has_checkpoint and not is_readable:
             record = replace(record, has_checkpoint=False)
             marked = False
-        write_record(out, record)
+        write_identity(out, record)
     store.clear_uncommitted()
     return store
 
 
 def storage_failure(
-    error: OSError, out: Path, record: RunRecord | None = None, store: RunCheckpoints | None = None
+    error: OSError, out: Path, record: RunIdentity | None = None, store: RunCheckpoints | None = None
 ) -> str:
     """The sentence with which a run ends whose file system or storage refuses, with the checkpoint that stays.
 

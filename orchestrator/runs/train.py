@@ -32,7 +32,7 @@ from bim.orchestrator.runs.lease import Lease
 from bim.orchestrator.runs.output_dir import OutputError, open_store
 from bim.orchestrator.runs.prepare import ResolvedRun
 from bim.orchestrator.runs.provenance import Machine, machine
-from bim.orchestrator.runs.run_record import RunRecord
+from bim.orchestrator.runs.run_identity import RunIdentity
 from bim.orchestrator.runs.run_store import open_run_store, storage_failure
 from bim.orchestrator.runs.signals import stop_on_signals
 from bim.orchestrator.training.callbacks import Callback, PretrainResult, StopRequest
@@ -188,7 +188,7 @@ def default_window(settings: Settings, layout: StageLayout) -> int:
     return 2 * len(layout.stage_blocks) if settings.placement.backend == "ray" else 1
 
 
-def check_precision(out: Path, precision: Precision, record: RunRecord | None = None) -> None:
+def check_precision(out: Path, precision: Precision, record: RunIdentity | None = None) -> None:
     """Raise OutputError if the run in `out` was trained in another precision so far."""
     latest = open_store(out, record).latest()
     before = precision if latest is None else latest.facts.get("precision", precision)

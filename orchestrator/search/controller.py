@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,30 +21,13 @@ from bim.orchestrator.search.asha import rung_to_stop_at
 from bim.orchestrator.search.proposals import Proposer
 from bim.orchestrator.search.record import FOLDER, RECORD, save_result
 from bim.orchestrator.search.results import SearchResult, TrialRow, TrialScore
-from bim.orchestrator.search.space import Space
-from bim.orchestrator.search.trial import TrialSpec, remove_trial_checkpoints
+from bim.orchestrator.search.spec import SearchSpec
+from bim.orchestrator.search.trial import remove_trial_checkpoints, trial_epochs
 from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.errors import TrainingError
 
 PLACEMENT_TIMEOUT_S = 120.0
 """Seconds without any started trial, after which the search gives up; `placement.wait_s` gives more."""
-
-
-@dataclass(frozen=True)
-class SearchSpec:
-    """A search that is ready to start.
-
-    Args:
-        settings: the recipe.
-        space: the values that are tried.
-        trial: what every trial shares.
-        initial: the record of this search so far; without rows before its first trial.
-    """
-
-    settings: Settings
-    space: Space
-    trial: TrialSpec
-    initial: SearchResult
 
 
 def grace_period(settings: Settings, epochs: int) -> int:
@@ -54,8 +37,19 @@ def grace_period(settings: Settings, epochs: int) -> int:
     """
     grace = settings.search.grace_epochs
     if grace is None:
-        grace = max(math.ceil(epochs / 2), math.ceil(settings.schedule.warmup_epochs))
+        warmup = (
+            settings.schedule.warmup_epochs * epochs / settings.schedule.epochs
+        )  # as `trial_settings` has it
+        grace = max(math.ceil(epochs / 2), math.ceil(warmup))
     return min(max(grace, settings.search.every_epochs), epochs)
+
+
+def epochs_of_trials(settings: Settings) -> tuple[float, int]:
+    """Epochs of all trials together: if ASHA ends what it can at the first rung, and if it ends none."""
+    search, epochs = settings.search, trial_epochs(settings)
+    grace = grace_period(settings, epochs)
+    going_on = math.ceil(search.trials / search.reduction_factor)
+    return search.trials * grace + going_on * (epochs - grace), search.trials * epochs
 
 
 class SearchCallback(Protocol):

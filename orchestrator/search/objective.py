@@ -6,9 +6,7 @@ evaluation, on the validation split.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +22,7 @@ from bim.orchestrator.evaluation.inputs import EvalInputs
 from bim.orchestrator.evaluation.metrics import weighted_knn
 from bim.orchestrator.evaluation.model_cost import forward_gflops
 from bim.orchestrator.evaluation.records import EvalConfig
+from bim.orchestrator.search.results import Score
 from bim.orchestrator.training.build import open_spec_backbone
 from bim.orchestrator.training.checkpoint import load_weights
 from bim.orchestrator.training.depth_variants import trained_variant
@@ -36,26 +35,6 @@ SCORED_BY = ("knn_k", "knn_temperature")
 KNN_TRAIN_IMAGES = 20_000
 KNN_VAL_IMAGES = 5_000
 """Labeled images of the train and the validation split that a score takes, drawn from the seed where there are more."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """The metric of every depth variant of a checkpoint; higher is better.
-
-    Args:
-        metric: "knn_top1" (0..1) or "rankme" (1..width of the embedding).
-        by_depth: depth in layers -> the metric of that variant.
-        images: how many it was counted on.
-    """
-
-    metric: str
-    by_depth: dict[int, float]
-    images: int
-
-    @property
-    def mean(self) -> float:
-        """The mean over the depths: the score of a trial."""
-        return statistics.mean(self.by_depth.values())
 
 
 def metric_of(source: Source, splits: Splits) -> str:

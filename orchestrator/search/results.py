@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,26 @@ from bim.orchestrator.evaluation.pareto import pareto_front
 from bim.orchestrator.search.space import changes_text
 
 Status = Literal["finished", "stopped early", "infeasible", "failed", "running", "waiting"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """The metric of every depth variant of a checkpoint; higher is better.
+
+    Args:
+        metric: "knn_top1" (0..1) or "rankme" (1..width of the embedding).
+        by_depth: depth in layers -> the metric of that variant.
+        images: how many it was counted on.
+    """
+
+    metric: str
+    by_depth: dict[int, float]
+    images: int
+
+    @property
+    def mean(self) -> float:
+        """The mean over the depths: the score of a trial."""
+        return statistics.mean(self.by_depth.values())
 
 
 @dataclass(frozen=True)
@@ -114,8 +135,8 @@ class SearchResult:
     def pareto_front(self) -> tuple[TrialRow, ...]:
         """The trials trained for all epochs that no other beats in both score and cost, the cheapest first."""
         rows = self.completed
-        front = pareto_front([row.gflops or 0.0 for row in rows], [row.score or 0.0 for row in rows])
-        return tuple(rows[index] for index in front)
+        optimal = pareto_front([row.gflops or 0.0 for row in rows], [row.score or 0.0 for row in rows])
+        return tuple(rows[index] for index in optimal)
 
     def scores_at(self, epoch: int) -> dict[int, float]:
         """Trial number -> score after `epoch` epochs, of those that have one."""
@@ -145,11 +166,11 @@ class SearchResult:
 def table_rows(result: SearchResult) -> list[dict[str, str | int | float]]:
     """The trials for a table, the best first, then by status and score; a column per searched setting and per depth."""
     best = result.best if result.completed else None
-    front = {row.number for row in result.pareto_front}
-    order = get_args(Status)
+    optimal = {row.number for row in result.pareto_front}
+    statuses = get_args(Status)
     depths = sorted({depth for row in result.rows for score in row.curve for depth in score.by_depth})
     rows = []
-    for row in sorted(result.rows, key=lambda r: (order.index(r.status), -(r.score or 0.0), r.number)):
+    for row in sorted(result.rows, key=lambda r: (statuses.index(r.status), -(r.score or 0.0), r.number)):
         by_depth = row.curve[-1].by_depth if row.curve else {}
         cells: dict[str, str | int | float] = {"trial": row.number}
         cells |= {key: _cell(value) for key, value in row.changes.items()}
@@ -164,7 +185,7 @@ def table_rows(result: SearchResult) -> list[dict[str, str | int | float]]:
             "status": row.status,
             "status_reason": row.status_reason,
             "best": "best" if row == best else "",
-            "pareto_front": "pareto_front" if row.number in front else "",
+            "pareto_front": "pareto_front" if row.number in optimal else "",
         }
         rows.append(cells)
     return rows

@@ -18,8 +18,10 @@ from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.distributed.cluster import result_of
 from bim.orchestrator.evaluation.records import EvalConfig
 from bim.orchestrator.runs.prepare import ResolvedRun
-from bim.orchestrator.search.objective import Score, score_checkpoint
-from bim.orchestrator.search.trial import InfeasibleSettings, Scorer, TrialSpec, run_trial
+from bim.orchestrator.search.objective import score_checkpoint
+from bim.orchestrator.search.results import Score
+from bim.orchestrator.search.spec import TrialSpec
+from bim.orchestrator.search.trial import InfeasibleSettings, Scorer, run_trial
 from bim.orchestrator.text import first_line
 from bim.orchestrator.training.errors import TrainingError
 from bim.orchestrator.training.spec import PretrainSpec

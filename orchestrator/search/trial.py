@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from bim.orchestrator.data.source import Source, given
 from bim.orchestrator.data.splits import Splits
 from bim.orchestrator.distributed.placement import ClusterResources, StageLayout, gpu_capacity
 from bim.orchestrator.distributed.placement_group import PlacementGroup
-from bim.orchestrator.evaluation.records import EvalConfig
 from bim.orchestrator.files import StorageError, temporary_folder
 from bim.orchestrator.runs.checkpoints import (
     StorageRecord,
@@ -35,11 +34,13 @@ from bim.orchestrator.runs.checkpoints import (
 from bim.orchestrator.runs.prepare import ResolvedRun, resolve_run
 from bim.orchestrator.runs.resolve import data_spec, resolve
 from bim.orchestrator.runs.train import resolve_layout, train
-from bim.orchestrator.search.objective import Score, training_gflops
+from bim.orchestrator.search.objective import training_gflops
+from bim.orchestrator.search.results import Score
+from bim.orchestrator.search.spec import TrialSpec
 from bim.orchestrator.text import first_line
 from bim.orchestrator.training.callbacks import EpochReport, NullCallback, StopRequest
 from bim.orchestrator.training.errors import StorageUnsupportedError
-from bim.orchestrator.training.spec import Precision, PretrainSpec
+from bim.orchestrator.training.spec import PretrainSpec
 from bim.orchestrator.training.storage import Location, below, is_url, remove_below
 
 log = logging.getLogger(__name__)
@@ -49,34 +50,6 @@ DRIVER_CPUS = 0.05
 
 Scorer = Callable[[PretrainSpec, Location], Score]
 Report = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class TrialSpec:
-    """What all trials of a search share; plain values that can be pickled.
-
-    Args:
-        settings: the recipe, as nested plain values.
-        layout: of the stages of one trial.
-        folder: of the checkpoints of trials that run, or its URL.
-        evaluation: how checkpoints are scored.
-        fingerprint: of the images.
-        device: where checkpoints are scored.
-        max_concurrent_trials: trials that run at the same time.
-        given: the images, if `data.source` names an object of the driver.
-        run_id: of the run that searches, which the checkpoints of its trials carry.
-    """
-
-    settings: dict[str, Any]
-    layout: StageLayout
-    precision: Precision
-    folder: str
-    evaluation: EvalConfig
-    fingerprint: str
-    device: str = "cpu"
-    max_concurrent_trials: int = 1
-    given: Source | None = None
-    run_id: str = ""
 
 
 class InfeasibleSettings(ValueError):

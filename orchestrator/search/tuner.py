@@ -24,10 +24,11 @@ from ray.tune.search import Searcher
 from bim.orchestrator.config.transforms import settings_to_yaml, with_changes
 from bim.orchestrator.files import make_folder
 from bim.orchestrator.runs.lease import Lease
-from bim.orchestrator.search.controller import SearchCallback, SearchController, SearchSpec
+from bim.orchestrator.search.controller import SearchCallback, SearchController
 from bim.orchestrator.search.proposals import proposer
 from bim.orchestrator.search.record import FOLDER, save_result
 from bim.orchestrator.search.results import SearchResult, with_best
+from bim.orchestrator.search.spec import SearchSpec
 from bim.orchestrator.search.trainable import make_trainable
 from bim.orchestrator.search.trial import DRIVER_CPUS, remove_trial_checkpoints
 from bim.orchestrator.training.callbacks import StopRequest

@@ -17,31 +17,31 @@ from bim.orchestrator.tracking.upload_queue import UploadQueue
 BASELINE_LAG_MS = 1000
 """How much earlier the runs of a baseline's depths start, so that MLflow lists them below those of the run's own."""
 
+TRIALS_LAG_MS = 1000
+"""How much earlier than those the runs of all trials start, see `trial_runs`."""
+
 
 class DepthUploads:
     """The uploads about the depths of one run, and which of them are to be ended with it.
 
     Args:
         out: the output directory of the run.
+        parent_start: Unix time in milliseconds at which its run starts in MLflow.
     """
 
-    def __init__(self, queue: UploadQueue, out: Path) -> None:
+    def __init__(self, queue: UploadQueue, out: Path, parent_start: int) -> None:
         self._queue, self._out = queue, out
+        self._earliest = parent_start + TRIALS_LAG_MS + BASELINE_LAG_MS
         self._start: int | None = None
         self._begun: dict[tuple[str, int], str] = {}
         self._evaluated: set[tuple[str, int]] = set()
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether this process has recorded nothing of any depth."""
-        return not self._begun and not self._evaluated
 
     def begin(
         self, params: Mapping[int, Mapping[str, object]], series: str, dataset: Mapping[str, str] | None
     ) -> None:
         """See `Tracker.begin_depths`. dataset: on which they will be evaluated, if known."""
         now = now_ms()
-        self._start = start = self._start or now
+        self._start = start = self._start or max(now, self._earliest)
         for depth in params:
             self._begun[series, depth] = DepthRecord(depth, self._out, {}, series=series).title
         arguments = {

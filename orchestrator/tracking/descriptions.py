@@ -121,16 +121,18 @@ def pages(experiment_id: str) -> str:
 
 
 def run_pages(experiment_id: str, run_id: str, losses: Sequence[str]) -> str:
-    """Markdown links from a run to its own depths, and to all its losses in one chart.
+    """Markdown links from a run to its own depths, to their curves, and to all its losses in one chart.
 
     losses: names of the metrics.
     """
-    depths = page_address(
-        f"experiments/{experiment_id}/runs",
-        searchFilter=f"tags.mlflow.parentRunId = '{run_id}' and tags.variant LIKE '%depth%'",
-        orderByKey=f"metrics.`{QUALITY[0].key}`",
-        orderByAsc="false",
-    )
+    page = f"experiments/{experiment_id}/runs"
+    of_depths = {
+        "searchFilter": f"tags.mlflow.parentRunId = '{run_id}' and tags.variant LIKE '%depth%'",
+        "orderByKey": f"metrics.`{QUALITY[0].key}`",
+        "orderByAsc": "false",
+    }
+    depths = page_address(page, **of_depths)
+    curves = page_address(page, **of_depths, compareRunsMode="CHART")
     chart = page_address(
         "metric",
         runs=json.dumps([run_id]),
@@ -145,7 +147,10 @@ def run_pages(experiment_id: str, run_id: str, losses: Sequence[str]) -> str:
         deselected_curves="[]",
         last_linear_y_axis_range="[]",
     )
-    return f"[The depths of this run]({depths}); [the losses of all blocks in one chart]({chart})"
+    return (
+        f"[The depths of this run]({depths}), [their scores as curves]({curves}); "
+        f"[the losses of all blocks in one chart]({chart})"
+    )
 
 
 def _column_px(column: str) -> int:

@@ -178,7 +178,7 @@ class RunWriter:
         running = [run for run in self._children("RUNNING") if {"trial", "variant"} & set(run.data.tags)]
         for run in running:
             if "trial" in run.data.tags:
-                self._trials.cut_off(run.info.run_id)
+                self._trials.cut_off(run)
             else:
                 self._client.set_terminated(run.info.run_id, "KILLED")
         return len(running)

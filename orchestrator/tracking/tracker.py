@@ -85,7 +85,7 @@ class Tracker:
             self._queue.put(REOPENING, "reopen", {})
         self._dataset: dict[str, str] | None = None
         self._is_resumed = opened.is_resumed
-        self._depth_uploads = DepthUploads(self._queue, out)
+        self._depth_uploads = DepthUploads(self._queue, out, run.start_time)
         self._running_trials: dict[int, tuple[TrialRow, str]] = {}
         self._is_ending = self._is_finished = False
         self._writer = RunWriter(opened.client, address, run, out)
@@ -169,7 +169,7 @@ class Tracker:
     def begin_depths(self, params: Mapping[int, Mapping[str, object]], series: str = "") -> None:
         """A child run for every depth, shown as running until `log_depth`, or until the end of this run.
 
-        Those of an earlier process are used again.
+        Those of an earlier process, and of an earlier call, are used again: a call adds parameters that were not known.
 
         Args:
             params: depth -> the parameters of its run that are known; `log_depth` adds the others.
@@ -295,7 +295,7 @@ class Tracker:
         for row, metric in self._running_trials.values():
             self._put_trial(row, metric, cut_off=True)
         self._depth_uploads.end(status)
-        if self._is_resumed and self._depth_uploads.is_empty:
+        if self._is_resumed:
             self._queue.put(CHILDREN_END, "end_children", {})
         self._uploader.request_end()
 

@@ -1,19 +1,25 @@
 """The trials of a search in MLflow: a child run for each, with its settings, its scores over the epochs and its end.
 
+MLflow lists child runs by their start, the newest first, and shows ten on a page. The runs of the depths exist before the
+first trial; for them to stand above the trials, the run of a trial starts with that of the search. The tag `started_at` has
+the time at which the trial began, and the duration of its run counts from there.
+
 Part of `tracker.py`. Every method may raise and may be repeated: existing runs are used again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param, Run, RunTag
 
 from bim.orchestrator.tracking.records import StoredRun
 from bim.orchestrator.tracking.variant_runs import DESCRIPTION_TAG, source_tags
@@ -22,6 +28,12 @@ if TYPE_CHECKING:
     from bim.orchestrator.search.results import TrialRow
 
 CUT_OFF = "cut off; --resume goes on with it"
+
+STARTED_TAG = "started_at"
+"""Tag of a trial with the time at which it began, in ISO 8601."""
+
+MAX_LISTED = 999
+"""Trials that MLflow lists by their number: as many as there are milliseconds between the search and its depths."""
 
 END_STATUS = {"finished": "FINISHED", "stopped early": "FINISHED", "infeasible": "KILLED", "failed": "FAILED"}
 """Status of a trial -> status of its MLflow run, which shows KILLED and FAILED as errors; the tag `status` has the first."""
@@ -59,7 +71,7 @@ class TrialRuns:
             if status == "RUNNING":  # retried, or resumed
                 self._client.update_run(sent.run_id, status)
             else:
-                self._client.set_terminated(sent.run_id, status)
+                self._client.set_terminated(sent.run_id, status, end_time(sent.start, sent.started_at))
             sent.status = status
         now = int(1000 * time.time())
         params = [Param(key, json.dumps(value)) for key, value in row.changes.items() if not sent.has_params]
@@ -77,9 +89,10 @@ class TrialRuns:
         self._client.log_batch(sent.run_id, metrics=metrics, params=params, tags=_run_tags(tags))
         sent.epoch, sent.has_params = row.epoch, True
 
-    def cut_off(self, run_id: str) -> None:
+    def cut_off(self, run: Run) -> None:
         """End a run that a process left running when it was killed."""
-        self._client.set_terminated(run_id, "KILLED")
+        run_id = run.info.run_id
+        self._client.set_terminated(run_id, "KILLED", end_time(run.info.start_time, _started_at(run)))
         self._client.log_batch(run_id, tags=_run_tags(_status_tags("cut off", CUT_OFF)))
 
     def _open(self, row: TrialRow) -> _SentTrial:
@@ -91,12 +104,26 @@ class TrialRuns:
             name = "search/score"
             scores = client.get_metric_history(run.info.run_id, name) if name in run.data.metrics else []
             epoch = max((score.step for score in scores), default=0)
-            return _SentTrial(run.info.run_id, run.info.status, epoch, bool(run.data.params))
-        tags = {"mlflow.parentRunId": parent.run_id, "trial": str(row.number), **source_tags()}
-        run = client.create_run(
-            parent.experiment_id, tags=tags, run_name=f"trial {row.number} of {parent.name}"
-        )
-        return _SentTrial(run.info.run_id, "RUNNING", 0, False)
+            return _SentTrial(
+                run.info.run_id,
+                run.info.status,
+                epoch,
+                bool(run.data.params),
+                run.info.start_time,
+                _started_at(run),
+            )
+        now = datetime.now(UTC)
+        # A record of an earlier version does not have the start of its run.
+        start = (parent.start_time or int(1000 * now.timestamp())) + min(row.number, MAX_LISTED)
+        tags = {
+            "mlflow.parentRunId": parent.run_id,
+            "trial": str(row.number),
+            STARTED_TAG: now.isoformat(" ", "seconds"),
+            **source_tags(),
+        }
+        name = f"trial {row.number} of {parent.name}"
+        run = client.create_run(parent.experiment_id, start, tags, name)
+        return _SentTrial(run.info.run_id, "RUNNING", 0, False, start, _started_at(run))
 
 
 @dataclass
@@ -105,12 +132,28 @@ class _SentTrial:
 
     Args:
         epoch: of the last score.
+        start: of its run, Unix time in milliseconds.
+        started_at: when it began, likewise.
     """
 
     run_id: str
     status: str
     epoch: int
     has_params: bool
+    start: int
+    started_at: int
+
+
+def end_time(start: int, started_at: int) -> int:
+    """The end that gives the run of a trial that ends now the duration of the trial. Unix times in milliseconds."""
+    return int(1000 * time.time()) - (started_at - start)
+
+
+def _started_at(run: Run) -> int:
+    """When a trial began, Unix time in milliseconds: that of its run where an earlier version has written it."""
+    with contextlib.suppress(KeyError, ValueError):
+        return int(1000 * datetime.fromisoformat(run.data.tags[STARTED_TAG]).timestamp())
+    return int(run.info.start_time)
 
 
 def _status_tags(status: str, reason: str) -> dict[str, str]:

@@ -39,9 +39,10 @@ DESCRIPTION_TAG = "mlflow.note.content"
 """The tag that MLflow's pages show as a description."""
 
 UNMEASURED_NOTE = (
-    "Its scores, its reconstructions and its model come with the evaluation, after the last epoch."
+    "Its final scores, its reconstructions and its model come with the evaluation, after the last epoch. What it scores "
+    "until then (evaluation.every_epochs) is under *Model metrics*."
 )
-"""Description of a variant from the start of the training to its evaluation."""
+"""Description of a variant from the start of its run to its evaluation."""
 
 
 class DepthRuns:

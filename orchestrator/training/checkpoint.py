@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,13 @@ from torch import Tensor
 from bim.orchestrator.files import StorageError, atomic_write, make_folder, storage_errors
 from bim.orchestrator.training.checkpoint_check import has_manifest, intact_manifest, read_manifest, step_of
 from bim.orchestrator.training.errors import CheckpointDamagedError
-from bim.orchestrator.training.manifest import MANIFEST, CheckpointError, FileRecord, Manifest
+from bim.orchestrator.training.manifest import (
+    MANIFEST,
+    CheckpointError,
+    FileRecord,
+    Manifest,
+    checkpoint_problems,
+)
 from bim.orchestrator.training.spec import PretrainSpec
 from bim.orchestrator.training.storage import Location, is_url
 
@@ -182,14 +189,13 @@ class CheckpointStore:
 
         uncommitted: also those without a manifest, which an interrupted run leaves.
         """
-        problems = {}
-        for directory in self._newest_first():
-            if uncommitted or has_manifest(directory):
-                try:
-                    self._valid_manifest(directory)
-                except CheckpointError as error:
-                    problems[directory.name] = str(error)
-        return problems
+        return checkpoint_problems(
+            {
+                directory.name: partial(self._valid_manifest, directory)
+                for directory in self._newest_first()
+                if uncommitted or has_manifest(directory)
+            }
+        )
 
     def run_ids(self) -> set[str]:
         """The run ids in all manifests that can be read; an empty one stands for those without."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -86,6 +86,20 @@ def parse_manifest_of(step: int, content: bytes) -> Manifest:
     if manifest.step != step:
         raise CheckpointError(f"its manifest is that of step {manifest.step}")
     return manifest
+
+
+def checkpoint_problems(checks: Mapping[str, Callable[[], Manifest]]) -> dict[str, str]:
+    """Folder -> why a run cannot go on from it, of those with which something is wrong.
+
+    checks: folder -> what returns its manifest, or raises CheckpointError.
+    """
+    problems = {}
+    for folder, check in checks.items():
+        try:
+            check()
+        except CheckpointError as error:
+            problems[folder] = str(error)
+    return problems
 
 
 def _file_record(entry: Any) -> FileRecord:

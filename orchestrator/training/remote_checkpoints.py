@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import safetensors.torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from bim.orchestrator.training.manifest import (
     CheckpointError,
     FileRecord,
     Manifest,
+    checkpoint_problems,
     parse_manifest,
     parse_manifest_of,
 )
@@ -196,14 +197,13 @@ class RemoteCheckpointStore:
 
         uncommitted: also those without a manifest, which an interrupted run leaves.
         """
-        problems = {}
-        for name, files in self._list().items():
-            if uncommitted or MANIFEST in files:
-                try:
-                    self._valid_manifest(name, files)
-                except CheckpointError as error:
-                    problems[name] = str(error)
-        return problems
+        return checkpoint_problems(
+            {
+                name: partial(self._valid_manifest, name, files)
+                for name, files in self._list().items()
+                if uncommitted or MANIFEST in files
+            }
+        )
 
     def set_aside(self, names: Iterable[str]) -> str | None:
         """Move checkpoints, by the names of their folders, to `unreadable-TIME/`, which is returned."""

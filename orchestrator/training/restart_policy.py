@@ -121,8 +121,8 @@ def final_error(failure: StageFailure, verdict: Verdict, used: int, last_checkpo
         return cause
     if verdict is Verdict.REPEATED and isinstance(cause, TrainingError):
         return TrainingError(f"{failure}, twice; last checkpoint: {last_checkpoint}")
-    is_told = isinstance(cause, TrainingError | DataWorkerError) or not failure.raised_by_code
-    if verdict is Verdict.EXHAUSTED and is_told:
+    names_cause = isinstance(cause, TrainingError | DataWorkerError) or not failure.raised_by_code
+    if verdict is Verdict.EXHAUSTED and names_cause:
         return TrainingError(
             f"{failure}, after {used} restart{'s' * (used != 1)} without a new checkpoint "
             f"(failures.max_restarts); last checkpoint: {last_checkpoint}"

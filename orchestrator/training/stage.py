@@ -94,12 +94,14 @@ class Stage:
             )
         started = time.perf_counter()
         idle = 0.0 if self._idle_since is None else started - self._idle_since
-        pixels = normalize_images(self._received.unpack("images", images), self._spec.mean, self._spec.std)
-        x = pixels if incoming is None else self._received.unpack("tokens", incoming).float()
-        plan_wait_started = time.perf_counter()
-        plans = self._mask_plans(pixels.shape, request)
-        mask_wait = time.perf_counter() - plan_wait_started
         with self._explained_memory(len(images.array)):
+            pixels = normalize_images(
+                self._received.unpack("images", images), self._spec.mean, self._spec.std
+            )
+            x = pixels if incoming is None else self._received.unpack("tokens", incoming).float()
+            plan_wait_started = time.perf_counter()
+            plans = self._mask_plans(pixels.shape, request)
+            mask_wait = time.perf_counter() - plan_wait_started
             y, metrics = self._train_blocks(x, pixels, plans, request)
         self._next = request.following
         if request.checkpoint is not None:

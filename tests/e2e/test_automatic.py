@@ -66,6 +66,8 @@ def test_what_was_chosen_is_in_the_settings_and_is_not_chosen_again(
         raise AssertionError("probed again")
 
     monkeypatch.setattr("bim.orchestrator.jobs.automatic.automatic_settings", refuse)
+    monkeypatch.setattr("bim.orchestrator.jobs.cost.probe_steps", refuse)
+    monkeypatch.setattr("bim.orchestrator.runs.step_times._known", {})  # as in a new process
     resumed = call(["--out", "run", "--resume"])
     assert resumed.status == 0, resumed.stderr
     again = call(["--recipe", "run/settings.yaml", "--out", "again", "--dry-run"])

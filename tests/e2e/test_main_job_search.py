@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+from datetime import datetime
 
 import pytest
 from mlflow import MlflowClient
@@ -105,6 +106,10 @@ def test_mlflow_shows_every_trial_and_every_depth(searched: tuple[Finished, Fini
     }
     depths = [run.info.start_time for run in children if "variant" in run.data.tags]
     assert min(depths) > max(run.info.start_time for run in trials.values())  # above them in the list
+    began = [datetime.fromisoformat(run.data.tags["started_at"]).timestamp() for run in trials.values()]
+    assert max(depths) < 1000 * min(began)  # and there before them
+    depth = next(run for run in children if run.data.tags.get("variant") == "depth1")
+    assert depth.data.params["mask_ratio"] == str(best.mask.ratio)
     note = parent.data.tags["mlflow.note.content"]
     assert note.index("pictures/accuracy_against_latency.png") < note.index(
         "pictures/search_score_against_cost.png"

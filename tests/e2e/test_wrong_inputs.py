@@ -17,7 +17,8 @@ from bim.models.backbones import open_backbone
 from bim.orchestrator.runs import resolve
 from bim.pipelines import bim_pipeline
 from tests.e2e.command import shell
-from tests.e2e.wrong_inputs import SETTINGS, SHELL, SOURCES, argv_of, cases, write_files
+from tests.e2e.wrong_input_files import write_files
+from tests.e2e.wrong_inputs import SETTINGS, SHELL, SOURCES, argv_of, cases
 
 MOST_CHARACTERS = 900
 

@@ -95,7 +95,7 @@ def node_ids() -> set[str]:
 
 @contextmanager
 def several_nodes(cpus: tuple[int, ...]) -> Iterator[Nodes]:
-    """A head without CPUs and worker nodes with these; this process is connected. All of it is gone afterwards."""
+    """A head without CPUs and worker nodes with these; this process is connected. All of it is gone afterward."""
     folder = Path(tempfile.mkdtemp(prefix="bim", dir="/tmp"))
     port, client_port = two_free_ports()
     address = f"{ray.util.get_node_ip_address()}:{port}"

@@ -72,7 +72,7 @@ def imitation(address: str) -> dict[str, Any]:
 
 @pytest.fixture
 def growing_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A head with its autoscaler; every process of it is gone afterwards, in whatever state the test left it."""
+    """A head with its autoscaler; every process of it is gone afterward, in whatever state the test left it."""
     folder = Path(tempfile.mkdtemp(prefix="bim", dir="/tmp"))  # short: it holds Unix sockets
     port, client_port = two_free_ports()
     address = f"{ray.util.get_node_ip_address()}:{port}"

@@ -18,12 +18,12 @@ from bim.orchestrator.config.transforms import settings_to_mapping, with_changes
 from bim.orchestrator.distributed.placement import ClusterResources
 from bim.orchestrator.evaluation.records import EvalConfig
 from bim.orchestrator.runs.prepare import resolve_run
-from bim.orchestrator.search.controller import SearchSpec
 from bim.orchestrator.search.objective import metric_of
 from bim.orchestrator.search.record import BEST, FOLDER, load_result
 from bim.orchestrator.search.results import SearchResult, TrialRow
 from bim.orchestrator.search.space import baseline_values, space_of
-from bim.orchestrator.search.trial import TrialSpec, trial_placement
+from bim.orchestrator.search.spec import SearchSpec, TrialSpec
+from bim.orchestrator.search.trial import trial_placement
 from bim.orchestrator.search.tuner import search
 from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.errors import TrainingError

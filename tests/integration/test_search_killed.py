@@ -15,7 +15,7 @@ from ray import tune
 
 from bim.orchestrator.files import atomic_write
 from bim.orchestrator.search.record import FOLDER, load_result
-from bim.orchestrator.search.trial import TrialSpec
+from bim.orchestrator.search.spec import TrialSpec
 
 pytestmark = pytest.mark.nightly
 

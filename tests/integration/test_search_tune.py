@@ -18,11 +18,10 @@ from bim.orchestrator.config.transforms import with_changes
 from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.evaluation.records import EvalConfig
 from bim.orchestrator.search import tuner
-from bim.orchestrator.search.controller import SearchSpec
 from bim.orchestrator.search.record import FOLDER, load_result
 from bim.orchestrator.search.results import SearchResult, TrialRow
 from bim.orchestrator.search.space import Choice
-from bim.orchestrator.search.trial import TrialSpec
+from bim.orchestrator.search.spec import SearchSpec, TrialSpec
 from bim.orchestrator.training.callbacks import StopRequest
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

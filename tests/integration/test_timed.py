@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.config.transforms import with_changes
 from bim.orchestrator.distributed.placement import ClusterResources
-from bim.orchestrator.jobs.evaluate_checkpoint import add_latency, evaluate_checkpoint, evaluation_task
+from bim.orchestrator.jobs.evaluate_checkpoint import add_latency, evaluate_checkpoint
+from bim.orchestrator.jobs.evaluation_task import evaluation_task
 from bim.orchestrator.runs.prepare import resolve_run
 from bim.orchestrator.runs.provenance import collect
 from bim.orchestrator.runs.train import resolve_layout, train

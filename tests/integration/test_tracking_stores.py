@@ -32,7 +32,7 @@ def test_the_default_store_is_where_a_bare_mlflow_ui_looks(
     assert client.get_run(tracker.run_id).info.artifact_uri.startswith(f"{home}/mlruns/")
 
 
-def test_an_outage_costs_one_line_and_the_store_gets_everything_afterwards(
+def test_an_outage_costs_one_line_and_the_store_gets_everything_afterward(
     tmp_path: Path, home: Path, client: MlflowClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)

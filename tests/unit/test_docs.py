@@ -17,8 +17,18 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
 BRITISH = re.compile(
-    r"(?i)\b(unlabelled|labelled|modelling|learnt|grey|neighbours?|colours?|centre[ds]?|behaviour|licence"
-    r"|\w*(?:normal|initial|standard|organ|optim|recogn|minim|maxim)is(?:e|ed|es|ing|ation))\b"
+    r"(?i)(?<![a-z])("  # a part of a name counts as a word: `mask_colour`
+    r"(?:behavi|col|endeav|fav|flav|harb|hon|hum|lab|neighb|rig|rum|sav|splend|vap|vig)our[a-z]*"
+    r"|(?:centi|kilo|milli)?(?:cent|fib|lit|met|theat)re[ds]?|centring"
+    r"|(?:re|un)?(?:channel|fuel|label|level|marvel|model|signal|total|travel|tunnel)l(?:ed|er|ers|ing)"
+    r"|(?:def|lic|off|pret)ence[ds]?|practis(?:e|ed|es|ing)|analys(?:e|ed|er|ing)|paralys(?:e|ed|es|ing)"
+    r"|(?:after|back|down|in|on|out|to|up)wards|whilst|amongst|learnt|spelt|burnt|dreamt"
+    r"|ageing|aluminium|analogues?|artefacts?|catalogues?|fulfils?|greys?|judgements?|moulds?|programmes?"
+    r"|sceptic[a-z]*|skilful[a-z]*|sulph[a-z]*|tyres?|wilful[a-z]*"
+    r"|[a-z]*(?:author|categor|character|custom|emphas|discret|final|general|initial|item|local|maxim|memor|minim"
+    r"|modern|normal|optim|organ|parallel|penal|prior|quant|random|real|recogn|regular|serial|special|stabil"
+    r"|standard|summar|synchron|token|util|vector|visual)is(?:e|ed|er|ers|es|ing|ation|ations)"
+    r")(?![a-z])"
 )
 
 
@@ -89,12 +99,32 @@ def test_spelling_is_american(page: Path) -> None:
 def test_spelling_of_code_is_american() -> None:
     files = [
         file
-        for folder in ("models", "orchestrator", "pipelines")
+        for folder in ("models", "orchestrator", "pipelines", "tests")
         for pattern in ("*.py", "*.yaml")
         for file in sorted((ROOT / folder).rglob(pattern))
+        if file.name != Path(__file__).name
     ]
-    british = {f"{file.name}: {word}" for file in files for word in BRITISH.findall(file.read_text("utf-8"))}
-    assert british <= {"mask_fill.py: colour"}, "`colour` is a key of checkpoints, and stays"
+    british = {
+        f"{file.relative_to(ROOT)}: {word}"
+        for file in files
+        for word in BRITISH.findall(file.read_text("utf-8"))
+    }
+    spelling = {entry for entry in british if not re.fullmatch(r"tests/.*: (colour|grey)", entry)}
+    assert spelling <= {"models/backbones/mask_fill.py: colour"}, (
+        "`colour` is a key of checkpoints, and stays"
+    )
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["favour", "honours", "mask_colour", "centred", "Behaviour", "optimiser", "tokenised", "afterwards"],
+)
+def test_british_spelling_is_told_from_american(word: str) -> None:
+    assert BRITISH.findall(word)
+    american = (
+        "four hours of our contour; center, metric, labeled, analyses, wise, promise, raised, precise, level"
+    )
+    assert BRITISH.findall(american) == []
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -53,10 +53,10 @@ def comparison_figure(results: Sequence[MemberResult], device: str = "") -> Figu
         points: Points = {}
         for index, result in enumerate(measured):
             points |= _draw_backbone(axes, result, key, cost, index)
-        front = [points[variant] for variant in pareto_depths(measured, key)]
-        front.append((max(x for x, _ in points.values()), front[-1][1]))
+        optimal = [points[variant] for variant in pareto_depths(measured, key)]
+        optimal.append((max(x for x, _ in points.values()), optimal[-1][1]))
         axes.plot(
-            *zip(*front, strict=True),
+            *zip(*optimal, strict=True),
             color="0.55",
             linestyle="--",
             drawstyle="steps-post",

@@ -32,9 +32,9 @@ def pareto_figure(result: SearchResult) -> Figure | None:
     figure = new_figure(7.2, 4.6)
     figure.subplots_adjust(left=0.11, right=0.975, top=0.87, bottom=0.125)
     axes = figure.subplots()
-    front = [points[row.number] for row in result.pareto_front]
-    if front:
-        axes.plot(*zip(*front, strict=True), color=BLUE, linewidth=1.3, drawstyle="steps-post", zorder=1)
+    optimal = [points[row.number] for row in result.pareto_front]
+    if optimal:
+        axes.plot(*zip(*optimal, strict=True), color=BLUE, linewidth=1.3, drawstyle="steps-post", zorder=1)
     for status, color in STATUS_COLORS.items():
         group = [row for row in rows if (row.status == "finished") == (status == "finished")]
         if group:
@@ -59,7 +59,7 @@ def pareto_figure(result: SearchResult) -> Figure | None:
                 elinewidth=0.9,
                 zorder=1,
             )
-    _name_trials(axes, rows, points, result.best.number if front else None, result.epochs)
+    _name_trials(axes, rows, points, result.best.number if optimal else None, result.epochs)
     axes.set_xlabel("forward GFLOPs per training image, mean over the epochs")
     axes.set_ylabel(f"{metric.name}, mean of all depths" + ", %" * metric.percent)
     axes.grid(color="0.9", linewidth=0.8)
@@ -76,7 +76,7 @@ def _name_trials(
     best: int | None,
     epochs: int,
 ) -> None:
-    """Label the points towards the middle of the axes; trials at the same point share a label. epochs: of a whole trial."""
+    """Label the points toward the middle of the axes; trials at the same point share a label. epochs: of a whole trial."""
     names: dict[tuple[float, float], list[str]] = {}
     for row in rows:
         name = (

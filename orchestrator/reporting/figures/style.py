@@ -66,11 +66,11 @@ def add_title(figure: Figure, title: str) -> None:
         return
     height = figure.get_figheight()
     total = height + TITLE_IN
-    share, edges = height / total, figure.subplotpars
+    fraction, edges = height / total, figure.subplotpars
     figure.set_figheight(total)
-    figure.subplots_adjust(top=edges.top * share, bottom=edges.bottom * share)
+    figure.subplots_adjust(top=edges.top * fraction, bottom=edges.bottom * fraction)
     for legend in figure.legends:
-        legend.set_bbox_to_anchor((0, 0, 1, share), transform=figure.transFigure)
+        legend.set_bbox_to_anchor((0, 0, 1, fraction), transform=figure.transFigure)
     figure.text(0.5, 1 - 0.08 / total, title, ha="center", va="top", fontsize=10)
 
 

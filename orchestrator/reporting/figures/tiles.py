@@ -102,10 +102,10 @@ def _band(
 
 def _resized(images: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
     """(B, H, W, 3) enlarged a whole number of times, or averaged over square cells."""
-    least, largest = sides
+    smallest, largest = sides
     side = max(images.shape[1:3])
     if side <= largest:
-        scale = max(1, -(-least // side))
+        scale = max(1, -(-smallest // side))
         return images.repeat(scale, axis=1).repeat(scale, axis=2)
     cell = -(-side // largest)
     rows, columns = images.shape[1] // cell, images.shape[2] // cell

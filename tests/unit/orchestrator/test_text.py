@@ -13,6 +13,8 @@ from bim.orchestrator.text import duration, first_line, params_text, three_digit
         (0.4, "0 s"),
         (59.4, "59 s"),
         (72, "1 min 12 s"),
+        (120, "2 min"),
+        (7200, "2 h"),
         (3600 * 3 + 305, "3 h 05 min"),
         (86400 * 2 + 3600 * 4, "2 d 04 h"),
     ],

@@ -2,106 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bim.models.backbones import SwinBackbone, TwinsBackbone, open_backbone, random_variant
-from bim.models.backbones.visible_block import VisibleBlock
 from bim.models.decoders.local import LocalDecoder
 from bim.models.local_mim import LocalMIM
-from bim.models.masks.plan import MaskPlan, block_plans, random_permutation
-from bim.models.seeding import forked_rng, generator
+from bim.models.seeding import forked_rng
 from bim.models.targets import PixelTarget
 from bim.models.tokens import gather_tokens, patchify
-
-Shake = Callable[[nn.Module], None]
-Backbone = SwinBackbone | TwinsBackbone
-# Levels of 2, 2, 4 and 2 layers, a mask unit of 32 pixels.
-TINY: dict[str, tuple[str, dict[str, Any]]] = {
-    "swin": (
-        "swin_tiny_patch4_window7_224",
-        {"depths": [2, 2, 4, 2], "embed_dim": 8, "num_heads": [1, 2, 2, 4], "window_size": 4},
-    ),
-    "twins": (
-        "twins_svt_small",
-        {
-            "depths": [2, 2, 4, 2],
-            "embed_dims": [8, 12, 16, 24],
-            "num_heads": [1, 2, 2, 4],
-            "wss": [4, 4, 4, 4],
-        },
-    ),
-    "twins without windows": (
-        "twins_pcpvt_small",
-        {"depths": [2, 2, 4, 2], "embed_dims": [8, 12, 16, 24], "num_heads": [1, 2, 2, 4]},
-    ),
-}
-# Sizes at which timm pads no window: Twins has square ones only.
-SIZES = [(family, (64, 64)) for family in TINY] + [("swin", (64, 128)), ("twins", (128, 256))]
+from tests.unit.models.backbones.tiny_hierarchies import (
+    SIZES,
+    Shake,
+    built,
+    chained,
+    images_of,
+    plans_of,
+    tiny,
+)
 
 
 @pytest.fixture(params=["swin", "twins"])
 def family(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
-
-
-def tiny(family: str, blocks: Any = 4, **overrides: Any) -> Backbone:
-    name, args = TINY[family]
-    backbone = open_backbone(name, blocks, {"img_size": 64} | args | overrides)
-    assert isinstance(backbone, SwinBackbone | TwinsBackbone)
-    return backbone
-
-
-def images_of(size: tuple[int, int], batch: int = 2) -> Tensor:
-    return torch.randn(batch, 3, *size, generator=generator("images", *size))
-
-
-def plans_of(
-    backbone: Backbone, size: tuple[int, int], visible: Any, batch: int = 2, per_batch: bool = True
-) -> tuple[MaskPlan, ...]:
-    """One plan per block; `visible` units in each, or one number for all. All units visible is allowed here."""
-    grid = backbone.grid_at(size)
-    units = grid[0] * grid[1]
-    order = random_permutation(batch, units, generator("order"), per_batch)
-    counts = [visible] * len(backbone.blocks) if isinstance(visible, int) else visible
-    scales = [backbone.mask_unit_px // info.stride for info in backbone.blocks]
-    plans = block_plans(order, grid, [min(count, units - 1) for count in counts], scales, per_batch)
-    nothing = order[:, units:]
-    return tuple(
-        replace(plan, visible=units, first_visible=units, decode=nothing, thrown=nothing)
-        if count == units
-        else plan
-        for plan, count in zip(plans, counts, strict=True)
-    )
-
-
-def built(backbone: Backbone, shake: Shake | None = None) -> list[VisibleBlock]:
-    blocks = [backbone.build_block(index, seed=0) for index in range(len(backbone.blocks))]
-    for block in blocks:
-        if shake is not None:
-            shake(block)
-    return [block.eval() for block in blocks]
-
-
-def chained(blocks: list[VisibleBlock], x: Tensor, plans: tuple[MaskPlan, ...]) -> list[Tensor]:
-    tokens = [x]
-    for block, plan in zip(blocks, plans, strict=True):
-        tokens.append(block(tokens[-1], plan))
-    return tokens[1:]
-
-
-def as_tokens(feature: Tensor, width: int) -> Tensor:
-    """What timm gives, (B, h, w, C) or (B, N, C), as (B, N, C)."""
-    return feature.flatten(1, 2) if feature.ndim == 4 else feature
 
 
 @pytest.mark.parametrize(("family", "size"), SIZES)
@@ -135,55 +62,6 @@ def in_the_middle(table: Tensor, nominal: Tensor) -> Tensor:
     rows, columns = 3, table.shape[0] // 3
     around = (0, 0, (7 - columns) // 2, (7 - columns) // 2, (7 - rows) // 2, (7 - rows) // 2)
     return nn.functional.pad(table.unflatten(0, (rows, columns)), around, value=1e3).flatten(0, 1)
-
-
-@pytest.mark.parametrize(("family", "size"), SIZES)
-def test_a_variant_of_any_depth_is_the_trained_layers_with_nothing_masked(
-    family: str, size: tuple[int, int], shake: Shake
-) -> None:
-    whole = tiny(family, 1)
-    state = built(whole, shake)[0].state_dict()
-    images = images_of(size)
-    for sizes in ([2, 4, 2, 2], [4, 6]):
-        backbone = tiny(family, sizes)
-        blocks = [backbone.build_block(index, seed=1).eval() for index in range(len(sizes))]
-        for block in blocks:
-            block.load_state_dict({key: state[key] for key in block.state_dict()})
-        units = backbone.grid_at(size)[0] * backbone.grid_at(size)[1]
-        plans = plans_of(backbone, size, units)
-        states = [block.state_dict() for block in blocks]
-        with torch.no_grad():
-            tokens = chained(blocks, images, plans)
-            for info, plan, found in zip(backbone.blocks, plans, tokens, strict=True):
-                norm = nn.LayerNorm(info.width, eps=backbone.norm_eps)
-                shake(norm)
-                model: Any = backbone.variant(info.depth, states, norm.state_dict(), image_size=size)
-                features = as_tokens(model.forward_features(images), info.width)
-                expected = norm(found)
-                torch.testing.assert_close(
-                    gather_tokens(features, plan.keep_tokens), expected, rtol=1e-5, atol=1e-5
-                )
-                torch.testing.assert_close(model(images), expected.mean(dim=1), rtol=1e-5, atol=1e-5)
-                usage = backbone.usage(info.depth)
-                assert (usage.trained_norm, usage.width, model.num_features) == (True, info.width, info.width)
-                assert not model.training
-
-
-def test_a_variant_that_ends_inside_a_level_is_a_plain_timm_model_of_fewer_layers(family: str) -> None:
-    backbone = tiny(family, [2, 2, 2, 2, 2])
-    assert [info.depth for info in backbone.blocks] == [2, 4, 6, 8, 10]
-    assert [info.stride for info in backbone.blocks] == [4, 8, 16, 16, 32]
-    model: Any = random_variant(backbone, 6, seed=0)
-    assert backbone.variant_args(6)["depths"] == [2, 2, 2]
-    assert type(model).__module__.startswith("timm.models.")
-    assert backbone.usage(5).trained_norm  # inside block 2, in its level
-    assert not tiny(family, 1).usage(6).trained_norm
-    assert tiny(family, 1).usage(9).trained_norm
-    states = [backbone.build_block(index, seed=0).state_dict() for index in range(3)]
-    trained = {key.removeprefix("parts."): value for state in states for key, value in state.items()}
-    for key, value in model.state_dict().items():
-        if not key.startswith("norm.") and trained[key].shape == value.shape:
-            assert torch.equal(value, trained[key])
 
 
 @pytest.mark.parametrize("per_batch", [True, False])
@@ -341,84 +219,6 @@ def test_parameters_of_a_block_depend_on_seed_and_index_alone(family: str) -> No
     assert {key for key in model.state_dict() if not key.startswith("norm.")} == {
         key.removeprefix("parts.") for key in names
     }
-
-
-def test_blocks_start_from_the_weights_of_a_file(family: str, shake: Shake, tmp_path: Path) -> None:
-    backbone = tiny(family, img_size=128)
-    with forked_rng("checkpoint"):
-        model = timm.create_model(backbone.name, **backbone.variant_args(10))
-    shake(model)
-    save_file(model.state_dict(), tmp_path / "w.safetensors")
-    backbone.check_init_from(str(tmp_path / "w.safetensors"))
-    for index in range(4):
-        state = backbone.build_block(index, 0, str(tmp_path / "w.safetensors")).state_dict()
-        for key, value in state.items():
-            assert torch.equal(value, model.state_dict()[key.removeprefix("parts.")])
-
-
-# At 64 pixels the last levels' maps are 4 x 4 and 2 x 2, at 64 x 160 4 x 10 and 2 x 5: windows are clipped there.
-@pytest.mark.parametrize(("window", "size"), [(4, (64, 64)), (7, (64, 64)), (7, (64, 160))])
-def test_an_exported_variant_read_back_computes_the_same(
-    window: int, size: tuple[int, int], family: str, shake: Shake, tmp_path: Path
-) -> None:
-    windows = {"swin": {"window_size": window}, "twins": {"wss": [window] * 4}}
-    backbone = tiny(family, img_size=list(size), **windows[family])
-    first = built(backbone, shake)
-    file = str(tmp_path / "w.safetensors")
-    states = [block.state_dict() for block in first]
-    save_file(backbone.variant(10, states, None).state_dict(), file)  # type: ignore[arg-type]
-    backbone.check_init_from(file)
-    again = [backbone.build_block(index, 1, file).eval() for index in range(4)]
-    plans = plans_of(backbone, size, 2)
-    with torch.no_grad():
-        found, wanted = (chained(blocks, images_of(size), plans) for blocks in (again, first))
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-
-
-# Swin's windows are clipped along each axis, Twins' are square ones: there the shorter side of 64 x 128 is padded too.
-PADDED = [
-    ("swin", 4, (64, 64), []),
-    ("swin", 4, (96, 96), [2]),
-    ("swin", 5, (96, 96), [0, 1, 2]),
-    ("swin", 4, (64, 128), []),
-    ("swin", 3, (96, 96), []),
-    ("twins", 4, (64, 64), []),
-    ("twins", 4, (64, 128), [3]),
-    ("twins", 5, (96, 96), [0, 1, 2]),
-    ("twins", 3, (96, 96), []),
-]
-
-
-@pytest.mark.parametrize(("family", "window", "size", "levels"), PADDED)
-def test_a_variant_differs_from_its_blocks_where_timm_pads_windows_and_nowhere_else(
-    family: str, window: int, size: tuple[int, int], levels: list[int], shake: Shake
-) -> None:
-    windows = {"swin": {"window_size": window}, "twins": {"wss": [window] * 4}}
-    backbone = tiny(family, img_size=list(size), **windows[family])
-    assert backbone.padded_levels(size) == levels
-    blocks = built(backbone, shake)
-    units = backbone.grid[0] * backbone.grid[1]
-    with torch.no_grad():
-        tokens = chained(blocks, images_of(size), plans_of(backbone, size, units))
-        states = [block.state_dict() for block in blocks]
-        norm = nn.LayerNorm(24 if family == "twins" else 64, eps=backbone.norm_eps)
-        expected = norm(tokens[-1]).mean(dim=1)
-        found = backbone.variant(10, states, norm.state_dict())(images_of(size))
-    difference = float((found - expected).norm() / expected.norm())
-    assert difference > 1e-3 if levels else difference < 1e-5
-
-
-@pytest.mark.parametrize("depths", [[2, 2, 6, 2], [2, 2, 2, 2]])
-def test_weights_of_another_depth_are_refused(depths: list[int], family: str, tmp_path: Path) -> None:
-    other = tiny(family, depths=depths)
-    save_file(
-        random_variant(other, sum(depths), seed=0).state_dict(),  # type: ignore[arg-type]
-        tmp_path / "w.safetensors",
-    )
-    backbone = tiny(family)
-    reason = "has 'l?.*blocks" if depths[2] > 4 else "has no '.*blocks"
-    with pytest.raises(ValueError, match=reason):
-        backbone.check_init_from(str(tmp_path / "w.safetensors"))
 
 
 def test_what_does_not_fit_is_refused_with_the_setting_to_change(family: str) -> None:

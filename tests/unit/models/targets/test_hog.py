@@ -20,7 +20,7 @@ def images(height: int = 64, width: int = 96) -> Tensor:
 
 
 def ramp(degrees: float, side: int = 32) -> Tensor:
-    """(1, 3, side, side): brightness that rises in that direction, 0 to the right, 90 downwards."""
+    """(1, 3, side, side): brightness that rises in that direction, 0 to the right, 90 downward."""
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     angle = math.radians(degrees)
     return (x * math.cos(angle) + y * math.sin(angle)).expand(1, 3, side, side)
@@ -39,8 +39,8 @@ def test_the_direction_of_a_ramp_decides_its_bin(degrees: float, index: int) -> 
 
 def test_brightness_that_rises_up_or_down_exactly_is_in_the_first_bin() -> None:
     """Both lie on the border of two bins, and atan2 gives 0 for the one and pi for the other."""
-    downwards = torch.arange(32.0).view(1, 1, 32, 1).expand(1, 3, 32, 32)
-    for image in (downwards, -downwards):
+    downward = torch.arange(32.0).view(1, 1, 32, 1).expand(1, 3, 32, 32)
+    for image in (downward, -downward):
         inner = HogTarget(8).cells(image).view(3, 9, 4, 4)[:, :, 1:-1, 1:-1]
         torch.testing.assert_close(inner[:, 0], torch.ones_like(inner[:, 0]))
 

@@ -4,19 +4,27 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from bim.orchestrator.config.auto_rules import CHOSEN_SETTINGS, auto_rules
 from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.config.help_page import COMMON, help_text
-from bim.orchestrator.config.recipes import DEFAULT_RECIPE, bundled_recipes
+from bim.orchestrator.config.recipes import DEFAULT_RECIPE, bundled_recipes, read_recipe
 from bim.orchestrator.config.schema import SettingsError, all_settings
 from bim.orchestrator.config.transforms import settings_to_yaml
 from bim.orchestrator.data.phases import PhaseSpec
 from bim.orchestrator.training.lr_schedule import peak_rate
 
 RECIPES = "digits_backbones, digits_demo, sign_digits, sign_digits_hierarchies, vit_base_imagenet"
+
+
+def choose_nothing(given: Mapping[str, Any], budget_s: float | None) -> dict[str, Any]:
+    """Settings as they are chosen for images."""
+    return read_recipe(DEFAULT_RECIPE)
 
 
 def problem(*argv: str) -> str:
@@ -217,7 +225,10 @@ def test_saved_settings_are_a_recipe_that_gives_equal_settings(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--seed", "x", "--help"]])
-def test_help_prints_and_leaves_with_status_0(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_prints_and_leaves_with_status_0(
+    argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as left:
         load_settings(argv)
     assert left.value.code == 0
@@ -251,14 +262,59 @@ def options_of(text: str) -> list[str]:
     return [line.split()[0].removeprefix("--") for line in text.splitlines() if line.startswith("  --")]
 
 
-def test_help_shows_the_common_settings_and_help_all_every_one_in_a_hundred_columns() -> None:
+@pytest.mark.parametrize("width", [80, 100])
+def test_help_shows_the_common_settings_and_help_all_every_one_in_the_columns_there_are(width: int) -> None:
     common = [key for keys in COMMON.values() for key in keys]
     assert len(common) == len(set(common)) == 25
-    for text, keys in ((help_text(), common), (help_text(every_setting=True), list(all_settings()))):
-        assert max(len(line) for line in text.splitlines()) <= 100
-        assert [option for option in options_of(text) if option in all_settings()] == keys
-        for recipe in bundled_recipes():
-            assert any(line.strip().startswith(recipe) for line in text.splitlines())
+    for own_images in (None, "photos"):
+        for every_setting, keys in ((False, common), (True, list(all_settings()))):
+            text = help_text(every_setting=every_setting, own_images=own_images, width=width)
+            assert max(len(line) for line in text.splitlines()) <= width
+            assert [option for option in options_of(text) if option in all_settings()] == keys
+            for recipe in bundled_recipes():
+                assert any(line.strip().startswith(recipe) for line in text.splitlines())
+
+
+@pytest.mark.parametrize(("columns", "width"), [("80", 80), ("200", 100), ("20", 60)])
+def test_help_fits_the_terminal(
+    columns: str, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit):
+        load_settings(["--help"])
+    assert capsys.readouterr().out == help_text(width=width) + "\n"
+
+
+def test_help_tells_a_newcomer_how_settings_are_chosen_for_images() -> None:
+    budget = auto_rules().time_budget
+    text = " ".join(help_text().split())
+    assert "with --data.source and without --recipe, settings are chosen from the images" in text
+    assert (
+        f"--time_budget bounds the training ({budget['gpu']} with a GPU and {budget['cpu']} without" in text
+    )
+    assert "python pipelines/bim_pipeline.py --data.source DIR --dry-run" in text
+
+
+def test_help_beside_own_images_shows_no_value_of_the_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_settings(["--data.source", "photos", "--help-all"], automatic=choose_nothing)
+    text = capsys.readouterr().out.split("\nExamples\n")[0]
+    entries = [entry.split() for entry in text.split("\n  --")]
+    values = {words[0]: " ".join(words).rpartition("[")[2].partition("]")[0] for words in entries}
+    values = {
+        key: values[key] for key in ("data.source", "schedule.epochs", "optim.blr", "mask.ratio", "seed")
+    }
+    assert values == {
+        "data.source": "photos",
+        "schedule.epochs": "chosen",
+        "optim.blr": "chosen",
+        "mask.ratio": "0.6, 0.75",
+        "seed": "0",
+    }
+    assert text.count("[chosen]") == 1 + len(CHOSEN_SETTINGS)
+    with pytest.raises(SystemExit):
+        load_settings(["--data.source", "p", "--recipe", "sign_digits", "--help"], automatic=choose_nothing)
+    assert "its value in sign_digits in brackets" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flag", ["--help", "--help-all"])
@@ -310,11 +366,13 @@ def test_what_needs_neither_torch_nor_data_is_answered_within_a_second(options: 
 def test_the_examples_of_the_help_are_accepted() -> None:
     import shlex
 
-    text = help_text().replace("\\\n", "")
+    text = help_text(width=80).replace("\\\n", "")
     commands = [line for line in text.splitlines() if line.startswith("  python pipelines/")]
     assert len(commands) >= 4
     for command in commands:
-        load_settings(shlex.split(command)[2:])
+        argv = [token for token in shlex.split(command)[2:] if token != "--dry-run"]
+        assert shlex.split(command)[:2] == ["python", "pipelines/bim_pipeline.py"]
+        load_settings(argv, automatic=choose_nothing)
 
 
 def test_options_of_a_search_without_a_search_are_told(caplog: pytest.LogCaptureFixture) -> None:

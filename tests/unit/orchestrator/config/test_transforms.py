@@ -60,8 +60,8 @@ def test_what_is_missing_is_asked_for_by_its_dotted_name_and_meaning() -> None:
         settings_from_mapping({"name": "x", "data": {"source": "digits"}}, file="mine.yaml")
     assert str(caught.value).splitlines() == [
         "mine.yaml: missing setting 'backbone.name' (text): timm name; a new name drops the recipe's model_args",
-        "mine.yaml: missing setting 'data.batch_size' (a whole number of at least 1): "
-        "images per micro-batch, of the whole run, not per GPU",
+        "mine.yaml: missing setting 'data.batch_size' (a whole number of at least 1 or auto): "
+        "images per micro-batch, of the whole run, not per GPU; auto: the largest that fits",
         "mine.yaml: missing setting 'schedule.epochs' (a whole number of at least 1): "
         "passes over the training split",
     ]

@@ -87,7 +87,7 @@ def test_a_worker_that_dies_is_named_and_the_others_end():
 
 @given(
     workers=st.integers(1, 3),
-    # A number asks for that many batches on (backwards too), a text kills a worker
+    # A number asks for that many batches on (backward too), a text kills a worker
     actions=st.lists(
         st.sampled_from([1, 1, 1, 2, -1, "kill 0", "kill 1", "kill 2"]), min_size=4, max_size=12
     ),

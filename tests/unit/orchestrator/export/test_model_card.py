@@ -103,7 +103,7 @@ def test_the_card_distinguishes_blocks_from_one_run_end_to_end(backbone: Backbon
     assert "This model is the first of 2 blocks" in render_card(backbone, 2, FACTS, SIZE)
     assert "This model is all 2 blocks" in render_card(backbone, 4, FACTS, SIZE)
     whole = open_backbone("vit_tiny_patch16_224", 1, ARGS)
-    assert "end to end (MAE) at 4 layers, and cut to 2 afterwards" in render_card(whole, 2, FACTS, SIZE)
+    assert "end to end (MAE) at 4 layers, and cut to 2 afterward" in render_card(whole, 2, FACTS, SIZE)
     assert "end to end (MAE)." in render_card(whole, 4, FACTS, SIZE)
 
 

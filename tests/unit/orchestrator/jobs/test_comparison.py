@@ -9,18 +9,24 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from matplotlib.figure import Figure
 
 from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.distributed.placement import StageLayout, consecutive
 from bim.orchestrator.evaluation.records import DepthReport, EvaluationResult
 from bim.orchestrator.jobs import comparison
 from bim.orchestrator.jobs.backbone_run import BackboneRun, record_failure, scores_line
-from bim.orchestrator.jobs.comparison import measure_pending_latencies
-from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, evaluation_task
-from bim.orchestrator.jobs.prepare import prepare
+from bim.orchestrator.jobs.comparison import (
+    describe_comparison,
+    measure_pending_latencies,
+    record_comparison,
+)
+from bim.orchestrator.jobs.evaluation_task import EvaluationTask, evaluation_task
+from bim.orchestrator.jobs.prepare import PreparedJob, prepare
 from bim.orchestrator.jobs.records import record_progress
 from bim.orchestrator.runs.lease import LeaseLostError
 from bim.orchestrator.runs.provenance import collect
@@ -42,6 +48,8 @@ class Recorder:
     depths: list[tuple[str, int]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     pictures: list[str] = field(default_factory=list)
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    note: str = ""
     status: str = "RUNNING"
     uri_to_set: None = None
 
@@ -68,12 +76,14 @@ class Recorder:
 
     def log_file(self, path: Path) -> None: ...
 
-    def log_picture(self, figure: object, name: str) -> None:
+    def log_picture(self, figure: Figure, name: str) -> None:
         self.pictures.append(name)
+        self.texts[name] = [text.get_text() for text in figure.texts]
 
     def describe(
         self, markdown: str, pictures: list[str], depth: int | None = None, model_name: str | None = None
-    ) -> None: ...
+    ) -> None:
+        self.note = markdown
 
     def run_links(self, losses: Sequence[str]) -> str:
         return ""
@@ -210,6 +220,46 @@ def test_variants_are_recorded_once_and_before_the_baseline_is_trained(tmp_path:
     record_progress(backbone)
     assert tracker.depths == [("", 2), ("", 4), ("mae", 2), ("mae", 4)]
     assert backbone.closed
+
+
+def scored(backbone: BackboneRun, **scores: float) -> BackboneRun:
+    """With these values of every depth, recorded."""
+    reports = tuple(replace(r, latency_b1_ms=1.0, **scores) for r in backbone.evaluations[0].reports)  # type: ignore[arg-type]
+    backbone.evaluations[0] = replace(backbone.evaluations[0], reports=reports)
+    record_progress(backbone)
+    return backbone
+
+
+@pytest.mark.parametrize(
+    ("scores", "counted"),
+    [
+        ({"knn_top1": 0.5, "linear_top1": 0.5, "n_test": 359}, "359 test images"),
+        ({"rankme": 20.0, "n_ranked": 42}, "42 training images"),
+    ],
+)
+def test_the_picture_of_all_backbones_has_a_title_with_run_data_and_number_of_images(
+    tmp_path: Path, scores: dict[str, float], counted: str
+) -> None:
+    backbone = scored(evaluated(tmp_path / "run", pending=False), **scores)
+    tracker: Any = Recorder()
+    record_comparison(comparison_job(backbone), [backbone], tracker)
+    assert tracker.pictures == ["backbones"]
+    name = backbone.prepared.run.settings.name
+    assert f"{name}, digits, n = {counted}" in tracker.texts["backbones"]
+
+
+def test_the_page_above_several_backbones_says_what_they_train_from_its_first_minute(tmp_path: Path) -> None:
+    tracker: Any = Recorder()
+    backbone = evaluated(tmp_path / "run")
+    describe_comparison(comparison_job(backbone), tracker)
+    epochs = backbone.prepared.run.settings.schedule.epochs
+    assert f"1 backbone side by side, {epochs} epochs of 1,258 images of digits" in tracker.note
+
+
+def comparison_job(backbone: BackboneRun) -> PreparedJob:
+    settings = backbone.prepared.run.settings
+    job = SimpleNamespace(out=backbone.out.parent, settings=settings, backbones=[backbone.prepared])
+    return cast(PreparedJob, job)
 
 
 def test_what_waits_for_its_latencies_is_not_recorded(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from bim.orchestrator.evaluation.inputs import EvalInputs
 from bim.orchestrator.evaluation.metrics import UnscorableError
 from bim.orchestrator.evaluation.records import EvalConfig
 from bim.orchestrator.jobs import evaluate_checkpoint as module
-from bim.orchestrator.jobs.evaluate_checkpoint import EvaluationTask, decoding_workers, evaluate_checkpoint
+from bim.orchestrator.jobs.evaluate_checkpoint import decoding_workers, evaluate_checkpoint
+from bim.orchestrator.jobs.evaluation_task import EvaluationTask
 from bim.orchestrator.jobs.reconstructions import save_all_reconstructions
 from bim.orchestrator.training.errors import TrainingError
 from bim.orchestrator.training.spec import PretrainSpec

@@ -14,9 +14,12 @@ from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.files import StorageError
 from bim.orchestrator.jobs import job as job_module
 from bim.orchestrator.jobs import prepare as prepare_module
+from bim.orchestrator.jobs.backbone_run import BackboneRun
 from bim.orchestrator.jobs.job import run_job
 from bim.orchestrator.jobs.prepare import PreparedJob, prepare
-from bim.orchestrator.runs.run_record import OutputError
+from bim.orchestrator.runs.provenance import collect
+from bim.orchestrator.runs.run_identity import OutputError
+from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.errors import TrainingError
 
 
@@ -92,3 +95,41 @@ def test_where_nothing_can_be_read_any_more_the_first_refusal_is_told(
         TrainingError, match=r"summary.txt cannot be written \(x\); .*last checkpoint: unknown"
     ):
         run_job(job_in(tmp_path))
+
+
+def test_the_depths_begin_in_mlflow_before_the_estimate_the_search_and_the_wait_for_resources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    class Recorder:
+        def begin_depths(self, params: dict[int, dict[str, object]], series: str) -> None:
+            events.append(f"depths {sorted(params)}{series}")
+
+        def ui_pages(self) -> None: ...
+
+        def request_end(self, status: str) -> None:
+            events.append(status)
+
+        def finish(self, status: str) -> None: ...
+
+    out = ["--out", str(tmp_path / "run"), "--placement.backend", "in_process", "--search.trials", "0"]
+    job, stop = prepare(load_settings(out)), StopRequest()
+    (prepared,) = job.backbones
+    tracker: Any = Recorder()
+    backbone = BackboneRun(prepared, [], "fp32", collect(), tracker)
+
+    def train(*arguments: object) -> None:
+        events.append("training")
+        stop.reason = "SIGTERM"
+
+    monkeypatch.setattr(job_module, "_open", lambda *a: ([backbone], None))
+    monkeypatch.setattr(job_module, "_log_opening", lambda *a: None)
+    monkeypatch.setattr(job_module, "following_lines", lambda *a: [])
+    monkeypatch.setattr(job_module, "log_estimate", lambda *a: events.append("estimate"))
+    monkeypatch.setattr(job_module, "describe_beginning", lambda *a: None)
+    monkeypatch.setattr(job_module, "_search", lambda *a: events.append("search"))
+    monkeypatch.setattr(job_module, "train_backbones", train)
+    assert run_job(job, stop).stopped == "SIGTERM"
+    depths = sorted(prepared.run.depths)
+    assert events == [f"depths {depths}", "estimate", "search", "training", "KILLED"]

@@ -29,7 +29,7 @@ def test_a_line_is_logged_now_and_then_and_a_stop_is_looked_at_every_time(
     assert checks == [26]
 
 
-def test_progress_passes_through_a_file_that_is_gone_afterwards(tmp_path: Path) -> None:
+def test_progress_passes_through_a_file_that_is_gone_afterward(tmp_path: Path) -> None:
     writer, reader = ProgressFile(tmp_path), ProgressFile(tmp_path)
     assert reader.read() == ""
     writer.write("64 of 359 images")

@@ -62,7 +62,7 @@ def test_the_package_is_light_and_imports_the_function_when_it_is_asked_for() ->
 import sys, bim.orchestrator, bim.orchestrator.jobs
 heavy = {"torch", "timm", "ray", "mlflow", "pydantic", "numpy"}
 assert not heavy & {name.partition(".")[0] for name in sys.modules}, sorted(sys.modules)
-from bim.orchestrator.jobs import pretrain
+from bim.orchestrator import pretrain
 assert bim.orchestrator.pretrain is pretrain
 assert not {"torch", "ray", "mlflow"} & {name.partition(".")[0] for name in sys.modules}
 try:

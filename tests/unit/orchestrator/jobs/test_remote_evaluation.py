@@ -66,7 +66,7 @@ def test_a_folder_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
     assert files(tmp_path) == ["variants/depth03/thesis.txt"]
 
 
-def test_what_an_evaluation_writes_is_sent_and_its_folder_is_gone_afterwards(
+def test_what_an_evaluation_writes_is_sent_and_its_folder_is_gone_afterward(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders, told, told_in_time = [], list[str](), threading.Event()

@@ -18,10 +18,16 @@ from bim.orchestrator.reporting.figures.accuracy import accuracy_latency_figure
 from bim.orchestrator.reporting.figures.loss_curves import loss_curves_figure
 from bim.orchestrator.reporting.figures.pareto import pareto_figure
 from bim.orchestrator.reporting.figures.reconstruction import (
+    CHECKERS,
     GRAY,
+    GRID_SIDES,
     MIN_IMAGE_PX,
+    THROWN_NOTE,
+    VEIL,
+    VEILED_NOTE,
     Reconstructions,
     reconstruction_figure,
+    reconstruction_grid,
 )
 from bim.orchestrator.reporting.figures.style import write_png
 from bim.orchestrator.reporting.figures.tiles import GAP_PX
@@ -87,7 +93,7 @@ def color_counts(path: Path) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize(
-    ("thrown", "red_units", "gray_units"), [(None, 3 + 3 + 4, 1), (np.array([[1, 2]]), 1 + 1 + 4, 3 + 2)]
+    ("thrown", "red_units", "gray_units"), [(None, 3 + 3 + 4, 1), (np.array([[1, 2]]), 1 + 1 + 4, 3)]
 )
 def test_the_picture_shows_masked_reconstructed_and_original_side_by_side(
     tmp_path: Path, thrown: np.ndarray | None, red_units: int, gray_units: int
@@ -103,6 +109,41 @@ def test_the_picture_shows_masked_reconstructed_and_original_side_by_side(
     assert blue**0.5 % 1 == 0  # one square unit of whole pixels is predicted, in the second of three columns
     assert red == red_units * blue
     assert gray_units * blue <= gray < gray_units * blue + 200  # the edges of letters are gray too
+
+
+def test_the_masked_images_of_all_depths_veil_what_the_deeper_ones_do_not_see() -> None:
+    original, predicted = np.full((1, 2, 6, 3), 1.0), np.zeros((1, 2, 6, 3))
+    grid = {
+        depth: Reconstructions(original, predicted, np.array([masked]), (1, 3))
+        for depth, masked in ((2, [0]), (4, [0, 1]))
+    }
+    figure = reconstruction_grid(grid, "title")
+    canvas = np.asarray(figure.axes[0].images[0].get_array())
+    scale = -(-GRID_SIDES[0] // 6)
+    left = 6 * scale + GAP_PX
+    masked = canvas[0, left + scale : left + 6 * scale : 2 * scale, 0]
+    assert masked.tolist() == pytest.approx([GRAY, VEIL * GRAY + 1 - VEIL, 1.0])
+    texts = [text.get_text() for text in figure.texts]
+    assert texts[:5] == ["title", "original", "masked", "depth 2", "depth 4"]
+    assert " ".join(texts[5:]) == VEILED_NOTE
+
+
+@pytest.mark.parametrize("target", [None, np.ones((1, 4, 6, 3))])
+def test_thrown_units_are_checkered_among_the_predictions_and_the_note_says_so(
+    target: np.ndarray | None,
+) -> None:
+    images = np.full((1, 4, 6, 3), 0.9)
+    thrown = Reconstructions(
+        images, np.ones_like(images), np.array([[0]]), (2, 3), target, thrown=np.array([[4]])
+    )
+    assert (thrown.masked_input[0, 0:2, 0:2] == GRAY).all()
+    assert (thrown.masked_input[0, 2:4, 2:4] == GRAY).all()
+    dark, light = CHECKERS
+    assert thrown.reconstructed[0, 2:4, 2:4, 0].tolist() == [[dark, light], [light, dark]]
+    assert (thrown.reconstructed[0, 0:2, 0:2] == 1).all()
+    assert (thrown.reconstructed[0, 0:2, 2:6] == (0.9 if target is None else GRAY)).all()
+    texts = [text.get_text() for text in reconstruction_figure(thrown, "title").texts]
+    assert THROWN_NOTE in " ".join(texts)
 
 
 def test_a_target_that_is_not_pixels_has_a_column_of_its_own() -> None:

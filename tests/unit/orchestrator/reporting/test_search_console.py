@@ -102,7 +102,7 @@ def test_the_first_whole_trial_says_how_long_the_others_take(
     progress.on_begin(EMPTY, row(0, 0.75))
     done = row(0, 0.75, 0.5, 0.5, 0.5, 0.5, status="finished")
     progress.on_end(EMPTY.with_row(done), done)
-    assert lines.messages[-1] == "search: 5 of 6 trials left, at most about 3 min 00 s"
+    assert lines.messages[-1] == "search: 5 of 6 trials left, at most about 3 min"
 
 
 def test_the_opening_reads_like_its_snapshot() -> None:

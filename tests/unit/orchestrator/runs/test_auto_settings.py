@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from bim.orchestrator.config.auto_rules import auto_rules
+from bim.orchestrator.config.auto_rules import CHOSEN_SETTINGS, auto_rules
 from bim.orchestrator.config.validate import settings_from_mapping
 from bim.orchestrator.data.facts import ImageFacts
 from bim.orchestrator.jobs.automatic import nested
-from bim.orchestrator.runs.auto_settings import Chosen, Machine, choose_settings
+from bim.orchestrator.runs.auto_settings import Chosen, StageResources, choose_settings
 from bim.orchestrator.runs.resolve import resolve
 
-CPU, GPU = Machine(cpus=2), Machine(cpus=16, gpus=1)
+WORDS = {
+    "img_size": ["image size "],
+    "patch_size": ["in patches of "],
+    "embed_dim": [", width "],
+    "depth": [" layers: "],
+    "num_heads": [", width "],  # 64 or 32 of it each
+    "batch_size": ["batch "],
+    "accumulate": ["batch "],
+    "test_fraction": ["test split "],
+    "val_fraction": ["val split "],
+    "epochs": [" epochs: "],
+    "warmup_epochs": [" epochs of warm-up"],
+    "every_epochs": ["a checkpoint every "],
+    "workers": [" data workers"],
+    "name": ["backbone vit_"],
+}
+
+CPU, GPU = StageResources(cpus=2), StageResources(cpus=16, gpus=1)
 
 
 def facts(images: int, side: int = 300, **splits: int) -> ImageFacts:
@@ -23,7 +41,7 @@ def facts(images: int, side: int = 300, **splits: int) -> ImageFacts:
 
 def choose(
     images: ImageFacts,
-    machine: Machine = CPU,
+    machine: StageResources = CPU,
     given: Mapping[str, Any] | None = None,
     budget_s: float = 1e9,
     epoch_s: float = 1.0,
@@ -41,7 +59,7 @@ def choose(
 @pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("side", [20, 60, 100, 500])
 @pytest.mark.parametrize("images", [200, 3_000, 300_000])
-def test_every_choice_is_a_run_that_can_be_trained(machine: Machine, side: int, images: int) -> None:
+def test_every_choice_is_a_run_that_can_be_trained(machine: StageResources, side: int, images: int) -> None:
     chosen = choose(facts(images, side), machine)
     settings = settings_from_mapping(nested({"data.source": "photos", **chosen.values}))
     resolve(settings)
@@ -90,6 +108,51 @@ def test_few_images_get_large_enough_splits_and_the_advice_to_start_from_weights
     assert any("--backbone.name NAME --init_from NAME" in line for line in chosen.lines)
     given = choose(facts(300), given={"init_from": "vit_tiny_patch16_224"})
     assert not any("--init_from" in line for line in given.lines)
+
+
+def test_what_every_run_has_is_said_too_as_far_as_it_is_not_given() -> None:
+    lines = choose(facts(20_000)).lines
+    assert "blocks 4: each is trained by its own loss, so that one run gives as many depths" in lines
+    assert (
+        "mask.ratio [0.6, 0.75], decoder.depth 1, target.name pixels: ahead of or level with the others in "
+        "docs/ablation.md"
+    ) in lines
+    assert "data.flip true, optim.weight_decay 0.05: as for MAE" in lines
+    given = choose(facts(20_000), given={"blocks": 2, "mask.ratio": 0.75, "data.flip": False}).lines
+    assert (
+        "decoder.depth 1, target.name pixels: ahead of or level with the others in docs/ablation.md" in given
+    )
+    assert "optim.weight_decay 0.05: as for MAE" in given
+    assert not any("blocks" in line for line in given)
+
+
+@pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("splits", [{}, {"test": 500, "val": 200}], ids=["drawn", "own splits"])
+def test_help_marks_as_chosen_what_is_chosen(machine: StageResources, splits: dict[str, int]) -> None:
+    values = choose(facts(20_000, **splits), machine).values.keys() - auto_rules().always_values.keys()
+    keys = {"backbone.model_args" if key.startswith("backbone.model_args.") else key for key in values}
+    assert keys <= set(CHOSEN_SETTINGS)
+    if not splits:
+        assert keys == set(CHOSEN_SETTINGS)
+
+
+def test_every_choice_is_named_in_a_line_or_said_where_the_run_is_opened() -> None:
+    chosen = choose(facts(20_000))
+    text = "\n".join(chosen.lines)
+    unnamed = {
+        key
+        for key in chosen.values.keys() - {"name"}
+        if not any(word in text for word in (key, *WORDS.get(key.rsplit(".", 1)[-1], ())))
+    }
+    assert unnamed == {"search.trials"}
+
+
+def test_a_test_split_without_labels_is_drawn_from_the_labeled_images() -> None:
+    plain = choose(facts(20_000, val=300))
+    chosen = choose(replace(facts(20_000, val=300), unlabeled_splits={"test": 700}))
+    assert chosen.values == plain.values
+    assert chosen.values["data.test_fraction"] == 0.2
+    assert "test split 0.2: 4000 of 20000 images, as the 700 of the data's own have no labels" in chosen.lines
 
 
 def test_splits_of_the_data_are_taken() -> None:
@@ -178,3 +241,35 @@ def test_given_epochs_that_the_time_does_not_hold_shrink_the_rest_and_are_told()
 def test_a_budget_of_less_than_an_epoch_is_told_as_that() -> None:
     lines = choose(facts(20_000), budget_s=0.01).lines
     assert any(line.startswith("1 epoch: it takes ") and "is for less" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "epoch_s", "every", "line"),
+    [
+        (200, 10.0, 20, "depths are scored every 20 epochs, about 3 min 20 s of training"),
+        (200, 2.0, 20, "depths are scored every 20 epochs, about 40 s of training"),
+        (200, 1.0, 30, "depths are scored every 30 epochs, about 30 s of training"),
+        (200, 0.25, 120, "depths are scored every 120 epochs, about 30 s of training"),
+        (5, 40.0, 1, "depths are scored every epoch, about 40 s of training"),
+        (
+            100,
+            0.25,
+            0,
+            "depths are scored at the end of the training alone: scores would be less than 30 s apart",
+        ),
+        (1, 99.0, 0, "depths are scored at the end of the training alone: it has one epoch"),
+    ],
+)
+def test_scores_while_it_trains_leave_time_for_training(
+    epochs: int, epoch_s: float, every: int, line: str
+) -> None:
+    chosen = choose_settings(facts(20_000), CPU, {"schedule.epochs": epochs}, 1e9, lambda values: epoch_s)
+    assert chosen.values["evaluation.every_epochs"] == every
+    assert line in chosen.lines
+
+
+@pytest.mark.parametrize("given", [{"evaluation.every_epochs": 3}, {"evaluation.patience": 2}])
+def test_scores_that_are_given_or_counted_are_left_alone(given: dict[str, Any]) -> None:
+    chosen = choose(facts(20_000), given=given)
+    assert "evaluation.every_epochs" not in chosen.values
+    assert not any("depths are scored" in line for line in chosen.lines)

@@ -13,6 +13,7 @@ from bim.orchestrator.data.splits import make_splits
 from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.runs.batch_size import MEMORY_SHARE, gpu_bytes, largest_batch, tried_batch
 from bim.orchestrator.runs.prepare import resolve_run
+from bim.orchestrator.runs.step_probe import Probe
 from bim.orchestrator.training.block_trainer import BlockTrainer
 from bim.orchestrator.training.memory import BlockMemory
 
@@ -59,7 +60,7 @@ def test_a_batch_whose_step_finds_no_memory_is_halved(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(BlockTrainer, "train_step", full)
     one = StageLayout(((0, 1, 2, 3),), 0.0, cpus=1.0, loader_cpus=0.0, threads=1)
-    assert tried_batch(run, (source, splits), one, "fp32", 32) == 8
+    assert tried_batch(Probe.of(run, one, "fp32"), 32, (source, splits)) == 8
     assert tried == [32, 16, 8]
 
 

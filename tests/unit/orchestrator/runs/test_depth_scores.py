@@ -18,6 +18,7 @@ from bim.orchestrator.runs.depth_scores import (
     read_scores,
     write_scores,
 )
+from bim.orchestrator.runs.resolve import SCORES_PER_RUN, spread_scores
 
 
 def scores(*values: float) -> list[DepthScores]:
@@ -61,12 +62,20 @@ def test_the_first_of_the_best_counts_until_patience_is_over(
 
 @pytest.mark.parametrize(
     ("epochs", "every", "count"),
-    [(100, None, 9), (5, None, 4), (1, None, 0), (10, 4, 2), (10, 5, 1), (10, 0, 0)],
+    [(100, None, 9), (101, None, 10), (5, None, 4), (1, None, 0), (10, 4, 2), (10, 5, 1), (10, 0, 0)],
 )
 def test_a_run_is_scored_ten_times_unless_told_otherwise(epochs: int, every: int | None, count: int) -> None:
     argv = ["--schedule.epochs", str(epochs), "--schedule.warmup_epochs", "0"]
     settings = load_settings([*argv, "--evaluation.every_epochs", "null" if every is None else str(every)])
     assert num_scores(settings) == count
+
+
+@pytest.mark.parametrize("epochs", [*range(2, 60), 99, 109, 199, 800])
+def test_there_are_ten_scores_before_the_end_at_most_and_one_at_least(epochs: int) -> None:
+    every = spread_scores(epochs, SCORES_PER_RUN)
+    scores = sum(epoch % every == 0 for epoch in range(1, epochs))
+    assert 1 <= scores <= 10
+    assert every == 1 or (epochs - 1) // (every - 1) > 10 or scores >= 5
 
 
 def test_scores_take_a_twentieth_of_the_images_that_are_trained_on() -> None:

@@ -26,11 +26,17 @@ from bim.orchestrator.runs.output_dir import (
     remove_unfinished_files,
     resumed_record,
 )
-from bim.orchestrator.runs.run_record import RUN_RECORD, OutputError, RunRecord, read_record, write_record
+from bim.orchestrator.runs.run_identity import (
+    RUN_FILE,
+    OutputError,
+    RunIdentity,
+    read_identity,
+    write_identity,
+)
 from bim.orchestrator.training.checkpoint import CheckpointStore, save_block
 from bim.orchestrator.training.manifest import MANIFEST, Manifest
 
-RECORD = RunRecord("0123456789abcdef", "2026-01-02 03:04:05", data="images", has_checkpoint=True)
+RECORD = RunIdentity("0123456789abcdef", "2026-01-02 03:04:05", data="images", has_checkpoint=True)
 
 
 def recipe(**changes: Any) -> Settings:
@@ -51,12 +57,12 @@ def committed(
     store.commit(Manifest(step, 5, made, {"data": data}, tuple(records), run_id))
 
 
-def run_in(out: Path, record: RunRecord | None = RECORD, **changes: Any) -> Path:
+def run_in(out: Path, record: RunIdentity | None = RECORD, **changes: Any) -> Path:
     """A directory with a run in it that has ended: settings and record."""
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "settings.yaml", settings_to_yaml(recipe(out=str(out), **changes)))
     if record is not None:
-        write_record(out, record)
+        write_identity(out, record)
     return out
 
 
@@ -77,11 +83,11 @@ def test_a_run_that_begins_gets_an_id_and_gives_its_lease_back(tmp_path: Path) -
     with claim(out, recipe(), "images") as claimed:
         assert [path.name for path in out.iterdir()] == [LEASE]
         began(claimed)
-        record = read_record(out)
+        record = read_identity(out)
         assert record == claimed.record
         assert record is not None
         assert (record.data, record.has_checkpoint, record.adopted) == ("images", False, False)
-    assert sorted(path.name for path in out.iterdir()) == [RUN_RECORD, "settings.yaml"]
+    assert sorted(path.name for path in out.iterdir()) == [RUN_FILE, "settings.yaml"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -177,7 +183,7 @@ def test_a_run_of_an_earlier_version_gets_an_id_when_it_is_resumed(tmp_path: Pat
     run_in(tmp_path, record=None)
     committed(tmp_path, 5, run_id="")
     check_output(tmp_path, resumed(tmp_path), "images")
-    assert not (tmp_path / RUN_RECORD).exists()
+    assert not (tmp_path / RUN_FILE).exists()
     with claim(tmp_path, resumed(tmp_path), "images") as claimed:
         began(claimed)
         committed(tmp_path, 6, run_id=claimed.record.run_id)
@@ -298,22 +304,22 @@ VALUES = st.recursive(
     )
 )
 def test_a_record_of_any_content_is_read_or_refused_in_a_sentence(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / RUN_RECORD).write_bytes(content)
-    told = f"{RUN_RECORD} is damaged"
+    (tmp_path / RUN_FILE).write_bytes(content)
+    told = f"{RUN_FILE} is damaged"
     with suppress(OutputError):
-        assert isinstance(read_record(tmp_path), RunRecord)
+        assert isinstance(read_identity(tmp_path), RunIdentity)
         return
     with pytest.raises(OutputError, match=told):
-        read_record(tmp_path)
+        read_identity(tmp_path)
 
 
 def test_a_directory_in_the_place_of_a_record_is_told(tmp_path: Path) -> None:
     run_in(tmp_path, record=None)
-    (tmp_path / RUN_RECORD).mkdir()
+    (tmp_path / RUN_FILE).mkdir()
     with pytest.raises(OutputError, match=r"run\.json cannot be read \(Is a directory\)"):
         check_output(tmp_path, resumed(tmp_path), "images")
     with pytest.raises(StorageError, match=r"run\.json cannot be written"):
-        write_record(tmp_path, RECORD)
+        write_identity(tmp_path, RECORD)
 
 
 def test_a_directory_in_the_place_of_the_lease_is_told(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ HERE = ["--placement.backend", "in_process"]
 
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
-    """What a test registers is gone afterwards; `tests.own_parts` is imported once in a process and stays."""
+    """What a test registers is gone afterward; `tests.own_parts` is imported once in a process and stays."""
     import tests.own_parts  # noqa: F401
 
     tables: list[dict[str, Any]] = [TARGETS, DECODERS, SOURCES]

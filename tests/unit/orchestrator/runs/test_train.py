@@ -24,7 +24,7 @@ from bim.orchestrator.runs import train as module
 from bim.orchestrator.runs.lease import LEASE
 from bim.orchestrator.runs.output_dir import claim, open_store
 from bim.orchestrator.runs.prepare import ResolvedRun, resolve_run
-from bim.orchestrator.runs.run_record import OutputError, new_record, read_record, write_record
+from bim.orchestrator.runs.run_identity import OutputError, new_identity, read_identity, write_identity
 from bim.orchestrator.runs.train import train
 from bim.orchestrator.training.callbacks import NullCallback, PretrainResult, StopRequest
 from bim.orchestrator.training.checkpoint import load_block_weights, save_block
@@ -86,8 +86,8 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> FileStages:
 
 def in_folder(run: ResolvedRun, out: Path) -> ResolvedRun:
     out.mkdir(exist_ok=True)
-    record = read_record(out) or new_record(run.fingerprint)
-    write_record(out, record)
+    record = read_identity(out) or new_identity(run.fingerprint)
+    write_identity(out, record)
     return replace(run, out=out, record=record)
 
 
@@ -216,13 +216,13 @@ def test_a_run_goes_on_from_its_own_checkpoints_alone(
     run = in_folder(resolved, tmp_path / "out")
     trained(run)
     other = replace(run, settings=run.settings.model_copy(update={"seed": 1}))
-    for stranger in (replace(run, record=new_record(run.fingerprint)), other):
-        write_record(run.out, stranger.record or new_record())
+    for stranger in (replace(run, record=new_identity(run.fingerprint)), other):
+        write_identity(run.out, stranger.record or new_identity())
         with pytest.raises(OutputError, match=r"no checkpoint .* can be resumed from") as caught:
             trained(stranger)
         assert "seed" in str(caught.value) or "it is of the run" in str(caught.value)
     assert run.record is not None
-    write_record(run.out, replace(run.record, has_checkpoint=True))
+    write_identity(run.out, replace(run.record, has_checkpoint=True))
     assert trained(run).step == run.total_steps
 
 
@@ -231,7 +231,7 @@ def test_from_scratch_sets_aside_what_cannot_be_read(
 ) -> None:
     run = in_folder(resolved, tmp_path / "out")
     trained(run)
-    assert read_record(run.out).has_checkpoint  # type: ignore[union-attr]
+    assert read_identity(run.out).has_checkpoint  # type: ignore[union-attr]
     for manifest in run.out.glob("checkpoints/*/manifest.json"):
         manifest.write_text("{")
     with pytest.raises(OutputError, match=r"no checkpoint in .* can be resumed from"):

@@ -16,10 +16,10 @@ from bim.orchestrator.distributed.placement import PlacementError, StageLayout
 from bim.orchestrator.evaluation.records import EvalConfig
 from bim.orchestrator.runs.lease import LeaseLostError
 from bim.orchestrator.search import controller as controller_module
-from bim.orchestrator.search.controller import SearchController, SearchSpec, grace_period
+from bim.orchestrator.search.controller import SearchController, epochs_of_trials, grace_period
 from bim.orchestrator.search.record import load_result
 from bim.orchestrator.search.results import SearchResult, TrialRow, best_line
-from bim.orchestrator.search.trial import TrialSpec
+from bim.orchestrator.search.spec import SearchSpec, TrialSpec
 from bim.orchestrator.training.callbacks import StopRequest
 from bim.orchestrator.training.errors import TrainingError
 
@@ -281,11 +281,18 @@ def test_no_trial_is_stopped_before_its_first_score(grace: int, every: int, soon
 def test_where_nothing_is_said_a_trial_has_half_of_its_epochs_and_its_warm_up(
     epochs: int, warmup: float, soonest: int
 ) -> None:
-    changes = {"search.trials": 2, "search.grace_epochs": None, "schedule.warmup_epochs": warmup}
-    assert (
-        grace_period(with_changes(load_settings([]), {**changes, "search.every_epochs": 1}), epochs)
-        == soonest
-    )
+    changes = {"search.trials": 2, "search.grace_epochs": None, "search.every_epochs": 1}
+    schedule = {
+        "schedule.epochs": 10 * epochs,
+        "schedule.warmup_epochs": 10 * warmup,
+    }  # ten times those of a trial
+    assert grace_period(with_changes(load_settings([]), {**changes, **schedule}), epochs) == soonest
+
+
+def test_the_epochs_of_a_search_with_half_of_its_trials_ended_early_and_with_none() -> None:
+    changes = {"schedule.epochs": 800, "search.trials": 16, "search.trial_epochs": 40}
+    settings = with_changes(load_settings([]), {**changes, "search.grace_epochs": 10})
+    assert epochs_of_trials(settings) == (400, 640)
 
 
 def test_a_search_whose_directory_another_process_took_over_ends_and_writes_nothing_more(

@@ -10,7 +10,8 @@ import pytest
 from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.evaluation.records import EvalConfig
 from bim.orchestrator.search import trainable
-from bim.orchestrator.search.trial import InfeasibleSettings, TrialSpec
+from bim.orchestrator.search.spec import TrialSpec
+from bim.orchestrator.search.trial import InfeasibleSettings
 from bim.orchestrator.training.errors import TrainingError
 
 CONFIG = {"number": 3, "changes": {"schedule.resolution": [[0, 24], [0.5, 32]], "mask.ratio": 0.6}}

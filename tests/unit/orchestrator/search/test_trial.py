@@ -19,11 +19,11 @@ from bim.orchestrator.distributed.placement import ClusterResources, PlacementEr
 from bim.orchestrator.evaluation.records import EvalConfig
 from bim.orchestrator.runs.prepare import ResolvedRun, resolve_run
 from bim.orchestrator.search.objective import score_checkpoint
+from bim.orchestrator.search.spec import TrialSpec
 from bim.orchestrator.search.trial import (
     DRIVER_CPUS,
     InfeasibleSettings,
     Scorer,
-    TrialSpec,
     completed_epochs,
     run_trial,
     trial_epochs,

@@ -74,6 +74,7 @@ class _Client:
             experiment_id=experiment_id,
             run_name=run_name,
             start_time=start_time,
+            end_time=None,
             status="RUNNING",
         )
         data = SimpleNamespace(params={}, tags=dict(tags or {}), metrics={}, points=[])
@@ -87,7 +88,8 @@ class _Client:
         self._run("update_run", run_id).info.status = status
 
     def set_terminated(self, run_id: str, status: str, end_time: int = 0) -> None:
-        self._run("set_terminated", run_id).info.status = status
+        info = self._run("set_terminated", run_id).info
+        info.status, info.end_time = status, end_time
 
     def log_batch(
         self, run_id: str, metrics: Sequence[Any] = (), params: Sequence[Any] = (), tags: Any = ()

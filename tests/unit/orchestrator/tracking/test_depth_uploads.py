@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from bim.orchestrator.search.results import TrialRow
 from bim.orchestrator.tracking.sync import sync_run
 from bim.orchestrator.tracking.tracker import Status, Tracker
 from tests.unit.orchestrator.tracking.fake_mlflow import FakeStore, opened
@@ -161,3 +163,69 @@ def test_an_exit_that_cannot_wait_ends_the_depths_too(tmp_path: Path, store: Fak
     tracker.end_at_once()
     assert statuses(store) == ["KILLED"] * 2
     leave(tracker)
+
+
+TRIAL = TrialRow(0, {"mask.ratio": 0.6})
+
+
+def test_parameters_that_a_search_chooses_come_with_its_end(tmp_path: Path, store: FakeStore) -> None:
+    tracker = opened(tmp_path / "out", interval=3600)
+    tracker.begin_depths({3: {"depth": 3}, 6: {"depth": 6}})
+    send(tracker)
+    assert store.child(variant="depth3").data.params == {"depth": "3"}
+    tracker.begin_depths(PARAMS)
+    send(tracker)
+    assert store.child(variant="depth3").data.params == {"depth": "3", "mask_ratio": "0.6"}
+    assert statuses(store) == ["RUNNING"] * 2
+    leave(tracker)
+
+
+@pytest.mark.parametrize("status", ["KILLED", "FAILED"])
+def test_depths_that_wait_for_a_search_end_with_it(tmp_path: Path, store: FakeStore, status: Status) -> None:
+    tracker = opened(tmp_path / "out", interval=3600)
+    tracker.begin_depths(PARAMS)
+    tracker.log_trial(TRIAL, "knn_top1")
+    send(tracker)
+    tracker.finish(status)
+    assert statuses(store) == [status] * 2
+    assert store.child(trial="0").info.status == "KILLED"  # it was cut off, and did not fail
+
+
+def test_depths_that_begin_before_the_trials_stand_above_them_and_trials_keep_their_durations(
+    tmp_path: Path, store: FakeStore
+) -> None:
+    """MLflow lists child runs by their start, the newest first."""
+    tracker = opened(tmp_path / "out", interval=3600)
+    tracker.begin_depths(PARAMS)
+    tracker.begin_depths({6: {"depth": 6}}, "mae")
+    send(tracker)
+    ended = replace(TRIAL, status="finished")
+    for number in (0, 1, 5000):
+        tracker.log_trial(replace(TRIAL, number=number), "knn_top1")
+        send(tracker)
+        tracker.log_trial(replace(ended, number=number), "knn_top1")
+        send(tracker)
+    trials = [store.child(trial=str(number)).info for number in (0, 1, 5000)]
+    starts = [info.start_time for info in trials]
+    assert starts == sorted(set(starts))
+    depths = [store.child(variant=name).info for name in ("depth3", "depth6", "mae-depth6")]
+    assert max(starts) < min(info.start_time for info in depths)
+    for info in trials:
+        assert 0 <= info.end_time - info.start_time < 10_000
+    leave(tracker)
+
+
+def test_a_resumed_process_ends_the_trials_that_one_left_running_that_was_killed(
+    tmp_path: Path, store: FakeStore
+) -> None:
+    out = tmp_path / "out"
+    tracker = opened(out, interval=3600)
+    tracker.begin_depths(PARAMS)
+    tracker.log_trial(TRIAL, "knn_top1")
+    send(tracker)
+    leave(tracker)
+    tracker = opened(out, resume=True, interval=3600)
+    tracker.begin_depths(PARAMS)
+    tracker.finish("FAILED")
+    assert statuses(store) == ["FAILED"] * 2
+    assert store.child(trial="0").info.status == "KILLED"

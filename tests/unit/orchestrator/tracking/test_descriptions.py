@@ -121,9 +121,10 @@ def test_the_saved_view_is_json_within_json() -> None:
 def test_addresses_open_in_the_mode_for_training_models() -> None:
     addresses = [run_address("1", "abc"), view_address("1"), *re.findall(r"\]\((.*?)\)", pages("1"))]
     links = re.findall(r"\]\((\S*)\)", run_pages("1", "abc", ["block0/loss", "block1/loss"]))
-    assert len(links) == 2
+    assert len(links) == 3
     assert all(address.endswith("workflowType=machine_learning") for address in [*addresses, *links])
     assert view_address("1").startswith("#/experiments/1/runs?viewStateShareKey=depth-variants&")
-    query = parse_qs(links[1].partition("?")[2])
+    depths, curves, query = (parse_qs(link.partition("?")[2]) for link in links)
+    assert curves == {**depths, "compareRunsMode": ["CHART"]}
     assert json.loads(query["plot_metric_keys"][0]) == ["block0/loss", "block1/loss"]
     assert json.loads(query["runs"][0]) == ["abc"]

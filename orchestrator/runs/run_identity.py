@@ -14,7 +14,7 @@ from pathlib import Path
 from bim.orchestrator.files import atomic_write
 from bim.orchestrator.training.manifest import Manifest
 
-RUN_RECORD = "run.json"
+RUN_FILE = "run.json"
 
 
 class OutputError(ValueError):
@@ -22,7 +22,7 @@ class OutputError(ValueError):
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class RunIdentity:
     """The identity of a run.
 
     Args:
@@ -45,21 +45,23 @@ class RunRecord:
             return None
         if not manifest.run_id:
             return f"it has no run id, so it is not of the run {self.run_id}"
-        return f"it is of the run {manifest.run_id}, and {RUN_RECORD} says {self.run_id}"
+        return f"it is of the run {manifest.run_id}, and {RUN_FILE} says {self.run_id}"
 
 
-def new_record(data: str = "", adopted: bool = False, has_checkpoint: bool = False) -> RunRecord:
+def new_identity(data: str = "", adopted: bool = False, has_checkpoint: bool = False) -> RunIdentity:
     """The record of a run that begins now, or gets its id now."""
-    return RunRecord(secrets.token_hex(8), time.strftime("%Y-%m-%d %H:%M:%S"), data, adopted, has_checkpoint)
+    return RunIdentity(
+        secrets.token_hex(8), time.strftime("%Y-%m-%d %H:%M:%S"), data, adopted, has_checkpoint
+    )
 
 
-def read_record(out: Path) -> RunRecord | None:
+def read_identity(out: Path) -> RunIdentity | None:
     """The record in an output directory; None if it has none.
 
     Raises:
         OutputError: it cannot be read; the message says why.
     """
-    path = out / RUN_RECORD
+    path = out / RUN_FILE
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -68,7 +70,7 @@ def read_record(out: Path) -> RunRecord | None:
         raise OutputError(f"{path} cannot be read ({error.strerror or error})") from error
     try:
         raw = json.loads(content)
-        values = {field.name: raw[field.name] for field in fields(RunRecord)}
+        values = {field.name: raw[field.name] for field in fields(RunIdentity)}
     except (ValueError, TypeError, KeyError, RecursionError):
         values = {}
     kinds = {"adopted": bool, "has_checkpoint": bool}
@@ -77,9 +79,9 @@ def read_record(out: Path) -> RunRecord | None:
             f"{path} is damaged: it does not hold the record of a run; remove it, and the id of the run is taken from its "
             "checkpoints"
         )
-    return RunRecord(**values)
+    return RunIdentity(**values)
 
 
-def write_record(out: Path, record: RunRecord) -> None:
+def write_identity(out: Path, record: RunIdentity) -> None:
     """Write the record. Raises StorageError."""
-    atomic_write(out / RUN_RECORD, json.dumps(asdict(record), indent=1) + "\n")
+    atomic_write(out / RUN_FILE, json.dumps(asdict(record), indent=1) + "\n")
