@@ -61,24 +61,21 @@ def own_logging() -> Iterator[None]:
     logger.setLevel(logging.NOTSET)
 
 
-WITHOUT_RAY = (
-    "tests/unit/",
-    "tests/e2e/test_automatic.py",
-    "tests/e2e/test_names_and_secrets.py",
-    "tests/e2e/test_output_directory.py",
-    "tests/e2e/test_wrong_inputs.py",
-)
-"""Tests that start no Ray."""
+SHARED_RAY = "tests/integration/"
+"""Tests that share one Ray; those below `tests/e2e` call commands, which start their own."""
+
+WITHOUT_RAY = ("tests/integration/test_quickstart.py", "tests/integration/test_resume.py")
+"""Tests among these that start no Ray."""
 
 
 class RayTestsOnOneWorker(LoadScopeScheduling):
-    """Tests with Ray share one worker process of pytest-xdist, and with it one Ray; the others run beside them.
+    """Tests that share a Ray run on one worker process of pytest-xdist; the others run beside them, file by file.
 
     Not the marks of `--dist loadgroup`: pytest-xdist 3.8 passes over them under pytest 9.2.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        if not nodeid.startswith(WITHOUT_RAY):
+        if nodeid.startswith(SHARED_RAY) and not nodeid.startswith(WITHOUT_RAY):
             return "ray"
         # Tests of one file of the end-to-end tests share what takes long to make.
         return nodeid if nodeid.startswith("tests/unit/") else nodeid.partition("::")[0]
