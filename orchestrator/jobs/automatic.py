@@ -79,7 +79,8 @@ def _search_line(settings: Settings) -> str:
     }
     expected, most = epochs_of_trials(with_changes(settings, options))
     flags = " ".join(f"--{key} {value}" for key, value in options.items())
-    return f"no search: {flags} would train for {expected:.0f} to {most} epochs more, beside {epochs}"
+    span = f"{expected:.0f} to {most}" if expected < most else f"{most}"
+    return f"no search: {flags} would train for {span} epochs more, beside {epochs}"
 
 
 def _split_batch(chosen: Chosen, given: Mapping[str, Any], source: Source) -> None:

@@ -52,7 +52,8 @@ EVALUATED_SETS = 2
 """Model sets of an evaluation that compute embeddings: trained and random weights."""
 
 SCORE_START_S = 8.0
-"""Seconds in which the process of a score starts on Ray: it imports torch and timm beside the stages."""
+"""Seconds in which the process of a score starts on Ray: it imports torch and timm beside the stages. With GPUs every score
+has one of its own."""
 
 LATENCY_S = 2 * (0.2 + 0.6)
 """Seconds in which the latency of a depth is measured, at two batch sizes."""
@@ -85,7 +86,7 @@ def estimate_run(
     times = times or computed_times(run, gmacs, layout)
     settings, phase = run.settings, run.phases[-1]
     micro_s = micro_batch_seconds(times, layout, settings.placement.backend, cpus, settings.data.workers)
-    scores_s, evaluation_s = _measuring_seconds(run, images, times, gmacs, evaluated_sets)
+    scores_s, evaluation_s = _measuring_seconds(run, images, times, gmacs, layout.gpus, evaluated_sets)
     memories = [block.memory for block in blocks]
     return RunEstimate(
         tuple(blocks),
@@ -163,6 +164,7 @@ def _measuring_seconds(
     images: tuple[Source, Splits],
     times: StepTimes,
     gmacs: Sequence[tuple[float, float]],
+    gpus: float,
     evaluated_sets: int,
 ) -> tuple[float, float]:
     """Seconds of the scores while it trains; of the evaluation: images decoded once, embedded by every set, latencies.
@@ -183,6 +185,7 @@ def _measuring_seconds(
         len(splits.train) + len(splits.val), images_of_a_score(run.settings, run.phases, run.total_steps)
     )
     latency_s = LATENCY_S * len(run.depths) if run.settings.evaluation.latency else 0.0
-    start_s = SCORE_START_S if run.settings.placement.backend == "ray" else 0.0
-    scores_s = num_scores(run.settings) * (start_s + scored * (embedding_s + decoding_s))
+    scores = num_scores(run.settings)
+    processes = 0 if run.settings.placement.backend != "ray" else scores if gpus else min(scores, 1)
+    scores_s = processes * SCORE_START_S + scores * scored * (embedding_s + decoding_s)
     return scores_s, measured * (evaluated_sets * embedding_s + decoding_s) + latency_s
