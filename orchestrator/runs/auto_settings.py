@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import PurePath
 from typing import Any
 
-from bim.orchestrator.config.auto_rules import AutoRules, BackboneRule, Device, auto_rules
+from bim.orchestrator.config.auto_rules import AutoRules, Device, auto_rules
 from bim.orchestrator.config.durations import seconds
 from bim.orchestrator.config.messages import format_value
 from bim.orchestrator.data.facts import ImageFacts
+from bim.orchestrator.runs.auto_candidates import Candidate, candidate_values, candidates, is_given
 from bim.orchestrator.runs.resolve import spread_scores
 from bim.orchestrator.text import duration
 
 EpochSeconds = Callable[[Mapping[str, Any]], float]
 """From settings, by dotted key, to the seconds of an epoch of theirs on this machine."""
-
 
 ROUNDED_FROM = 4
 """Epochs that the time allows are rounded down from so many steps of rounding on."""
@@ -46,14 +45,6 @@ class Chosen:
 
     values: dict[str, Any] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A backbone at an image size; None: what the user gave, or timm's own size."""
-
-    backbone: BackboneRule | None
-    size: int | None
 
 
 def choose_settings(
@@ -105,17 +96,17 @@ class _Chooser:
         batch_size = self._step(train)
         wanted = self._wanted_epochs(train)
         needed = wanted if "schedule.epochs" in self._given else min(wanted, rules.epochs.min)
-        candidates = list(self._candidates(train))
-        first = candidates[0]
-        for candidate in candidates:
-            values = self._values_of(candidate) | {
+        choices = list(candidates(rules, facts, self._device, self._given, train))
+        first = choices[0]
+        for candidate in choices:
+            values = candidate_values(candidate, self._rules, self._given) | {
                 "schedule.epochs": wanted,
                 "schedule.warmup_epochs": 0.0,
                 "data.workers": self._workers,
             }
             epoch_s = self._epoch_seconds(self._chosen.values | values | self._given)
             fitting = int(self._budget_s / epoch_s) if epoch_s > 0 else wanted
-            if fitting >= needed or candidate is candidates[-1]:
+            if fitting >= needed or candidate is choices[-1]:
                 break
         self._backbone(candidate, first, train)
         self._epochs(wanted, min(wanted, fitting), epoch_s)
@@ -127,16 +118,10 @@ class _Chooser:
 
     def _set(self, values: Mapping[str, Any], line: str | None = None) -> None:
         """Take values that the user has not given, and say so if there is one."""
-        free = {key: value for key, value in values.items() if not self._is_given(key)}
+        free = {key: value for key, value in values.items() if not is_given(key, self._given)}
         self._chosen.values |= free
         if free and line is not None:
             self._chosen.lines.append(line)
-
-    def _is_given(self, key: str) -> bool:
-        return any(
-            given == key or given.startswith(f"{key}.") or key.startswith(f"{given}.")
-            for given in self._given
-        )
 
     def _always(self) -> None:
         """A line for each group of settings that every automatic run has, with those that the user has not given."""
@@ -148,7 +133,7 @@ class _Chooser:
         free = [
             f"{key} {value if isinstance(value, str) else format_value(value)}"
             for key, value in values.items()
-            if not self._is_given(key)
+            if not is_given(key, self._given)
         ]
         if free and reason is not None:
             self._chosen.lines.append(f"{', '.join(free)}: {reason}")
@@ -199,52 +184,8 @@ class _Chooser:
         epochs = min(rule.max, max(rule.min, round(rule.images / train)))
         return int(self._given.get("schedule.epochs", _rounded(epochs, rule.round_to)))
 
-    def _candidates(self, train: int) -> Iterator[_Candidate]:
-        """The largest backbone and image size first; then size and backbone shrink in turns."""
-        rule, most = self._rules.image_size, self._rules.image_size.max[self._device]
-        fitting = [size for size in rule.sizes if size <= min(most, self._facts.short_side_px)]
-        sizes: list[int | None] = list(reversed(fitting)) or [min(rule.sizes)]
-        backbones: list[BackboneRule | None] = [
-            row
-            for row in reversed(self._rules.backbones)
-            if row.device == self._device and row.min_images <= train
-        ]
-        if self._is_given("backbone.name") or self._is_given("backbones"):
-            backbones, sizes = [None], [None]
-        elif "backbone.model_args.img_size" in self._given:
-            sizes = [int(self._given["backbone.model_args.img_size"])]
-        size, backbone = 0, 0
-        yield _Candidate(backbones[0], sizes[0])
-        for _ in zip_longest(sizes, backbones):
-            if size + 1 < len(sizes):
-                size += 1
-                yield _Candidate(backbones[backbone], sizes[size])
-            if backbone + 1 < len(backbones):
-                backbone += 1
-                yield _Candidate(backbones[backbone], sizes[size])
-
-    def _values_of(self, candidate: _Candidate) -> dict[str, Any]:
-        backbone, size = candidate.backbone, candidate.size
-        if self._is_given("backbones"):
-            return {"decoder.dim": 256}
-        if backbone is None or size is None:
-            return {"backbone.model_args": {}, "decoder.dim": 256}
-        patch = next(row.patch for row in self._rules.patch_size if size <= row.max_size)
-        scale = next(row.scale for row in self._rules.crop_scale if size <= row.max_size)
-        values: dict[str, Any] = {
-            "backbone.name": backbone.name,
-            "backbone.model_args.img_size": size,
-            "backbone.model_args.patch_size": patch,
-            "backbone.model_args.embed_dim": backbone.width,
-            "backbone.model_args.depth": backbone.depth,
-            "backbone.model_args.num_heads": backbone.heads,
-            "decoder.dim": backbone.decoder_dim,
-            "data.crop_scale": list(scale),
-        }
-        return {key: value for key, value in values.items() if not self._is_given(key)}
-
-    def _backbone(self, candidate: _Candidate, first: _Candidate, train: int) -> None:
-        values = self._values_of(candidate)
+    def _backbone(self, candidate: Candidate, first: Candidate, train: int) -> None:
+        values = candidate_values(candidate, self._rules, self._given)
         backbone, size = candidate.backbone, candidate.size
         if backbone is None or size is None:
             self._set(values)
@@ -304,7 +245,7 @@ class _Chooser:
     def _scores(self, epoch_s: float) -> None:
         """How often the depths are scored while they train; a given patience counts scores, so their number stays."""
         rule, key = self._rules.scores, "evaluation.every_epochs"
-        if self._is_given("evaluation.patience"):
+        if is_given("evaluation.patience", self._given):
             return
         epochs = int((self._chosen.values | self._given)["schedule.epochs"])
         every = spread_scores(epochs, rule.most)

@@ -21,6 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from bim.orchestrator.evaluation import metrics
+from bim.orchestrator.runs import step_times
 from bim.pipelines import bim_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +68,7 @@ def arguments(*changes: Mapping[str, str]) -> list[str]:
 def call(argv: Sequence[str], out: Path = Path()) -> Finished:
     """Run the command in this process.
 
-    Its linear probes take few iterations: to the optimum they would take most of a tiny run.
+    Its linear probes take few iterations, to the optimum they would take most of a tiny run, and few steps are timed.
     """
     stdout, stderr = io.StringIO(), io.StringIO()
     with (
@@ -76,6 +77,7 @@ def call(argv: Sequence[str], out: Path = Path()) -> Finished:
         contextlib.redirect_stderr(stderr),
     ):
         patch.setattr(metrics, "PROBE_ITERATIONS", 10)
+        patch.setattr(step_times, "PROBE_S", 0.5)
         status = bim_pipeline.main(argv)
     return Finished(status, stdout.getvalue(), stderr.getvalue(), out)
 
