@@ -43,7 +43,7 @@ from bim.orchestrator.config.recipes import (
 )
 from bim.orchestrator.config.renamed import new_key
 from bim.orchestrator.config.schema import Settings, SettingsError, all_settings
-from bim.orchestrator.config.transforms import overlaid, settings_to_yaml
+from bim.orchestrator.config.transforms import by_model_argument, overlaid, settings_to_yaml
 from bim.orchestrator.config.validate import settings_from_mapping
 
 log = logging.getLogger(__name__)
@@ -139,6 +139,7 @@ def load_settings(
             del given[BATCH_SIZE]
         if auto.entries:
             given["backbones"] = values["backbones"]
+        given = by_model_argument(given)
         values = dict(automatic(given, budget_s))
         for key, value in given.items():
             values = overlaid(values, key.split(".", 2), value)
