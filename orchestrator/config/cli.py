@@ -27,7 +27,7 @@ from bim.orchestrator.config.auto_batch import (
     with_largest_batches,
     without_auto,
 )
-from bim.orchestrator.config.auto_rules import LEAST_SETTINGS
+from bim.orchestrator.config.auto_rules import PLACEHOLDER_SETTINGS
 from bim.orchestrator.config.durations import seconds
 from bim.orchestrator.config.help_page import WIDTH as HELP_WIDTH
 from bim.orchestrator.config.help_page import help_text
@@ -98,7 +98,7 @@ def load_settings(
         except RecipeError as error:
             raise SettingsError(str(error)) from None
     try:
-        values = deepcopy(dict(LEAST_SETTINGS)) if is_automatic else read_recipe(recipe)
+        values = deepcopy(dict(PLACEHOLDER_SETTINGS)) if is_automatic else read_recipe(recipe)
     except RecipeError as error:
         raise SettingsError("\n".join([*problems, str(error)])) from None
 
@@ -156,8 +156,10 @@ def load_settings(
 
 
 def recipe_file(argv: Sequence[str]) -> Path | None:
-    """The file that `--recipe` names; None for a recipe that comes with the package, or without one."""
-    recipe = _split([token for token in argv if token not in FLAGS]).recipe
+    """The file that `--recipe` names or `--resume` implies; None for a recipe of the package, or without one."""
+    arguments = _split([token for token in argv if token not in FLAGS])
+    _resumed_recipe(arguments)
+    recipe = arguments.recipe
     return None if recipe is None or recipe in bundled_recipes() else Path(recipe).expanduser()
 
 
