@@ -32,6 +32,7 @@ def _main(argv: Sequence[str], stop: StopRequest) -> int:
     from bim.orchestrator.config.cli import load_settings, recipe_file
     from bim.orchestrator.config.schema import SettingsError
     from bim.orchestrator.reporting.log import configure_console
+    from bim.orchestrator.training.errors import TrainingError
 
     verbose, quiet = "--verbose" in argv, "--quiet" in argv
     configure_console(verbose, quiet, on_stderr="--print-config" in argv)
@@ -43,6 +44,8 @@ def _main(argv: Sequence[str], stop: StopRequest) -> int:
         return run(settings, live=not quiet, stop=stop, recipe=recipe)
     except SettingsError as error:
         return fail(error, 2)
+    except TrainingError as error:  # of a probe
+        return fail(error, 1)
 
 
 def _automatic(given: Mapping[str, Any], budget_s: float | None) -> Mapping[str, Any]:
@@ -63,17 +66,19 @@ def _largest_batch(settings: Settings) -> int:
 
 @contextmanager
 def _only_settings_errors() -> Iterator[None]:
-    """For settings that depend on images and machine: what is wrong with the input is raised as SettingsError."""
+    """For settings that depend on images and machine: what is wrong with the input is raised as SettingsError.
+
+    A TrainingError of a probe stays what it is.
+    """
     from bim.orchestrator.distributed.local_ray import before_ray_is_imported
 
     before_ray_is_imported()
     from bim.orchestrator.config.schema import SettingsError
     from bim.orchestrator.jobs.job import BAD_INPUT
-    from bim.orchestrator.plugins import PluginError
 
     try:
         yield
-    except (*BAD_INPUT, PluginError) as error:
+    except BAD_INPUT as error:
         raise SettingsError(str(error)) from error
 
 

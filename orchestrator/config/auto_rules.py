@@ -14,7 +14,7 @@ from bim.orchestrator.config.recipes import parse_value
 
 Device = Literal["cpu", "gpu"]
 
-PLACEHOLDER_SETTINGS: Mapping[str, Any] = {
+LEAST_SETTINGS: Mapping[str, Any] = {
     "name": "images",
     "backbone": {"name": "vit_tiny_patch16_224"},
     "data": {"source": "images", "batch_size": 1},

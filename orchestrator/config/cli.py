@@ -27,7 +27,7 @@ from bim.orchestrator.config.auto_batch import (
     with_largest_batches,
     without_auto,
 )
-from bim.orchestrator.config.auto_rules import PLACEHOLDER_SETTINGS
+from bim.orchestrator.config.auto_rules import LEAST_SETTINGS
 from bim.orchestrator.config.durations import seconds
 from bim.orchestrator.config.help_page import WIDTH as HELP_WIDTH
 from bim.orchestrator.config.help_page import help_text
@@ -43,7 +43,7 @@ from bim.orchestrator.config.recipes import (
 )
 from bim.orchestrator.config.renamed import new_key
 from bim.orchestrator.config.schema import Settings, SettingsError, all_settings
-from bim.orchestrator.config.transforms import overlaid, settings_to_yaml
+from bim.orchestrator.config.transforms import by_model_argument, overlaid, settings_to_yaml
 from bim.orchestrator.config.validate import settings_from_mapping
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def load_settings(
         except RecipeError as error:
             raise SettingsError(str(error)) from None
     try:
-        values = deepcopy(dict(PLACEHOLDER_SETTINGS)) if is_automatic else read_recipe(recipe)
+        values = deepcopy(dict(LEAST_SETTINGS)) if is_automatic else read_recipe(recipe)
     except RecipeError as error:
         raise SettingsError("\n".join([*problems, str(error)])) from None
 
@@ -139,6 +139,7 @@ def load_settings(
             del given[BATCH_SIZE]
         if auto.entries:
             given["backbones"] = values["backbones"]
+        given = by_model_argument(given)
         values = dict(automatic(given, budget_s))
         for key, value in given.items():
             values = overlaid(values, key.split(".", 2), value)

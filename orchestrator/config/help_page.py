@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from bim.orchestrator.config.auto_rules import CHOSEN_SETTINGS, PLACEHOLDER_SETTINGS, auto_rules
+from bim.orchestrator.config.auto_rules import CHOSEN_SETTINGS, LEAST_SETTINGS, auto_rules
 from bim.orchestrator.config.messages import SettingInfo, format_value
 from bim.orchestrator.config.recipes import DEFAULT_RECIPE, bundled_recipes, read_recipe
 from bim.orchestrator.config.schema import all_settings, setting_sections
@@ -171,7 +171,7 @@ def _values_and_heading(recipe: str, own_images: str | None) -> tuple[Mapping[st
     if own_images is None:
         values = settings_to_mapping(settings_from_mapping(read_recipe(recipe)))
         return values, f"Settings, each with its value in {recipe} in brackets"
-    placeholders = dict(PLACEHOLDER_SETTINGS)
+    placeholders = dict(LEAST_SETTINGS)
     for key, value in {**auto_rules().always_values, "data.source": own_images}.items():
         placeholders = overlaid(placeholders, key.split("."), value)
     values = settings_to_mapping(settings_from_mapping(placeholders))

@@ -15,6 +15,7 @@ from bim.orchestrator.text import redact
 
 Scalar = str | int | float | bool | None
 
+MODEL_ARGS = "backbone.model_args"
 
 CHANGE_NO_WEIGHT = (
     "name",
@@ -151,3 +152,13 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
     for key, value in values.items():
         leaves += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
     return leaves
+
+
+def by_model_argument(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys with one key for each of `backbone.model_args`, where they are given as a mapping."""
+    result = dict(given)
+    arguments = result.get(MODEL_ARGS)
+    if isinstance(arguments, Mapping) and arguments:
+        del result[MODEL_ARGS]
+        result |= {f"{MODEL_ARGS}.{name}": value for name, value in arguments.items()}
+    return result

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bim.orchestrator.config.auto_rules import auto_rules
+from bim.orchestrator.config.auto_rules import LEAST_SETTINGS, auto_rules
 from bim.orchestrator.config.schema import Settings, SettingsError
 from bim.orchestrator.config.transforms import overlaid, with_changes
 from bim.orchestrator.config.validate import settings_from_mapping
@@ -21,12 +22,14 @@ from bim.orchestrator.distributed.cluster import ray_cluster, run_on_worker
 from bim.orchestrator.distributed.placement import ClusterResources, StageLayout, concurrent_backbones
 from bim.orchestrator.jobs.backbone_entries import backbone_entries
 from bim.orchestrator.jobs.cost import cpus_of_each, expected_precision, on_device, step_times
-from bim.orchestrator.plugins import import_plugins
+from bim.orchestrator.jobs.prepare import check_model_names, resolve_paths
 from bim.orchestrator.runs.auto_settings import Chosen, StageResources, choose_settings
 from bim.orchestrator.runs.batch_size import computed_batch, gpu_bytes, tried_batch
 from bim.orchestrator.runs.estimate import seconds_in_turns
+from bim.orchestrator.runs.output_dir import check_output
 from bim.orchestrator.runs.prepare import resolve_run
 from bim.orchestrator.runs.provenance import hardware
+from bim.orchestrator.runs.resolve import load_plugins
 from bim.orchestrator.runs.step_probe import Probe
 from bim.orchestrator.runs.step_times import epoch_seconds, micro_batch_seconds
 from bim.orchestrator.runs.train import resolve_layout
@@ -47,10 +50,11 @@ def automatic_settings(given: Mapping[str, Any], budget_s: float | None = None) 
         budget_s: seconds that the training may take; None: by the rules.
 
     Raises:
-        SettingsError, DataError, ClusterError, PluginError: the images, or what is given, cannot be used.
+        SettingsError, DataError, OutputError, PlacementError, ClusterError: the images, or what is given, cannot be used.
+        TrainingError: a step of the probe fails, as one of the training would.
     """
     name, columns = given["data.source"], (given.get("data.image_column"), given.get("data.label_column"))
-    import_plugins(given.get("plugins") or ())
+    _check_given(given)
     source = open_source(name, *columns)
     facts, cluster = image_facts(source), machine_resources()
     machine = StageResources(
@@ -66,8 +70,26 @@ def automatic_settings(given: Mapping[str, Any], budget_s: float | None = None) 
         for line in wrapped(f"  {choice}"):
             log.info(line)
     if not {"search.trials", "backbones"} & given.keys():
-        log.info("  %s", _search_line(settings_from_mapping(nested({**chosen.values, **given}))))
+        with suppress(SettingsError):  # of a search that nobody asked for
+            log.info("  %s", _search_line(settings_from_mapping(nested({**chosen.values, **given}))))
     return nested({"data.source": given["data.source"], **chosen.values})
+
+
+def _check_given(given: Mapping[str, Any]) -> None:
+    """What can be wrong before anything is probed: plugins, the output directory, the name of the models.
+
+    Raises:
+        SettingsError, OutputError: it is wrong.
+    """
+    values = dict(LEAST_SETTINGS)
+    for key, value in given.items():
+        values = overlaid(values, key.split(".", 2), value)
+    settings = settings_from_mapping(values)
+    load_plugins(settings)
+    check_model_names(settings)
+    if settings.out is not None:
+        settings, out = resolve_paths(settings)
+        check_output(out, settings, fingerprint="")
 
 
 def _search_line(settings: Settings) -> str:
@@ -87,7 +109,7 @@ def _split_batch(chosen: Chosen, given: Mapping[str, Any], source: Source) -> No
     """Parts of a batch that the memory of a GPU holds, in place of the whole, if it is known and too small."""
     settings = settings_from_mapping(nested({**chosen.values, **given}))
     try:
-        fitting = min(_fitting_batches(settings, source, is_tried=False))
+        fitting, _ = min(_fitting_batches(settings, source, is_tried=False))
     except SettingsError:
         return  # its memory is unknown, or the error is told where the run is prepared
     batch = settings.data.batch_size
@@ -103,23 +125,24 @@ def largest_batch_size(settings: Settings) -> int:
     An epoch keeps the steps that the rules ask for; on CPUs a step has no more images than they allow there.
 
     Raises:
-        SettingsError, DataError, ClusterError, PluginError: the settings or the images cannot be used, or no image fits.
+        SettingsError, DataError, PlacementError, ClusterError: the settings or the images cannot be used, or no image fits.
+        TrainingError: the step that is tried fails for another reason than memory.
     """
-    import_plugins(settings.plugins)
+    load_plugins(settings)
     data = settings.data
     source = open_source(data.source, data.image_column, data.label_column)
-    batch_size = min(_fitting_batches(settings, source, is_tried=True))
+    batch_size, bound = min(_fitting_batches(settings, source, is_tried=True))
     if not batch_size:
         raise SettingsError(
             "data.batch_size auto: the memory of a device holds not even one image; choose a smaller backbone or image "
             "size, or more stages"
         )
-    log.info("batch %d: the largest that fits, computed and tried", batch_size)
+    log.info("the largest batch, computed and tried: %d, for %s", batch_size, bound)
     return batch_size
 
 
-def _fitting_batches(settings: Settings, source: Source, is_tried: bool) -> list[int]:
-    """The largest micro-batch of every backbone, with the steps of an epoch that the rules ask for."""
+def _fitting_batches(settings: Settings, source: Source, is_tried: bool) -> list[tuple[int, str]]:
+    """The largest micro-batch of every backbone and what bounds it: memory, steps of an epoch, or images a step on CPUs."""
     data, steps = settings.data, auto_rules().steps
     splits = make_splits(source, data.split_seed, data.val_fraction, data.test_fraction)
     entries, cluster = [settings], machine_resources()
@@ -130,14 +153,17 @@ def _fitting_batches(settings: Settings, source: Source, is_tried: bool) -> list
         run, _, _ = resolve_run(entry, Path("unused"), (source, splits))
         layout = resolve_layout(entry, cluster)
         precision = expected_precision(entry, layout)
-        limit = len(splits.train) // (steps.min_per_epoch * entry.data.accumulate)
-        if not layout.gpus:
-            limit = min(limit, steps.images_per_step["cpu"] // entry.data.accumulate)
-        batch_size = computed_batch(run, layout, precision, _device_bytes(layout), max(1, limit))
+        accumulate, on_cpus = entry.data.accumulate, steps.images_per_step["cpu"]
+        limit = len(splits.train) // (steps.min_per_epoch * accumulate)
+        bound = f"{steps.min_per_epoch} steps an epoch"
+        if not layout.gpus and on_cpus // accumulate < limit:
+            limit, bound = on_cpus // accumulate, f"{on_cpus} images a step on CPUs"
+        limit = max(1, limit)
+        batch_size = computed_batch(run, layout, precision, _device_bytes(layout), limit)
         if is_tried:
             probe = Probe.of(run, layout, precision)
             batch_size = on_device(tried_batch, layout, entry, probe, batch_size, images=(source, splits))
-        batches.append(batch_size)
+        batches.append((batch_size, bound if 2 * batch_size > limit else "the memory of the device"))
     return batches
 
 

@@ -115,7 +115,8 @@ def pretrain(
     Raises:
         SettingsError, DataError, OutputError, PlacementError, TrackingError, ClusterError: wrong input; each is a
             ValueError, one sentence a line, before anything has started.
-        TrainingError: the training cannot go on; the last checkpoint stays, and `resume=True` goes on from it.
+        TrainingError: the training cannot go on; the last checkpoint stays, and `resume=True` goes on from it. Also where a
+            step that is timed before it begins fails.
         KeyboardInterrupt: Ctrl-C; as far as there is a checkpoint, `resume=True` goes on from it.
     """
     from bim.orchestrator.distributed.local_ray import before_ray_is_imported

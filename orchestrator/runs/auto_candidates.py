@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
 from bim.orchestrator.config.auto_rules import AutoRules, BackboneRule, Device
 from bim.orchestrator.data.facts import ImageFacts
+
+IMG_SIZE = "backbone.model_args.img_size"
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ def candidates(
     ]
     if is_given("backbone.name", given) or is_given("backbones", given):
         backbones, sizes = [None], [None]
-    elif "backbone.model_args.img_size" in given:
-        sizes = [int(given["backbone.model_args.img_size"])]
+    elif IMG_SIZE in given:
+        sizes = [max(_sides(given[IMG_SIZE]))]
     size, backbone = 0, 0
     yield Candidate(backbones[0], sizes[0])
     for _ in zip_longest(sizes, backbones):
@@ -59,16 +62,35 @@ def candidate_values(candidate: Candidate, rules: AutoRules, given: Mapping[str,
         return {"decoder.dim": 256}
     if backbone is None or size is None:
         return {"backbone.model_args": {}, "decoder.dim": 256}
-    patch = next(row.patch for row in rules.patch_size if size <= row.max_size)
-    scale = next(row.scale for row in rules.crop_scale if size <= row.max_size)
+    patch = next((row.patch for row in rules.patch_size if size <= row.max_size), rules.patch_size[-1].patch)
+    scale = next((row.scale for row in rules.crop_scale if size <= row.max_size), rules.crop_scale[-1].scale)
+    width, blocks = given.get("backbone.model_args.embed_dim", backbone.width), given.get("blocks")
     values: dict[str, Any] = {
         "backbone.name": backbone.name,
         "backbone.model_args.img_size": size,
-        "backbone.model_args.patch_size": patch,
+        "backbone.model_args.patch_size": _dividing(patch, _sides(given.get(IMG_SIZE, size))),
         "backbone.model_args.embed_dim": backbone.width,
-        "backbone.model_args.depth": backbone.depth,
-        "backbone.model_args.num_heads": backbone.heads,
+        "backbone.model_args.depth": sum(blocks) if isinstance(blocks, Sequence) else backbone.depth,
+        "backbone.model_args.num_heads": _heads(width, backbone.width // backbone.heads),
         "decoder.dim": backbone.decoder_dim,
         "data.crop_scale": list(scale),
     }
     return {key: value for key, value in values.items() if not is_given(key, given)}
+
+
+def _sides(size: Any) -> tuple[int, ...]:
+    """Of an image size as timm takes it: a number, or height and width."""
+    return tuple(map(int, size)) if isinstance(size, Sequence) else (int(size),)
+
+
+def _dividing(patch: int, sides: Sequence[int]) -> int:
+    """The largest patch size, at most `patch`, that divides all sides; `patch` itself where only tiny ones do."""
+    common = math.gcd(*sides)
+    dividing = max(size for size in range(1, patch + 1) if common % size == 0)
+    return dividing if dividing > patch // 2 else patch
+
+
+def _heads(width: Any, head_width: int) -> int:
+    """The most attention heads of at least `head_width` channels that divide a width."""
+    most = max(1, int(width) // head_width)
+    return max(heads for heads in range(1, most + 1) if int(width) % heads == 0)

@@ -84,7 +84,8 @@ class _Chooser:
 
     def choose(self) -> Chosen:
         rules, facts = self._rules, self._facts
-        self._set({"name": _run_name(facts.source)})
+        name = _run_name(facts.source)
+        self._set({"name": name}, f"name {name}: of the images")
         self._set(rules.always_values)
         train = self._splits()
         if train < rules.few_images and "init_from" not in self._given:
@@ -166,7 +167,8 @@ class _Chooser:
         accumulate = int(self._given.get("data.accumulate", 1))
         batch_size = int(self._given.get("data.batch_size", max(1, images // accumulate)))
         images = batch_size * accumulate
-        rate = next(row.lr for row in self._rules.learning_rate if images <= row.max_images_per_step)
+        rates = self._rules.learning_rate
+        rate = next((row.lr for row in rates if images <= row.max_images_per_step), rates[-1].lr)
         self._set(
             {"data.batch_size": batch_size, "data.accumulate": 1},
             f"batch {batch_size}{f' x {accumulate}' if accumulate > 1 else ''}: {train // images} steps an epoch of "
@@ -193,7 +195,9 @@ class _Chooser:
             return
         shrunk = f"; {duration(self._budget_s)} of training do not suffice for more"
         width = self._given.get("backbone.model_args.embed_dim", backbone.width)
-        depth = self._given.get("backbone.model_args.depth", backbone.depth)
+        depth = self._given.get(
+            "backbone.model_args.depth", values.get("backbone.model_args.depth", backbone.depth)
+        )
         most, short = self._rules.image_size.max[self._device], self._facts.short_side_px
         why = f"half of the images have {short} px or more on their short side"
         if size == most < short:
@@ -272,8 +276,15 @@ class _Chooser:
 
 
 def _run_name(source: str) -> str:
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePath(source.partition(":")[2] or source).name).strip("-._")
-    return name or "images"
+    """The folder, the file without `.parquet`, torchvision's name of a data set, or what a plugin calls the images."""
+    kind, _, rest = source.partition(":")
+    if kind == "torchvision":
+        name = rest.partition(":")[0]
+    elif rest and not source.startswith(("/", ".", "~")):
+        name = source
+    else:
+        name = PurePath(source).name.removesuffix(".parquet")
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "images"
 
 
 def _rounded(epochs: int, to: int) -> int:

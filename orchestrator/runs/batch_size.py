@@ -14,6 +14,7 @@ from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.runs.estimate import run_memories
 from bim.orchestrator.runs.prepare import ResolvedRun
 from bim.orchestrator.runs.step_probe import Probe
+from bim.orchestrator.runs.step_times import probe_error
 from bim.orchestrator.training.errors import StageFailure
 from bim.orchestrator.training.memory import BlockMemory
 from bim.orchestrator.training.messages import StepRequest
@@ -67,6 +68,9 @@ def tried_batch(probe: Probe, batch_size: int, images: tuple[Source, Splits] | N
     """The first of `batch_size` and its halves of which one micro-batch can be trained in this process; 0 if none can.
 
     images: those of the run, if they are open already.
+
+    Raises:
+        DataError, TrainingError: a step fails for another reason than memory.
     """
     images = images or probe.data.open()
     while batch_size and not _fits(probe, images, batch_size):
@@ -92,7 +96,7 @@ def _fits(probe: Probe, images: tuple[Source, Splits], batch_size: int) -> bool:
             torch.cuda.synchronize()
     except StageFailure as failure:
         if not _is_memory_error(failure.cause):
-            raise
+            raise probe_error(failure) from failure
         return False
     except (torch.OutOfMemoryError, MemoryError):
         return False

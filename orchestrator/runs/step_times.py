@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.data.loader import TrainBatches
 from bim.orchestrator.data.source import Source
 from bim.orchestrator.data.splits import Splits
@@ -82,7 +83,7 @@ def probe_steps(probe: Probe, images: tuple[Source, Splits] | None = None) -> St
 
     Raises:
         DataError: the images cannot be read here.
-        TrainingError: not even the smallest micro-batch fits the device.
+        TrainingError: not even the smallest micro-batch fits the device, or the step fails for another reason.
     """
     images = images or probe.data.open()
     whole, threads = probe.data.phases[0].batch_size, torch.get_num_threads()
@@ -94,10 +95,8 @@ def probe_steps(probe: Probe, images: tuple[Source, Splits] | None = None) -> St
             try:
                 times = _timed(probe, images, device, batch)
             except StageFailure as error:
-                if not breaks_device_context(error):
-                    raise
-                if times is None:
-                    raise TrainingError(str(error)) from error
+                if times is None or not breaks_device_context(error):
+                    raise probe_error(error) from error
                 break  # a smaller one tells enough
             timed_batch = batch
             step_s = sum(times.stages) + times.loading
@@ -111,6 +110,12 @@ def probe_steps(probe: Probe, images: tuple[Source, Splits] | None = None) -> St
             torch.cuda.empty_cache()  # the stages of the run start on the same device
     scale = whole / timed_batch
     return StepTimes(tuple(scale * s for s in times.stages), scale * times.loading, scale)
+
+
+def probe_error(failure: StageFailure) -> DataError | TrainingError:
+    """What a failed step of a probe is to the user: images that cannot be read, or a training that would fail too."""
+    cause = failure.cause
+    return cause if isinstance(cause, DataError) else TrainingError(str(failure))
 
 
 def _timed(probe: Probe, images: tuple[Source, Splits], device: str, batch: int) -> StepTimes:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bim.orchestrator.config.cli import load_settings
+from bim.orchestrator.config.schema import SettingsError
 from bim.orchestrator.distributed.placement import ClusterResources, StageLayout
 from bim.orchestrator.jobs import cost
 from bim.orchestrator.jobs.automatic import automatic_settings
@@ -19,6 +20,7 @@ from bim.orchestrator.jobs.dry_run import dry_run_lines
 from bim.orchestrator.jobs.layouts import single_layouts
 from bim.orchestrator.jobs.prepare import prepare
 from bim.orchestrator.reporting.estimate import sum_lines, summary_lines
+from bim.orchestrator.runs.output_dir import OutputError
 from bim.orchestrator.runs.step_probe import Probe, StepTimes
 from tests.e2e.command import image_folder
 
@@ -50,6 +52,54 @@ def test_settings_are_chosen_and_their_cost_is_told_by_one_probe(
     text = "\n".join(dry_run_lines(prepare(settings)))
     assert len(done) == chosen >= 1
     assert "of scores in between" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        (["--out", "used"], OutputError),
+        (["--out", "new", "--resume"], OutputError),
+        (["--tracking.model_name", "a/b"], SettingsError),
+        (["--plugins", "no_such_module"], SettingsError),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_beside_the_images_is_told_before_anything_is_probed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], error: type[Exception]
+) -> None:
+    done = probes(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    image_folder(tmp_path / "images", "{number}.png", 60)
+    image_folder(tmp_path / "used", "{number}.png", 1)
+    with pytest.raises(error):
+        load_settings(["--data.source", "images", *argv], automatic_settings)
+    assert done == []
+
+
+def test_model_arguments_as_a_mapping_leave_the_others_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probes(monkeypatch)
+    source = image_folder(tmp_path / "images", "{number}.png", 60)
+    argv = ["--data.source", str(source), "--backbone.model_args", "{img_size: 48}"]
+    model_args = load_settings(argv, automatic_settings).backbone.model_args
+    assert model_args == {"img_size": 48, "patch_size": 8, "embed_dim": 96, "depth": 8, "num_heads": 3}
+
+
+def test_the_cost_of_a_search_is_told_where_it_could_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    probes(monkeypatch)
+    argv = ["--data.source", str(image_folder(tmp_path / "images", "{number}.png", 60))]
+    with caplog.at_level("INFO", logger="bim"):
+        load_settings([*argv, "--schedule.epochs", "80"], automatic_settings)
+        assert (
+            "  no search: --search.trials 8 --search.trial_epochs 5 would train for 32 to 40 epochs"
+            in caplog.text
+        )
+        caplog.clear()
+        load_settings([*argv, "--schedule.epochs", "80", "--search.grace_epochs", "20"], automatic_settings)
+        assert "no search" not in caplog.text
 
 
 def test_search_and_baseline_are_in_the_cost(tmp_path: Path) -> None:

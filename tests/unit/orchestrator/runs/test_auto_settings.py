@@ -142,10 +142,50 @@ def test_every_choice_is_named_in_a_line_or_said_where_the_run_is_opened() -> No
     text = "\n".join(chosen.lines)
     unnamed = {
         key
-        for key in chosen.values.keys() - {"name"}
+        for key in chosen.values
         if not any(word in text for word in (key, *WORDS.get(key, WORDS.get(key.rsplit(".", 1)[-1], ()))))
     }
     assert unnamed == {"search.trials"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"backbone.model_args.img_size": 256}, {"patch_size": 16}),
+        ({"backbone.model_args.img_size": [128, 96]}, {"patch_size": 16}),
+        ({"backbone.model_args.img_size": 100}, {"patch_size": 10}),
+        ({"backbone.model_args.img_size": 97}, {"patch_size": 16}),
+        ({"backbone.model_args.embed_dim": 128}, {"num_heads": 4, "depth": 8}),
+        ({"backbone.model_args.embed_dim": 100}, {"num_heads": 2}),
+        ({"blocks": [2, 4, 6]}, {"depth": 12, "num_heads": 3}),
+        ({"data.batch_size": 20_000}, {"depth": 8}),
+    ],
+    ids=str,
+)
+def test_what_is_given_decides_what_depends_on_it(given: dict[str, Any], expected: dict[str, int]) -> None:
+    def free(values: Mapping[str, Any]) -> float:
+        return 1.0
+
+    chosen = choose_settings(facts(3_000), CPU, given, 1e9, free).values
+    assert {key: chosen[f"backbone.model_args.{key}"] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("/data/my photos", "my-photos"),
+        ("/data/train.parquet", "train"),
+        ("torchvision:CIFAR10:/data/tv", "CIFAR10"),
+        ("torchvision:CIFAR10", "CIFAR10"),
+        ("stripes:500", "stripes-500"),
+        ("./a:b", "a-b"),
+        ("/", "images"),
+    ],
+)
+def test_a_run_is_named_after_its_images(source: str, name: str) -> None:
+    chosen = choose(replace(facts(3_000), source=source))
+    assert chosen.values["name"] == name
+    assert chosen.lines[0] == f"name {name}: of the images"
 
 
 def test_a_test_split_without_labels_is_drawn_from_the_labeled_images() -> None:

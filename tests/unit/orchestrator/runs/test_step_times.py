@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bim.orchestrator.config.cli import load_settings
+from bim.orchestrator.data.errors import DataError
 from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.runs.prepare import resolve_run
 from bim.orchestrator.runs.step_probe import Probe, StepTimes
@@ -23,6 +24,7 @@ from bim.orchestrator.runs.step_times import (
     save_times,
     training_seconds,
 )
+from bim.orchestrator.training.errors import StageFailure, TrainingError
 
 ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2}
 TINY = [
@@ -71,6 +73,21 @@ def test_a_micro_batch_that_takes_too_long_is_probed_in_a_smaller_one(
 
 def probe_of(tmp_path: Path, *argv: str) -> Probe:
     return Probe.of(resolve_run(load_settings([*TINY, *argv]), tmp_path)[0], layout(4), "fp32")
+
+
+@pytest.mark.parametrize(
+    ("cause", "error"), [(DataError("no image can be read"), DataError), (ValueError("bad"), TrainingError)]
+)
+def test_a_step_that_fails_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: Exception, error: type[Exception]
+) -> None:
+    def fail(*_: object) -> StepTimes:
+        raise StageFailure("the data loader", "at step 0", cause, process_lost=False)
+
+    monkeypatch.setattr("bim.orchestrator.runs.step_times._timed", fail)
+    run, source, splits = resolve_run(load_settings(TINY), tmp_path)
+    with pytest.raises(error, match=str(cause)):
+        probe_steps(Probe.of(run, layout(4), "fp32"), (source, splits))
 
 
 def test_what_a_probe_depends_on(tmp_path: Path) -> None:
