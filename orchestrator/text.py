@@ -99,6 +99,11 @@ def params_text(params: float) -> str:
     return f"{three_digits(params / 1e6)} M" if params >= 1e5 else f"{three_digits(params / 1e3)} k"
 
 
+def short_number(value: float) -> str:
+    """A whole number from 10 on, three significant digits below: `0.0413`, `3.20`, `12`, `1240`."""
+    return three_digits(value) if value < 9.995 else f"{value:.0f}"
+
+
 def three_digits(value: float) -> str:
     """Three significant digits without an exponent: `0.00123`, `0.810`, `12.3`, `1230`."""
     if value == 0:

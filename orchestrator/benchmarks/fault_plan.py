@@ -18,7 +18,7 @@ LIVE_WHILE_MEASURING = ("driver", "mlflow-server")
 
 KILLS_PER_RUN = 8
 
-START_SHARE, MEASURING_SHARE = 0.1, 0.1
+START_FRACTION, MEASURING_FRACTION = 0.1, 0.1
 """Of the kills outside commits: moments before the first step, and after the last one."""
 
 START_S, MEASURING_S = 6.0, 3.0
@@ -90,8 +90,8 @@ def _kill(
         delay_s = chance.choice([0.0, chance.uniform(0.0, COMMIT_S)])
         return Kill(kind, "commit", step, delay_s, choice, on_cluster)
     # One a run: without a checkpoint in between, each counts against `failures.max_restarts`.
-    if kind != "mlflow-server" and index == 0 and position < START_SHARE:
+    if kind != "mlflow-server" and index == 0 and position < START_FRACTION:
         return Kill(kind, "start", 0, chance.uniform(0.0, START_S), choice, on_cluster)
-    if kind in LIVE_WHILE_MEASURING and position > 1 - MEASURING_SHARE:
+    if kind in LIVE_WHILE_MEASURING and position > 1 - MEASURING_FRACTION:
         return Kill(kind, "measuring", STEPS, chance.uniform(0.0, MEASURING_S), choice, on_cluster)
     return Kill(kind, "step", step, 0.0, choice, on_cluster)

@@ -48,9 +48,9 @@ def without_auto(values: Mapping[str, Any]) -> tuple[dict[str, Any], AutoBatches
     if isinstance(backbones, list):
         result["backbones"] = list(backbones)
         for number, entry in enumerate(backbones):
-            own = entry.get("settings") if isinstance(entry, Mapping) else None
-            if isinstance(own, Mapping) and own.get(BATCH_SIZE) == AUTO:
-                others = {key: value for key, value in own.items() if key != BATCH_SIZE}
+            entry_settings = entry.get("settings") if isinstance(entry, Mapping) else None
+            if isinstance(entry_settings, Mapping) and entry_settings.get(BATCH_SIZE) == AUTO:
+                others = {key: value for key, value in entry_settings.items() if key != BATCH_SIZE}
                 result["backbones"][number] = {**entry, "settings": others}
                 entries.append(number)
     return result, AutoBatches(is_run, tuple(entries))
@@ -74,12 +74,12 @@ def with_largest_batches(
     if auto.entries:
         entries = _entries(settings)
         for number in auto.entries:
-            own = dict(entries[number]["settings"])
+            entry_settings = dict(entries[number]["settings"])
             batch_size = largest_batch(with_changes(settings, {"backbones": [entries[number]]}))
-            accumulate = own.get(ACCUMULATE, settings.data.accumulate)
-            own |= _fitted(settings, batch_size, chosen - own.keys(), accumulate)
-            log.info("%s of %s: %d", BATCH_SIZE, entries[number]["name"], own[BATCH_SIZE])
-            entries[number] = {**entries[number], "settings": own}
+            accumulate = entry_settings.get(ACCUMULATE, settings.data.accumulate)
+            entry_settings |= _fitted(settings, batch_size, chosen - entry_settings.keys(), accumulate)
+            log.info("%s of %s: %d", BATCH_SIZE, entries[number]["name"], entry_settings[BATCH_SIZE])
+            entries[number] = {**entries[number], "settings": entry_settings}
         changes["backbones"] = entries
     return with_changes(settings, changes)
 
@@ -122,11 +122,9 @@ def _saved_batches(settings: Settings, auto: AutoBatches) -> dict[str, Any] | No
         if auto.entries:
             entries = _entries(settings)
             for number in auto.entries:
-                own = {BATCH_SIZE: int(saved["backbones"][number]["settings"][BATCH_SIZE])}
-                entries[number] = {
-                    **entries[number],
-                    "settings": {**entries[number]["settings"], **own},
-                }
+                batch_size = int(saved["backbones"][number]["settings"][BATCH_SIZE])
+                entry_settings = {**entries[number]["settings"], BATCH_SIZE: batch_size}
+                entries[number] = {**entries[number], "settings": entry_settings}
             changes["backbones"] = entries
         return changes
     return None

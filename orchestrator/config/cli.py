@@ -157,8 +157,10 @@ def load_settings(
 
 
 def recipe_file(argv: Sequence[str]) -> Path | None:
-    """The file that `--recipe` names; None for a recipe that comes with the package, or without one."""
-    recipe = _split([token for token in argv if token not in FLAGS]).recipe
+    """The file that `--recipe` names or `--resume` implies; None for a recipe of the package, or without one."""
+    arguments = _split([token for token in argv if token not in FLAGS])
+    _resumed_recipe(arguments)
+    recipe = arguments.recipe
     return None if recipe is None or recipe in bundled_recipes() else Path(recipe).expanduser()
 
 

@@ -56,7 +56,8 @@ EXAMPLES = (
     ),
     (
         "--data.source DIR --out runs/a \\\n--time_budget 6h",
-        "train on your images with settings chosen from them, for about six hours at most",
+        "train on your images with settings chosen from them, about six hours of training at most, without scores and "
+        "measuring",
     ),
     (
         "--recipe vit_base_imagenet \\\n--data.source DIR --out runs/b",
@@ -89,7 +90,7 @@ OWN_IMAGES = (
     "Your images: with --data.source and without --recipe, settings are chosen from the images and the machine, and "
     "printed with their reasons; any option goes before what is chosen. --dry-run shows what is chosen and what the run "
     "would cost, and trains nothing. --time_budget bounds the training ({gpu} with a GPU and {cpu} without one, if it is "
-    "not given): what does not fit shrinks."
+    "not given), without scores and measuring: what does not fit shrinks."
 )
 OWN_RECIPE = (
     "A recipe of your own is a YAML file with the same settings, nested (mask: {ratio: 0.6}). Start from a copy of "
@@ -170,10 +171,10 @@ def _values_and_heading(recipe: str, own_images: str | None) -> tuple[Mapping[st
     if own_images is None:
         values = settings_to_mapping(settings_from_mapping(read_recipe(recipe)))
         return values, f"Settings, each with its value in {recipe} in brackets"
-    least = dict(LEAST_SETTINGS)
+    placeholders = dict(LEAST_SETTINGS)
     for key, value in {**auto_rules().always_values, "data.source": own_images}.items():
-        least = overlaid(least, key.split("."), value)
-    values = settings_to_mapping(settings_from_mapping(least))
+        placeholders = overlaid(placeholders, key.split("."), value)
+    values = settings_to_mapping(settings_from_mapping(placeholders))
     for key in CHOSEN_SETTINGS:
         values = overlaid(values, key.split("."), "chosen")
     heading = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,7 +25,6 @@ class ImageFacts:
         source: as the user names it.
         splits: images of each split that the data brings along and `make_splits` takes; `{"train": n}` if it brings none.
         short_side_px: median of the shorter sides of some images.
-        decode_s: median seconds of decoding one of them.
         is_labeled: whether training images have labels.
         unlabeled_splits: images of the splits that are left out, because they have no labels and training images have.
     """
@@ -34,7 +32,6 @@ class ImageFacts:
     source: str
     splits: dict[str, int]
     short_side_px: int
-    decode_s: float
     is_labeled: bool
     unlabeled_splits: dict[str, int] = field(default_factory=dict)
 
@@ -53,15 +50,13 @@ def image_facts(source: Source, sampled: int = SAMPLED_IMAGES) -> ImageFacts:
             f"{MIN_IMAGES}); give more images, or settings of your own with --recipe"
         )
     indices = pool[np.linspace(0, len(pool) - 1, min(sampled, len(pool))).round().astype(np.int64)]
-    sides, seconds, reasons = [], [], []
+    sides, reasons = [], []
     for index in indices.tolist():
-        start = time.perf_counter()
         try:
             image = source.load(index)
         except ImageDecodeError as error:
             reasons.append(str(error))
             continue
-        seconds.append(time.perf_counter() - start)
         sides.append(min(image.shape[1:]))
     if not sides:
         raise DataError(
@@ -72,7 +67,6 @@ def image_facts(source: Source, sampled: int = SAMPLED_IMAGES) -> ImageFacts:
         source.name,
         {name: len(members) for name, members in fixed.items() if len(members) and name not in unlabeled},
         int(statistics.median_low(sides)),
-        statistics.median(seconds),
         len(labeled(source, pool)) > 0,
         unlabeled,
     )

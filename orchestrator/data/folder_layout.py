@@ -1,6 +1,6 @@
 """What the names of a folder of images say: the split and the class of each image.
 
-Pure: a list of names in, arrays out. What looks like labels and is not used is told in a note.
+Pure: a list of names in, arrays out. A note says what looks like labels and is not used.
 """
 
 from __future__ import annotations

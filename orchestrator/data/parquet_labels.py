@@ -45,7 +45,7 @@ class Labels:
 def read_labels(source: str, shards: Sequence[ShardLabels], requested: str | None) -> Labels:
     """The labels of all rows, in the order of the shards.
 
-    Rows whose label is null or negative have none, which is told in a note, unless the settings name the column.
+    Rows whose label is null or negative have none, which a note says, unless the settings name the column.
 
     Raises:
         DataError: labels of two shards that cannot be compared; a label beyond the class names; a column named by the

@@ -73,7 +73,7 @@ def phases_on(specs: Sequence[PhaseSpec], images: int, source: str = "the data")
             times = f" x data.accumulate={spec.grad_accum_steps}" if spec.grad_accum_steps > 1 else ""
             raise DataError(
                 f"{source} has {images} images to train on, fewer than one step's data.batch_size={spec.batch_size}"
-                f"{times}; {_remedy(images, spec)}"
+                f"{times}; {steps_remedy(images, spec)}"
             )
         first_step = steps_until(phases, spec.first_epoch) if phases else 0
         phases.append(Phase(**vars(spec), first_step=first_step, steps_per_epoch=steps))
@@ -86,10 +86,10 @@ def phase_at(phases: Sequence[Phase], step: int) -> Phase:
 
 
 MIN_STEPS = 20
-"""Steps that an epoch should have."""
+"""Steps that an epoch should have: as many as `steps.min_per_epoch` of config/auto.yaml, which `data` does not import."""
 
 
-def _remedy(images: int, spec: PhaseSpec) -> str:
+def steps_remedy(images: int, spec: PhaseSpec) -> str:
     """Sizes with which an epoch has `MIN_STEPS` steps, or as many as there are images; accumulation falls first."""
     max_images = max(1, images // MIN_STEPS)
     batch = spec.batch_size if spec.batch_size <= max_images else 2 ** (max_images.bit_length() - 1)

@@ -42,10 +42,12 @@ def gather_statistics(variants: Mapping[Any, nn.Module], inputs: EvalInputs) -> 
     train, batch_size = inputs.splits.train, inputs.config.batch_size
     gen = generator(inputs.config.seed, "batch norms")
     sample = np.sort(train[torch.randperm(len(train), generator=gen)[:IMAGES].numpy()])  # read in order
-    met = BadImages(inputs.config.max_bad_fraction)
+    bad_images = BadImages(inputs.config.max_bad_fraction)
     images = torch.empty(len(sample), 3, *inputs.size, dtype=torch.uint8)
     read = 0
-    batches = eval_images(inputs.source, sample, inputs.size, batch_size, met, inputs.workers, report_again)
+    batches = eval_images(
+        inputs.source, sample, inputs.size, batch_size, bad_images, inputs.workers, report_again
+    )
     with part("batch norms"), closing(batches):
         for _, batch in batches:
             images[read : read + len(batch)] = torch.from_numpy(batch)
@@ -72,7 +74,7 @@ def gather_statistics(variants: Mapping[Any, nn.Module], inputs: EvalInputs) -> 
     for norm, momentum in momenta.items():
         norm.momentum = momentum
         norm.eval()
-    return met.reasons
+    return bad_images.reasons
 
 
 def _norms(model: nn.Module) -> list[_BatchNorm]:

@@ -130,9 +130,9 @@ def extract_sets(
     parts = {
         name: _SetFeatures(one, subsample(indices, one.limit, config.seed)) for name, one in sets.items()
     }
-    met, read = BadImages(config.max_bad_fraction), 0
+    bad_images, read = BadImages(config.max_bad_fraction), 0
     batches = eval_images(
-        inputs.source, sample, inputs.size, config.batch_size, met, inputs.workers, report_again
+        inputs.source, sample, inputs.size, config.batch_size, bad_images, inputs.workers, report_again
     )
     with closing(batches):
         for batch_indices, images in batches:
@@ -141,7 +141,7 @@ def extract_sets(
             read += len(images)
             report(f"{read} of {len(sample)} images")
     if bad is not None:
-        bad.update(met.reasons)
+        bad.update(bad_images.reasons)
     if not all(features.count for features in parts.values()):
         raise DataError(
             f"no image of a split of {inputs.source.name} could be read, so nothing can be scored"

@@ -1,4 +1,4 @@
-"""The training images whose embeddings are nearest to those of a few images: what a depth takes for alike, unlabeled."""
+"""The training images whose embeddings are nearest to those of a few images; labels play no part."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def log_estimate(backbone: BackboneRun, cluster: ClusterResources, cpus: float) 
 
     Returns the lines that are logged.
 
-    The scanned digits are not probed: their times are computed from the arithmetic, and on GPUs nothing is told.
+    The scanned digits are not probed: their times are computed from the arithmetic, and on GPUs nothing is logged.
     """
     prepared, layout = backbone.prepared, backbone.layouts[0]
     run, is_probed = prepared.run, prepared.run.settings.data.source != "digits"

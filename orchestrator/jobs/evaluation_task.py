@@ -1,4 +1,4 @@
-"""What an evaluation of a checkpoint is told: a plain record, which travels to the process that evaluates."""
+"""The arguments of an evaluation of a checkpoint: a plain record, sent to the process that evaluates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The picture of nearest neighbors: six fixed images, and the training images that every depth takes for alike."""
+"""The picture of nearest neighbors: six fixed images, and the training images most similar to each by every depth."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bim.orchestrator.reporting.figures.style import write_png
 NEIGHBORS_PICTURE = "nearest_neighbors"
 """Name of the picture."""
 
-HOW = "by the cosine similarity of mean patch tokens; labels play no part"
+SIMILARITY_NOTE = "by the cosine similarity of mean patch tokens; labels play no part"
 
 
 class NeighborPicture:
@@ -58,16 +58,16 @@ class NeighborPicture:
         shown = shown_images(self._inputs, len(self._queries.numbers))
         text = f"{shown}, and the nearest of {self._compared:,} training images"
         figure = neighbors_figure(
-            _rgb(self._queries.images), by_depth, f"{title}: {text}" if title else text, HOW
+            _rgb(self._queries.images), by_depth, f"{title}: {text}" if title else text, SIMILARITY_NOTE
         )
         write_png(figure, folder / f"{NEIGHBORS_PICTURE}.png")
 
 
 def _read(inputs: EvalInputs, numbers: np.ndarray, bad: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
     """(n,) numbers and (n, 3, H, W) uint8 images of those that can be read."""
-    met = BadImages()
-    batches = list(eval_images(inputs.source, numbers, inputs.size, len(numbers), met))
-    bad.update(met.reasons)
+    bad_images = BadImages()
+    batches = list(eval_images(inputs.source, numbers, inputs.size, len(numbers), bad_images))
+    bad.update(bad_images.reasons)
     if not batches:
         return np.empty(0, dtype=np.int64), np.empty((0, 3, *inputs.size), dtype=np.uint8)
     return batches[0]

@@ -32,7 +32,7 @@ PICTURE_ROWS = 6
 GRID = "reconstructions"
 """Name of the picture of all depths."""
 
-LENT = "each patch is shown with the mean and the variance of the true patch, which are no part of what is predicted"
+BORROWED = "each patch is shown with the mean and the variance of the true patch, which are no part of what is predicted"
 
 
 def save_all_reconstructions(
@@ -98,10 +98,10 @@ def reconstruct(
 
     Nothing if none of these images can be read, which `bad` takes.
     """
-    met = BadImages()
+    bad_images = BadImages()
     rows = picture_images(inputs)
-    batches = list(eval_images(inputs.source, rows, inputs.size, len(rows), met))
-    bad.update(met.reasons)
+    batches = list(eval_images(inputs.source, rows, inputs.size, len(rows), bad_images))
+    bad.update(bad_images.reasons)
     if not batches:
         return {}
     device = inputs.device
@@ -128,7 +128,7 @@ def reconstruct(
             grid=plan.token_grid,
             target=None if is_pixels else _rgb(module.target.to_image(target, images), spec),
             thrown=thrown.cpu().numpy(),
-            lent=_lent(module.target),
+            borrowed_note=_borrowed_note(module.target),
         )
     return by_depth
 
@@ -170,8 +170,10 @@ def shown_images(inputs: EvalInputs, count: int) -> str:
 def _title(title: str, by_depth: dict[int, Reconstructions], inputs: EvalInputs) -> str:
     """The title with the images, how many of their patches are masked, and how many are predicted if that is fewer."""
     first = next(iter(by_depth.values()))
-    predicted = _shares([images.masked.shape[1] / math.prod(images.grid) for images in by_depth.values()])
-    masked = _shares(
+    predicted = _percentages(
+        [images.masked.shape[1] / math.prod(images.grid) for images in by_depth.values()]
+    )
+    masked = _percentages(
         [
             (images.masked.shape[1] + (0 if images.thrown is None else images.thrown.shape[1]))
             / math.prod(images.grid)
@@ -183,14 +185,14 @@ def _title(title: str, by_depth: dict[int, Reconstructions], inputs: EvalInputs)
     return f"{title}: {images}" if title else images
 
 
-def _shares(values: Sequence[float]) -> str:
+def _percentages(values: Sequence[float]) -> str:
     """`75%`, or `60% to 75%` where depths differ."""
     low, high = f"{min(values):.0%}", f"{max(values):.0%}"
     return low if low == high else f"{low} to {high}"
 
 
-def _lent(target: Target) -> str:
-    return LENT if isinstance(target, PixelTarget) and target.normalize else ""
+def _borrowed_note(target: Target) -> str:
+    return BORROWED if isinstance(target, PixelTarget) and target.normalize else ""
 
 
 def _all_tokens(predicted: Tensor, masked: Tensor, target: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ from bim.orchestrator.training.build import open_spec_backbone
 from bim.orchestrator.training.checkpoint import load_weights
 from bim.orchestrator.training.spec import PretrainSpec
 
-VAL_SHARE = 0.2
-"""Share of the images of a score that are of the validation split."""
+VAL_FRACTION = 0.2
+"""Fraction of the images of a score that are of the validation split."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def score_task(
 def score_limits(run: ResolvedRun) -> tuple[int, int]:
     """Images of the train and of the validation split that one score takes at most."""
     images = images_of_a_score(run.settings, run.phases, run.total_steps)
-    val = min(KNN_VAL_IMAGES, int(VAL_SHARE * images))
+    val = min(KNN_VAL_IMAGES, int(VAL_FRACTION * images))
     return min(KNN_TRAIN_IMAGES, images - val), val
 
 

@@ -94,7 +94,7 @@ class TrainingScores:
         self._scores = _scores_so_far(run) if run.settings.resume else {}
         self._pending: _Pending | None = None
         self._visible_gpus: str | None = None
-        self._beside = True
+        self._uses_free_resources = True
         """Whether free resources are used; not after a failure there."""
 
     @property
@@ -171,7 +171,7 @@ class TrainingScores:
             except (_Stopped, LeaseLostError, ClusterLostError):
                 raise
             except Exception as error:
-                self._tell_failure(epoch, error)
+                self._log_failure(epoch, error)
 
     def _score(self, step: int, epoch: int) -> None:
         started = time.monotonic()
@@ -180,17 +180,19 @@ class TrainingScores:
             with reported_to(lambda text: self._check()):
                 self._record(step, epoch, score_depths(task), started)
             return
-        if self._beside:
+        if self._uses_free_resources:
             on_one_core = task if self._layout.gpus else replace(task, threads=1)
             side_task = self._process.start_in_free_resources(score_depths_of_one_run, on_one_core)
             if side_task is not None:
                 self._pending = _Pending(step, epoch, side_task, started)
                 return
-        side_task = self._process.start_beside_first_stage(score_depths_of_one_run, self._beside_stages(task))
+        side_task = self._process.start_beside_first_stage(
+            score_depths_of_one_run, self._with_stage_resources(task)
+        )
         self._pending = _Pending(step, epoch, side_task, started)
         self._wait()
 
-    def _beside_stages(self, task: ScoreTask) -> ScoreTask:
+    def _with_stage_resources(self, task: ScoreTask) -> ScoreTask:
         """With the threads and the GPUs of the first stage, which waits."""
         return replace(task, threads=self._layout.threads, visible_gpus=self._visible_gpus)
 
@@ -212,7 +214,7 @@ class TrainingScores:
                     raise TimeoutError(f"no scores within {duration(SCORE_LIMIT_S)}")
             except (PlacementError, TimeoutError) as error:
                 self._cancel()
-                self._tell_failure(pending.epoch, error)
+                self._log_failure(pending.epoch, error)
 
     def _collect(self, timeout_s: float = 0.0) -> None:
         """Record the score that is being computed, if it is there."""
@@ -224,8 +226,8 @@ class TrainingScores:
         except (LeaseLostError, ClusterLostError):
             raise
         except Exception as error:
-            self._beside = False
-            self._tell_failure(pending.epoch, error)
+            self._uses_free_resources = False
+            self._log_failure(pending.epoch, error)
         finally:
             self._pending = None
 
@@ -236,7 +238,7 @@ class TrainingScores:
             self._cancel()
             raise _Stopped
 
-    def _tell_failure(self, epoch: int, error: Exception) -> None:
+    def _log_failure(self, epoch: int, error: Exception) -> None:
         log.warning("epoch %d cannot be scored: %s; the training goes on", epoch, format_error(error))
 
     def _record(self, step: int, epoch: int, result: ScoreResult, started: float) -> None:

@@ -84,7 +84,16 @@ def _page(label: str, command: str | None, page: str) -> list[str]:
 
 
 def _resume_command(out: Path) -> str:
-    return f"python {sys.argv[0]} --out {shlex.quote(short_path(out))} --resume"
+    return f"{_pretrain_command()} --out {shlex.quote(short_path(out))} --resume"
+
+
+def _pretrain_command() -> str:
+    """How this process was started, without options: by the console command `bim`, its module, or a script."""
+    script = Path(sys.argv[0])
+    if script.stem == "bim":
+        return "bim pretrain"
+    subcommand = " pretrain" if script.name == "command.py" else ""
+    return f"python {shlex.quote(sys.argv[0])}{subcommand}"
 
 
 def stopped_line(signal_name: str, out: Path) -> str:

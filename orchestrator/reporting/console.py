@@ -17,7 +17,7 @@ from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from bim.orchestrator.text import duration
+from bim.orchestrator.text import duration, short_number
 from bim.orchestrator.training.callbacks import EpochReport
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class Progress:
         elif self._total_steps:
             parts.append(f"step {self._step}/{self._total_steps}")
         if self._images_per_s:
-            parts.append(f"{self._images_per_s:.0f} img/s")
+            parts.append(f"{short_number(self._images_per_s)} img/s")
         if report is not None:
             parts += _waits(report)
         if self._eta_at:
@@ -184,7 +184,7 @@ def epoch_line(report: EpochReport) -> str:
     If that is longer than 100 columns it has the losses of the first and the last block alone.
     """
     epoch = f"epoch {report.epoch:{len(str(report.epochs))}d}/{report.epochs}"
-    parts = [f"{report.images_per_s:.0f} img/s", *_waits(report), f"ETA {duration(report.eta_s)}"]
+    parts = [f"{short_number(report.images_per_s)} img/s", *_waits(report), f"ETA {duration(report.eta_s)}"]
     line = "  ".join([epoch, _losses(report.losses), *parts])
     if len(line) <= WIDTH:
         return line

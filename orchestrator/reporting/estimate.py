@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from bim.orchestrator.runs.estimate import seconds_in_turns
 from bim.orchestrator.runs.estimate_records import BackboneEstimate, RunEstimate
 from bim.orchestrator.tables import Key, render
-from bim.orchestrator.text import duration, params_text, three_digits, wrapped
+from bim.orchestrator.text import duration, params_text, short_number, three_digits, wrapped
 
 
 def estimate_lines(estimate: BackboneEstimate, price_per_gpu_hour: float | None) -> list[str]:
@@ -25,7 +25,9 @@ def summary_lines(estimate: BackboneEstimate, price_per_gpu_hour: float | None) 
     """Time, disk, money, and the comparison with separate runs."""
     run, search, baseline = estimate.run, estimate.search, estimate.baseline
     mark = "" if run.is_measured else " (estimated)"
-    lines = [f"about {run.images_per_s:.0f} images/s{mark}: {duration(run.epoch_s)} an epoch, {_times(run)}"]
+    lines = [
+        f"about {short_number(run.images_per_s)} images/s{mark}: {duration(run.epoch_s)} an epoch, {_times(run)}"
+    ]
     if search is not None:
         lines.append(
             f"search: {search.trials} trials of {search.epochs} epochs before it, about {duration(search.expected_s)}, "
@@ -75,7 +77,7 @@ def _gpu_hours(hours: float, price_per_gpu_hour: float | None) -> list[str]:
         if price_per_gpu_hour is None
         else f", {hours * price_per_gpu_hour:.2f} at {price_per_gpu_hour:g} an hour"
     )
-    return [f"GPU hours: {hours:.1f}{price}"]
+    return [f"GPU hours: {three_digits(hours)}{price}"]
 
 
 def byte_text(count: float) -> str:

@@ -8,8 +8,10 @@ from bim.models.masks.plan import visible_counts
 from bim.orchestrator.config.checks import ineffective_settings
 from bim.orchestrator.config.recipes import DEFAULT_RECIPE
 from bim.orchestrator.config.schema import Settings
+from bim.orchestrator.data.phases import MIN_STEPS, steps_remedy
 from bim.orchestrator.distributed.placement import StageLayout
 from bim.orchestrator.evaluation.model_cost import block_gflops
+from bim.orchestrator.runs.depth_scores import num_scores
 from bim.orchestrator.runs.prepare import PreparedBackbone, ResolvedRun
 from bim.orchestrator.text import short_path, wrapped
 from bim.orchestrator.training.lr_schedule import peak_rate
@@ -31,6 +33,8 @@ def opening_lines(run: ResolvedRun, prepared: PreparedBackbone, layout: StageLay
     notes = [
         *_demo_settings_note(settings, run),
         *ineffective_settings(settings),
+        *_patience_note(settings),
+        *_few_steps_note(run, len(splits.train)),
         *_padding_note(run),
         *_few_masks_note(run),
         *_expensive_decoder_warning(run),
@@ -78,6 +82,34 @@ def _demo_settings_note(settings: Settings, run: ResolvedRun) -> list[str]:
     return [
         f"learning rate, crops, epochs and search are those of the recipe {DEFAULT_RECIPE}, which is meant for scans of "
         "32 px; --recipe vit_base_imagenet or sign_digits is nearer to photographs"
+    ]
+
+
+def _patience_note(settings: Settings) -> list[str]:
+    """For a patience that cannot end the training: that takes a first score, and then so many in a row."""
+    patience, scores = settings.evaluation.patience, num_scores(settings)
+    if patience is None or patience < scores:
+        return []
+    reason = "evaluation.every_epochs is 0"
+    if settings.evaluation.every_epochs != 0:
+        epochs = settings.schedule.epochs
+        in_all = f"{epochs} epoch{'s' * (epochs > 1)}"
+        reason = f"it needs {patience + 1} scores, and there are {scores} in {in_all}"
+    return [f"evaluation.patience has no effect: {reason}"]
+
+
+def _few_steps_note(run: ResolvedRun, images: int) -> list[str]:
+    """For epochs of fewer than `MIN_STEPS` steps, where smaller batches have more.
+
+    Not for the scanned digits: their recipes set the batch for them, and have 19 steps.
+    """
+    phase = min(run.phases, key=lambda phase: phase.steps_per_epoch)
+    steps = phase.steps_per_epoch
+    if steps >= min(MIN_STEPS, images) or run.settings.data.source == "digits":
+        return []
+    return [
+        f"an epoch has {steps} step{'s' * (steps > 1)} of {phase.images_per_step} images, and should have {MIN_STEPS} or "
+        f"more; {steps_remedy(images, phase)}"
     ]
 
 
@@ -136,7 +168,10 @@ def _sizes(run: ResolvedRun) -> str:
 def _steps(run: ResolvedRun) -> str:
     """Steps of an epoch and images of a step, phase by phase: `19 steps of 64`."""
     return ", then ".join(
-        dict.fromkeys(f"{p.steps_per_epoch} steps of {p.images_per_step}" for p in run.phases)
+        dict.fromkeys(
+            f"{p.steps_per_epoch} step{'s' * (p.steps_per_epoch > 1)} of {p.images_per_step}"
+            for p in run.phases
+        )
     )
 
 

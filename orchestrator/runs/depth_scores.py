@@ -15,8 +15,8 @@ from bim.orchestrator.runs.resolve import epochs_between_scores
 
 SCORES = "scores.json"
 
-SHARE_OF_TRAINING = 0.05
-"""Images that all scores of a run take, as a share of those that it trains on. To embed a whole image at every depth costs
+SCORED_FRACTION = 0.05
+"""Images that all scores of a run take, over those that it trains on. To embed a whole image at every depth costs
 one to two times as much as to train on one that is mostly masked."""
 
 MIN_IMAGES = 500
@@ -58,7 +58,7 @@ def num_scores(settings: Settings) -> int:
 def images_of_a_score(settings: Settings, phases: Sequence[Phase], total_steps: int) -> int:
     """Images of both splits that one score takes at most."""
     trained = phases[-1].images_per_step * total_steps
-    return max(MIN_IMAGES, int(SHARE_OF_TRAINING * trained / max(1, num_scores(settings))))
+    return max(MIN_IMAGES, int(SCORED_FRACTION * trained / max(1, num_scores(settings))))
 
 
 def read_scores(out: Path) -> list[DepthScores]:

@@ -28,9 +28,14 @@ def run_memories(run: ResolvedRun, precision: Precision) -> list[BlockMemory]:
     return block_memories(run.spec, run.backbone, phase.size, phase.batch_size, precision)
 
 
-def checkpoint_bytes(memories: list[BlockMemory], keep: int) -> int:
-    """Disk that checkpoints take: weights and optimizer of those that are kept and of the one in the making."""
-    return (keep + 1) * sum(block.parameters + block.optimizer for block in memories)
+def checkpoint_bytes(memories: Sequence[BlockMemory], keep: int, keeps_best: bool = False) -> int:
+    """Disk that checkpoints take: weights and optimizer of those that are kept and of the one in the making.
+
+    Args:
+        keep: newest ones that are kept.
+        keeps_best: the one with the best scores while it trains is kept beside them.
+    """
+    return (keep + 1 + keeps_best) * sum(block.parameters + block.optimizer for block in memories)
 
 
 def seconds_in_turns(seconds: Sequence[float], concurrent: int) -> float:
@@ -96,7 +101,7 @@ def estimate_run(
         training_s=training_seconds(run, micro_s),
         scores_s=scores_s,
         evaluation_s=evaluation_s,
-        checkpoint_bytes=checkpoint_bytes(memories, settings.checkpoint.keep),
+        checkpoint_bytes=checkpoint_bytes(memories, settings.checkpoint.keep, num_scores(settings) > 0),
         is_measured=is_measured,
         separate_ratio=separate_ratio(gmacs),
         gpus=layout.gpus * len(layout.stage_blocks),

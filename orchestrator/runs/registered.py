@@ -1,6 +1,6 @@
 """Names of targets and decoders: the project's own, and those that plugins register. Those of plugins are tried once.
 
-Their code is the user's, so what is wrong with it is told in a sentence before anything starts.
+Their code is the user's, so what is wrong with it is reported in a sentence before anything starts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a probe of a micro-batch is told, and the seconds that it finds: plain records."""
+"""The arguments of a probe of a micro-batch, and the seconds that it measures: plain records."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ class Stage:
 
     @contextmanager
     def _explained_memory(self, batch_size: int) -> Iterator[None]:
-        """Inside, a full device is told with what the stage needs and the batch that would fit."""
+        """Inside, a full device is reported with what the stage needs and the batch that would fit."""
         if self._device.type != "cuda":
             yield
             return

@@ -74,6 +74,9 @@ def test_what_was_chosen_is_in_the_settings_and_is_not_chosen_again(
     again = call(["--recipe", "run/settings.yaml", "--out", "again", "--dry-run"])
     assert again.status == 0, again.stderr
     assert "settings chosen" not in again.stdout
+    monkeypatch.setattr("bim.orchestrator.runs.step_times._known", {})
+    resumed = call(["--out", "run", "--resume", "--dry-run"])
+    assert resumed.status == 0, resumed.stderr
 
 
 def test_the_estimate_of_images_that_are_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

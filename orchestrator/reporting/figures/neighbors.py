@@ -1,4 +1,4 @@
-"""Nearest neighbors: a few images, and the training images that each depth takes for the most alike."""
+"""Nearest neighbors: a few images, and the training images most similar to each by every depth."""
 
 from __future__ import annotations
 

@@ -8,21 +8,28 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 
 from bim.orchestrator.evaluation.metric_info import METRICS
-from bim.orchestrator.reporting.figures.style import BLUE, ORANGE, new_figure
+from bim.orchestrator.reporting.figures.style import BLUE, GRAY, GREEN, ORANGE, PINK, YELLOW, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from bim.orchestrator.search.results import SearchResult, TrialRow
+    from bim.orchestrator.search.results import SearchResult, Status, TrialRow
 
-STATUS_COLORS = {"finished": BLUE, "stopped early": ORANGE}
+STATUS_COLORS: dict[Status, str] = {
+    "finished": BLUE,
+    "stopped early": ORANGE,
+    "infeasible": YELLOW,
+    "failed": GRAY,
+    "running": GREEN,
+    "waiting": PINK,
+}
 
 
 def pareto_figure(result: SearchResult) -> Figure | None:
     """Metric of every trial against what a training image costs it, the front joined, every trial named.
 
-    None if no trial has a metric. Trials that were stopped early were trained for fewer epochs: such points are hollow,
-    named with their epochs, and never on the front. Bars are one standard error of an accuracy.
+    None if no trial has a metric. Trials that did not finish were trained for fewer epochs: such points are hollow, in the
+    color of their status, named with their epochs, and never on the front. Bars are one standard error of an accuracy.
     """
     rows = [row for row in result.rows if row.score is not None and row.gflops is not None]
     if not rows:
@@ -36,7 +43,7 @@ def pareto_figure(result: SearchResult) -> Figure | None:
     if optimal:
         axes.plot(*zip(*optimal, strict=True), color=BLUE, linewidth=1.3, drawstyle="steps-post", zorder=1)
     for status, color in STATUS_COLORS.items():
-        group = [row for row in rows if (row.status == "finished") == (status == "finished")]
+        group = [row for row in rows if row.status == status]
         if group:
             axes.scatter(
                 x=[points[row.number][0] for row in group],
@@ -55,7 +62,7 @@ def pareto_figure(result: SearchResult) -> Figure | None:
                 x,
                 y,
                 metric.scale * error,
-                color=STATUS_COLORS.get(row.status, ORANGE),
+                color=STATUS_COLORS[row.status],
                 elinewidth=0.9,
                 zorder=1,
             )

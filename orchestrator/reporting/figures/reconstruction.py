@@ -25,7 +25,7 @@ GRID_SIDES = (150, 256)
 THROWN_NOTE = "checkered patches are thrown (decoder.throw_ratio): the decoder predicts nothing there"
 
 VEIL = 0.6
-"""Share of gray in patches that some of the depths see."""
+"""Fraction of gray in patches that some of the depths see."""
 
 VEILED_NOTE = "veiled patches are seen by the shallower depths alone, as in their training"
 
@@ -40,7 +40,7 @@ class Reconstructions:
         grid: (rows, columns) of tokens.
         target: (B, H, W, 3), an image of the true target if it is not pixels.
         thrown: (B, T) indices of masked tokens that are not predicted; they are checkered among the predictions.
-        lent: what the picture takes from the true image where a prediction does not hold it, in words.
+        borrowed_note: what the picture takes from the true image where a prediction does not hold it, in words.
     """
 
     original: np.ndarray
@@ -49,7 +49,7 @@ class Reconstructions:
     grid: tuple[int, int]
     target: np.ndarray | None = None
     thrown: np.ndarray | None = None
-    lent: str = ""
+    borrowed_note: str = ""
 
     @property
     def is_visible(self) -> np.ndarray:
@@ -71,7 +71,7 @@ class Reconstructions:
     @property
     def notes(self) -> list[str]:
         """What a reader of the picture should know."""
-        return [note for note in (self.lent, THROWN_NOTE if self._is_thrown.any() else "") if note]
+        return [note for note in (self.borrowed_note, THROWN_NOTE if self._is_thrown.any() else "") if note]
 
     @property
     def _is_predicted(self) -> np.ndarray:

@@ -29,6 +29,7 @@ TITLE_IN = 0.3
 """Height of a title, in inches."""
 
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
+YELLOW, PINK = "#E69F00", "#CC79A7"
 
 
 def write_png(figure: Figure, path: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bim.orchestrator.config.auto_rules import CHOSEN_SETTINGS, auto_rules
-from bim.orchestrator.config.cli import load_settings
+from bim.orchestrator.config.cli import load_settings, recipe_file
 from bim.orchestrator.config.help_page import COMMON, help_text
 from bim.orchestrator.config.recipes import DEFAULT_RECIPE, bundled_recipes, read_recipe
 from bim.orchestrator.config.schema import SettingsError, all_settings
@@ -222,6 +222,17 @@ def test_saved_settings_are_a_recipe_that_gives_equal_settings(tmp_path: Path) -
     saved = tmp_path / "settings.yaml"
     saved.write_text(settings_to_yaml(made))
     assert load_settings(["--recipe", str(saved)]) == made
+
+
+def test_the_recipe_of_a_run_that_is_resumed_is_the_file_that_it_saved(tmp_path: Path) -> None:
+    saved = tmp_path / "settings.yaml"
+    argv = ["--out", str(tmp_path), "--resume", "--dry-run"]
+    assert recipe_file(argv) is None
+    saved.write_text(settings_to_yaml(load_settings([])))
+    assert recipe_file(argv) == saved
+    assert recipe_file(["--out", str(tmp_path)]) is None
+    assert recipe_file([*argv, "--recipe", "digits_demo"]) is None
+    assert recipe_file([*argv, "--recipe", "mine.yaml"]) == Path("mine.yaml")
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--seed", "x", "--help"]])

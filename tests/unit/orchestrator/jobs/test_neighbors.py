@@ -18,7 +18,7 @@ from bim.orchestrator.evaluation.evaluate import evaluate_sets
 from bim.orchestrator.evaluation.inputs import EvalInputs
 from bim.orchestrator.evaluation.records import EvalConfig
 from bim.orchestrator.jobs import neighbors as module
-from bim.orchestrator.jobs.neighbors import HOW, NeighborPicture
+from bim.orchestrator.jobs.neighbors import SIMILARITY_NOTE, NeighborPicture
 
 
 class Digits(DigitsSource):
@@ -75,7 +75,7 @@ def test_every_depth_has_its_neighbors_of_the_same_images(
     assert texts.count("image") == 2  # two depths abreast, the third below them
     whole = " ".join(texts)
     assert "digits_demo: 5 test images of digits, and the nearest of 40 training images" in whole
-    assert HOW in whole
+    assert SIMILARITY_NOTE in whole
     assert bad == {"digit 100": "damaged"}
 
 

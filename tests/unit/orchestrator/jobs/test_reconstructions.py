@@ -19,7 +19,7 @@ from bim.orchestrator.evaluation.inputs import EvalInputs
 from bim.orchestrator.evaluation.records import EvalConfig
 from bim.orchestrator.jobs import reconstructions as module
 from bim.orchestrator.jobs.reconstructions import (
-    LENT,
+    BORROWED,
     _title,
     picture_images,
     picture_plans,
@@ -70,7 +70,7 @@ def test_the_grid_shows_six_images_and_every_depth_under_one_mask(tmp_path: Path
     assert np.array_equal(by_depth[1].masked_input, by_depth[2].masked_input)
     texts = headings(spec)
     assert texts[:5] == ["title", "original", "masked", "depth 1", "depth 2"]
-    assert " ".join(texts[5:]) == LENT
+    assert " ".join(texts[5:]) == BORROWED
     assert save_reconstruction_grid(spec, backbone, weights, inputs, tmp_path / "new" / "e.png", {}, "t")
     assert (tmp_path / "new" / "e.png").stat().st_size > 1000
 
@@ -145,12 +145,12 @@ def test_the_masks_of_the_picture_are_those_of_the_first_step_where_nothing_is_t
 @pytest.mark.parametrize(
     ("target", "note"),
     [
-        (TargetSpec("pixels", {"normalize": True}), LENT),
+        (TargetSpec("pixels", {"normalize": True}), BORROWED),
         (TargetSpec("pixels", {"normalize": False}), ""),
         (TargetSpec("hog", {"cell": 4}), ""),
     ],
 )
-def test_what_is_lent_is_told_where_the_target_has_no_mean(target: TargetSpec, note: str) -> None:
+def test_a_note_names_what_is_borrowed_where_the_target_has_no_mean(target: TargetSpec, note: str) -> None:
     texts = headings(small_spec(targets=(target, target)))
     depths = ["depth 1", "depth 2"]
     columns = ["original", "masked", *(["target"] if target.name == "hog" else []), *depths]

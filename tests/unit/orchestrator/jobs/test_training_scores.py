@@ -96,6 +96,7 @@ def resolved(tmp_path_factory: pytest.TempPathFactory) -> ResolvedRun:
 @dataclass
 class Training:
     scores: TrainingScores
+    progress: FakeProgress
     stop: StopRequest
     out: Path
     steps_per_epoch: int
@@ -118,11 +119,9 @@ def begin(
         monkeypatch.setattr(module, "LostNodeWatch", lambda *arguments, **options: FakeWatch())
         run, stop = replace(resolved, out=tmp_path), StopRequest()
         backbone = SimpleNamespace(lease=None, tracker=FakeTracker(), prepared=SimpleNamespace(run=run))
-        group = cast(Any, object())
-        scores = TrainingScores(
-            cast(Any, FakeProgress()), cast(Any, backbone), run, LAYOUT, group, stop, series=""
-        )
-        return Training(scores, stop, tmp_path, run.phases[0].steps_per_epoch)
+        group, progress = cast(Any, object()), FakeProgress()
+        scores = TrainingScores(cast(Any, progress), cast(Any, backbone), run, LAYOUT, group, stop, series="")
+        return Training(scores, progress, stop, tmp_path, run.phases[0].steps_per_epoch)
 
     return begin
 
@@ -147,6 +146,7 @@ def test_one_process_computes_all_scores_and_ends_with_the_training(begin: Begin
         training.end_epoch(epoch)
     training.scores.finish()
     assert training.scored == [1, 2, 3]
+    assert training.progress.scores == "kNN top-1 by depth 50.0, 25.0 %"
     assert process.places == ["free"] * 3
     assert not process.closed
     training.scores.close()

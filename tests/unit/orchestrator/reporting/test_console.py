@@ -96,6 +96,21 @@ def test_a_terminal_shows_all_trainings_and_keeps_their_last_line(
     assert all(record.in_live_display for record in caplog.records)  # type: ignore[attr-defined]
 
 
+def test_the_newest_scores_of_the_depths_stand_below_the_progress() -> None:
+    progress, output = Progress(Sink(), total_steps=60), io.StringIO()
+    progress.on_step(3, {"block0/loss": 0.81})
+    progress.scores = "kNN top-1 by depth 41.0, 52.3 %"
+    Console(file=output, width=100).print(*progress.rows(0, 100), sep="")
+    assert [line.rstrip() for line in output.getvalue().splitlines()][1:] == [
+        "  loss 0.810",
+        "  kNN top-1 by depth 41.0, 52.3 %",
+    ]
+
+
+def test_less_than_ten_images_per_second_are_told_in_three_digits() -> None:
+    assert "  0.413 img/s  " in epoch_line(replace(REPORT, images_per_s=0.4131))
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_exception_gives_the_terminal_back(terminal: io.StringIO, error: type[BaseException]) -> None:
     with pytest.raises(error), Progress(Sink()):

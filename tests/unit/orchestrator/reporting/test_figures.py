@@ -258,5 +258,9 @@ def test_the_pareto_figure_names_every_trial_and_joins_the_front() -> None:
     assert list(line.get_ydata()) == [40.0, 60.0]
     assert len(axes.containers) == 4  # a bar of the standard error for every trial with a score
     assert legend(figure) == ["finished (3)", "stopped early (1)"]
+    cut_off = (trial(5, 0.3, 1.1, "failed", 1), trial(6, 0.2, 1.2, "running", 1))
+    figure = pareto_figure(SearchResult("knn_top1", 100, 4, {}, rows=(*rows, *cut_off)))
+    assert figure is not None
+    assert legend(figure) == ["finished (3)", "stopped early (1)", "failed (1)", "running (1)"]
     nothing = SearchResult("knn_top1", 100, 4, {}, rows=(trial(0, None, 1.0, "failed"),))
     assert pareto_figure(nothing) is None

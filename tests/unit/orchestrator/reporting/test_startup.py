@@ -2,10 +2,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
+from bim.orchestrator.config.auto_rules import auto_rules
 from bim.orchestrator.config.cli import load_settings
+from bim.orchestrator.data.phases import MIN_STEPS
 from bim.orchestrator.distributed.placement import ClusterResources
 from bim.orchestrator.jobs.prepare import prepare
 from bim.orchestrator.reporting.startup import opening_lines
@@ -79,9 +82,9 @@ def test_the_demos_settings_get_a_note_with_other_images(tmp_path: Path) -> None
     for number in range(120):
         Image.new("RGB", (32, 32), (number, 0, 0)).save(folder / f"{number:03d}.png")
     source = ["--data.source", str(folder)]
-    (note,) = notes_of(opening(*source, "--data.batch_size", "8", out=tmp_path / "run"))
+    (note,) = notes_of(opening(*source, "--data.batch_size", "4", out=tmp_path / "run"))
     assert "those of the recipe digits_demo, which is meant for scans of 32 px" in note
-    assert not notes_of(opening(*source, "--data.batch_size", "8", "--name", "mine", out=tmp_path / "run"))
+    assert not notes_of(opening(*source, "--data.batch_size", "4", "--name", "mine", out=tmp_path / "run"))
 
 
 def test_the_demos_images_get_a_note_if_they_are_much_enlarged(tmp_path: Path) -> None:
@@ -90,3 +93,37 @@ def test_the_demos_images_get_a_note_if_they_are_much_enlarged(tmp_path: Path) -
     assert note == (
         "note: the images are the demo's digits, scans of 8 x 8 pixels, enlarged to 224 px; --data.source gives others"
     )
+
+
+@pytest.mark.parametrize(
+    ("argv", "note"),
+    [
+        ("--evaluation.every_epochs 0", "evaluation.every_epochs is 0"),
+        ("--evaluation.every_epochs 15", "it needs 4 scores, and there are 3 in 60 epochs"),
+        ("--evaluation.every_epochs 14", None),
+        ("--evaluation.every_epochs null", None),
+    ],
+)
+def test_a_patience_that_cannot_end_the_training_gets_a_note(
+    argv: str, note: str | None, tmp_path: Path
+) -> None:
+    epochs = ["--schedule.epochs", "60", "--evaluation.patience", "3"]
+    notes = notes_of(opening(*epochs, *argv.split(), out=tmp_path))
+    assert notes == ([] if note is None else [f"note: evaluation.patience has no effect: {note}"])
+
+
+def test_epochs_of_few_steps_get_a_note_with_sizes_that_have_enough(tmp_path: Path) -> None:
+    source = ["--name", "mine", "--data.source", "synthetic:4500x32x32", "--data.val_fraction", "0.02"]
+    large = [*source, "--data.test_fraction", "0.02", "--data.batch_size", "512", "--data.accumulate", "8"]
+    lines = opening(*large, out=tmp_path)
+    assert any(" epochs of 1 step of 4096 images" in line for line in lines)
+    assert notes_of(lines) == [
+        "note: an epoch has 1 step of 4096 images, and should have 20 or more; with data.accumulate 1 and data.batch_size "
+        "128 an epoch has 33 steps"
+    ]
+    fitting = ["--data.batch_size", "128", "--data.accumulate", "1"]
+    assert not notes_of(opening(*large, *fitting, out=tmp_path))
+
+
+def test_the_steps_of_an_epoch_are_those_of_the_rules_of_automatic_settings() -> None:
+    assert auto_rules().steps.min_per_epoch == MIN_STEPS

@@ -37,7 +37,7 @@ CPU, GPU = StageResources(cpus=2), StageResources(cpus=16, gpus=1)
 
 
 def facts(images: int, side: int = 300, **splits: int) -> ImageFacts:
-    return ImageFacts("/data/my photos", {"train": images, **splits}, side, 0.002, is_labeled=True)
+    return ImageFacts("/data/my photos", {"train": images, **splits}, side, is_labeled=True)
 
 
 def choose(

@@ -11,13 +11,14 @@ import torch
 
 from bim.orchestrator.config.cli import load_settings
 from bim.orchestrator.distributed.placement import ClusterResources
-from bim.orchestrator.reporting.estimate import byte_text, estimate_lines
-from bim.orchestrator.runs.estimate import estimate_run, seconds_in_turns, separate_ratio
+from bim.orchestrator.reporting.estimate import byte_text, estimate_lines, summary_lines
+from bim.orchestrator.runs.estimate import checkpoint_bytes, estimate_run, seconds_in_turns, separate_ratio
 from bim.orchestrator.runs.estimate_records import BackboneEstimate
 from bim.orchestrator.runs.prepare import resolve_run
 from bim.orchestrator.runs.step_probe import Probe
 from bim.orchestrator.runs.step_times import probe_steps
 from bim.orchestrator.runs.train import resolve_layout
+from bim.orchestrator.training.memory import BlockMemory
 
 ARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2}
 TINY = [
@@ -53,6 +54,31 @@ def test_an_estimate_of_a_run_and_its_lines(tmp_path: Path, is_probed: bool) -> 
     assert " at 2 an hour" in text
     assert ("(estimated)" in text) != is_probed
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_slow_models_and_short_runs_are_told_in_digits_that_say_something(tmp_path: Path) -> None:
+    settings = load_settings([*TINY, "--placement.backend", "in_process"])
+    run, source, splits = resolve_run(settings, tmp_path / "run")
+    stages = resolve_layout(settings, ClusterResources(2, 0))
+    estimate = estimate_run(run, (source, splits), stages, "fp32", 2, None)
+    estimate = replace(estimate, images_per_s=0.4131, training_s=60.0, scores_s=0.0, evaluation_s=0.0, gpus=1)
+    lines = summary_lines(BackboneEstimate(estimate), price_per_gpu_hour=None)
+    assert lines[0].startswith("about 0.413 images/s (estimated): ")
+    assert "GPU hours: 0.0167" in lines
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    block = BlockMemory(parameters=100, gradients=100, optimizer=200, activations=40)
+    assert checkpoint_bytes([block, block], keep=2) == 3 * 600
+    assert checkpoint_bytes([block, block], keep=2, keeps_best=True) == 4 * 600
+    sizes = {}
+    for every in ("0", "1"):
+        argv = [*TINY, "--placement.backend", "in_process", "--evaluation.every_epochs", every]
+        settings = load_settings([*argv, "--checkpoint.keep", "3"])
+        run, source, splits = resolve_run(settings, tmp_path / "run")
+        stages = resolve_layout(settings, ClusterResources(2, 0))
+        sizes[every] = estimate_run(run, (source, splits), stages, "fp32", 2, None).checkpoint_bytes
+    assert 4 * sizes["1"] == 5 * sizes["0"]
 
 
 @pytest.mark.parametrize(
