@@ -141,7 +141,7 @@ def test_the_largest_batch_of_a_recipe_is_printed_as_a_recipe(
     printed = capsys.readouterr()
     (tmp_path / "printed.yaml").write_text(printed.out)
     assert read_recipe("printed.yaml")["data"]["batch_size"] == 8
-    assert printed.err == "batch 8: the largest that fits, computed and tried\n"
+    assert printed.err == "the largest batch, computed and tried: 8, for 20 steps an epoch\n"
 
 
 def test_several_backbones_share_the_time(
@@ -187,6 +187,6 @@ def test_the_largest_batch_that_fits_keeps_enough_steps(
     done = dry_run(labeled, *recipe, *size, "--data.batch_size", "auto")
     assert done.status == 0, done.stderr
     (batch,) = re.findall(
-        r"^batch (\d+): the largest that fits, computed and tried$", done.stdout, re.MULTILINE
+        r"^the largest batch, computed and tried: (\d+), for 20 steps an epoch$", done.stdout, re.MULTILINE
     )
     assert batch in ("4", "8")
