@@ -81,6 +81,23 @@ class RayTestsOnOneWorker(LoadScopeScheduling):
         return nodeid if nodeid.startswith("tests/unit/") else nodeid.partition("::")[0]
 
 
+LONGEST_FIRST = (SHARED_RAY, "tests/e2e/test_kills.py", "tests/e2e/")
+"""What begins first where pytest-xdist runs, so that no worker is left with a long file at the end."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # by the number of tests, which says little of their time
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        ranks = [k for k, prefix in enumerate(LONGEST_FIRST) if item.nodeid.startswith(prefix)]
+        return min(ranks, default=len(LONGEST_FIRST))
+
+    items.sort(key=rank)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     return RayTestsOnOneWorker(config, log)
