@@ -70,7 +70,7 @@ def automatic_settings(given: Mapping[str, Any], budget_s: float | None = None) 
         for line in wrapped(f"  {choice}"):
             log.info(line)
     if not {"search.trials", "backbones"} & given.keys():
-        with suppress(SettingsError):  # of a search that nobody asked for
+        with suppress(SettingsError):  # it is a hint
             log.info("  %s", _search_line(settings_from_mapping(nested({**chosen.values, **given}))))
     return nested({"data.source": given["data.source"], **chosen.values})
 
