@@ -167,7 +167,7 @@ def help_text(
 
 
 def _values_and_heading(recipe: str, own_images: str | None) -> tuple[Mapping[str, Any], str]:
-    """Nested values to show, "chosen" in place of those that nobody knows before the images are opened."""
+    """Nested values to show, "chosen" in place of those that depend on the images."""
     if own_images is None:
         values = settings_to_mapping(settings_from_mapping(read_recipe(recipe)))
         return values, f"Settings, each with its value in {recipe} in brackets"
